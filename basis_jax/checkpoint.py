@@ -1,0 +1,52 @@
+"""Checkpoints through orbax: the whole train state and the config that made it.
+
+A checkpoint appears by one rename when it is complete, so a run killed while saving resumes from
+the one before. Restoring lays the arrays out for the mesh of today, whatever the old one was.
+"""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from basis_jax.config import CheckpointSection
+from basis_jax.types import TrainState
+
+
+def open_checkpoints(run_dir: Path, section: CheckpointSection) -> ocp.CheckpointManager:
+    """The manager of ``run_dir/checkpoints``; use it as a context manager."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=section.keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager(
+        (run_dir / "checkpoints").absolute(), options=options, item_names=("state", "config")
+    )
+
+
+def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: dict) -> None:
+    """Write the state as checkpoint ``state.step``."""
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(_as_dict(state)), config=ocp.args.JsonSave(config)
+    )
+    checkpoints.save(int(state.step), args=items)
+    checkpoints.wait_until_finished()
+
+
+def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState | None:
+    """The newest complete checkpoint with the shapes and shardings of ``like``; None without one."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return None
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    restored = checkpoints.restore(step, args=items)["state"]
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(restored))
+
+
+def _as_dict(state: TrainState) -> dict:
+    """Orbax stores plain containers: leaves by their position's path in the state."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    width = len(str(len(leaves)))
+    return {
+        f"{i:0{width}d}{jax.tree_util.keystr(path)}": leaf for i, (path, leaf) in enumerate(leaves)
+    }

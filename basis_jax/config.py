@@ -1,0 +1,170 @@
+"""The whole configuration of a run: frozen dataclasses, standard library only.
+
+``configs/<name>.py`` returns a ``Config``; the command line overrides single fields
+(``--optim.lr 3e-6``). Every field is read somewhere, and says here what it means.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    path: str = "embedded:quickstart"
+    """Hugging Face folder, hub id, or ``embedded:quickstart`` (the model in this package)."""
+    compute_dtype: str = "float32"
+    """``float32`` or ``bfloat16``; parameters and optimizer stay float32."""
+    remat: bool = False
+    """Recompute layer activations in the backward pass: less memory, about 1.3x the time."""
+
+
+@dataclass(frozen=True)
+class DataSection:
+    path: str = "task:number_words"
+    """``task:<name>`` (made here), a .json/.jsonl/.parquet file, a folder, or a hub id, which may
+    name a subset: ``openai/gsm8k:main``."""
+    eval_path: str = "task:number_words"
+    """Held-out problems, named as ``path``; a task gives a disjoint set."""
+    split: str = "train"
+    """Split of a hub data set or folder."""
+    eval_split: str = "test"
+    problem_field: str = ""
+    """Column with the problem, a string or a chat's list of messages; ``a.b`` reaches inside.
+    Empty: recognised, for the layouts of MATH, GSM8K, DeepScaleR and DAPO-Math-17K."""
+    answer_field: str = ""
+    """Column with the answer, or with a solution that ends in a box or ``#### x``; as above."""
+    eval_problem_field: str = ""
+    """Of the held-out set; empty: as ``problem_field``."""
+    eval_answer_field: str = ""
+    size: int = 0
+    """Use this many problems (0: all)."""
+    eval_size: int = 0
+    """Use this many held-out problems (0: all)."""
+    prompt_format: str = "chat"
+    """``chat`` (the tokenizer's template) or ``text`` (few-shot lines, no template)."""
+    system_prompt: str = ""
+    """System message of the chat format (empty: none)."""
+    problem_wrapper: str = ""
+    """Text that the source has around each problem, ``{problem}`` in it: it is taken off."""
+    problem_prefix: str = ""
+    """Text put before every problem, such as worked examples."""
+    problem_suffix: str = ""
+    """Text appended to every problem, such as how to give the answer."""
+    max_prompt_tokens: int = 64
+    """Longer prompts are left out and counted, never cut."""
+    verifier: str = "exact"
+    """``exact`` (the completion is the answer) or ``math`` (boxed answer, equivalence)."""
+
+
+@dataclass(frozen=True)
+class SamplingSection:
+    temperature: float = 1.0
+    """Temperature of rollouts; log-probabilities everywhere are those of this temperature."""
+    top_p: float = 1.0
+    """Refused for training when < 1: the gradient is that of the untruncated distribution."""
+    top_k: int = 0
+    """Refused for training when > 0, as ``top_p``."""
+    max_new_tokens: int = 8
+    """Length limit of a completion."""
+    stop_tokens: tuple[str, ...] = ()
+    """Extra strings that end a completion; each must be one token."""
+    group_size: int = 1
+    """Rollouts per prompt. BASIS needs one; group estimators need two or more."""
+
+
+@dataclass(frozen=True)
+class EstimatorSection:
+    name: str = "basis"
+    """``basis``, ``reinforce``, ``reinforce_pp``, ``grpo``, ``dr_grpo``, ``rloo``, ..."""
+    options: dict[str, str | int | float | bool] = field(default_factory=dict)
+    """Keyword options of ``estimators.make``."""
+    table: str = ""
+    """Offline reference table (.npz); empty: made in the run folder when one is needed."""
+    table_samples: int = 64
+    """Reference rollouts per problem of a table made here."""
+
+
+@dataclass(frozen=True)
+class LossSection:
+    clip_low: float = 0.2
+    """PPO ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    clip_high: float = 0.2
+    aggregation: str = "token_mean"
+    """``token_mean`` (DAPO), ``sequence_mean`` (GRPO), ``constant_length`` (Dr. GRPO)."""
+    logprob_chunk: int = 512
+    """Positions of a row whose logits exist at once; memory is rows x chunk x vocabulary."""
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    lr: float = 1e-6
+    schedule: str = "constant"
+    """``constant``, ``linear`` or ``cosine`` decay to zero over the run, after warm-up."""
+    warmup_steps: int = 0
+    """Optimizer updates of linear warm-up."""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Global-norm gradient clipping (0: off)."""
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    steps: int = 100
+    prompts_per_step: int = 512
+    minibatch_rollouts: int = 512
+    """Rollouts per optimizer update; updates a step = rollouts / this."""
+    microbatch_rollouts: int = 64
+    """Rollouts per forward and backward pass; gradients are summed over microbatches."""
+    sample_rollouts: int = 512
+    """Rollouts decoded at once (rounded down to what a step has)."""
+    log_samples: int = 8
+    """Completions written to samples.jsonl each step."""
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    every: int = 0
+    """Evaluate on the held-out problems every so many steps (0: before and after only)."""
+    samples: int = 1
+    """Completions per held-out problem."""
+    temperature: float = 1.0
+    """0: greedy."""
+    sets: tuple[str, ...] = ()
+    """Benchmarks that the recipe reports besides ``data.eval_path``."""
+
+
+@dataclass(frozen=True)
+class MeshSection:
+    data: int = -1
+    """Devices along the batch; -1: all that are left."""
+    fsdp: int = 1
+    """Devices that share parameters and batch."""
+    tensor: int = 1
+    """Devices that share heads, feed-forward and vocabulary."""
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    every: int = 10
+    """Steps between checkpoints; the last step is always kept."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class Config:
+    run_dir: str
+    """Folder for everything the run writes; starting again with it resumes."""
+    seed: int = 0
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    sampling: SamplingSection = SamplingSection()
+    estimator: EstimatorSection = EstimatorSection()
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    mesh: MeshSection = MeshSection()
+    checkpoint: CheckpointSection = CheckpointSection()

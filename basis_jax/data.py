@@ -1,0 +1,271 @@
+"""Problem sets: read, identified by content, written as token rows, visited in a fixed order."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from basis_jax import tasks
+from basis_jax.config import DataSection
+from basis_jax.tasks import Problem
+from basis_jax.verify.extract import after_hashes, last_boxed
+
+FORMATS = ("chat", "text")
+LAYOUTS = (
+    ("problem", "answer"),  # MATH-500, DeepScaleR, AIME
+    ("problem", "solution"),  # MATH: the answer is the last box
+    ("question", "answer"),  # GSM8K: the answer follows ####
+    ("prompt", "reward_model.ground_truth"),  # DAPO-Math-17K: the prompt is a chat
+)
+"""Columns looked for, in this order, where the config names none."""
+
+
+@dataclass(frozen=True)
+class EncodedProblems:
+    """M problems in the order of their uids, with their prompts as right-padded rows."""
+
+    problems: tuple[Problem, ...]
+    tokens: Int32[np.ndarray, "M P"]
+    lengths: Int32[np.ndarray, " M"]
+    counts: dict[str, int]  # read, duplicate, too long, not asked for, used
+
+
+def load_problems(section: DataSection, *, held_out: bool) -> list[Problem]:
+    """The problems of ``section.path``, or of ``section.eval_path`` when held out, as they stand
+    there: repeated rows too (the same object again, so DAPO's hundredfold rows cost nothing).
+
+    Raises ValueError where the source cannot be read, lacks a column or holds nothing usable.
+    """
+    path = section.eval_path if held_out else section.path
+    option = "--data.eval-path" if held_out else "--data.path"
+    if path.startswith("task:"):
+        return tasks.problems(path.removeprefix("task:"), held_out=held_out)
+    if section.problem_wrapper and "{problem}" not in section.problem_wrapper:
+        raise ValueError(
+            f"data.problem_wrapper is {section.problem_wrapper!r}; write {{problem}} where the "
+            "problem stands in it"
+        )
+    split = section.eval_split if held_out else section.split
+    columns = (
+        (held_out and section.eval_problem_field) or section.problem_field,
+        (held_out and section.eval_answer_field) or section.answer_field,
+    )
+    seen: dict[Problem, Problem] = {}
+    found = []
+    for row in read_rows(path, split=split, option=option):
+        columns = columns if all(columns) else fill_in(columns, row, path)
+        problem = as_problem(row, columns, section.problem_wrapper, path)
+        found.append(seen.setdefault(problem, problem))
+    if not found:
+        raise ValueError(f"{path} holds no problems; give another with {option}")
+    return found
+
+
+def read_rows(path: str, *, split: str, option: str) -> Iterator[Mapping[str, Any]]:
+    """Rows of a .json, .jsonl or .parquet file, of a data set folder, or of a hub data set."""
+    local = Path(path)
+    if local.suffix in (".json", ".jsonl"):
+        yield from read_json(local, option)
+        return
+    for batch in read_dataset(path, split=split, option=option).iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):  # 20 times faster than row by row
+            yield dict(zip(batch, values, strict=True))
+
+
+def read_json(path: Path, option: str) -> Iterator[Mapping[str, Any]]:
+    """Objects of a JSON array, or one a line. Raises ValueError naming the line that is not one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path} ({error}); give another with {option}") from error
+    try:
+        if text.lstrip().startswith("["):
+            rows = enumerate(json.loads(text), start=1)
+        else:  # not splitlines(): JSON strings may hold other line separators as they are
+            lines = enumerate(text.split("\n"), start=1)
+            rows = ((number, json.loads(line)) for number, line in lines if line.strip())
+        for number, row in rows:
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: row {number} is no object with named columns")
+            yield row
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is neither a JSON array nor one JSON object a line ({error})"
+        ) from error
+
+
+def read_dataset(path: str, *, split: str, option: str):
+    """A ``datasets.Dataset``. ``name:subset`` asks the hub for a subset, as in openai/gsm8k:main.
+
+    Raises one ValueError for whatever keeps it from being read, with what to do.
+    """
+    import datasets  # here: it takes a second, and tasks and JSON files do not need it
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    local = Path(path)
+    name, _, subset = path.partition(":")
+    try:
+        if local.suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=path, split="train")
+        if any((local / made).is_file() for made in ("dataset_info.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(path)
+            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        if local.is_dir():
+            return datasets.load_dataset(path, split=split)
+        return datasets.load_dataset(name, subset or None, split=split)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        HfHubHTTPError,
+        HFValidationError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(
+            f"the data set {path!r} (split {split!r}) could not be read ({reason}); give a local "
+            f".json, .jsonl or .parquet file or a data set folder with {option}"
+        ) from error
+
+
+def fill_in(columns: tuple[str, str], row: Mapping[str, Any], path: str) -> tuple[str, str]:
+    """Column names where the config leaves them empty: those of the first layout that fits."""
+    for layout in LAYOUTS:
+        named = tuple(given or usual for given, usual in zip(columns, layout, strict=True))
+        if all(name.split(".")[0] in row for name in named):
+            return named
+    raise ValueError(
+        f"{path} has the columns {', '.join(row)}; name those with the problem and the answer by "
+        "--data.problem-field and --data.answer-field (or eval-problem-field, eval-answer-field)"
+    )
+
+
+def value_at(row: Mapping[str, Any], name: str, path: str) -> Any:
+    """The value at a dotted name. Raises ValueError naming the columns that there are."""
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise ValueError(
+                f"{path} has no column {name!r} but {', '.join(row)}; name the right one with "
+                "--data.problem-field, --data.answer-field (or eval-problem-field, "
+                "eval-answer-field)"
+            )
+        value = value[part]
+    return value
+
+
+def as_problem(
+    row: Mapping[str, Any], columns: tuple[str, str], wrapper: str, path: str
+) -> Problem:
+    """A row as a Problem, its answer empty where the row has none.
+
+    A chat of one user message is that message. A worked answer is what follows its last ``####``,
+    else what its last box holds; a ``solution`` with neither is no answer.
+    """
+    prompt, answer = (value_at(row, name, path) for name in columns)
+    if isinstance(prompt, list):
+        prompt = tuple((message["role"], message["content"]) for message in prompt)
+        if len(prompt) == 1 and prompt[0][0] == "user":
+            prompt = prompt[0][1]
+    if isinstance(prompt, str):
+        before, _, after = wrapper.partition("{problem}")
+        prompt = prompt.strip().removeprefix(before).removesuffix(after).strip()
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    answer = "" if answer is None else answer if isinstance(answer, str) else json.dumps(answer)
+    worked = after_hashes(answer) or last_boxed(answer)
+    if worked is None and columns[1].endswith("solution"):
+        worked = ""
+    return Problem(
+        prompt=prompt or "",
+        answer=answer.strip() if worked is None else worked,
+        kind=str(row.get("kind", "")),
+    )
+
+
+def as_text(problem: Problem, section: DataSection, tokenizer) -> str:
+    """The prompt as the model reads it."""
+    if section.prompt_format not in FORMATS:
+        raise ValueError(
+            f"data.prompt_format is {section.prompt_format!r}; allowed are {', '.join(FORMATS)}"
+        )
+    messages = problem.prompt
+    if isinstance(messages, str):
+        messages = (("user", messages),)
+    *before, (role, content) = messages
+    content = section.problem_prefix + content + section.problem_suffix
+    if section.prompt_format == "text":
+        if before or section.system_prompt:
+            raise ValueError(
+                "data.prompt_format 'text' has no place for a system prompt or a chat of several "
+                "messages; use 'chat', or data.problem_prefix for what stands before a problem"
+            )
+        return content
+    system = [("system", section.system_prompt)] if section.system_prompt else []
+    chat = [{"role": r, "content": c} for r, c in (*system, *before, (role, content))]
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+def encode_prompts(
+    problems: Sequence[Problem], section: DataSection, tokenizer, *, size: int = 0
+) -> EncodedProblems:
+    """Problems as token rows in the order of their uids. Left out and counted: repeated ones, those
+    without text or answer, prompts too long.
+
+    ``size`` > 0 keeps the first so many in that order, which is a random subset. A template writes
+    its special tokens itself; plain text gets those that the tokenizer puts around a text. Raises
+    ValueError where nothing is left.
+    """
+    unique = {p.uid: p for p in dict.fromkeys(problems)}
+    complete = [unique[uid] for uid in sorted(unique) if unique[uid].prompt and unique[uid].answer]
+    texts = [as_text(p, section, tokenizer) for p in complete]
+    special = section.prompt_format == "text"
+    rows = tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
+    fitting = [
+        (p, row)
+        for p, row in zip(complete, rows, strict=True)
+        if 0 < len(row) <= section.max_prompt_tokens
+    ]
+    kept = fitting[: size or None]
+    counts = {
+        "read": len(problems),
+        "duplicate": len(problems) - len(unique),
+        "without text or answer": len(unique) - len(complete),
+        "too long": len(complete) - len(fitting),
+        "not asked for": len(fitting) - len(kept),
+        "used": len(kept),
+    }
+    if not kept:
+        raise ValueError(
+            f"no problem is left ({', '.join(f'{v} {k}' for k, v in counts.items())}); "
+            f"data.max_prompt_tokens is {section.max_prompt_tokens} and the shortest prompt has "
+            f"{min(map(len, rows), default=0)} tokens"
+        )
+    lengths = np.array([len(row) for _, row in kept], np.int32)
+    tokens = np.zeros((len(kept), lengths.max()), np.int32)
+    for i, (_, row) in enumerate(kept):
+        tokens[i, : len(row)] = row
+    return EncodedProblems(tuple(p for p, _ in kept), tokens, lengths, counts)
+
+
+def batch_indices(
+    seed: int, step: int, *, batch_size: int, size: int
+) -> Int32[np.ndarray, " {batch_size}"]:
+    """Rows of the problems of step ``step`` (from 0), a function of its arguments.
+
+    Epoch e visits the permutation of generator (seed, e) in size // batch_size batches, the rest of
+    it unused, so no batch holds a problem twice and the position in the data is one integer.
+    Raises ValueError where a batch is larger than the data set.
+    """
+    if not 1 <= batch_size <= size:
+        raise ValueError(
+            f"train.prompts_per_step is {batch_size} but there are {size} training problems; "
+            "choose at most that many"
+        )
+    epoch, batch = divmod(step, size // batch_size)
+    order = np.random.default_rng([seed, epoch]).permutation(size)
+    return order[batch * batch_size : (batch + 1) * batch_size].astype(np.int32)

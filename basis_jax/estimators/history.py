@@ -1,0 +1,205 @@
+"""Single-rollout estimators that remember: a running mean, and evidence per problem.
+
+Every baseline is read *before* this step's rewards enter the state, except where a docstring says
+otherwise. A problem may stand several times in a batch: its rows share the old value, and their
+rewards enter the evidence together, so that the order of rows does not matter. Invalid rows leave
+the state as it is. Problem ids outside 0..M-1 read NaN and write nothing.
+"""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from basis_jax.estimators.rows import divide, estimate, read, share
+from basis_jax.estimators.single import batch_mean, standardise
+from basis_jax.estimators.table import init_table
+from basis_jax.masked import masked_mean
+from basis_jax.pytree import pytree
+from basis_jax.types import Estimate, Signals
+
+
+# ------------------------------------------------------------------------------- moving average
+def ema(
+    rewards: Num[ArrayLike, " N"],
+    baseline: Float[ArrayLike, ""],
+    *,
+    rate: float = 0.1,
+    valid: Bool[ArrayLike, " N"] | None = None,
+) -> tuple[Float[Array, ""], Estimate]:
+    """A = r - b, and then b <- (1 - rate) b + rate mean(r): (new b, Estimate). Williams 1992.
+
+    b is used before it is updated, every rollout counts once; without valid rows b stays.
+    """
+    rewards, valid = read(rewards, valid)
+    old = jnp.asarray(baseline, jnp.float32)
+    new = jnp.where(jnp.any(valid), (1 - rate) * old + rate * masked_mean(rewards, valid), old)
+    values = jnp.broadcast_to(old, rewards.shape)
+    return new, estimate(rewards - values, values, valid, baseline=old)
+
+
+def ema_init(successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]) -> Float[Array, ""]:
+    """The pooled offline success rate (K + 1/2) / (n + 1); 1/2 without an offline table."""
+    table = init_table(successes, trials)
+    return (jnp.sum(table.successes) + 0.5) / (jnp.sum(table.trials) + 1)
+
+
+def ema_update(
+    state: Float[Array, ""], signals: Signals, *, rate: float = 0.1
+) -> tuple[Float[Array, ""], Estimate]:
+    return ema(signals.rewards, state, rate=rate, valid=signals.valid)
+
+
+# ------------------------------------------------------------------------------- Beta evidence
+@pytree
+class Evidence:
+    """Discounted counts of every problem's successes and failures; value = a share of both."""
+
+    successes: Float[Array, " M"]
+    failures: Float[Array, " M"]
+    last: Int[Array, " M"]  # step whose policy the counts are discounted to
+    step: Int[Array, ""]
+
+
+def spo_init(
+    successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"], *, decay: float = 0.875
+) -> Evidence:
+    """1 / (1 - decay) pseudo-counts at the Jeffreys rate (k + 1/2) / (n + 1), SPO's recipe; half a
+    success and half a failure where trials are 0. ValueError unless 0 < decay < 1."""
+    if not 0 < decay < 1:
+        raise ValueError(f"got decay={decay}; the evidence decay lies between 0 and 1")
+    table = init_table(successes, trials)
+    weight = jnp.where(table.trials > 0, 1 / (1 - decay), 1)
+    rate = (table.successes + 0.5) / (table.trials + 1)
+    return _evidence(weight * rate, weight * (1 - rate))
+
+
+def spo_update(
+    state: Evidence,
+    signals: Signals,
+    *,
+    decay: float = 0.875,
+    convention: str = "sequence",
+    divergence: Float[Array, " N"] | None = None,
+) -> tuple[Evidence, Estimate]:
+    """SPO: A = r - a / (a + b), standardised over the batch. Xu, Ding 2025, arXiv 2509.13232.
+
+    Then a <- d a + r, b <- d b + 1 - r, decayed once a step in which the problem is visited.
+    d = ``decay``, or ``spo_decay(divergence)``, how far the policy moved on each row's problem
+    since its last visit (the least d of a problem's rows). Rewards in [0, 1]. ``convention`` as in
+    ``standardise``; ``none``: advantages unscaled.
+    """
+    rewards, valid = read(signals.rewards, signals.valid)
+    decays = jnp.full(rewards.shape, decay) if divergence is None else spo_decay(divergence)
+    factor = jnp.ones_like(state.successes)
+    factor = factor.at[signals.problem_ids].min(jnp.where(valid, decays, 1), mode="drop")
+    state, values = _observe(state, signals, factor, jnp.ones_like(rewards))
+    return state, _standardised(rewards, values, valid, signals, convention)
+
+
+def spo_decay(
+    divergence: Float[Array, "*s"], *, half: float = 0.06, least: float = 0.875, most: float = 0.96
+) -> Float[Array, "*s"]:
+    """clip(2^(-D / half), least, most); D = mean |logprob now - then| of the previous rollout."""
+    return jnp.clip(2 ** (-divergence / half), least, most)
+
+
+def spo_weights(state: Evidence) -> Float[Array, " M"]:
+    """SPO's sampling priority sqrt(v (1 - v)) + 0.05, drawn without replacement."""
+    v = divide(state.successes, state.successes + state.failures)
+    return jnp.sqrt(v * (1 - v)) + 0.05
+
+
+def spo_pp_update(
+    state: Evidence,
+    signals: Signals,
+    *,
+    decay: float = 0.875,
+    convention: str = "spo_pp",
+    staleness: Int[Array, " N"] | None = None,
+) -> tuple[Evidence, Estimate]:
+    """SPO++: evidence fades with every published policy, not with every visit. arXiv 2608.24870.
+
+    a = decay^(q - z_0) a_0 + sum_i decay^(q - z_i) r_i, b likewise with 1 - r_i: q is this step,
+    z_i the step whose policy wrote rollout i (``staleness`` = q - z_i, 0 if not given), so the
+    order in which rollouts arrive does not matter. Advantages by token measure (``convention``).
+    """
+    rewards, valid = read(signals.rewards, signals.valid)
+    age = (state.step - state.last).astype(jnp.float32)
+    staleness = jnp.zeros(rewards.shape) if staleness is None else staleness.astype(jnp.float32)
+    state, values = _observe(state, signals, decay**age, decay**staleness)
+    return state, _standardised(rewards, values, valid, signals, convention)
+
+
+def dbb_init(successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]) -> Evidence:
+    """Beta(1, 1) for every problem; the offline table is checked and not used."""
+    ones = jnp.ones_like(init_table(successes, trials).trials)
+    return _evidence(ones, ones)
+
+
+def dbb_update(
+    state: Evidence, signals: Signals, *, decay: float = 0.5, scale: bool = True
+) -> tuple[Evidence, Estimate]:
+    """GRPO-DBB: A = (r - p) / sqrt(p (1 - p)), or r - p without ``scale``. arXiv 2603.18444.
+
+    p = a / (a + b) *after* a <- decay a + S, b <- decay b + N - S with this step's S successes in
+    N rollouts of the problem: the own reward is inside p, a bias. Paper: decay .5 (1.7B), .75 (8B).
+    """
+    rewards, valid = read(signals.rewards, signals.valid)
+    state, _ = _observe(
+        state, signals, jnp.full_like(state.successes, decay), jnp.ones_like(rewards)
+    )
+    p = _value(state, signals)
+    advantages = divide(rewards - p, jnp.sqrt(p * (1 - p))) if scale else rewards - p
+    return state, estimate(advantages, p, valid)
+
+
+def _evidence(successes: Float[Array, " M"], failures: Float[Array, " M"]) -> Evidence:
+    return Evidence(
+        successes=successes,
+        failures=failures,
+        last=jnp.zeros(successes.shape, jnp.int32),
+        step=jnp.zeros((), jnp.int32),
+    )
+
+
+def _value(state: Evidence, signals: Signals) -> Float[Array, " N"]:
+    a, b = state.successes[signals.problem_ids], state.failures[signals.problem_ids]
+    return a / (a + b)
+
+
+def _observe(
+    state: Evidence, signals: Signals, factor: Float[Array, " M"], weights: Float[Array, " N"]
+) -> tuple[Evidence, Float[Array, " N"]]:
+    """(the state with visited problems' counts times ``factor`` plus the weighted new rewards, the
+    values before)."""
+    rewards, valid = read(signals.rewards, signals.valid)
+    weights = jnp.where(valid, weights, 0)
+    gained = problem_sums(weights * rewards, signals, factor.size)
+    lost = problem_sums(weights * (1 - rewards), signals, factor.size)
+    visited = problem_sums(valid.astype(jnp.float32), signals, factor.size) > 0
+    new = Evidence(
+        successes=jnp.where(visited, factor * state.successes + gained, state.successes),
+        failures=jnp.where(visited, factor * state.failures + lost, state.failures),
+        last=jnp.where(visited, state.step, state.last),
+        step=state.step + 1,
+    )
+    return new, _value(state, signals)
+
+
+def problem_sums(x: Float[Array, " N"], signals: Signals, size: int) -> Float[Array, " {size}"]:
+    """Sum of the rows' x for each of ``size`` problems."""
+    return jnp.zeros(size).at[signals.problem_ids].add(x, mode="drop")
+
+
+def _standardised(
+    rewards: Float[Array, " N"],
+    values: Float[Array, " N"],
+    valid: Bool[Array, " N"],
+    signals: Signals,
+    convention: str,
+) -> Estimate:
+    lengths = jnp.where(valid, signals.lengths.astype(jnp.float32), 0)
+    advantages = rewards - values
+    if convention != "none":
+        advantages, _ = standardise(jnp.where(valid, advantages, 0), lengths, convention)
+    return estimate(advantages, values, valid)

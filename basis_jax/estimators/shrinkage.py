@@ -1,0 +1,95 @@
+"""Group baselines pulled towards something steadier than four rewards: the other prompts
+(James-Stein) or a prior value (V_0.5). Groups, invalid rows and errors as in ``group.py``."""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Num
+
+from basis_jax.estimators.rows import divide, join, share, split, total
+from basis_jax.types import Estimate
+
+
+def james_stein(
+    rewards: Num[ArrayLike, " N"],
+    *,
+    group_size: int,
+    valid: Bool[ArrayLike, " N"] | None = None,
+    convention: str = "paper",
+) -> Estimate:
+    """b_ig = (1 - l_i) mean of i's other rollouts + l_i mean over the other prompts' means.
+    arXiv 2511.03710, eq. 10-16. No part of b or l sees the own prompt's reward g: unbiased.
+
+    l_i = (n - 1) / n v / (v + s) for n prompts: v the others' mean of (group variance / rollouts),
+    s the variance of the others' means. ``code`` drops (n - 1) / n and adds 1e-6 below. A rollout
+    alone in its group has l = 1; groups of one valid rollout leave v. Degenerate groups get an
+    advantage other than 0: never divide by a group sd afterwards.
+    """
+    if convention not in ("paper", "code"):
+        raise ValueError(f"james_stein got convention {convention!r}; choose one of paper, code")
+    r, w = split(rewards, valid, group_size)
+    count = jnp.sum(w, 1)
+    mean = divide(jnp.sum(w * r, 1), count)
+    deviation = jnp.where(w > 0, r - mean[:, None], 0)
+    noise = divide(divide(jnp.sum(deviation**2, 1), count - 1), count)
+    others = 1 - jnp.eye(mean.size)  # [i, k]
+    pooled = _mean_over(others, count > 0, mean)
+    spread = (mean[None, :] - pooled[:, None]) ** 2
+    v = _mean_over(others, count > 1, noise)
+    s = _mean_over(others, count > 0, spread)
+    prompts = jnp.sum(count > 0).astype(jnp.float32)
+    shrink = divide(v, v + s + 1e-6) if convention == "code" else divide(v, v + s)
+    shrink = shrink if convention == "code" else shrink * (prompts - 1) / jnp.maximum(prompts, 1)
+    left = count[:, None] - w
+    own = divide(total(w * r) - w * r, left)
+    shrink = jnp.where(left > 0, jnp.where(prompts > 1, shrink, 0)[:, None], 1)
+    baseline = (1 - shrink) * own + shrink * pooled[:, None]
+    return join(r - baseline, baseline, r, w, shrinkage=jnp.mean(shrink))
+
+
+def _mean_over(
+    others: Float[Array, "B B"], chosen: Bool[Array, " B"], x: Float[Array, "*s"]
+) -> Float[Array, " B"]:
+    """For every i the mean of x[k] (or x[i, k]) over the chosen k other than i; 0 without any."""
+    weights = others * chosen.astype(jnp.float32)[None, :]
+    x = jnp.broadcast_to(x if x.ndim == 2 else x[None, :], weights.shape)
+    return divide(jnp.sum(jnp.where(weights > 0, x, 0), 1), jnp.sum(weights, 1))
+
+
+def v05(
+    rewards: Num[ArrayLike, " N"],
+    successes: Num[ArrayLike, " N"],
+    trials: Num[ArrayLike, " N"],
+    *,
+    group_size: int,
+    valid: Bool[ArrayLike, " N"] | None = None,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> Estimate:
+    """V_0.5: the group mean (own reward included) fused with a prior value. arXiv 2603.10848.
+
+    The paper's prior is a pretrained value model; here it is the offline table's Jeffreys rate
+    (k + 1/2) / (n + 1), mapped to [low, high], the range of the rewards. See ``fuse``.
+    The paper reports that one or two rollouts do not do: the prior is never rejected.
+    """
+    r, w = split(rewards, valid, group_size, successes=successes, trials=trials)
+    rate = (jnp.asarray(successes, jnp.float32) + 0.5) / (jnp.asarray(trials, jnp.float32) + 1)
+    prior = (low + (high - low) * rate).reshape(r.shape)
+    mean = divide(total(w * r), total(w))
+    weight, baseline = fuse(mean, prior, total(w), spread=(high - low) / 2)
+    return join(
+        r - baseline, baseline, r, w, prior_kept=share((weight == 0).ravel(), w.ravel() > 0)
+    )
+
+
+def fuse(
+    mean: Float[Array, "*s"], prior: Float[Array, "*s"], count: Float[Array, "*s"], *, spread: float
+) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
+    """(weight of the mean, fused value) with noise e = spread^2 / count, the largest variance of
+    a mean of ``count`` rewards in [-spread, spread] around their middle.
+
+    Deviation test: D = max(0, (mean - prior)^2 - e); weight = D / (D + e). Count 0 keeps the prior.
+    """
+    noise = divide(jnp.full_like(count, spread**2), count)
+    deviation = jnp.maximum(0, (mean - prior) ** 2 - noise)
+    weight = jnp.where(count > 0, divide(deviation, deviation + noise), 0)
+    return weight, weight * mean + (1 - weight) * prior

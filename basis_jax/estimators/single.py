@@ -1,0 +1,97 @@
+"""Stateless estimators for one rollout a prompt: REINFORCE and batch baselines.
+
+Sequence weighting counts every rollout once, token weighting once per completion token: match it
+to the loss (token mean: token weighting; sequence mean: sequence weighting).
+"""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Num
+
+from basis_jax.estimators.rows import centre, divide, estimate, read, total
+from basis_jax.types import Estimate
+
+# variance -> 1 / sd
+CONVENTIONS = {
+    "openrlhf": lambda variance: 1 / jnp.sqrt(jnp.maximum(variance, 1e-8)),
+    "verl": lambda variance: 1 / jnp.sqrt(variance + 1e-8),
+    "spo_pp": lambda variance: 1 / (jnp.sqrt(variance) + 1e-8),
+    "sequence": lambda variance: 1 / (jnp.sqrt(variance) + 1e-8),
+}
+
+
+def reinforce(
+    rewards: Num[ArrayLike, " N"], *, valid: Bool[ArrayLike, " N"] | None = None
+) -> Estimate:
+    """A_i = r_i, no baseline. Williams 1992. With 0/1 rewards only successes push."""
+    rewards, valid = read(rewards, valid)
+    return estimate(rewards, jnp.zeros_like(rewards), valid)
+
+
+def batch_mean(
+    rewards: Num[ArrayLike, " N"],
+    *,
+    valid: Bool[ArrayLike, " N"] | None = None,
+    leave_one_out: bool = True,
+) -> Estimate:
+    """A_i = r_i - mean of the batch, by default of the other rows.
+
+    ``leave_one_out=False`` keeps the own reward in: the gradient shrinks by (N - 1) / N. A row
+    alone in its batch has baseline 0 under ``leave_one_out``, its own reward otherwise.
+    """
+    rewards, valid = read(rewards, valid)
+    weights = valid.astype(jnp.float32)
+    own = weights if leave_one_out else jnp.zeros_like(weights)
+    baseline = divide(jnp.sum(rewards) - own * rewards, jnp.sum(weights) - own)
+    return estimate(rewards - baseline, baseline, valid)
+
+
+def remax(
+    rewards: Num[ArrayLike, " N"],
+    greedy_rewards: Num[ArrayLike, " N"],
+    *,
+    valid: Bool[ArrayLike, " N"] | None = None,
+) -> Estimate:
+    """A = r - reward of one greedy completion of the same prompt. Li et al. 2023, 2310.10505.
+
+    Costs a second completion a prompt; 0 where both succeed or both fail.
+    """
+    rewards, valid = read(rewards, valid, greedy_rewards=greedy_rewards)
+    greedy = jnp.asarray(greedy_rewards, jnp.float32)
+    return estimate(rewards - greedy, greedy, valid)
+
+
+def reinforce_pp(
+    rewards: Num[ArrayLike, " N"],
+    lengths: Num[ArrayLike, " N"],
+    *,
+    valid: Bool[ArrayLike, " N"] | None = None,
+    convention: str = "openrlhf",
+) -> Estimate:
+    """REINFORCE++ without KL in the reward: A = (r - mean) / sd over the whole batch.
+    Hu et al. 2025, arXiv 2501.03262; ``lengths`` are completion tokens. See ``standardise``.
+    """
+    rewards, valid = read(rewards, valid, lengths=lengths)
+    weights = jnp.where(valid, jnp.asarray(lengths, jnp.float32), 0)
+    advantages, mean = standardise(rewards, weights, convention)
+    return estimate(advantages, mean, valid)
+
+
+def standardise(
+    x: Float[Array, " N"], lengths: Float[Array, " N"], convention: str
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """((x - mean) / sd, mean) over the rows with length > 0. L = sum of lengths.
+
+    ``openrlhf``: token-weighted mean, population variance, / sqrt(max(var, 1e-8));
+    ``verl``: token-weighted, variance * L / (L - 1), / sqrt(var + 1e-8);
+    ``spo_pp``: token-weighted, variance * L / (L - 1), / (sd + 1e-8) (arXiv 2608.24870);
+    ``sequence``: every row once, ddof = 1, / (sd + 1e-8) (SPO, arXiv 2509.13232).
+    Equal x, a single token and a single row give exactly 0.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"got convention {convention!r}; choose one of {', '.join(CONVENTIONS)}")
+    weights = (lengths > 0).astype(x.dtype) if convention == "sequence" else lengths
+    centred, mean = centre(x, weights)
+    ddof = 0 if convention == "openrlhf" else 1
+    variance = divide(total(weights * centred**2), total(weights) - ddof)
+    return centred * CONVENTIONS[convention](variance), mean

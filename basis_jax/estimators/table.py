@@ -1,0 +1,33 @@
+"""The offline reference table: successes and trials of every problem's reference completions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Num
+
+from basis_jax.estimators.rows import check_rows
+from basis_jax.pytree import pytree
+
+
+@pytree
+class Table:
+    successes: Float[Array, " M"]
+    trials: Float[Array, " M"]
+
+
+def init_table(successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]) -> Table:
+    """The table as estimator state. Raises ValueError unless 0 <= successes <= trials everywhere
+    (checked where the numbers are there: not while tracing)."""
+    check_rows(successes=successes, trials=trials)
+    if not isinstance(successes, jax.core.Tracer) and not isinstance(trials, jax.core.Tracer):
+        k, n = np.asarray(successes, np.float64), np.asarray(trials, np.float64)
+        bad = np.flatnonzero(~((k >= 0) & (k <= n) & np.isfinite(n)))
+        if bad.size:
+            raise ValueError(
+                f"problem {bad[0]} has {k[bad[0]]:g} successes in {n[bad[0]]:g} trials; every "
+                "problem needs 0 <= successes <= trials"
+            )
+    return Table(
+        successes=jnp.asarray(successes, jnp.float32), trials=jnp.asarray(trials, jnp.float32)
+    )

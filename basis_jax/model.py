@@ -1,0 +1,345 @@
+"""The decoder of Qwen2, Qwen3 and Llama, defined once in Flax Linen and used as pure functions.
+
+The sampler and the trainer run the same ``forward``; the only shift between tokens and their
+log-probabilities is in ``token_logprobs``. Sequences start at position 0 and are padded on the
+right, so the causal mask is the only mask: what stands behind a row's end is never attended to.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from basis_jax.pytree import pytree
+from basis_jax.sharding import constrain
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 frequency scaling (config.json ``rope_type: llama3``)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Static description of a decoder; ``hf.model_config`` makes it from ``config.json``."""
+
+    architecture: str  # "qwen2", "qwen3" or "llama"
+    vocab_size: int
+    embed: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    max_positions: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tied: bool = False  # output layer = embedding
+    qkv_bias: bool = False  # Qwen2
+    output_bias: bool = False  # Llama with attention_bias
+    mlp_bias: bool = False  # Llama with mlp_bias
+    qk_norm: bool = False  # Qwen3
+    compute_dtype: str = "float32"
+    remat: bool = False
+
+
+@pytree
+class Cache:
+    """Keys and values by layer. Slot s of a row holds its token at position s."""
+
+    keys: Float[Array, "L N S K Dh"]
+    values: Float[Array, "L N S K Dh"]
+
+
+def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
+    """Rotation per position, in radians: theta^(-2i/d), scaled as Llama 3 where asked.
+
+    Llama 3: wavelengths above original/low_freq are divided by ``factor``, those below
+    original/high_freq are kept, and between them the two are interpolated.
+    """
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequency = 1.0 / (config.rope_theta**exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    turns = scaling.original_max_positions * frequency / (2 * math.pi)
+    smooth = (turns - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    smooth = jnp.clip(smooth, 0.0, 1.0)
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def rotate(
+    x: Float[Array, "N T heads Dh"], positions: Int[Array, "N T"], config: ModelConfig
+) -> Float[Array, "N T heads Dh"]:
+    """Rotary embedding on halves: pairs are (i, i + Dh/2), as Hugging Face stores the weights."""
+    angle = positions[..., None].astype(jnp.float32) * rope_frequencies(config)[None, None]
+    sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "*s D"], scale: Float[Array, " D"], eps: float):
+    """x / sqrt(mean(x^2) + eps) * scale, in float32."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (normed * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """One decoder layer. Carries (hidden, cache); reads and writes its own cache layer."""
+
+    config: ModelConfig
+
+    def weight(self, name, shape, axes, *, bias=False):
+        if bias:
+            initial = nn.initializers.zeros
+        else:
+            initial = nn.initializers.normal(0.02)
+        value = self.param(name, nn.with_logical_partitioning(initial, axes), shape, jnp.float32)
+        return value.astype(self.config.compute_dtype)
+
+    def scale(self, name, size, axis):
+        initial = nn.with_logical_partitioning(nn.initializers.ones, (axis,))
+        return self.param(name, initial, (size,), jnp.float32)
+
+    @nn.compact
+    def __call__(self, carry, layer, positions):
+        x, cache = carry
+        c = self.config
+        normed = rms_norm(x, self.scale("attention_norm", c.embed, "activation_embed"), c.norm_eps)
+        attended, cache = self.attention(normed, cache, layer, positions)
+        x = constrain(x + attended, ("batch", "time", "activation_embed"))
+        normed = rms_norm(x, self.scale("mlp_norm", c.embed, "activation_embed"), c.norm_eps)
+        x = constrain(x + self.feed_forward(normed), ("batch", "time", "activation_embed"))
+        return (x, cache), None
+
+    def project(self, name, x, heads, axis):
+        c = self.config
+        shape, axes = (c.embed, heads, c.head_dim), ("embed", axis, "head_dim")
+        y = jnp.einsum("ntd,dhk->nthk", x, self.weight(f"{name}_proj", shape, axes))
+        if c.qkv_bias:
+            y = y + self.weight(f"{name}_bias", shape[1:], axes[1:], bias=True)[None, None]
+        if c.qk_norm and name != "v":
+            y = rms_norm(y, self.scale(f"{name}_norm", c.head_dim, "head_dim"), c.norm_eps)
+        return y
+
+    def attention(self, x, cache, layer, positions):
+        c = self.config
+        queries = rotate(self.project("q", x, c.heads, "heads"), positions, c)
+        keys = rotate(self.project("k", x, c.kv_heads, "kv_heads"), positions, c)
+        values = self.project("v", x, c.kv_heads, "kv_heads")
+        decoding = cache is not None and x.shape[1] == 1
+        if cache is not None:
+            cache = write_cache(cache, keys, values, layer=layer, positions=positions)
+        if decoding:
+            keys, values = cache.keys[layer], cache.values[layer]
+            mask = (jnp.arange(keys.shape[1])[None] <= positions)[:, None]
+        else:
+            steps = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+            mask = steps[:, None, :] <= steps[:, :, None]
+        mixed = attend(queries, keys, values, mask)
+        out = self.weight("o_proj", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"))
+        mixed = jnp.einsum("nthk,hkd->ntd", mixed, out)
+        if c.output_bias:
+            bias = self.weight("o_bias", (c.embed,), ("activation_embed",), bias=True)
+            mixed = mixed + bias[None, None]
+        return mixed, cache
+
+    def feed_forward(self, x):
+        c = self.config
+
+        def dense(name, y, sizes, axes):
+            y = jnp.einsum("nti,io->nto", y, self.weight(f"{name}_proj", sizes, axes))
+            if c.mlp_bias:
+                bias = self.weight(f"{name}_bias", sizes[1:], axes[1:], bias=True)
+                y = y + bias[None, None]
+            return y
+
+        gate = dense("gate", x, (c.embed, c.mlp), ("embed", "mlp"))
+        up = dense("up", x, (c.embed, c.mlp), ("embed", "mlp"))
+        return dense("down", jax.nn.silu(gate) * up, (c.mlp, c.embed), ("mlp", "embed"))
+
+
+def attend(
+    queries: Float[Array, "N T H Dh"],
+    keys: Float[Array, "N S K Dh"],
+    values: Float[Array, "N S K Dh"],
+    mask: Bool[Array, "#N T S"],
+) -> Float[Array, "N T H Dh"]:
+    """softmax(q k / sqrt(Dh)) v over the slots where mask; H/K query heads share a key head."""
+    rows, steps, heads, size = queries.shape
+    grouped = queries.reshape(rows, steps, keys.shape[2], -1, size)
+    scores = jnp.einsum(
+        "ntkgd,nskd->nkgts", grouped, keys, preferred_element_type=jnp.float32
+    ) / math.sqrt(size)
+    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("nkgts,nskd->ntkgd", weights, values).reshape(rows, steps, heads, size)
+
+
+def write_cache(cache: Cache, keys, values, *, layer, positions) -> Cache:
+    """Put new keys and values [N T K Dh] into one layer: T > 1 fills slots 0..T-1 (prefill), T = 1
+    writes each row's slot ``positions`` (decode)."""
+
+    def write(store, new):
+        new = new.astype(store.dtype)
+        if new.shape[1] > 1:
+            return jax.lax.dynamic_update_slice(store, new[None], (layer, 0, 0, 0, 0))
+        rows = jnp.arange(new.shape[0])
+        return store.at[layer, rows, positions[:, 0]].set(new[:, 0])
+
+    return Cache(keys=write(cache.keys, keys), values=write(cache.values, values))
+
+
+class Decoder(nn.Module):
+    """Embedding, the layer stack as one scan, final norm; the output layer is ``logits``."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens, positions, cache):
+        c = self.config
+        initial = nn.initializers.normal(0.02)
+        axes = nn.with_logical_partitioning(initial, ("vocab", "embed"))
+        embedding = self.param("embedding", axes, (c.vocab_size, c.embed), jnp.float32)
+        if not c.tied:  # declared here, used by `logits`
+            self.param("output", axes, (c.vocab_size, c.embed), jnp.float32)
+        x = jnp.take(embedding, tokens, axis=0).astype(c.compute_dtype)
+        x = constrain(x, ("batch", "time", "activation_embed"))
+        block = Block
+        if c.remat:
+            block = nn.remat(Block, prevent_cse=False)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        layers = jnp.arange(c.layers, dtype=jnp.int32)
+        (x, cache), _ = stack(c, name="layers")((x, cache), layers, positions)
+        norm = nn.with_logical_partitioning(nn.initializers.ones, ("activation_embed",))
+        return rms_norm(x, self.param("norm", norm, (c.embed,), jnp.float32), c.norm_eps), cache
+
+
+def _init_boxed(config: ModelConfig, key):
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # too small to split
+        return Decoder(config).init(key, tokens, jnp.zeros_like(tokens), None)["params"]
+
+
+def init(config: ModelConfig, key) -> PyTree:
+    """Random float32 parameters: normal(0, 0.02) weights, zero biases, unit norms.
+
+    Call it under ``jax.jit(init, static_argnums=0)``: eager initialisation takes many seconds.
+    """
+    return nn.unbox(_init_boxed(config, key))
+
+
+@functools.cache
+def _abstract_boxed(config: ModelConfig):
+    return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
+
+
+def param_shapes(config: ModelConfig) -> PyTree:
+    """ShapeDtypeStruct of every parameter, without making any."""
+    return nn.unbox(_abstract_boxed(config))
+
+
+def param_axes(config: ModelConfig) -> PyTree:
+    """Tuple of logical axis names of every parameter."""
+    specs = nn.get_partition_spec(_abstract_boxed(config))
+    return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+
+
+def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
+    """An empty cache of ``length`` slots a row, in the compute dtype."""
+    shape = (config.layers, rows, length, config.kv_heads, config.head_dim)
+    zeros = jnp.zeros(shape, config.compute_dtype)
+    axes = ("layers", "batch", "time", "kv_heads", "head_dim")
+    return Cache(keys=constrain(zeros, axes), values=constrain(zeros, axes))
+
+
+def forward(
+    params: PyTree,
+    config: ModelConfig,
+    tokens: Int[Array, "N T"],
+    *,
+    positions: Int[Array, "N T"] | None = None,
+    cache: Cache | None = None,
+) -> tuple[Float[Array, "N T D"], Cache | None]:
+    """Final hidden states and the new cache.
+
+    Without a cache, or with one and T > 1 (prefill into slots 0..T-1), rows start at position 0.
+    With a cache and T = 1 every row is extended at its own ``positions`` (decode).
+    """
+    if positions is None:
+        steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        positions = jnp.broadcast_to(steps[None], tokens.shape)
+    return Decoder(config).apply({"params": params}, tokens, positions, cache)
+
+
+def logits(
+    params: PyTree, config: ModelConfig, hidden: Float[Array, "*s D"]
+) -> Float[Array, "*s V"]:
+    """Output layer; products in the compute dtype, sums and result in float32."""
+    weight = params["embedding" if config.tied else "output"].astype(config.compute_dtype)
+    return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def token_logprobs(
+    params: PyTree,
+    config: ModelConfig,
+    tokens: Int[Array, "N T"],
+    *,
+    temperature: float = 1.0,
+    chunk: int = 512,
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+    """log p(token t | tokens before t) at ``temperature``, and the entropy (nats) it was drawn with.
+
+    Token-aligned: column 0 is 0 (nothing predicts it). Logits exist for ``chunk`` positions at a
+    time, forward and backward: N x chunk x V float32, never N x T x V.
+    """
+    hidden, _ = forward(params, config, tokens)
+    rows, steps = tokens.shape
+    hidden, targets = hidden[:, :-1], tokens[:, 1:]
+    chunk = min(chunk, max(1, steps - 1))
+    pad = -(steps - 1) % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, pad)))
+
+    @jax.checkpoint
+    def score(part, target):
+        scaled = logits(params, config, part) / temperature
+        logprobs = jax.nn.log_softmax(scaled, axis=-1)
+        picked = jnp.take_along_axis(logprobs, target[..., None], axis=-1)[..., 0]
+        return picked, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+
+    def split(x):  # [N, chunks * C, ...] -> [chunks, N, C, ...]
+        return jnp.moveaxis(x.reshape((rows, -1, chunk) + x.shape[2:]), 1, 0)
+
+    parts = split(hidden), split(targets)
+    if parts[1].shape[0] == 1:
+        picked, entropy = jax.tree.map(lambda x: x[None], score(parts[0][0], parts[1][0]))
+    else:
+        picked, entropy = jax.lax.map(lambda part: score(*part), parts)
+
+    def join(x):
+        flat = jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, : steps - 1]
+        return jnp.pad(flat, ((0, 0), (1, 0)))
+
+    return join(picked), join(entropy)

@@ -1,0 +1,34 @@
+"""The one decorator behind every type that travels through jit."""
+
+import dataclasses
+from typing import TypeVar, dataclass_transform
+
+import jax
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def pytree(cls: type[T]) -> type[T]:
+    """A frozen, keyword-only dataclass registered with JAX; every field is a child.
+
+    JAX rebuilds instances through ``object.__new__``: shape checks run when you construct one and
+    not when ``vmap`` or ``tree.map`` puts something else into the leaves.
+    """
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    names = tuple(field.name for field in dataclasses.fields(cls))
+
+    def flatten_with_keys(instance):
+        return tuple((jax.tree_util.GetAttrKey(n), getattr(instance, n)) for n in names), None
+
+    def flatten(instance):
+        return tuple(getattr(instance, n) for n in names), None
+
+    def unflatten(_, children):
+        instance = object.__new__(cls)
+        for name, child in zip(names, children, strict=True):
+            object.__setattr__(instance, name, child)
+        return instance
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls

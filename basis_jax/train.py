@@ -1,0 +1,312 @@
+"""The training step: state, batches, the jitted update. ``scripts/train.py`` is the story."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from basis_jax import model
+from basis_jax.config import Config, LossSection, OptimSection
+from basis_jax.estimators import Estimator
+from basis_jax.losses import loss_weights, ppo_loss
+from basis_jax.masked import completion_mask, masked_max, masked_sum
+from basis_jax.model import ModelConfig
+from basis_jax.rollouts import Graded
+from basis_jax.sharding import batch_shards, check_divides, constrain, named_tree, put_rows
+from basis_jax.types import Batch, Estimate, Signals, TrainState
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
+    """Raise a ValueError for sizes that do not divide, before anything is compiled."""
+    train, group = config.train, config.sampling.group_size
+    rollouts = train.prompts_per_step * group
+    shards = batch_shards(mesh)
+    for larger, smaller, sizes in (
+        ("rollouts per step", "train.minibatch_rollouts", (rollouts, train.minibatch_rollouts)),
+        (
+            "train.minibatch_rollouts",
+            "train.microbatch_rollouts",
+            (train.minibatch_rollouts, train.microbatch_rollouts),
+        ),
+        ("train.microbatch_rollouts", "the batch's devices", (train.microbatch_rollouts, shards)),
+    ):
+        if min(sizes) < 1 or sizes[0] % sizes[1]:
+            raise ValueError(
+                f"{larger} = {sizes[0]} is not a multiple of {smaller} = {sizes[1]}; "
+                f"choose sizes that divide"
+            )
+    check_divides(
+        mesh,
+        {
+            "the model's key heads": (architecture.kv_heads, "kv_heads"),
+            "the model's heads": (architecture.heads, "heads"),
+            "the model's feed-forward width": (architecture.mlp, "mlp"),
+            "the model's vocabulary": (architecture.vocab_size, "vocab"),
+            "the model's embedding width": (architecture.embed, "embed"),
+        },
+    )
+
+
+def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW under a warm-up and a schedule over ``updates`` updates."""
+    if section.schedule not in SCHEDULES:
+        raise ValueError(
+            f"optim.schedule is {section.schedule!r}; allowed are {', '.join(SCHEDULES)}"
+        )
+    decay = max(1, updates - section.warmup_steps)
+    after = {
+        "constant": optax.constant_schedule(section.lr),
+        "linear": optax.linear_schedule(section.lr, 0.0, decay),
+        "cosine": optax.cosine_decay_schedule(section.lr, decay),
+    }[section.schedule]
+    warmup = optax.linear_schedule(0.0, section.lr, max(1, section.warmup_steps))
+    schedule = optax.join_schedules([warmup, after], [section.warmup_steps])
+    adamw = optax.adamw(
+        schedule, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay
+    )
+    if section.max_grad_norm > 0:
+        return optax.chain(optax.clip_by_global_norm(section.max_grad_norm), adamw)
+    return adamw
+
+
+def make_state(
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    estimator_state: PyTree,
+    *,
+    architecture: ModelConfig,
+    mesh: Mesh,
+) -> TrainState:
+    """The state before the first step; optimizer moments lie where their parameters lie."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shardings = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        named_tree(mesh, model.param_axes(architecture)),
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(
+        step=jax.device_put(jnp.int32(0), everywhere),
+        params=params,
+        opt_state=jax.jit(optimizer.init, out_shardings=shardings)(params),
+        estimator_state=jax.device_put(estimator_state, everywhere),
+    )
+
+
+def make_estimate(estimator: Estimator) -> Callable[..., tuple[PyTree, Estimate]]:
+    """The estimator's jitted step over the whole batch, before any split."""
+    update = jax.jit(estimator.update)
+
+    def estimate(state: PyTree, graded: Graded) -> tuple[PyTree, Estimate]:
+        signals = Signals(
+            rewards=jnp.asarray(graded.rewards),
+            valid=jnp.asarray(graded.valid),
+            problem_ids=jnp.asarray(graded.rollouts.problem_ids),
+            lengths=jnp.asarray(graded.rollouts.completion_lengths),
+        )
+        return update(state, signals)
+
+    return estimate
+
+
+def updates_per_step(config: Config) -> int:
+    """Optimizer updates that one step's rollouts are split into."""
+    rollouts = config.train.prompts_per_step * config.sampling.group_size
+    return rollouts // config.train.minibatch_rollouts
+
+
+def make_batches(
+    graded: Graded,
+    estimate: Estimate,
+    *,
+    config: Config,
+    score: Callable[[PyTree, jax.Array], jax.Array],
+    params: PyTree,
+    mesh: Mesh,
+) -> list[Batch]:
+    """One ``Batch`` per optimizer update, rollouts in order, split over the mesh.
+
+    Rollouts that the verifier failed on leave the loss and its denominators. With one update a
+    step the policy is still the one that sampled, and ``old_logprobs`` need no pass of their own;
+    with several they are all scored before the first update.
+    """
+    rollouts, rows = graded.rollouts, config.train.minibatch_rollouts
+    mask = completion_mask(
+        jnp.asarray(rollouts.prompt_lengths),
+        jnp.asarray(rollouts.completion_lengths),
+        rollouts.tokens.shape[1],
+    )
+    mask = mask & jnp.asarray(graded.valid)[:, None]
+    batches = []
+    for start in range(0, len(graded.valid), rows):
+        part = slice(start, start + rows)
+        tokens = put_rows(mesh, rollouts.tokens[part])
+        weights = loss_weights(
+            mask[part], config.loss.aggregation, max_length=config.sampling.max_new_tokens
+        )
+        batch = Batch(
+            tokens=tokens,
+            completion_mask=mask[part],
+            loss_weights=weights,
+            advantages=estimate.advantages[part],
+            old_logprobs=score(params, tokens) if updates_per_step(config) > 1 else None,
+            sampler_logprobs=rollouts.sampler_logprobs[part],
+        )
+        batches.append(put_rows(mesh, batch))
+    return batches
+
+
+def finish_step(state: TrainState, estimator_state: PyTree) -> TrainState:
+    """The state after all updates of a step."""
+    return TrainState(
+        step=state.step + 1,
+        params=state.params,
+        opt_state=state.opt_state,
+        estimator_state=estimator_state,
+    )
+
+
+def merge_updates(outcomes: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """Metrics of a step's updates: the mean, and the maximum where the name says so.
+
+    Raises FloatingPointError where a gradient is not finite: the parameters are then spoilt.
+    """
+    outcomes = jax.device_get(outcomes)
+    if not all(np.isfinite(o["policy/grad_norm"]) for o in outcomes):
+        raise FloatingPointError(
+            "the gradient is not finite, so the parameters are spoilt; resume from the last "
+            "checkpoint with a lower optim.lr or float32"
+        )
+    merged = {}
+    for name in outcomes[0]:
+        values = [o[name] for o in outcomes]
+        merged[name] = float(np.max(values) if name.endswith("_max") else np.mean(values))
+    return merged
+
+
+def split_micro(tree: PyTree, rows: int) -> PyTree:
+    """[N ...] -> [N / rows, rows ...]; microbatch m holds rows m, m + N/rows, ..., so that every
+    device keeps the rows it has."""
+
+    def split(x):
+        x = x.reshape((rows, -1) + x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, (None, "batch") + (None,) * (x.ndim - 2))
+
+    return jax.tree.map(split, tree)
+
+
+def make_score(
+    architecture: ModelConfig, *, loss: LossSection, temperature: float, microbatch: int
+) -> Callable[[PyTree, jax.Array], jax.Array]:
+    """jitted (params, tokens [N T]) -> log-probabilities [N T] of the trainer's policy."""
+
+    @jax.jit
+    def score(params, tokens):
+        def one(part):
+            return model.token_logprobs(
+                params, architecture, part, temperature=temperature, chunk=loss.logprob_chunk
+            )[0]
+
+        parts = jax.lax.map(one, split_micro(tokens, microbatch))
+        return parts.swapaxes(0, 1).reshape(tokens.shape)
+
+    return score
+
+
+def make_update(
+    architecture: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    loss: LossSection,
+    temperature: float,
+    microbatch: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """jitted (state, batch) -> state, metrics: microbatches by scan, then one optimizer update.
+
+    The batch's ``loss_weights`` hold the global denominators, so the summed microbatch gradients
+    are the gradient of the whole update whatever the split. Parameters and moments are donated;
+    ``step`` and the estimator's state pass through.
+    """
+
+    def objective(params, batch):
+        logprobs, entropy = model.token_logprobs(
+            params, architecture, batch.tokens, temperature=temperature, chunk=loss.logprob_chunk
+        )
+        value, clipped = ppo_loss(logprobs, batch, clip_low=loss.clip_low, clip_high=loss.clip_high)
+        old = logprobs if batch.old_logprobs is None else batch.old_logprobs
+        mask = batch.completion_mask
+        gap = jnp.abs(old - batch.sampler_logprobs)
+        sums = {
+            "tokens": jnp.sum(mask).astype(jnp.float32),
+            "policy/loss": value,
+            "policy/clip_fraction": jnp.sum(clipped).astype(jnp.float32),
+            "policy/entropy": masked_sum(entropy, mask),
+            "policy/kl_old": masked_sum(old - logprobs, mask),
+            "sampler/logprob_gap_mean": masked_sum(gap, mask),
+        }
+        return value, jax.lax.stop_gradient((sums, masked_max(gap, mask)))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, batch):
+        def accumulate(gradients, micro):
+            new, aux = jax.grad(objective, has_aux=True)(params, micro)
+            return jax.tree.map(jnp.add, gradients, new), aux
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        gradients, (sums, gaps) = jax.lax.scan(accumulate, zeros, split_micro(batch, microbatch))
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its counts with floats
+            changes, opt_state = optimizer.update(gradients, opt_state, params)
+        metrics = jax.tree.map(jnp.sum, sums)
+        tokens = jnp.maximum(metrics.pop("tokens"), 1.0)
+        metrics = {k: v if k == "policy/loss" else v / tokens for k, v in metrics.items()}
+        metrics["sampler/logprob_gap_max"] = jnp.max(gaps)
+        metrics["policy/grad_norm"] = optax.tree.norm(gradients)
+        return optax.apply_updates(params, changes), opt_state, metrics
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        params, opt_state, metrics = step(state.params, state.opt_state, batch)
+        state = TrainState(
+            step=state.step,
+            params=params,
+            opt_state=opt_state,
+            estimator_state=state.estimator_state,
+        )
+        return state, metrics
+
+    return update
+
+
+def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
+    """What a step tells about rewards, lengths and the value estimates.
+
+    ``estimate/value_error`` is the mean of (reward - value)^2 over valid rows: the values' own
+    squared error plus the rewards' noise E[V (1 - V)], so only differences between runs count.
+    """
+    valid, lengths = graded.valid, graded.rollouts.completion_lengths
+    rewards = graded.rewards[valid]
+    errors = (graded.rewards - np.asarray(estimate.values))[valid] ** 2
+    metrics = {
+        "reward/mean": rewards.mean() if rewards.size else 0.0,
+        "reward/accuracy": (rewards > 0.5).mean() if rewards.size else 0.0,
+        "reward/variance": rewards.var() if rewards.size else 0.0,
+        "reward/invalid": 1.0 - valid.mean(),
+        "estimate/value_error": errors.mean() if rewards.size else 0.0,
+        "estimate/advantage_abs": np.abs(np.asarray(estimate.advantages)).mean(),
+        "completion/length_mean": lengths.mean(),
+        "completion/truncated": 1.0 - graded.rollouts.terminated.mean(),
+        "time/sample_s": graded.sample_seconds,
+        "time/verify_s": graded.verify_seconds,
+        "throughput/sample_tokens_per_s": graded.tokens / graded.sample_seconds,
+    }
+    for name, value in estimate.info.items():
+        if np.ndim(value) == 0:
+            metrics[f"estimate/{name}"] = value
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,78 @@
+"""What travels between the parts of a training step.
+
+Axes: N rollouts, B prompts, G rollouts per prompt (N = B * G, a prompt's rollouts adjacent),
+P prompt positions, T positions (prompt then completion, padded on the right), M problems.
+Every ``[N T]`` array is token-aligned: entry t says something about token t.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+from basis_jax.pytree import pytree
+
+Array = jax.Array | np.ndarray  # rollouts are verified on the host and trained on devices
+
+
+@pytree
+class Prompts:
+    """Tokenised prompts, padded on the right; what stands beyond ``lengths`` is ignored."""
+
+    tokens: Int[Array, "N P"]
+    lengths: Int[Array, " N"]
+    problem_ids: Int[Array, " N"]  # row of the problem in the data set, 0..M-1
+
+
+@pytree
+class Rollouts:
+    """Prompts with what the policy wrote after them, from token ``prompt_lengths`` on."""
+
+    tokens: Int[Array, "N T"]
+    prompt_lengths: Int[Array, " N"]
+    completion_lengths: Int[Array, " N"]  # sampled tokens, the EOS included
+    sampler_logprobs: Float[Array, "N T"]  # 0 outside the completion
+    terminated: Bool[Array, " N"]  # True: ended with an EOS; False: cut at the length limit
+    problem_ids: Int[Array, " N"]
+
+
+@pytree
+class Signals:
+    """All that an estimator sees of a batch of rollouts."""
+
+    rewards: Float[Array, " N"]
+    valid: Bool[Array, " N"]  # False: the verifier failed; the row says nothing
+    problem_ids: Int[Array, " N"]
+    lengths: Int[Array, " N"]  # completion tokens
+
+
+@pytree
+class Estimate:
+    """What an estimator returns: ``advantages = rewards - values`` up to its normalisation."""
+
+    advantages: Float[Array, " N"]
+    values: Float[Array, " N"]  # the baseline that was subtracted
+    info: dict[str, Shaped[Array, "..."]]
+
+
+@pytree
+class Batch:
+    """One optimizer update's rows. ``loss_weights`` carry every denominator of the loss."""
+
+    tokens: Int[Array, "N T"]
+    completion_mask: Bool[Array, "N T"]
+    loss_weights: Float[Array, "N T"]
+    advantages: Float[Array, " N"]
+    old_logprobs: Float[Array, "N T"] | None  # None: strictly on-policy, old = current
+    sampler_logprobs: Float[Array, "N T"]
+
+
+@pytree
+class TrainState:
+    """Everything that a checkpoint must hold for training to continue bit for bit."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    estimator_state: Any

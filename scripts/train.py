@@ -1,0 +1,170 @@
+"""Train a language model on verifiable problems with one rollout per prompt.
+
+    python scripts/train.py --config configs/quickstart.py
+    python scripts/train.py --config configs/qwen_math.py --model.path /models/Qwen3-4B
+
+Any field of the config can be overridden (``--optim.lr 3e-6``; ``--help`` lists all). The same
+command again resumes the run in ``--run-dir`` from its newest checkpoint.
+"""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from basis_jax import checkpoint, command_line, hf, plots
+from basis_jax.data import batch_indices
+from basis_jax.evaluate import evaluate
+from basis_jax.records import Records, open_run, read_metrics
+from basis_jax.rollouts import roll_out
+from basis_jax.session import open_session, reference_table
+from basis_jax.train import (
+    finish_step,
+    make_batches,
+    make_estimate,
+    make_optimizer,
+    make_score,
+    make_state,
+    make_update,
+    merge_updates,
+    reward_metrics,
+    updates_per_step,
+)
+
+
+def main() -> None:
+    config, _ = command_line.parse(__doc__)
+    with open_session(config) as session:
+        run_dir = open_run(config, devices=[str(d) for d in jax.devices()])
+        with (
+            jax.set_mesh(session.setting.mesh),
+            checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints,
+        ):
+            train(session, run_dir, checkpoints)
+    summarise(run_dir)
+
+
+def train(session, run_dir, checkpoints) -> None:
+    config, setting = session.config, session.setting
+    train, sampling = config.train, config.sampling
+    common = {
+        "loss": config.loss,
+        "temperature": sampling.temperature,
+        "microbatch": train.microbatch_rollouts,
+    }
+    optimizer = make_optimizer(config.optim, updates=train.steps * updates_per_step(config))
+    estimate_values = make_estimate(session.estimator)
+    update = make_update(setting.model, optimizer, **common)
+    score = make_score(setting.model, **common)
+    state = first_state(session, run_dir, optimizer)
+    restored = checkpoint.restore(checkpoints, state)
+    state = state if restored is None else restored
+    start = int(state.step)
+
+    with Records(run_dir, train.steps, resume_step=-1 if restored is None else start) as records:
+        if restored is None:
+            records.log(0, evaluate_now(state.params, session))
+        for step in range(start, train.steps):
+            ids = batch_indices(
+                config.seed,
+                step,
+                batch_size=train.prompts_per_step,
+                size=len(session.train_set.problems),
+            )
+            graded = roll_out(
+                state.params,
+                setting,
+                session.train_set,
+                ids=np.repeat(ids, sampling.group_size),
+                samples=np.tile(np.arange(sampling.group_size, dtype=np.int32), len(ids)),
+                sampling=sampling,
+                stream="train",
+                step=step,
+            )
+            started = time.perf_counter()
+            estimator_state, estimate = estimate_values(state.estimator_state, graded)
+            batches = make_batches(
+                graded, estimate, config=config, score=score, params=state.params, mesh=setting.mesh
+            )
+            outcomes = []
+            for batch in batches:
+                state, outcome = update(state, batch)
+                outcomes.append(outcome)
+            state = finish_step(state, estimator_state)
+            metrics = reward_metrics(graded, estimate) | merge_updates(outcomes)
+            metrics["time/update_s"] = time.perf_counter() - started
+            done = step + 1
+            if done == train.steps or (config.eval.every and done % config.eval.every == 0):
+                metrics |= evaluate_now(state.params, session)
+            records.samples(done, sample_rows(session, graded, estimate, train.log_samples))
+            records.log(done, metrics)
+            if done == train.steps or done % config.checkpoint.every == 0:
+                checkpoint.save(checkpoints, state, dataclasses.asdict(config))
+
+
+def first_state(session, run_dir, optimizer):
+    """The state before the first step: weights from the model folder, estimator state from the
+    reference table where the estimator needs one."""
+    setting = session.setting
+    params = hf.load_params(session.folder, setting.model, setting.mesh)
+    successes = trials = np.zeros(len(session.train_set.problems), np.int32)
+    if session.estimator.needs_table:
+        successes, trials = reference_table(session, params, run_dir / "reference.npz")
+    return make_state(
+        params,
+        optimizer,
+        session.estimator.init(successes, trials),
+        architecture=setting.model,
+        mesh=setting.mesh,
+    )
+
+
+def evaluate_now(params, session) -> dict[str, float]:
+    """Held-out accuracy, and the seconds it took."""
+    started = time.perf_counter()
+    config = session.config
+    metrics = evaluate(
+        params, session.setting, session.held_out, section=config.eval, sampling=config.sampling
+    )
+    return metrics | {"time/eval_s": time.perf_counter() - started}
+
+
+def sample_rows(session, graded, estimate, count) -> list[dict]:
+    """The first ``count`` rollouts of the step, for a person to look at."""
+    problems = session.train_set.problems
+    return [
+        {
+            "problem": problems[graded.rollouts.problem_ids[i]].prompt,
+            "answer": problems[graded.rollouts.problem_ids[i]].answer,
+            "completion": graded.completions[i],
+            "reward": float(graded.rewards[i]),
+            "valid": bool(graded.valid[i]),
+            "reason": graded.reasons[i],
+            "value": float(estimate.values[i]),
+            "advantage": float(estimate.advantages[i]),
+            "terminated": bool(graded.rollouts.terminated[i]),
+        }
+        for i in range(min(count, len(graded.completions)))
+    ]
+
+
+def summarise(run_dir) -> None:
+    """Print held-out accuracy before and after, and where everything lies."""
+    curves = plots.draw([run_dir], run_dir / "curves.png")
+    evaluated = [m for m in read_metrics(run_dir) if "eval/accuracy" in m]
+    for label, line in (("before", evaluated[0]), ("after", evaluated[-1])):
+        print(
+            f"held-out accuracy {label} (step {line['step']}): "
+            f"{line['eval/accuracy']:.1%} [{line['eval/accuracy_low']:.1%}, "
+            f"{line['eval/accuracy_high']:.1%}], greedy {line['eval/greedy_accuracy']:.1%} "
+            f"[{line['eval/greedy_accuracy_low']:.1%}, {line['eval/greedy_accuracy_high']:.1%}]"
+        )
+    print("intervals: 95 % bootstrap over held-out problems")
+    for name in ("metrics.jsonl", "samples.jsonl", "checkpoints"):
+        print(f"{name:14} {run_dir / name}")
+    print(f"{'curves':14} {curves}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,284 @@
+"""Problem sets: every layout read, ids by content, nothing left out without being counted."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from basis_jax import data, tasks
+from basis_jax.config import DataSection
+from basis_jax.tasks import Problem
+
+HERE = Path(__file__).parent / "data"
+WRAPPER = (
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+    '{problem}\n\nRemember to put your answer on its own line after "Answer:".'
+)
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte, a beginning-of-text token around plain text, a small chat template."""
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {c: i for i, c in enumerate(["<s>", *sorted(alphabet)])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def load(path, *, held_out=False, **options):
+    name = "eval_path" if held_out else "path"
+    return data.load_problems(DataSection(**{name: str(path)}, **options), held_out=held_out)
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def plain(count):
+    return [Problem(prompt=f"problem {i}", answer=str(i)) for i in range(count)]
+
+
+def test_dapo_rows_lose_their_chat_and_their_wrapper():
+    problems = load(HERE / "dapo_layout.jsonl", problem_wrapper=WRAPPER)
+    assert [p.answer for p in problems] == ["42", "3", "42", "14"]
+    assert problems[1].prompt == "Find the remainder of $7^3$ divided by $10$."
+    assert load(HERE / "dapo_layout.jsonl")[1].prompt.startswith("Solve the following")
+
+
+def test_repeated_rows_are_one_object_and_one_problem(tokenizer):
+    section = DataSection(path=str(HERE / "dapo_layout.jsonl"), max_prompt_tokens=1000)
+    problems = data.load_problems(section, held_out=False)
+    assert problems[0] is problems[2]
+    encoded = data.encode_prompts(problems, section, tokenizer)
+    assert (encoded.counts["read"], encoded.counts["duplicate"], encoded.counts["used"]) == (
+        4,
+        1,
+        3,
+    )
+
+
+def test_math_answers_are_the_last_box_and_proofs_have_none(tokenizer):
+    problems = load(HERE / "math_layout.jsonl")
+    assert [p.answer for p in problems] == [r"3\sqrt{2}", r"\frac{1}{2}", ""]
+    encoded = data.encode_prompts(problems, DataSection(max_prompt_tokens=200), tokenizer)
+    assert encoded.counts["without text or answer"] == 1
+    assert encoded.counts["used"] == 2
+
+
+def test_gsm8k_answers_follow_the_hashes():
+    problems = load(HERE / "gsm8k_layout.jsonl", held_out=True)
+    assert [p.answer for p in problems] == ["1,350", "5"]
+    assert problems[1].prompt.startswith("Tom has 9 pens")
+
+
+GSM8K = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="the real GSM8K is not beside the checkout")
+def test_every_real_gsm8k_answer_is_a_number():
+    problems = load(GSM8K)
+    assert len(problems) == len({p.uid for p in problems}) == 1319
+    assert all(float(p.answer.replace(",", "")) == float(p.answer.replace(",", ""))
+               for p in problems)  # fmt: skip
+
+
+def test_columns_can_be_named_and_reach_inside(tmp_path):
+    path = write_lines(tmp_path / "own.jsonl", [{"q": {"text": "2+2?"}, "a": [4]}])
+    (problem,) = load(path, problem_field="q.text", answer_field="a")
+    assert (problem.prompt, problem.answer) == ("2+2?", "4")
+
+
+def test_held_out_columns_are_their_own(tmp_path):
+    path = write_lines(tmp_path / "own.jsonl", [{"q": "2+2?", "a": 4, "b": 5}])
+    names = {"problem_field": "q", "answer_field": "a", "eval_answer_field": "b"}
+    assert load(path, held_out=True, **names)[0].answer == "5"
+    assert load(path, **names)[0].answer == "4"
+
+
+def test_a_missing_column_is_named_beside_those_that_are_there(tmp_path):
+    path = write_lines(tmp_path / "own.jsonl", [{"q": "2+2?", "a": 4}])
+    with pytest.raises(ValueError, match="no column 'reply' but q, a; .*--data.answer-field"):
+        load(path, problem_field="q", answer_field="reply")
+    with pytest.raises(ValueError, match="has the columns q, a; name those"):
+        load(path)
+
+
+def test_a_json_array_equals_json_lines(tmp_path):
+    rows = [{"problem": f"{i}\u2028?", "answer": i} for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.json").write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    )
+    assert load(tmp_path / "a.json") == load(tmp_path / "b.json")
+    assert len(load(tmp_path / "a.json")) == 3
+
+
+@pytest.mark.parametrize("text", ['{"problem": 1', "[1, 2]", '"a"\n'])
+def test_a_broken_json_file_is_one_sentence(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match="a.json"):
+        load(tmp_path / "a.json")
+
+
+def test_parquet_and_saved_folders_equal_json_lines(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    expected = load(HERE / "dapo_layout.jsonl")
+    rows = [json.loads(line) for line in (HERE / "dapo_layout.jsonl").read_text().splitlines()]
+    made = datasets.Dataset.from_list(rows)
+    made.to_parquet(tmp_path / "dapo.parquet")
+    assert load(tmp_path / "dapo.parquet") == expected
+    made.save_to_disk(tmp_path / "one")
+    assert load(tmp_path / "one") == expected
+    datasets.DatasetDict(held=made).save_to_disk(tmp_path / "splits")
+    assert load(tmp_path / "splits", split="held") == expected
+    with pytest.raises(ValueError, match="split 'train'"):
+        load(tmp_path / "splits")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dapo.parquet").rename(tmp_path / "folder" / "train.parquet")
+    assert load(tmp_path / "folder") == expected
+
+
+def test_an_unreachable_hub_is_one_sentence_with_what_to_do(monkeypatch):
+    """The suite runs with HF_HUB_OFFLINE=1, so no connection is tried."""
+    with pytest.raises(ValueError, match="BytedTsinghua-SIA/DAPO-Math-17k.*--data.path") as raised:
+        load("BytedTsinghua-SIA/DAPO-Math-17k")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match="MATH-500.*--data.eval-path"):
+        load("HuggingFaceH4/MATH-500", held_out=True)
+
+
+@pytest.mark.parametrize("path", ["no/such/file.jsonl", "no_such.parquet", "./no/such/folder"])
+def test_a_missing_file_is_one_sentence(path):
+    with pytest.raises(ValueError, match=r"--data\.path"):
+        load(path)
+
+
+def test_an_empty_file_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no problems"):
+        load(tmp_path / "a.jsonl")
+
+
+def test_uids_are_63_bits_of_content_and_the_order_of_rows_is_theirs(tokenizer):
+    problems = plain(50)
+    shuffled = random.Random(0).sample(problems, 50)
+    section = DataSection()
+    first = data.encode_prompts(problems, section, tokenizer)
+    second = data.encode_prompts(shuffled, section, tokenizer)
+    assert first.problems == second.problems and (first.tokens == second.tokens).all()
+    uids = [p.uid for p in first.problems]
+    assert uids == sorted(uids) and 0 <= uids[0] and 2**60 < uids[-1] < 2**63
+    other = dataclasses.replace(problems[0], answer="no")
+    assert other.uid != problems[0].uid
+    assert dataclasses.replace(problems[0], kind="k").uid == problems[0].uid
+    assert Problem(prompt="a", answer="b").uid == 1921464036242858060  # tables and trackers hold it
+
+
+def test_long_prompts_are_left_out_and_counted_never_cut(tokenizer):
+    problems = [*plain(12), Problem(prompt="x" * 100, answer="1")]
+    encoded = data.encode_prompts(problems, DataSection(), tokenizer)
+    assert encoded.counts == {
+        "read": 13,
+        "duplicate": 0,
+        "without text or answer": 0,
+        "too long": 1,
+        "not asked for": 0,
+        "used": 12,
+    }
+    assert encoded.tokens.shape[1] == encoded.lengths.max() <= 64
+    with pytest.raises(ValueError, match="13 too long.*max_prompt_tokens is 5 .* 26 tokens"):
+        data.encode_prompts(problems, DataSection(max_prompt_tokens=5), tokenizer)
+
+
+def test_size_keeps_the_first_of_those_that_fit(tokenizer):
+    everything = data.encode_prompts(plain(20), DataSection(), tokenizer)
+    some = data.encode_prompts(plain(20), DataSection(), tokenizer, size=7)
+    assert some.problems == everything.problems[:7]
+    assert some.counts["not asked for"] == 13
+
+
+def text_of(encoded, row, tokenizer):
+    return tokenizer.decode(encoded.tokens[row, : encoded.lengths[row]])
+
+
+def test_a_chat_prompt_is_the_template_around_prefix_problem_and_suffix(tokenizer):
+    section = DataSection(
+        system_prompt="Be brief.", problem_prefix="Q: ", problem_suffix=" Box it.",
+        max_prompt_tokens=200,
+    )  # fmt: skip
+    encoded = data.encode_prompts([Problem(prompt="2+2?", answer="4")], section, tokenizer)
+    expected = "<system>Be brief.<user>Q: 2+2? Box it.<assistant>"
+    assert text_of(encoded, 0, tokenizer) == expected
+    (ids,) = tokenizer.apply_chat_template(
+        [[{"role": "system", "content": "Be brief."},
+          {"role": "user", "content": "Q: 2+2? Box it."}]],
+        add_generation_prompt=True,
+    )["input_ids"]  # fmt: skip
+    assert ids == encoded.tokens[0].tolist()
+
+
+def test_a_chat_of_several_messages_stays_one(tokenizer, tmp_path):
+    chat = [("user", "hi"), ("assistant", "hello"), ("user", "2+2?")]
+    row = {"prompt": [{"role": r, "content": c} for r, c in chat], "answer": "4"}
+    path = write_lines(tmp_path / "a.jsonl", [row])
+    problems = load(path, problem_field="prompt", answer_field="answer")
+    section = DataSection(problem_suffix="!")
+    encoded = data.encode_prompts(problems, section, tokenizer)
+    assert text_of(encoded, 0, tokenizer) == "<user>hi<assistant>hello<user>2+2?!<assistant>"
+    with pytest.raises(ValueError, match="'text' has no place for"):
+        data.encode_prompts(problems, DataSection(prompt_format="text"), tokenizer)
+
+
+def test_plain_text_has_the_tokenizers_own_special_tokens_and_no_template(tokenizer):
+    section = DataSection(prompt_format="text", problem_suffix=" =")
+    encoded = data.encode_prompts([Problem(prompt="2 + 2", answer="4")], section, tokenizer)
+    assert encoded.tokens[0].tolist() == [0, *tokenizer.encode("2 + 2 =", add_special_tokens=False)]
+
+
+def test_wrong_settings_are_sentences(tokenizer):
+    with pytest.raises(ValueError, match="prompt_format is 'txt'; allowed are chat, text"):
+        data.encode_prompts(plain(1), DataSection(prompt_format="txt"), tokenizer)
+    with pytest.raises(ValueError, match="write {problem}"):
+        load(HERE / "dapo_layout.jsonl", problem_wrapper="Solve: ")
+    with pytest.raises(ValueError, match="unknown task 'sums'; allowed are arithmetic"):
+        load("task:sums")
+
+
+def test_a_task_is_read_by_name():
+    found = load("task:arithmetic"), load("task:arithmetic", held_out=True)
+    assert found == tuple(tasks.problems("arithmetic", held_out=h) for h in (False, True))
+
+
+def test_an_epoch_visits_no_problem_twice_and_the_position_is_one_integer():
+    visits = [data.batch_indices(3, step, batch_size=4, size=14) for step in range(6)]
+    first, second = np.concatenate(visits[:3]), np.concatenate(visits[3:])
+    assert len(set(first)) == len(set(second)) == 12
+    assert first.tolist() != second.tolist()
+    assert first.tolist() == np.random.default_rng([3, 0]).permutation(14)[:12].tolist()
+    assert second.tolist() == np.random.default_rng([3, 1]).permutation(14)[:12].tolist()
+    assert visits[0].tolist() != data.batch_indices(4, 0, batch_size=4, size=14).tolist()
+
+
+def test_a_batch_larger_than_the_data_set_is_an_error():
+    with pytest.raises(ValueError, match="prompts_per_step is 15 but there are 14"):
+        data.batch_indices(0, 0, batch_size=15, size=14)

@@ -1,0 +1,323 @@
+"""Run records: what is written, what is cut on resume, which restarts are refused."""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from basis_jax import records
+from basis_jax.config import Config, EstimatorSection, MeshSection, OptimSection, TrainSection
+from basis_jax.records import Records, open_run, read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+RUN = """
+import sys
+from pathlib import Path
+from basis_jax.records import Records
+folder, total = Path(sys.argv[1]), int(sys.argv[2])
+saved = folder / "checkpoint"
+start = int(saved.read_text()) if saved.exists() else -1
+with Records(folder, total, resume_step=start) as run:
+    for step in range(start + 1, total + 1):
+        run.samples(step, [{"row": row} for row in range(3)])
+        run.log(step, {"reward/mean": step / 7})
+        if step % 5 == 0:
+            saved.with_suffix(".new").write_text(str(step))
+            saved.with_suffix(".new").replace(saved)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+def write(folder, steps, **options):
+    with Records(folder, 10, stream=io.StringIO(), **options) as run:
+        for step in steps:
+            run.samples(step, [{"completion": f"{step} a"}, {"completion": f"{step} b"}])
+            run.log(step, {"reward/mean": step / 3})
+
+
+def steps_of(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_resuming_keeps_each_step_once(folder):
+    """Lines beyond the checkpoint are cut and the others stay, byte for byte."""
+    write(folder, range(6))
+    before = (folder / "metrics.jsonl").read_bytes()
+    write(folder, range(4, 8), resume_step=3)
+    assert steps_of(folder / "metrics.jsonl") == list(range(8))
+    assert steps_of(folder / "samples.jsonl") == [step for step in range(8) for _ in "ab"]
+    assert (folder / "metrics.jsonl").read_bytes().startswith(before)
+
+
+def test_starting_without_a_checkpoint_starts_the_files_afresh(folder):
+    write(folder, range(6))
+    write(folder, [0])
+    assert steps_of(folder / "metrics.jsonl") == [0]
+    assert steps_of(folder / "samples.jsonl") == [0, 0]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 4, "rew', b'{"step": 3}', b"\0\0\0\n"])
+def test_a_torn_last_line_is_dropped(folder, torn):
+    write(folder, range(4))
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(torn)
+    assert [row["step"] for row in read_metrics(folder)] == [0, 1, 2, 3]
+    write(folder, [4], resume_step=3)
+    assert steps_of(folder / "metrics.jsonl") == [0, 1, 2, 3, 4]
+
+
+def test_a_damaged_line_inside_is_an_error_that_names_it(folder):
+    write(folder, range(4))
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('{"step": 2', '{"step 2', 1))
+    with pytest.raises(ValueError, match=r"line 3 of .*metrics\.jsonl is no JSON object"):
+        write(folder, [4], resume_step=3)
+
+
+def test_missing_lines_before_the_checkpoint_are_told(folder):
+    write(folder, range(3))
+    terminal = io.StringIO()
+    with Records(folder, 10, resume_step=5, stream=terminal):
+        pass
+    assert "ends at step 2, the checkpoint is of step 5" in terminal.getvalue()
+
+
+def test_steps_must_rise(folder):
+    with Records(folder, 10, stream=io.StringIO()) as run:
+        run.log(2, {})
+        with pytest.raises(ValueError, match="step 2 is logged after step 2"):
+            run.log(2, {})
+    assert steps_of(folder / "metrics.jsonl") == [2]
+
+
+def test_what_is_not_finite_becomes_null(folder):
+    """Every line is JSON for every reader, and the terminal still shows the nan."""
+    terminal = io.StringIO()
+    with Records(folder, 10, stream=terminal) as run:
+        run.log(1, {"reward/mean": math.nan, "policy/loss": -math.inf})
+    line = (folder / "metrics.jsonl").read_text()
+    assert line == '{"step": 1, "reward/mean": null, "policy/loss": null}\n'
+    assert "reward nan" in terminal.getvalue()
+
+
+def start(folder, total):
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, folder, str(total)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+
+
+def test_killed_at_any_moment_every_step_is_there_once(folder):
+    """kill -9 at ten moments; the files end as those of a run that was never killed."""
+    for moment in range(10):
+        run = start(folder, 10**6)
+        steps = folder / "metrics.jsonl"
+        size = steps.stat().st_size if steps.exists() else 0
+        deadline = time.monotonic() + 30
+        while not (steps.exists() and steps.stat().st_size > size + 100 * moment):
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    total = int((folder / "checkpoint").read_text()) + 3
+    assert start(folder, total).wait() == 0
+    rows = [{"step": step, "reward/mean": step / 7} for step in range(total + 1)]
+    assert read_metrics(folder) == rows
+    assert steps_of(folder / "samples.jsonl") == [s for s in range(total + 1) for _ in range(3)]
+
+
+def test_a_folder_in_use_is_refused(folder):
+    run = start(folder, 10**6)
+    while not (folder / "checkpoint").exists():
+        assert run.poll() is None
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="another process is writing to the run folder"):
+        Records(folder, 10)
+    run.kill()
+    run.wait()
+    Records(folder, 10, stream=io.StringIO()).close()
+
+
+def test_off_a_terminal_one_plain_line_a_step(folder):
+    terminal = io.StringIO()
+    with Records(folder, 3, stream=terminal) as run:
+        run.message("evaluating")
+        run.log(0, {"eval/accuracy": 0.25})
+        for step in (1, 2, 3):
+            run.log(step, {"reward/mean": 0.5, "estimate/value_error": 0.125, "time/sample_s": 2})
+    lines = terminal.getvalue().splitlines()
+    assert lines[:2] == ["evaluating", "step 0/3  held-out 25.0%"]
+    assert lines[2] == "step 1/3  reward 0.500  value error 0.125  sample 2.00s  ETA 0:00:00"
+    assert lines[4] == "step 3/3  reward 0.500  value error 0.125  sample 2.00s"
+
+
+def test_eta_is_the_remaining_steps_at_the_usual_pace(folder, monkeypatch):
+    """Ten seconds a step after one that took a hundred: 8 steps are 80 seconds."""
+    clock = iter([0.0, 100.0, 110.0])
+    monkeypatch.setattr(records, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    terminal = io.StringIO()
+    with Records(folder, 10, stream=terminal) as run:
+        run.log(1, {})
+        run.log(2, {})
+    assert terminal.getvalue().splitlines() == [
+        "step 1/10  ETA 0:15:00",
+        "step 2/10  ETA 0:01:20",
+    ]
+
+
+def test_on_a_terminal_a_bar_shows_the_same(folder):
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as terminal, Records(folder, 4, stream=terminal) as run:
+        run.message("loading [red]x")
+        run.log(1, {"reward/mean": 0.5})
+    shown = os.read(reader, 100_000).decode()
+    os.close(reader)
+    assert "loading [red]x" in shown and "━" in shown and "step 1/4  reward 0.500" in shown
+
+
+def test_tensorboard_gets_every_scalar_and_hides_what_was_cut(folder):
+    from tensorboardX.proto.event_pb2 import Event
+
+    write(folder, range(4))
+    time.sleep(1.1)  # event files are named by the second
+    write(folder, [3], resume_step=2)
+    events = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # length (8), crc (4), event, crc (4)
+            size = int.from_bytes(data[at : at + 8], "little")
+            events.append(Event.FromString(data[at + 12 : at + 12 + size]))
+            at += size + 16
+    scalars = [(e.step, v.tag) for e in events for v in e.summary.value]
+    assert scalars == [(step, "reward/mean") for step in (0, 1, 2, 3, 3)]
+    starts = [e.step for e in events if e.HasField("session_log")]
+    assert starts == [0, 3]  # TensorBoard drops earlier events from this step on
+
+
+def test_without_tensorboardx_one_sentence_says_so(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    terminal = io.StringIO()
+    with Records(folder, 10, stream=terminal) as run:
+        run.log(1, {})
+    assert "tensorboardX is not installed" in terminal.getvalue().splitlines()[0]
+    assert not (folder / "tensorboard").exists()
+
+
+def config(folder, **sections):
+    return dataclasses.replace(Config(run_dir=str(folder)), **sections)
+
+
+def test_the_run_folder_says_what_ran(tmp_path):
+    folder = open_run(config(tmp_path / "a" / "run"), devices=["cpu:0"])
+    record = json.loads((folder / "config.json").read_text())
+    assert record["config"]["optim"]["lr"] == 1e-6
+    (first,) = record["starts"]
+    assert first["devices"] == ["cpu:0"] and first["versions"]["jax"] == records._versions()["jax"]
+    assert first.keys() == {"commit", "uncommitted_changes", "versions", "devices"}
+    open_run(config(folder), devices=["cpu:0"])
+    open_run(config(folder), devices=["gpu:0"])
+    starts = json.loads((folder / "config.json").read_text())["starts"]
+    assert [start["devices"] for start in starts] == [["cpu:0"], ["gpu:0"]]
+
+
+def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
+    folder = open_run(config(tmp_path), devices=[])
+    before = (folder / "config.json").read_text()
+    estimator = EstimatorSection(name="rloo", options={"group_size": 4})
+    with pytest.raises(ValueError) as error:
+        open_run(config(folder, seed=3, estimator=estimator), devices=[])
+    assert str(error.value) == (
+        f"run folder {folder} holds a run of another configuration: "
+        'estimator.name is "basis" there and "rloo" here; '
+        "estimator.options.group_size is absent there and 4 here; seed is 0 there and 3 here; "
+        "take the values that are there, or give another --run-dir"
+    )
+    assert (folder / "config.json").read_text() == before
+
+
+def test_fields_that_change_no_number_may_differ(tmp_path):
+    train = TrainSection(steps=7, log_samples=0, sample_rollouts=2, microbatch_rollouts=2)
+    open_run(config(tmp_path), devices=[])
+    folder = open_run(config(tmp_path, train=train, mesh=MeshSection(fsdp=2)), devices=[])
+    record = json.loads((folder / "config.json").read_text())
+    assert record["config"]["train"]["steps"] == 7
+
+
+def test_a_run_folder_may_be_moved(tmp_path):
+    folder = open_run(config(tmp_path / "here"), devices=[])
+    moved = folder.rename(tmp_path / "there")
+    assert open_run(config(moved), devices=[]) == moved
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_decaying_schedule_fixes_the_number_of_steps(tmp_path, schedule):
+    optim = OptimSection(schedule=schedule)
+    open_run(config(tmp_path, optim=optim), devices=[])
+    with pytest.raises(ValueError, match="train.steps is 100 there and 7 here"):
+        open_run(config(tmp_path, optim=optim, train=TrainSection(steps=7)), devices=[])
+
+
+def test_every_field_that_may_differ_exists():
+    names = [name for name, _ in records._leaves(dataclasses.asdict(Config(run_dir="")))]
+    for field in records.MAY_DIFFER:
+        assert any(n == field or field[-1] == "." and n.startswith(field) for n in names), field
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file; give another --run-dir"):
+        open_run(config(tmp_path / "file"), devices=[])
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="is not a run's config.json"):
+        open_run(config(tmp_path), devices=[])
+    with pytest.raises(ValueError, match="no metrics.jsonl in"):
+        read_metrics(tmp_path)
+
+
+def git(folder, *command):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    command = ["git", "-C", folder, *identity, *command]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path):
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "first")
+    return tmp_path
+
+
+def commit_of(package, monkeypatch):
+    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    return tuple(records._commit().values())
+
+
+def test_the_commit_and_uncommitted_changes_are_recorded(repository, monkeypatch):
+    head = git(repository, "rev-parse", "HEAD")
+    assert commit_of(repository / "basis_jax", monkeypatch) == (head, False)
+    (repository / "new.py").write_text("")
+    assert commit_of(repository / "basis_jax", monkeypatch) == (head, True)
+
+
+def test_without_a_repository_of_our_own_or_without_git_the_commit_is_null(repository, monkeypatch):
+    """Installed inside another repository's folder, that one's commit is not ours."""
+    installed = repository / "site-packages" / "basis_jax"
+    installed.mkdir(parents=True)
+    assert commit_of(installed, monkeypatch) == (None, None)
+    monkeypatch.setenv("PATH", str(repository))
+    assert commit_of(repository / "basis_jax", monkeypatch) == (None, None)

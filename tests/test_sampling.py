@@ -1,0 +1,178 @@
+"""The sampler: same distribution as the trainer, noise of its own for every rollout."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from basis_jax import model
+from basis_jax.config import SamplingSection
+from basis_jax.masked import completion_mask
+from basis_jax.sampling import check_trainable, row_keys, sample, sample_rows, truncate
+from basis_jax.sharding import make_mesh, named_tree
+
+SAMPLING = SamplingSection(max_new_tokens=9)
+
+
+def keys_for(prompts, *, seed=0, stream="train", step=0, sample_index=0):
+    samples = jnp.full(prompts.lengths.shape, sample_index, jnp.int32)
+    return row_keys(seed, stream, step, problem_ids=prompts.problem_ids, samples=samples)
+
+
+def run(prompts, *, sampling=SAMPLING, eos_ids=(1, 2), config=tiny.TINY, **noise):
+    return sample(
+        tiny.params(config),
+        config,
+        prompts,
+        sampling=sampling,
+        eos_ids=eos_ids,
+        keys=keys_for(prompts, **noise),
+    )
+
+
+def completions(rollouts):
+    return [
+        tuple(np.asarray(row[p : p + n]).tolist())
+        for row, p, n in zip(
+            rollouts.tokens, rollouts.prompt_lengths, rollouts.completion_lengths, strict=True
+        )
+    ]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_recorded_logprobs_are_those_of_the_trainer(temperature):
+    sampling = dataclasses.replace(SAMPLING, temperature=temperature)
+    rollouts = run(tiny.prompts(), sampling=sampling)
+    scored, _ = tiny.token_logprobs(
+        tiny.params(), tiny.TINY, rollouts.tokens, temperature=temperature
+    )
+    mask = completion_mask(
+        rollouts.prompt_lengths, rollouts.completion_lengths, rollouts.tokens.shape[1]
+    )
+    np.testing.assert_allclose(rollouts.sampler_logprobs, jnp.where(mask, scored, 0), atol=1e-4)
+    assert float(jnp.min(rollouts.sampler_logprobs)) < -0.5  # not the trivial distribution
+
+
+def test_greedy_cached_decode_equals_full_recompute():
+    prompts = tiny.prompts()
+    rollouts = run(prompts, sampling=dataclasses.replace(SAMPLING, temperature=0.0), eos_ids=(1,))
+    width = rollouts.tokens.shape[1]
+    for row, found in enumerate(completions(rollouts)):
+        start = int(prompts.lengths[row])
+        tokens = prompts.tokens[row, :start].tolist()
+        while len(tokens) < start + SAMPLING.max_new_tokens and 1 not in tokens[start:]:
+            padded = jnp.array([tokens + [0] * (width - len(tokens))])
+            logits = tiny.next_token_logits(tiny.params(), tiny.TINY, padded)
+            tokens.append(int(np.argmax(logits[0, len(tokens) - 1])))
+        assert found == tuple(tokens[start:])
+
+
+def test_frequencies_are_the_models_probabilities():
+    """20,000 first tokens against the softmax: chi-square below its 1 - 1e-6 quantile (df < 32)."""
+    prompts = tiny.prompts(rows=1)
+    many = jax.tree.map(lambda x: jnp.repeat(x, 20_000, axis=0), prompts)
+    many = dataclasses.replace(many, problem_ids=jnp.arange(20_000, dtype=jnp.int32))
+    rollouts = run(many, sampling=dataclasses.replace(SAMPLING, max_new_tokens=1))
+    first = rollouts.tokens[:, int(prompts.lengths[0])]
+    counts = np.bincount(np.asarray(first), minlength=tiny.TINY.vocab_size)
+    logits = tiny.next_token_logits(tiny.params(), tiny.TINY, prompts.tokens)[0, -1]
+    expected = 20_000 * np.asarray(jax.nn.softmax(logits), np.float64)
+    large = expected >= 5
+    observed = np.append(counts[large], counts[~large].sum())
+    expected = np.append(expected[large], expected[~large].sum())
+    assert np.sum((observed - expected) ** 2 / np.maximum(expected, 1.0)) < 80
+    assert large.sum() >= 5
+
+
+def test_noise_differs_between_steps_samples_streams_and_seeds():
+    prompts = tiny.prompts()
+    draws = [
+        completions(run(prompts)),
+        completions(run(prompts, step=1)),
+        completions(run(prompts, sample_index=1)),
+        completions(run(prompts, stream="evaluate")),
+        completions(run(prompts, seed=1)),
+    ]
+    assert completions(run(prompts)) == draws[0]
+    assert all(a != b for i, a in enumerate(draws) for b in draws[:i])
+
+
+def test_noise_differs_between_problems_with_the_same_prompt():
+    one = tiny.prompts(rows=1)
+    twice = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), one)
+    twice = dataclasses.replace(twice, problem_ids=jnp.array([4, 5], jnp.int32))
+    first, second = completions(run(twice))
+    assert first != second
+
+
+def test_draws_do_not_depend_on_order_batch_split_or_devices():
+    prompts = tiny.prompts(rows=8)
+    expected = completions(run(prompts))
+    order = jnp.array([3, 1, 0, 2, 7, 6, 5, 4])
+    permuted = jax.tree.map(lambda x: x[order], prompts)
+    assert completions(run(permuted)) == [expected[i] for i in order.tolist()]
+    for sizes, rows_at_once in (((1, 1, 1), 3), ((1, 2, 2), 4)):
+        devices = jax.devices()[: math.prod(sizes)]
+        mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2], devices=devices)
+        with jax.set_mesh(mesh):
+            rollouts = sample_rows(
+                jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY))),
+                tiny.TINY,
+                prompts,
+                sampling=SAMPLING,
+                eos_ids=(1, 2),
+                keys=keys_for(prompts),
+                mesh=mesh,
+                rows_at_once=rows_at_once,
+            )
+        assert completions(rollouts) == expected
+
+
+def test_rows_end_with_their_first_eos_or_at_the_limit():
+    rollouts = run(tiny.prompts(rows=64), eos_ids=(5, 6, 7))
+    ended = 0
+    for tokens, terminated in zip(completions(rollouts), rollouts.terminated, strict=True):
+        stops = [t for t in tokens if t in (5, 6, 7)]
+        if terminated:
+            assert len(stops) == 1 and tokens[-1] in (5, 6, 7)
+            ended += 1
+        else:
+            assert not stops and len(tokens) == SAMPLING.max_new_tokens
+    assert 0 < ended < 64
+    assert {len(t) for t in completions(rollouts)} > {1}  # EOS first among them
+
+
+def test_what_follows_a_row_is_zero_and_the_prompt_is_kept():
+    prompts = tiny.prompts(rows=16)
+    rollouts = run(prompts, eos_ids=tuple(range(3, 16)))
+    for row in range(16):
+        start, length = int(prompts.lengths[row]), int(rollouts.completion_lengths[row])
+        np.testing.assert_array_equal(rollouts.tokens[row, :start], prompts.tokens[row, :start])
+        assert not rollouts.tokens[row, start + length :].any()
+        assert not rollouts.sampler_logprobs[row, start + length :].any()
+
+
+def test_padding_behind_a_prompt_is_never_read():
+    prompts = tiny.prompts()
+    inside = jnp.arange(prompts.tokens.shape[1])[None] < prompts.lengths[:, None]
+    other = dataclasses.replace(prompts, tokens=jnp.where(inside, prompts.tokens, 17))
+    np.testing.assert_array_equal(run(prompts).tokens, run(other).tokens)
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
+    kept = lambda **options: jnp.isfinite(truncate(logits, **options))[0].tolist()  # noqa: E731
+    assert kept(top_k=2, top_p=1.0) == [False, True, False, True]
+    assert kept(top_k=0, top_p=0.69) == [False, True, False, True]
+    assert kept(top_k=0, top_p=0.71) == [False, True, True, True]
+    assert kept(top_k=0, top_p=0.0001) == [False, True, False, False]
+
+
+@pytest.mark.parametrize("option", [{"top_p": 0.9}, {"top_k": 5}, {"temperature": 0.0}])
+def test_truncating_or_greedy_samplers_are_refused_for_training(option):
+    with pytest.raises(ValueError, match="training|full softmax"):
+        check_trainable(dataclasses.replace(SAMPLING, **option))

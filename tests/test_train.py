@@ -1,0 +1,256 @@
+"""The update: the same gradient whatever the microbatches and devices, exact denominators."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from basis_jax import estimators, model
+from basis_jax.config import Config, LossSection, OptimSection, SamplingSection, TrainSection
+from basis_jax.rollouts import Graded
+from basis_jax.sharding import make_mesh, named_tree
+from basis_jax.train import (
+    check,
+    make_batches,
+    make_estimate,
+    make_optimizer,
+    make_score,
+    make_state,
+    make_update,
+    merge_updates,
+    reward_metrics,
+)
+from basis_jax.types import Rollouts
+
+CONFIG = Config(
+    run_dir="unused",
+    sampling=SamplingSection(max_new_tokens=6),
+    train=TrainSection(
+        steps=10,
+        prompts_per_step=8,
+        minibatch_rollouts=8,
+        microbatch_rollouts=8,
+        sample_rollouts=8,
+    ),
+)
+
+
+def graded(rows=8, seed=0):
+    """Rollouts of uneven length, one of them without a verdict."""
+    rng = np.random.default_rng(seed)
+    prompt_lengths = rng.integers(1, 6, rows).astype(np.int32)
+    lengths = rng.integers(1, 7, rows).astype(np.int32)
+    tokens = np.zeros((rows, 11), np.int32)
+    logprobs = np.zeros((rows, 11), np.float32)
+    for i, (p, n) in enumerate(zip(prompt_lengths, lengths, strict=True)):
+        tokens[i, : p + n] = rng.integers(3, tiny.TINY.vocab_size, p + n)
+        logprobs[i, p : p + n] = -rng.random(n)
+    rollouts = Rollouts(
+        tokens=tokens,
+        prompt_lengths=prompt_lengths,
+        completion_lengths=lengths,
+        sampler_logprobs=logprobs,
+        terminated=rng.random(rows) < 0.7,
+        problem_ids=np.arange(rows, dtype=np.int32),
+    )
+    valid = np.arange(rows) != 3
+    return Graded(
+        rollouts=rollouts,
+        completions=[""] * rows,
+        rewards=np.where(valid, rng.random(rows) < 0.5, 0).astype(np.float32),
+        valid=valid,
+        reasons=[""] * rows,
+        sample_seconds=1.0,
+        verify_seconds=0.0,
+    )
+
+
+def one_update(*, sizes=(1, 1, 1), microbatch=8, config=CONFIG, data=None, learn=False):
+    """Gradient of one step by an optimizer that just returns it (params - gradient), or the
+    parameters after real updates."""
+    data = graded() if data is None else data
+    devices = jax.devices()[: int(np.prod(sizes))]
+    mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2], devices=devices)
+    optimizer = make_optimizer(config.optim, updates=10) if learn else optax.sgd(1.0)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY)))
+        params = jax.tree.map(jnp.copy, params)  # the update donates them
+        state = make_state(params, optimizer, (), architecture=tiny.TINY, mesh=mesh)
+        options = {"loss": config.loss, "temperature": 1.0, "microbatch": microbatch}
+        _, estimate = make_estimate(estimators.make("reinforce"))((), data)
+        estimate = dataclasses.replace(
+            estimate, advantages=estimate.advantages - 0.4 * data.valid.astype(np.float32)
+        )
+        score = make_score(tiny.TINY, **options)
+        update = make_update(tiny.TINY, optimizer, **options)
+        outcomes = []
+        for batch in make_batches(
+            data, estimate, config=config, score=score, params=state.params, mesh=mesh
+        ):
+            state, outcome = update(state, batch)
+            outcomes.append(outcome)
+    return jax.device_get(state.params), merge_updates(outcomes)
+
+
+def assert_same(found, expected, tolerance=1e-5):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return one_update()
+
+
+def test_the_gradient_is_that_of_the_weighted_sum(whole):
+    """Against a direct loop over live tokens with the DAPO denominator."""
+    data = graded()
+    r = data.rollouts
+    advantages = (data.rewards - 0.4) * data.valid
+    tokens = int(r.completion_lengths[data.valid].sum())
+
+    def loss(params):
+        logprobs, _ = model.token_logprobs(params, tiny.TINY, jnp.asarray(r.tokens))
+        total = 0.0
+        for i in np.flatnonzero(data.valid):
+            start, stop = r.prompt_lengths[i], r.prompt_lengths[i] + r.completion_lengths[i]
+            total -= float(advantages[i]) * jnp.sum(logprobs[i, start:stop])
+        return total / tokens
+
+    gradient = jax.jit(jax.grad(loss))(tiny.params())
+    expected = jax.tree.map(jnp.subtract, tiny.params(), gradient)
+    assert_same(whole[0], expected)
+    assert optax.tree.norm(gradient) > 0.1
+
+
+@pytest.mark.parametrize("microbatch", [2, 4])
+def test_microbatches_do_not_change_the_gradient(whole, microbatch):
+    params, metrics = one_update(microbatch=microbatch)
+    assert_same(params, whole[0])
+    for name, value in metrics.items():
+        assert value == pytest.approx(whole[1][name], abs=1e-5), name
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 2), (2, 2, 1)])
+def test_devices_do_not_change_the_gradient(whole, sizes):
+    params, metrics = one_update(sizes=sizes, microbatch=4)
+    assert_same(params, whole[0])
+    for name, value in metrics.items():
+        assert value == pytest.approx(whole[1][name], abs=1e-5), name
+
+
+def test_rows_without_a_verdict_do_not_reach_the_gradient(whole):
+    data = graded()
+    data.rollouts.tokens[3] = 5
+    data.rollouts.sampler_logprobs[3] = np.nan
+    params, metrics = one_update(data=data)
+    assert_same(params, whole[0], tolerance=0)
+    assert np.isfinite(metrics["sampler/logprob_gap_max"])
+
+
+def test_the_log_prob_gap_is_that_of_the_sampler_and_the_trainer(whole):
+    data = graded()
+    r = data.rollouts
+    scored, _ = tiny.token_logprobs(tiny.params(), tiny.TINY, jnp.asarray(r.tokens))
+    gaps = [
+        abs(float(scored[i, t]) - r.sampler_logprobs[i, t])
+        for i in np.flatnonzero(data.valid)
+        for t in range(r.prompt_lengths[i], r.prompt_lengths[i] + r.completion_lengths[i])
+    ]
+    assert whole[1]["sampler/logprob_gap_max"] == pytest.approx(max(gaps), rel=1e-4)
+    assert whole[1]["sampler/logprob_gap_mean"] == pytest.approx(np.mean(gaps), rel=1e-4)
+
+
+def test_a_second_update_is_off_policy_and_scored_before_the_first():
+    """With two minibatches the ratio of the second is not 1, and its old log-probs are those of
+    the parameters before the step: at lr 0 nothing is clipped and the policy has not moved."""
+    train = dataclasses.replace(CONFIG.train, minibatch_rollouts=4, microbatch_rollouts=4)
+    still = dataclasses.replace(CONFIG, train=train, optim=OptimSection(lr=0.0))
+    moving = dataclasses.replace(still, optim=OptimSection(lr=0.1))
+    _, metrics = one_update(config=still, microbatch=4, learn=True)
+    assert metrics["policy/kl_old"] == pytest.approx(0, abs=1e-6)
+    assert metrics["policy/clip_fraction"] == 0
+    _, metrics = one_update(config=moving, microbatch=4, learn=True)
+    assert abs(metrics["policy/kl_old"]) > 1e-3
+    assert metrics["policy/clip_fraction"] > 0
+
+
+def test_advantages_push_probabilities_the_right_way():
+    params, _ = one_update(
+        learn=True, config=dataclasses.replace(CONFIG, optim=OptimSection(lr=1e-3))
+    )
+    data = graded()
+    tokens = jnp.asarray(data.rollouts.tokens)
+    before, _ = tiny.token_logprobs(tiny.params(), tiny.TINY, tokens)
+    after, _ = tiny.token_logprobs(params, tiny.TINY, tokens)
+    r = data.rollouts
+    weighted = sum(
+        (data.rewards[i] - 0.4) * float(jnp.sum((after - before)[i, p : p + n]))
+        for i, (p, n) in enumerate(zip(r.prompt_lengths, r.completion_lengths, strict=True))
+        if data.valid[i]
+    )
+    assert weighted > 0
+
+
+def test_a_spoilt_gradient_stops_the_run():
+    with pytest.raises(FloatingPointError, match="not finite"):
+        merge_updates([{"policy/grad_norm": jnp.float32(np.nan)}])
+
+
+def test_value_error_is_the_mean_squared_advantage_over_valid_rows():
+    data = graded()
+    _, estimate = make_estimate(estimators.make("batch_mean"))((), data)
+    metrics = reward_metrics(data, estimate)
+    errors = (data.rewards - np.asarray(estimate.values))[data.valid] ** 2
+    assert metrics["estimate/value_error"] == pytest.approx(errors.mean())
+    assert metrics["reward/invalid"] == pytest.approx(1 / 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"minibatch_rollouts": 3}, "rollouts per step = 8 is not a multiple of"),
+        ({"microbatch_rollouts": 3}, "minibatch_rollouts = 8 is not a multiple of"),
+        ({"minibatch_rollouts": 2, "microbatch_rollouts": 2}, "is not a multiple of the batch"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(change, sentence):
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **change))
+    with pytest.raises(ValueError, match=sentence):
+        check(config, tiny.TINY, make_mesh(data=4, devices=jax.devices()[:4]))
+
+
+def test_heads_that_do_not_divide_over_the_mesh_are_refused():
+    mesh = make_mesh(tensor=4, devices=jax.devices()[:4])
+    with pytest.raises(ValueError, match="key heads = 2 does not divide over 4 devices"):
+        check(CONFIG, tiny.TINY, mesh)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 0}, {"fsdp": 8}, {"data": -1, "fsdp": -1}])
+def test_a_mesh_that_does_not_fill_the_devices_is_refused(sizes):
+    with pytest.raises(ValueError, match="the 4 devices present"):
+        make_mesh(devices=jax.devices()[:4], **sizes)
+
+
+def test_schedules_warm_up_and_decay():
+    section = OptimSection(lr=1.0, schedule="linear", warmup_steps=2, max_grad_norm=0.0, eps=0.0)
+    optimizer = make_optimizer(section, updates=6)
+    params = jnp.float32(0.0)
+    state, moves = optimizer.init(params), []
+    for _ in range(6):
+        with jax.numpy_dtype_promotion("standard"):
+            change, state = optimizer.update(jnp.float32(1.0), state, params)
+        moves.append(-float(change))
+    np.testing.assert_allclose(moves, [0, 0.5, 1, 0.75, 0.5, 0.25], atol=1e-5)
+    with pytest.raises(ValueError, match="constant, linear, cosine"):
+        make_optimizer(dataclasses.replace(section, schedule="step"), updates=6)
+
+
+def test_unknown_aggregation_in_the_loss_section_is_refused():
+    config = dataclasses.replace(CONFIG, loss=LossSection(aggregation="mean"))
+    with pytest.raises(ValueError, match="loss.aggregation"):
+        one_update(config=config)
