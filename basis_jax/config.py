@@ -20,25 +20,16 @@ class ModelSection:
 @dataclass(frozen=True)
 class DataSection:
     path: str = "task:number_words"
-    """``task:<name>`` (made here), a .json/.jsonl/.parquet file, a folder, or a hub id, which may
-    name a subset: ``openai/gsm8k:main``."""
-    eval_path: str = "task:number_words"
-    """Held-out problems, named as ``path``; a task gives a disjoint set."""
+    """``task:<name>`` (made here), a .json/.jsonl/.parquet file, a folder, or a hub id."""
     split: str = "train"
     """Split of a hub data set or folder."""
-    eval_split: str = "test"
     problem_field: str = ""
     """Column with the problem, a string or a chat's list of messages; ``a.b`` reaches inside.
     Empty: recognised, for the layouts of MATH, GSM8K, DeepScaleR and DAPO-Math-17K."""
     answer_field: str = ""
     """Column with the answer, or with a solution that ends in a box or ``#### x``; as above."""
-    eval_problem_field: str = ""
-    """Of the held-out set; empty: as ``problem_field``."""
-    eval_answer_field: str = ""
     size: int = 0
     """Use this many problems (0: all)."""
-    eval_size: int = 0
-    """Use this many held-out problems (0: all)."""
     prompt_format: str = "chat"
     """``chat`` (the tokenizer's template) or ``text`` (few-shot lines, no template)."""
     system_prompt: str = ""
@@ -75,7 +66,7 @@ class SamplingSection:
 class EstimatorSection:
     name: str = "basis"
     """``basis``, ``reinforce``, ``reinforce_pp``, ``grpo``, ``dr_grpo``, ``rloo``, ..."""
-    options: dict[str, str | int | float | bool] = field(default_factory=dict)
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Keyword options of ``estimators.make``."""
     table: str = ""
     """Offline reference table (.npz); empty: made in the run folder when one is needed."""
@@ -125,14 +116,19 @@ class TrainSection:
 
 @dataclass(frozen=True)
 class EvalSection:
+    sets: tuple[str, ...] = ("task:number_words",)
+    """Held-out problems: names of ``data.BENCHMARKS`` (MATH-500, AIME24, ...), or paths as
+    ``data.path`` (a task gives its held-out side; files have the columns ``problem``, ``answer``)."""
+    folder: str = ""
+    """Folder whose ``<name>.jsonl`` files stand in for benchmarks on the hub."""
+    size: int = 0
+    """Use this many problems of every set (0: all)."""
     every: int = 0
-    """Evaluate on the held-out problems every so many steps (0: before and after only)."""
+    """Evaluate every so many steps (0: before and after only)."""
     samples: int = 1
     """Completions per held-out problem."""
     temperature: float = 1.0
     """0: greedy."""
-    sets: tuple[str, ...] = ()
-    """Benchmarks that the recipe reports besides ``data.eval_path``."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,44 +34,85 @@ class EncodedProblems:
     counts: dict[str, int]  # read, duplicate, too long, not asked for, used
 
 
-def load_problems(section: DataSection, *, held_out: bool) -> list[Problem]:
-    """The problems of ``section.path``, or of ``section.eval_path`` when held out, as they stand
-    there: repeated rows too (the same object again, so DAPO's hundredfold rows cost nothing).
+@dataclass(frozen=True)
+class Source:
+    """Where a data set lies. Empty column names are recognised (``LAYOUTS``)."""
 
-    Raises ValueError where the source cannot be read, lacks a column or holds nothing usable.
-    """
-    path = section.eval_path if held_out else section.path
-    option = "--data.eval-path" if held_out else "--data.path"
-    if path.startswith("task:"):
-        return tasks.problems(path.removeprefix("task:"), held_out=held_out)
+    path: str
+    split: str = "test"
+    problem_field: str = ""
+    answer_field: str = ""
+    wrapper: str = ""
+    option: str = "--eval.sets"  # what a user changes when it cannot be read
+
+
+BENCHMARKS = {
+    "MATH-500": Source("HuggingFaceH4/MATH-500"),
+    "AIME24": Source("HuggingFaceH4/aime_2024", "train"),
+    "AIME25": Source("math-ai/aime25"),
+    "AMC23": Source("math-ai/amc23"),
+    "HMMT25": Source("MathArena/hmmt_feb_2025", "train"),
+    "Minerva": Source("math-ai/minervamath"),
+    "OlympiadBench": Source("math-ai/olympiadbench", "test", "question", "final_answer"),
+    "GSM8K": Source("openai/gsm8k:main"),
+}
+
+
+def load_training(section: DataSection) -> list[Problem]:
+    """The training problems. Raises ValueError as ``load``, and for a wrapper without a place."""
     if section.problem_wrapper and "{problem}" not in section.problem_wrapper:
         raise ValueError(
             f"data.problem_wrapper is {section.problem_wrapper!r}; write {{problem}} where the "
             "problem stands in it"
         )
-    split = section.eval_split if held_out else section.split
-    columns = (
-        (held_out and section.eval_problem_field) or section.problem_field,
-        (held_out and section.eval_answer_field) or section.answer_field,
+    source = Source(
+        path=section.path,
+        split=section.split,
+        problem_field=section.problem_field,
+        answer_field=section.answer_field,
+        wrapper=section.problem_wrapper,
+        option="--data.path",
     )
+    return load(source, held_out=False)
+
+
+def load_held_out(name: str, folder: str = "") -> list[Problem]:
+    """A benchmark by name (from ``folder/<name>.jsonl`` where there is one), or a set by path."""
+    source = BENCHMARKS.get(name, Source(name))
+    local = Path(folder) / f"{name}.jsonl"
+    if folder and local.is_file():
+        source = replace(source, path=str(local))
+    return load(source, held_out=True)
+
+
+def load(source: Source, *, held_out: bool) -> list[Problem]:
+    """The problems as they stand at their source: repeated rows too (the same object again, so
+    DAPO's hundredfold rows cost nothing). ``held_out`` is the side of a task.
+
+    Raises ValueError where the source cannot be read, lacks a column or holds nothing.
+    """
+    if source.path.startswith("task:"):
+        return tasks.problems(source.path.removeprefix("task:"), held_out=held_out)
+    columns = (source.problem_field, source.answer_field)
     seen: dict[Problem, Problem] = {}
     found = []
-    for row in read_rows(path, split=split, option=option):
-        columns = columns if all(columns) else fill_in(columns, row, path)
-        problem = as_problem(row, columns, section.problem_wrapper, path)
+    for row in read_rows(source):
+        columns = columns if all(columns) else fill_in(columns, row, source.path)
+        problem = as_problem(row, columns, source.wrapper, source.path)
         found.append(seen.setdefault(problem, problem))
     if not found:
-        raise ValueError(f"{path} holds no problems; give another with {option}")
+        raise ValueError(f"{source.path} holds no problems; give another with {source.option}")
     return found
 
 
-def read_rows(path: str, *, split: str, option: str) -> Iterator[Mapping[str, Any]]:
+def read_rows(source: Source) -> Iterator[Mapping[str, Any]]:
     """Rows of a .json, .jsonl or .parquet file, of a data set folder, or of a hub data set."""
-    local = Path(path)
+    local = Path(source.path)
     if local.suffix in (".json", ".jsonl"):
-        yield from read_json(local, option)
+        yield from read_json(local, source.option)
         return
-    for batch in read_dataset(path, split=split, option=option).iter(batch_size=1000):
+    dataset = read_dataset(source.path, split=source.split, option=source.option)
+    for batch in dataset.iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):  # 20 times faster than row by row
             yield dict(zip(batch, values, strict=True))
 
@@ -140,7 +181,7 @@ def fill_in(columns: tuple[str, str], row: Mapping[str, Any], path: str) -> tupl
             return named
     raise ValueError(
         f"{path} has the columns {', '.join(row)}; name those with the problem and the answer by "
-        "--data.problem-field and --data.answer-field (or eval-problem-field, eval-answer-field)"
+        "--data.problem-field and --data.answer-field"
     )
 
 
@@ -151,8 +192,7 @@ def value_at(row: Mapping[str, Any], name: str, path: str) -> Any:
         if not isinstance(value, Mapping) or part not in value:
             raise ValueError(
                 f"{path} has no column {name!r} but {', '.join(row)}; name the right one with "
-                "--data.problem-field, --data.answer-field (or eval-problem-field, "
-                "eval-answer-field)"
+                "--data.problem-field, --data.answer-field"
             )
         value = value[part]
     return value

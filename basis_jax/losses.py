@@ -20,7 +20,7 @@ def loss_weights(
 
     ``token_mean`` (DAPO): 1 / tokens in the update. ``sequence_mean`` (GRPO): 1 / (live rows x
     the row's tokens). ``constant_length`` (Dr. GRPO): 1 / (live rows x ``max_length``).
-    A mask without tokens gives zeros. Raises ValueError for another name.
+    A mask without tokens gives zeros.
     """
     mask = completion_mask.astype(jnp.float32)
     lengths = jnp.sum(mask, axis=1, keepdims=True)

@@ -9,7 +9,13 @@ from jaxtyping import PyTree
 
 from basis_jax import estimators, hf
 from basis_jax.config import Config
-from basis_jax.data import EncodedProblems, encode_prompts, load_problems
+from basis_jax.data import (
+    EncodedProblems,
+    batch_indices,
+    encode_prompts,
+    load_held_out,
+    load_training,
+)
 from basis_jax.reference_table import build, counts_for, load, made_by
 from basis_jax.rollouts import Setting
 from basis_jax.sampling import check_trainable
@@ -25,7 +31,7 @@ class Session:
     setting: Setting
     estimator: estimators.Estimator
     train_set: EncodedProblems
-    held_out: EncodedProblems
+    held_out: dict[str, EncodedProblems]
 
 
 @contextmanager
@@ -47,6 +53,8 @@ def open_session(config: Config, report=print):
     check(config, architecture, mesh)
     tokenizer = hf.load_tokenizer(folder)
     train_set, held_out = load_sets(config, tokenizer, report)
+    size = len(train_set.problems)
+    batch_indices(config.seed, 0, batch_size=config.train.prompts_per_step, size=size)  # fits?
     with make_verifier(config.data.verifier) as verifier:
         setting = Setting(
             model=architecture,
@@ -74,23 +82,29 @@ def stop_ids(config: Config, tokenizer) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def load_sets(config: Config, tokenizer, report) -> tuple[EncodedProblems, EncodedProblems]:
-    """Training and held-out problems as tokens; what was left out is reported."""
-    sets = []
-    for name, held_out in (("training", False), ("held-out", True)):
-        problems = load_problems(config.data, held_out=held_out)
-        size = config.data.eval_size if held_out else config.data.size
+def load_sets(
+    config: Config, tokenizer, report
+) -> tuple[EncodedProblems, dict[str, EncodedProblems]]:
+    """Training problems and the held-out sets by name, as tokens; what was left out is reported."""
+
+    def encode(name, problems, size):
         encoded = encode_prompts(problems, config.data, tokenizer, size=size)
-        report(f"{name} problems: {', '.join(f'{v} {k}' for k, v in encoded.counts.items())}")
-        sets.append(encoded)
-    train_set, held_out = sets
-    shared = {p.uid for p in train_set.problems} & {p.uid for p in held_out.problems}
-    if shared:
-        report(f"warning: {len(shared)} held-out problems are also training problems")
+        report(f"{name} problems: {', '.join(f'{v} {k}' for k, v in encoded.counts.items() if v)}")
+        return encoded
+
+    train_set = encode("training", load_training(config.data), config.data.size)
+    known = {p.uid for p in train_set.problems}
+    held_out = {}
+    for name in config.eval.sets:
+        problems = load_held_out(name, config.eval.folder)
+        held_out[name] = encode(f"held-out {name}", problems, config.eval.size)
+        shared = sum(p.uid in known for p in held_out[name].problems)
+        if shared:
+            report(f"warning: {shared} held-out problems of {name} are also training problems")
     return train_set, held_out
 
 
-def reference_table(session: Session, params: PyTree, path: str, report=print):
+def reference_table(session: Session, params: PyTree, path: Path, report=print):
     """Successes and trials [M]: read from ``estimator.table``, or made (and resumed) at ``path``."""
     config = session.config
     wanted = made_by(
@@ -109,7 +123,7 @@ def reference_table(session: Session, params: PyTree, path: str, report=print):
         samples=config.estimator.table_samples,
         sampling=config.sampling,
         wanted=wanted,
-        path=Path(path),
+        path=path,
         report=report,
     )
     return table.successes, table.trials

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from basis_jax import model
 from basis_jax.config import Config, LossSection, OptimSection
 from basis_jax.estimators import Estimator
-from basis_jax.losses import loss_weights, ppo_loss
+from basis_jax.losses import AGGREGATIONS, loss_weights, ppo_loss
 from basis_jax.masked import completion_mask, masked_max, masked_sum
 from basis_jax.model import ModelConfig
 from basis_jax.rollouts import Graded
@@ -21,11 +21,25 @@ from basis_jax.sharding import batch_shards, check_divides, constrain, named_tre
 from basis_jax.types import Batch, Estimate, Signals, TrainState
 
 SCHEDULES = ("constant", "linear", "cosine")
+COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
-    """Raise a ValueError for sizes that do not divide, before anything is compiled."""
+    """Raise a ValueError for unknown words and sizes that do not divide, before any weight is read."""
     train, group = config.train, config.sampling.group_size
+    for name, value in (
+        ("train.steps", train.steps),
+        ("checkpoint.every", config.checkpoint.every),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; give at least 1")
+    for name, value, allowed in (
+        ("optim.schedule", config.optim.schedule, SCHEDULES),
+        ("loss.aggregation", config.loss.aggregation, AGGREGATIONS),
+        ("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
     rollouts = train.prompts_per_step * group
     shards = batch_shards(mesh)
     for larger, smaller, sizes in (
@@ -56,10 +70,6 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
 
 def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW under a warm-up and a schedule over ``updates`` updates."""
-    if section.schedule not in SCHEDULES:
-        raise ValueError(
-            f"optim.schedule is {section.schedule!r}; allowed are {', '.join(SCHEDULES)}"
-        )
     decay = max(1, updates - section.warmup_steps)
     after = {
         "constant": optax.constant_schedule(section.lr),

@@ -8,6 +8,7 @@ from basis_jax.config import (
     Config,
     DataSection,
     EstimatorSection,
+    EvalSection,
     ModelSection,
     OptimSection,
     SamplingSection,
@@ -19,10 +20,11 @@ def config() -> Config:
     return Config(
         run_dir="runs/quickstart",
         model=ModelSection(path="embedded:quickstart"),
-        data=DataSection(path="task:number_words", eval_path="task:number_words"),
+        data=DataSection(path="task:number_words"),
         sampling=SamplingSection(max_new_tokens=6),
         estimator=EstimatorSection(name="basis", table_samples=16),
         optim=OptimSection(lr=3e-4),
+        eval=EvalSection(sets=("task:number_words",)),
         train=TrainSection(
             steps=60,
             prompts_per_step=256,

@@ -30,11 +30,12 @@ def config() -> Config:
         model=ModelSection(path="Qwen/Qwen3-4B", compute_dtype="bfloat16", remat=True),
         data=DataSection(
             path="BytedTsinghua-SIA/DAPO-Math-17k",
-            problem_field="prompt",
-            answer_field="reward_model.ground_truth",
-            eval_path="HuggingFaceH4/MATH-500",
-            eval_problem_field="problem",
-            eval_answer_field="answer",
+            problem_wrapper=(
+                "Solve the following math problem step by step. The last line of your response "
+                "should be of the form Answer: $Answer (without quotes) where $Answer is the "
+                "answer to the problem.\n\n{problem}\n\nRemember to put your answer on its own "
+                'line after "Answer:".'
+            ),
             problem_suffix="\nPlease reason step by step, and put your final answer in \\boxed{}.",
             max_prompt_tokens=1024,
             verifier="math",
@@ -51,16 +52,8 @@ def config() -> Config:
             sample_rollouts=128,
         ),
         eval=EvalSection(
+            sets=("AIME24", "AIME25", "AMC23", "HMMT25", "MATH-500", "Minerva", "OlympiadBench"),
             every=25,
-            sets=(
-                "AIME24",
-                "AIME25",
-                "AMC23",
-                "HMMT25",
-                "MATH-500",
-                "Minerva",
-                "OlympiadBench",
-            ),
         ),
         mesh=MeshSection(data=1, fsdp=-1),
         checkpoint=CheckpointSection(every=10),

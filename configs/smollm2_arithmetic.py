@@ -24,11 +24,9 @@ def config() -> Config:
         model=ModelSection(path="models/smollm2"),
         data=DataSection(
             path="task:arithmetic",
-            eval_path="task:arithmetic",
             prompt_format="text",
             size=192,
-            eval_size=64,
-            max_prompt_tokens=48,
+            max_prompt_tokens=64,
         ),
         sampling=SamplingSection(max_new_tokens=6, stop_tokens=("\n",)),
         estimator=EstimatorSection(name="basis", table_samples=8),
@@ -40,5 +38,5 @@ def config() -> Config:
             microbatch_rollouts=16,
             sample_rollouts=64,
         ),
-        eval=EvalSection(samples=4),
+        eval=EvalSection(sets=("task:arithmetic",), size=96, samples=4),
     )

@@ -1,11 +1,12 @@
 """Small models made in code, shared by the tests."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from basis_jax import model
+from basis_jax import hf, model
 from basis_jax.types import Prompts
 
 TINY = model.ModelConfig(
@@ -52,3 +53,32 @@ def next_token_logits(params, config, tokens):
 token_logprobs = jax.jit(
     model.token_logprobs, static_argnums=1, static_argnames=("temperature", "chunk")
 )
+
+CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz .,?+-*/=()^{}$\\\n"
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def write_folder(folder, config=TINY):
+    """A Hugging Face folder with random weights and a tokenizer of single characters."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(CHARACTERS)]
+    config = dataclasses.replace(config, vocab_size=len(words) + len(words) % 4)
+    hf.save_params(params(config), config, folder)
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        unk_token="<unk>",
+        chat_template=TEMPLATE,
+    )
+    fast.save_pretrained(folder)
+    return folder

@@ -1,39 +1,72 @@
-r"""Where the answer stands in a completion or in a worked solution. Linear time.
+r"""Where the answer stands in a completion, or in a worked solution. Linear in the text's length.
 
-Marks, by rank: the last complete ``\boxed{}`` or ``\fbox{}``; the last ``#### x`` (GSM8K's
-convention); in lenient mode also the last "the answer is x" or "Answer: x".
+Marks, by rank: the last complete ``\boxed{}``, then the last ``#### x`` (GSM8K); the lenient mode
+goes on to the last "the answer is x" or "Answer: x", the strict one does not.
 """
 
 import re
 
 MODES = ("lenient", "strict")
+TAIL = 100_000
 
-BOX = re.compile(r"\\(?:boxed|fbox)\s{0,3}\{")
+BOX = re.compile(r"\\(?:boxed|fbox)\s?\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-HASHES = re.compile(r"####[ \t]*([^\n]*)")
 PHRASE = re.compile(
-    r"(?:answer\s{1,3}is|answer\s{0,3}:|answer\s{0,3}=)[*_\s]{0,6}:?[*_\s]{0,6}", re.IGNORECASE
+    r"\banswer(?: to (?:the|this) (?:problem|question))?(?: is| was|\s?[:=])", re.IGNORECASE
 )
-SENTENCE_END = re.compile(r"\.(?:\s|$)|\n")
-DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+DECORATION = " \t*_:="
+FORMULAS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+
+
+def extract_answer(completion: str, mode: str) -> str | None:
+    """The answer that the end (``TAIL``) of a completion gives; None where it gives none."""
+    completion = completion[-TAIL:]
+    found = last_boxed(completion)
+    if found is None:
+        found = after_hashes(completion)
+    if found is None and mode == "lenient":
+        found = after_phrase(completion)
+    return found or None
 
 
 def last_boxed(text: str) -> str | None:
-    """Inside of the last complete box, nested braces included; None where there is none.
+    """Inside of the last complete box, nested braces and boxes included; None where there is none.
 
-    An escaped brace does not count. The first closing brace that fits ends a box, so a box left
-    open at the end of a truncated completion says nothing.
+    Escaped braces are text. An empty box, as in an instruction repeated, says nothing, nor does one
+    left open, as by a completion cut short.
     """
-    for start in reversed([match.end() for match in BOX.finditer(text)][-8:]):
-        depth = 1
-        for brace in BRACE.finditer(text, start):
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                return text[start : brace.start()].strip()
-    return None
+    depth, opened, found = 0, [], None
+    boxes = {match.end() - 1 for match in BOX.finditer(text)}
+    for match in BRACE.finditer(text, min(boxes, default=len(text))):
+        if match.group() == "{":
+            depth += 1
+            if match.start() in boxes:
+                opened.append((depth, match.end()))
+        elif match.group() == "}":
+            if opened and opened[-1][0] == depth:
+                found = text[opened.pop()[1] : match.start()].strip() or found
+            depth = max(depth - 1, 0)
+    return found
 
 
 def after_hashes(text: str) -> str | None:
     """The rest of the line after the last ``####``; None where there is none."""
     _, mark, rest = text.rpartition("####")
-    return rest.lstrip().partition("\n")[0].strip() if mark else None
+    return rest.lstrip(" \t").partition("\n")[0].strip() if mark else None
+
+
+def after_phrase(text: str) -> str | None:
+    """What follows the last "answer is" or "Answer:": a formula, else the rest of the sentence."""
+    ends = [match.end() for match in PHRASE.finditer(text)]
+    if not ends:
+        return None
+    rest = text[ends[-1] :].lstrip(DECORATION + "\n")
+    for opening, closing in FORMULAS:
+        if rest.startswith(opening):
+            inside, closed, _ = rest[len(opening) :].partition(closing)
+            if closed:
+                return inside.strip()
+    line = rest.partition("\n")[0]
+    end = SENTENCE_END.search(line)
+    return (line[: end.start()] if end else line).strip(DECORATION)

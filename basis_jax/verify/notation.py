@@ -1,0 +1,139 @@
+r"""Answers in one notation: ``\dfrac12``, ``{1}/2.`` and ``$\frac{1}{2}$`` become alike.
+
+Text in, text out, by the conventions of MATH and AIME answers; nothing is computed but plain
+numbers. No pattern can backtrack far, and callers cap the length (``LONGEST``).
+"""
+
+import re
+from fractions import Fraction
+
+LONGEST = 1000
+
+SIGNS = str.maketrans({
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ",
+    "∞": r"\infty ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ",
+    "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ", "θ": r"\theta ", "√": r"\sqrt ",
+    "ℝ": r"\mathbb{R}", "≈": r"\approx ", "²": "^2", "³": "^3", "½": r"\frac12 ", "，": ",",
+    "\u00a0": " ", "\u2009": " ", "\t": " ", "\n": " ",
+})  # fmt: skip
+
+BRACED = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+TEXT = r"\\text ?\{ ?"
+RULES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # layout
+        (r" +", " "),
+        (r"\\\$|[$£€]|(?<!\\)\\[()]", ""),
+        (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits)(?![a-zA-Z])\.?", ""),
+        (r"\\!", ""),
+        (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),
+        (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
+        (r"(?<=\\\\) ?\[\d+ ?pt\]", ""),
+        # one name for each command
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
+        (r"\\(?:text(?:bf|it|rm|sf|normal)|math(?:rm|bf|it|sf)|mbox|emph|underline|boldsymbol)"
+         r"(?![a-zA-Z])", r"\\text"),
+        (r"\\([lgn]e)q(?:slant)?(?![a-zA-Z])", r"\\\1"),
+        (r"\\varnothing(?![a-zA-Z])|\\\{ ?\\\}", r"\\emptyset"),
+        (r"\\mathbb ?(?:\{R\}|R)", r"(-\\infty,\\infty)"),
+        (r"\\operatorname\*? ?\{([a-z]+)\}", r"\\\1 "),
+        (r"<=|=<", r"\\le "),
+        (r">=", r"\\ge "),
+        (r"\*\*", "^"),
+        (r"\*", r"\\cdot "),
+        # words that are signs
+        (r"(?<![\\a-zA-Z])(sqrt|pi|infinity|sin|cos|tan|log|ln)(?![a-zA-Z])", r"\\\1"),
+        (r"\\infinity", r"\\infty"),
+        (rf"(?<!\\)%|{TEXT}(?:percent|\\?%) ?\}}|(?<![a-zA-Z])percent(?![a-zA-Z])", r"\\%"),
+        (rf" ?(?:\^ ?(?:\{{ ?\\circ ?\}}|\\circ)|\\degree|{TEXT}degrees? ?\}}"
+         r"|(?<![a-zA-Z])degrees?(?![a-zA-Z]))", ""),
+        # between the items of a list
+        (rf"\{{ ?([,:]) ?\}}|{TEXT}([,:]) ?\}}", r"\1\2"),
+        (rf",? ?(?:{TEXT}(?:and|or) ?\}}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])),?", ","),
+        (r";", ","),
+        (r"(^|[(\[,]) ?\+ ?", r"\1"),
+        # arguments without braces or with round ones
+        (r"\\frac ?([0-9a-zA-Z])", r"\\frac{\1}"),
+        (rf"(\\frac ?{BRACED}) ?([0-9a-zA-Z])", r"\1{\2}"),
+        (r"\\sqrt ?([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"),
+        (r"(\\sqrt|\^) ?\(([^()]*)\)", r"\1{\2}"),
+    )
+]  # fmt: skip
+
+OPEN, CLOSE = "([{", ")]}"
+PEELED = ("{", r"\text{", r"\text {", r"\boxed{", "(")
+
+
+def canonical(text: str) -> str:
+    """The answer in the one notation, without what encloses the whole of it."""
+    text = text.translate(SIGNS)
+    for pattern, replacement in RULES:
+        text = pattern.sub(replacement, text)
+    return peel(text)
+
+
+def peel(text: str) -> str:
+    """Without final points, and without braces, boxes and idle parentheses around everything."""
+    before = None
+    while text != before:
+        before = text
+        text = text.strip().rstrip(" .,:\\")
+        for opening in PEELED:
+            start = len(opening) - 1
+            whole = text.startswith(opening) and closing(text, start) == len(text) - 1
+            if whole and not (opening == "(" and len(split_top(text[1:-1])) > 1):
+                text = text[start + 1 : -1]
+    return text
+
+
+def closing(text: str, start: int) -> int:
+    """Where the bracket at ``start`` closes, any bracket closing any other; -1: nowhere."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] in OPEN) - (text[i] in CLOSE)
+        if depth == 0:
+            return i
+    return -1
+
+
+def split_top(text: str, separator: str = ",") -> list[str]:
+    """The parts between separators that stand in no bracket."""
+    parts, depth, start = [], 0, 0
+    for i, character in enumerate(text):
+        depth += (character in OPEN) - (character in CLOSE)
+        if depth == 0 and text.startswith(separator, i):
+            parts.append(text[start:i])
+            start = i + len(separator)
+    return [part.strip() for part in (*parts, text[start:])]
+
+
+INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
+PLAIN = rf"(?:{INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
+NUMBER = re.compile(
+    rf"""(?P<sign>[+-]?)[ ](?:
+    (?P<scaled>{PLAIN})[ ]\\(?:times|cdot)[ ]10[ ]\^[ ]\{{?[ ](?P<power>[+-]?[0-9]{{1,3}})[ ]\}}?
+    |(?P<whole>{INTEGER})?[ ]\\frac[ ]\{{[ ](?P<above>[+-]?{PLAIN})[ ]\}}[ ]\{{[ ](?P<below>[+-]?{PLAIN})[ ]\}}
+    |(?P<above2>{PLAIN})(?:[ ]/[ ](?P<below2>{PLAIN}))?
+    )""".replace("[ ]", "[ ]?"),
+    re.VERBOSE,
+)
+
+
+def number(text: str) -> Fraction | None:
+    r"""The exact value of an integer, decimal, fraction, mixed number (``2\frac{1}{3}`` is 7/3) or
+    power of ten times a decimal; None for anything else. ASCII digits only."""
+    match = NUMBER.fullmatch(text)
+    if match is None:
+        return None
+
+    def part(name, default="0"):
+        return Fraction((match[name] or default).replace(",", ""))
+
+    below = part("below", "1") * part("below2", "1")
+    if below == 0:
+        return None
+    value = part("whole") + (part("above") + part("above2")) / below
+    value += part("scaled") * Fraction(10) ** int(match["power"] or 0)
+    return -value if match["sign"] == "-" else value

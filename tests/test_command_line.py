@@ -1,0 +1,92 @@
+"""Configs and overrides: every mistake is one sentence."""
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from basis_jax import command_line
+from basis_jax.config import Config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def parse(*arguments, config="configs/quickstart.py"):
+    return command_line.parse("test", argv=["--config", str(ROOT / config), *arguments])[0]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_builds_and_says_its_command(path):
+    config = command_line.load_config(path)
+    assert isinstance(config, Config)
+    spec = importlib.util.spec_from_file_location("c", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert f"--config configs/{path.name}" in module.__doc__
+    assert config.run_dir == f"runs/{path.stem}"
+
+
+def test_overrides_are_dotted_and_typed():
+    config = parse("--optim.lr", "3e-6", "--train.steps=7", "--seed", "5", "--run-dir", "x")
+    assert (config.optim.lr, config.train.steps, config.seed, config.run_dir) == (3e-6, 7, 5, "x")
+    assert parse() == command_line.load_config(ROOT / "configs/quickstart.py")
+
+
+def test_estimator_options_come_from_the_command_line_with_their_types():
+    config = parse("--estimator.options", "rule", "published", "folds", "4")
+    assert config.estimator.options == {"rule": "published", "folds": 4}
+
+
+@pytest.mark.parametrize(
+    ("argument", "near"),
+    [
+        ("--optim.learning-rate", "--optim."),
+        ("--train.step", "--train.steps"),
+        ("--lr", "--optim.lr"),
+    ],
+)
+def test_an_unknown_field_is_named_with_near_ones(argument, near):
+    with pytest.raises(ValueError, match=f"unknown config field {re.escape(argument)}") as raised:
+        parse(argument, "1")
+    assert near in str(raised.value)
+
+
+def test_a_missing_config_file_is_named_with_those_that_exist():
+    with pytest.raises(ValueError, match="no config file .*quickstarts.py.*quickstart.py"):
+        parse(config="configs/quickstarts.py")
+
+
+def test_a_file_without_config_function_is_refused(tmp_path):
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"has no function config\(\)"):
+        command_line.load_config(tmp_path / "empty.py")
+
+
+def test_our_errors_end_a_script_with_their_sentence_and_others_keep_their_traceback(tmp_path):
+    def ours():
+        command_line.load_config(tmp_path / "none.py")
+
+    def others():
+        int("x")
+
+    with pytest.raises(SystemExit, match="error: no config file"):
+        command_line.run(ours)
+    with pytest.raises(ValueError, match="invalid literal"):
+        command_line.run(others)
+
+
+def test_every_config_field_is_read_somewhere():
+    """A field that nothing reads is a lie to the user."""
+    sources = [p for p in (ROOT / "basis_jax").rglob("*.py") if p.name != "config.py"]
+    text = "\n".join(p.read_text() for p in [*sources, *(ROOT / "scripts").glob("*.py")])
+    whole_sections = {"mesh"}  # passed on as keyword arguments
+    for section in dataclasses.fields(Config):
+        value = getattr(command_line.load_config(CONFIGS[0]), section.name)
+        if not dataclasses.is_dataclass(value) or section.name in whole_sections:
+            assert re.search(rf"config\.{section.name}\b", text), section.name
+            continue
+        for field in dataclasses.fields(value):
+            assert re.search(rf"\.{field.name}\b", text), f"{section.name}.{field.name}"

@@ -1,0 +1,263 @@
+"""scripts/train.py as a user runs it: one process, killed and resumed, the flagship's own path."""
+
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+ROOT = Path(__file__).parents[1]
+WALL = ("time/", "throughput/")  # differ between any two runs
+
+
+def command(script, config, *arguments):
+    return [
+        sys.executable,
+        str(ROOT / "scripts" / script),
+        "--config",
+        str(ROOT / "configs" / config),
+        *map(str, arguments),
+    ]
+
+
+def environment():
+    """One CPU device, and no strictness that a user does not have."""
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+
+
+def run(script, config, *arguments, cwd=None):
+    return subprocess.run(
+        command(script, config, *arguments),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=cwd,
+    )
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def repeatable(rows):
+    return [{k: v for k, v in row.items() if not k.startswith(WALL)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    """Problems in DAPO-Math-17K's columns."""
+    path = tmp_path_factory.mktemp("data") / "dapo.jsonl"
+    rng = random.Random(0)
+    rows = []
+    for _ in range(60):
+        a, b = rng.randrange(10), rng.randrange(10)
+        chat = [{"role": "user", "content": f"what is {a} + {b}?"}]
+        rows.append({"prompt": chat, "reward_model": {"ground_truth": str((a + b) % 10)}})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def small(folder, problems, run_dir, **changes):
+    """Overrides that make any config a tiny run."""
+    options = {
+        "model.path": folder,
+        "model.compute-dtype": "float32",
+        "data.path": problems,
+        "eval.sets": problems,
+        "eval.size": 8,
+        "run-dir": run_dir,
+        "sampling.max-new-tokens": 6,
+        "estimator.table-samples": 4,
+        "train.steps": 4,
+        "train.prompts-per-step": 8,
+        "train.minibatch-rollouts": 8,
+        "train.microbatch-rollouts": 4,
+        "train.sample-rollouts": 8,
+        "checkpoint.every": 2,
+        "optim.lr": 1e-3,
+    } | changes
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def reference_run(folder, problems, tmp_path_factory):
+    """Four steps without a break, of a config with two updates a step."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    arguments = small(folder, problems, run_dir, **{"train.minibatch-rollouts": 4})
+    done = run("train.py", "quickstart.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    return run_dir, done.stdout
+
+
+def final_arrays(run_dir):
+    """Every leaf of the newest checkpoint."""
+    import orbax.checkpoint as ocp
+
+    steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
+    state = ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / str(steps[-1]) / "state")
+    return steps[-1], {name: np.asarray(leaf) for name, leaf in state.items()}
+
+
+def assert_same_run(run_dir, expected):
+    rows, expected_rows = (repeatable(lines(d / "metrics.jsonl")) for d in (run_dir, expected))
+    assert rows == expected_rows
+    assert lines(run_dir / "samples.jsonl") == lines(expected / "samples.jsonl")
+    (step, found), (_, wanted) = final_arrays(run_dir), final_arrays(expected)
+    assert step == 4 and found.keys() == wanted.keys()
+    for name, leaf in found.items():
+        np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_run_writes_its_records_and_says_where_they_are(reference_run):
+    run_dir, output = reference_run
+    rows = lines(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert "eval/accuracy" in rows[0] and "eval/accuracy" in rows[-1]
+    for name in ("reward/mean", "sampler/logprob_gap_max", "estimate/beta", "policy/entropy"):
+        assert all(name in row for row in rows[1:]), name
+    assert all(row["sampler/logprob_gap_max"] < 1e-4 for row in rows[1:])
+    for name in ("metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints"):
+        assert (run_dir / name).exists() and str(run_dir / name) in output
+    assert "held-out accuracy before" in output and "held-out accuracy after" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", [0, 1, 2])
+def test_killed_at_any_moment_and_started_again_it_continues_bit_for_bit(
+    reference_run, folder, problems, tmp_path, trial
+):
+    """kill -9 at three random moments, then to the end: parameters, moments, metrics, samples."""
+    rng = random.Random(trial)
+    expected, _ = reference_run
+    arguments = small(folder, problems, tmp_path / "run", **{"train.minibatch-rollouts": 4})
+    for _ in range(3):
+        process = subprocess.Popen(
+            command("train.py", "quickstart.py", *arguments),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment(),
+        )
+        wait_for_some_progress(process, tmp_path / "run", rng)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run("train.py", "quickstart.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", expected)
+
+
+def wait_for_some_progress(process, run_dir, rng):
+    """Until a random number of metrics lines stands there, then up to half a second more."""
+    wanted = rng.randrange(0, 5)
+    metrics = run_dir / "metrics.jsonl"
+    while process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= wanted:
+            break
+        time.sleep(0.02)
+    time.sleep(rng.random() / 2)
+
+
+@pytest.mark.slow
+def test_a_finished_run_started_again_only_tells_its_result(reference_run, folder, problems):
+    run_dir, output = reference_run
+    before = (run_dir / "metrics.jsonl").read_text()
+    arguments = small(folder, problems, run_dir, **{"train.minibatch-rollouts": 4})
+    again = run("train.py", "quickstart.py", *arguments)
+    assert again.returncode == 0, again.stderr
+    assert (run_dir / "metrics.jsonl").read_text() == before
+    assert output.splitlines()[-7:] == again.stdout.splitlines()[-7:]
+
+
+@pytest.mark.slow
+def test_another_config_in_the_same_run_folder_is_refused(reference_run, folder, problems):
+    run_dir, _ = reference_run
+    arguments = small(folder, problems, run_dir, **{"train.minibatch-rollouts": 4})
+    refused = run("train.py", "quickstart.py", *arguments, "--optim.lr", "0.5")
+    assert refused.returncode != 0
+    assert refused.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "optim.lr" in refused.stderr and "0.5" in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_flagship_config_trains_on_a_local_folder_and_file(folder, problems, tmp_path):
+    """qwen_math's own path, sizes aside: DAPO columns, chat template, math verifier, table first."""
+    table = tmp_path / "table.npz"
+    arguments = small(folder, problems, tmp_path / "run", **{"train.minibatch-rollouts": 4})
+    made = run("reference_stats.py", "qwen_math.py", *arguments, "--out", table)
+    assert made.returncode == 0, made.stderr
+    assert "graded rollouts" in made.stdout
+    done = run("train.py", "qwen_math.py", *arguments, "--estimator.table", table)
+    assert done.returncode == 0, done.stderr
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["step"] == 4 and not (tmp_path / "run" / "reference.npz").exists()
+    other = small(folder, problems, tmp_path / "b", **{"sampling.temperature": 0.5})
+    refused = run("train.py", "qwen_math.py", *other, "--estimator.table", table)
+    assert refused.returncode != 0 and "does not fit this run (temperature" in refused.stderr
+
+
+def refusal(monkeypatch, *arguments):
+    """The one sentence with which train.py, run in this process, refuses."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("what", "option"),
+    [("Qwen/Qwen3-4B", "--model.path"), ("BytedTsinghua-SIA/DAPO-Math-17k", "--data.path")],
+)
+def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
+    monkeypatch, folder, tmp_path, what, option
+):
+    given = ["--model.path", folder] if option == "--data.path" else []
+    config = ROOT / "configs" / "qwen_math.py"
+    sentence = refusal(monkeypatch, config, "--run-dir", tmp_path / "run", *given)
+    assert sentence.startswith("error: ") and what in sentence and option in sentence
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--estimator.name", "bassis"], "unknown estimator 'bassis'"),
+        (["--estimator.name", "grpo"], "group_size"),
+        (["--estimator.options", "rul", "published"], "no option 'rul'"),
+        (["--sampling.top-p", "0.9"], "sampling.top_p = 0.9"),
+        (["--sampling.stop-tokens", "two"], "stop_tokens"),
+        (["--train.microbatch-rollouts", "3"], "is not a multiple of"),
+        (
+            ["--train.prompts-per-step", "64", "--train.minibatch-rollouts", "64"],
+            "prompts_per_step",
+        ),
+        (["--data.max-prompt-tokens", "3"], "max_prompt_tokens"),
+        (["--mesh.data", "3"], "mesh data=3"),
+        (["--data.verifier", "maths"], "data.verifier is 'maths'"),
+        (["--optim.schedule", "step"], "optim.schedule is 'step'"),
+        (["--loss.aggregation", "mean"], "loss.aggregation is 'mean'"),
+        (["--model.compute-dtype", "float8"], "float8"),
+        (["--train.steps", "0"], "train.steps"),
+        (["--optim.learning-rate", "1"], "unknown config field --optim.learning-rate"),
+    ],
+)
+def test_bad_settings_end_with_one_sentence(
+    monkeypatch, folder, problems, tmp_path, arguments, sentence
+):
+    given = small(folder, problems, tmp_path / "run")
+    said = refusal(monkeypatch, ROOT / "configs" / "quickstart.py", *given, *arguments)
+    assert said.startswith("error: ") and sentence in said
+    assert not (tmp_path / "run").exists()
