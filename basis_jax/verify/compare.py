@@ -28,7 +28,7 @@ UNITS = {
     "millimeter": "mm", "centimeter": "cm", "meter": "m", "kilometer": "km", "inch": "in",
     "inche": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi", "second": "s",
     "minute": "min", "hour": "h", "hr": "h", "gram": "g", "kilogram": "kg", "pound": "lb",
-    "ounce": "oz", "liter": "l", "litre": "l", "mph": "mph", "am": "am", "pm": "pm",
+    "ounce": "oz", "liter": "l", "litre": "l", "mile per hour": "mph", "am": "am", "pm": "pm",
 }  # fmt: skip
 """Units told apart where both answers have one; other words after a number are ignored."""
 
@@ -49,15 +49,15 @@ def same(gold: str, answer: str, scalars: Scalars) -> bool:
     values = number(gold), number(answer)
     if None not in values:
         return values[0] == values[1]
-    for compare in (same_items, same_union, same_relation, same_matrix, same_percent, same_units):
+    for compare in KINDS:
         verdict = compare(gold, answer, scalars)
         if verdict is not None:
             return verdict
-    return same_words(gold, answer, scalars)
+    return scalars(gold, answer)
 
 
 def simplify(text: str) -> str:
-    r"""Without ``x \in`` before a set, set-builder braces around a condition, or ``\approx ...``."""
+    r"""Without ``x \in``, set-builder braces around a condition, or ``\approx`` and what follows."""
     text = re.sub(r"^[a-zA-Z] ?\\in(?![a-zA-Z])", "", text)
     text = re.sub(r"(?<=.) ?\\approx.*", "", text)
     builder = BUILDER.fullmatch(text)
@@ -89,6 +89,9 @@ def same_items(gold: str, answer: str, scalars: Scalars) -> bool | None:
     """Lists and sets in any order, tuples and intervals in theirs, brackets alike; a list without
     brackets may stand for a tuple. None where neither is one."""
     (left, golds), (right, answers) = items(gold), items(answer)
+    for brackets, parts in ((left, golds), (right, answers)):
+        if not brackets and len(parts) == 1 and "=" in parts[0]:
+            return None
     if left != r"\{\}" != right and max(len(golds), len(answers)) == 1:
         return None
     if max(len(golds), len(answers)) > MOST_ITEMS:
@@ -106,3 +109,161 @@ def same_items(gold: str, answer: str, scalars: Scalars) -> bool | None:
     return len(golds) == len(answers) and all(
         same(g, without_name(a), scalars) for g, a in zip(golds, answers, strict=True)
     )
+
+
+def distinct(parts: Sequence[str], scalars: Scalars) -> list[str]:
+    """One of each, in the order of their first appearance."""
+    kept: list[str] = []
+    for part in parts:
+        if not any(same(other, part, scalars) for other in kept):
+            kept.append(part)
+    return kept
+
+
+def same_in_any_order(golds: Sequence[str], answers: Sequence[str], scalars: Scalars) -> bool:
+    """Whether the answers can be paired with the golds; sameness is transitive, so the first free
+    partner will do."""
+    if len(golds) != len(answers):
+        return False
+    free = list(answers)
+    for gold in golds:
+        partner = next((i for i, answer in enumerate(free) if same(gold, answer, scalars)), None)
+        if partner is None:
+            return False
+        del free[partner]
+    return True
+
+
+def same_union(gold: str, answer: str, scalars: Scalars) -> bool | None:
+    """Unions of as many parts, in any order."""
+    golds, answers = split_top(gold, r"\cup"), split_top(answer, r"\cup")
+    if len(golds) != len(answers) or len(golds) == 1:
+        return None
+    return same_in_any_order(golds, answers, scalars)
+
+
+def without_name(text: str) -> str:
+    """What stands right of ``x =``, where something does."""
+    name, *rest = split_top(text, "=")
+    return "=".join(rest) if rest and NAME.fullmatch(name) else text
+
+
+def same_relation(gold: str, answer: str, scalars: Scalars) -> bool | None:
+    """A named value against a bare one. Whatever an answer equates without naming it must be the
+    gold itself, so ``5 = 3`` is not 3."""
+    golds, answers = split_top(gold, "="), split_top(answer, "=")
+    if len(golds) > 1:
+        named = without_name(gold)
+        if named == gold or (len(answers) > 1 and golds[0] != answers[0]):
+            return None
+        return same(named, without_name(answer), scalars)
+    if len(answers) == 1:
+        return None
+    letters = re.sub(r"\\[a-zA-Z]+", "", answers[0])
+    if NAME.fullmatch(answers[0]) or re.search("[a-zA-Z]", letters):
+        answers = answers[1:]
+    return all(same(gold, part, scalars) for part in answers)
+
+
+def same_matrix(gold: str, answer: str, scalars: Scalars) -> bool | None:
+    """Entry by entry, whatever the brackets; a matrix is nothing but a matrix."""
+    tables = []
+    for match in (MATRIX.fullmatch(gold), MATRIX.fullmatch(answer)):
+        rows = match[2].split("\\\\") if match else []
+        tables.append([row.split("&") for row in rows if row.strip()])
+    left, right = tables
+    if not left and not right:
+        return None
+    return [len(row) for row in left] == [len(row) for row in right] and all(
+        same(g.strip(), a.strip(), scalars)
+        for rows in zip(left, right, strict=True)
+        for g, a in zip(*rows, strict=True)
+    )
+
+
+def same_percent(gold: str, answer: str, scalars: Scalars) -> bool | None:
+    r"""``50\%`` is 50, by convention, and a half, by meaning."""
+    bare = [text.removesuffix(r"\%").strip() for text in (gold, answer)]
+    if bare == [gold, answer]:
+        return None
+    if same(*bare, scalars):
+        return True
+    if gold.endswith(r"\%") == answer.endswith(r"\%"):
+        return False
+    values = [number(text) for text in bare]
+    if None in values:
+        return False
+    percent, other = values if gold.endswith(r"\%") else values[::-1]
+    return percent == 100 * other
+
+
+def same_units(gold: str, answer: str, scalars: Scalars) -> bool | None:
+    """The values, where at least one answer has a unit and known units do not differ."""
+    (left, unit), (right, other) = split_unit(gold), split_unit(answer)
+    if not unit and not other:
+        return None
+    names = (UNITS.get(name, name) for name in (unit, other))
+    known = {name for name in names if name in UNITS.values()}
+    return len(known) < 2 and same(left, right, scalars)
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    """A value and the unit after it in the singular, "" where there is none. A word without
+    ``\\text`` is a unit only after a plain number: ``5x`` is algebra."""
+    match = UNIT.fullmatch(text)
+    if not match or not match[1]:
+        return text, ""
+    value, wrapped, bare = match.groups()
+    unit = (wrapped or bare or "").replace(".", "").strip().lower()
+    unit = unit if unit in UNITS else unit.removesuffix("s")
+    spaced = text[len(value) : len(value) + 1] == " "
+    usual = unit in UNITS or unit in UNITS.values()
+    if bare and (number(value) is None or not (usual or len(unit) > 2) or not spaced):
+        return text, ""
+    return value, unit or "?"
+
+
+def same_base(gold: str, answer: str, scalars: Scalars) -> bool | None:
+    """Digits as text, and the bases where both are given: ``101_2`` is not a number in tens."""
+    written = [BASED.fullmatch(TEXT.sub(r"\1", text)) for text in (gold, answer)]
+    if written[0] is None:
+        return None
+    digits, base = written[0][1], written[0][2] or written[0][3]
+    if written[1] is None:
+        return digits == answer
+    return (digits, base) == (written[1][1], written[1][2] or written[1][3])
+
+
+def same_ratio(gold: str, answer: str, scalars: Scalars) -> bool | None:
+    """Ratios and times of day, part by part: ``2:3`` is not ``4:6``."""
+    golds, answers = gold.split(":"), answer.split(":")
+    if len(golds) == len(answers) == 1:
+        return None
+    return len(golds) == len(answers) and all(
+        same(g.strip(), a.strip(), scalars) for g, a in zip(golds, answers, strict=True)
+    )
+
+
+def same_words(gold: str, answer: str, scalars: Scalars) -> bool | None:
+    """Words, in any case; four letters together are a word and not a product."""
+    left, right = (TEXT.sub(r"\1", text).strip() for text in (gold, answer))
+    if WORDS.fullmatch(left) and WORDS.fullmatch(right) and len(left) > 1:
+        if " ".join(left.split()).casefold() == " ".join(right.split()).casefold():
+            return True
+    elif left == right:
+        return True
+    word = any(WORDS.fullmatch(t) and re.search("[a-zA-Z]{4}", t) for t in (left, right))
+    return False if word else None
+
+
+KINDS = (
+    same_items,
+    same_union,
+    same_relation,
+    same_matrix,
+    same_percent,
+    same_units,
+    same_base,
+    same_ratio,
+    same_words,
+)

@@ -111,29 +111,28 @@ def split_top(text: str, separator: str = ",") -> list[str]:
 
 INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 PLAIN = rf"(?:{INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
+SIGNED = f"[+-]?{PLAIN}"
 NUMBER = re.compile(
-    rf"""(?P<sign>[+-]?)[ ](?:
-    (?P<scaled>{PLAIN})[ ]\\(?:times|cdot)[ ]10[ ]\^[ ]\{{?[ ](?P<power>[+-]?[0-9]{{1,3}})[ ]\}}?
-    |(?P<whole>{INTEGER})?[ ]\\frac[ ]\{{[ ](?P<above>[+-]?{PLAIN})[ ]\}}[ ]\{{[ ](?P<below>[+-]?{PLAIN})[ ]\}}
-    |(?P<above2>{PLAIN})(?:[ ]/[ ](?P<below2>{PLAIN}))?
-    )""".replace("[ ]", "[ ]?"),
-    re.VERBOSE,
+    r"(?P<sign>[+-]?)(?:"
+    rf"(?P<scaled>{PLAIN})\\(?:times|cdot) ?10\^\{{?(?P<power>[+-]?[0-9]{{1,3}})\}}?"
+    rf"|(?P<whole>{INTEGER})?\\frac\{{(?P<above>{SIGNED})\}}\{{(?P<below>{SIGNED})\}}"
+    rf"|(?P<left>{PLAIN})(?:/(?P<right>{PLAIN}))?)"
 )
 
 
 def number(text: str) -> Fraction | None:
     r"""The exact value of an integer, decimal, fraction, mixed number (``2\frac{1}{3}`` is 7/3) or
     power of ten times a decimal; None for anything else. ASCII digits only."""
-    match = NUMBER.fullmatch(text)
+    match = NUMBER.fullmatch(re.sub(r" ?([-+/^{}\\]) ?", r"\1", text))
     if match is None:
         return None
 
     def part(name, default="0"):
         return Fraction((match[name] or default).replace(",", ""))
 
-    below = part("below", "1") * part("below2", "1")
+    below = part("below", "1") * part("right", "1")
     if below == 0:
         return None
-    value = part("whole") + (part("above") + part("above2")) / below
+    value = part("whole") + (part("above") + part("left")) / below
     value += part("scaled") * Fraction(10) ** int(match["power"] or 0)
     return -value if match["sign"] == "-" else value

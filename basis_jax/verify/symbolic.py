@@ -1,0 +1,80 @@
+"""Algebra: whether two expressions in LaTeX are equal, by math-verify on sympy.
+
+For worker processes only: an expression can take for ever and all memory. math-verify's own time
+limit is off (it needs the main thread, and can hang); its readers that call ``eval`` are not used.
+"""
+
+from latex2sympy2_extended.latex2sympy2 import (
+    ConversionConfig,
+    NormalizationConfig,
+    latex2sympy,
+    normalize_latex,
+)
+from math_verify import verify
+from math_verify.grader import should_treat_as_complex
+from sympy import Basic, Expr, Float, I, MatrixBase, N, Rational, Symbol, nan, zoo
+
+NORMALIZATION = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+CONVERSION = ConversionConfig(lowercase_symbols=False)
+DIGITS = 60  # e^(pi sqrt(163)) is a whole number to 30 of them
+
+
+class Unreadable(Exception):
+    """The right answer is in no notation that the parser knows."""
+
+
+def same_scalars(gold: str, answer: str) -> bool:
+    """Equal as numbers, expressions, relations or sets; an answer that is no mathematics is not.
+
+    Raises Unreadable where it is the gold that cannot be read.
+    """
+    real = not should_treat_as_complex(gold + " " + answer)
+    try:
+        left = read(gold, real)
+    except Exception as error:
+        raise Unreadable(f"the right answer {gold!r} cannot be read") from error
+    try:
+        right = read(answer, real)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # the parser raises bare Exceptions
+        return False
+    if any(side in (zoo, nan) or not isinstance(side, Basic | MatrixBase) for side in (left, right)):
+        return False
+    constants = same_constants(left, right)
+    if constants is not None:
+        return constants
+    return verify(
+        left, right, timeout_seconds=None, allow_set_relation_comp=True, raise_on_error=True
+    )
+
+
+def read(latex: str, real: bool) -> Basic | MatrixBase:
+    """LaTeX as a sympy object: decimals are exact, and i is the imaginary unit."""
+    found = latex2sympy(
+        normalize_latex(latex, NORMALIZATION),
+        is_real=real,
+        normalization_config=None,
+        conversion_config=CONVERSION,
+    )
+    if not isinstance(found, Basic):
+        return found
+    exact = {number: Rational(str(number)) for number in found.atoms(Float)}
+    return found.xreplace(exact | {s: I for s in found.atoms(Symbol) if s.name == "i"})
+
+
+def same_constants(left: Basic, right: Basic) -> bool | None:
+    """Whether two constants are equal: exactly where rational, else to 50 digits. None where one
+    is no constant, or both are near 0, where digits say nothing."""
+    if not all(isinstance(side, Expr) and not side.free_symbols for side in (left, right)):
+        return None
+    left, right = left.doit(), right.doit()
+    if left.is_Rational and right.is_Rational:
+        return bool(left == right)
+    values = N(left, DIGITS), N(right, DIGITS)
+    if not all(value.is_number and value.is_finite for value in values):
+        return None
+    size = max(abs(value) for value in values)
+    if size < Rational(1, 10**DIGITS):
+        return None
+    return bool(abs(values[0] - values[1]) < size / 10**50)
