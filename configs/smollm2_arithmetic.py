@@ -25,14 +25,14 @@ def config() -> Config:
         data=DataSection(
             path="task:arithmetic",
             prompt_format="text",
-            size=192,
+            size=256,
             max_prompt_tokens=64,
         ),
         sampling=SamplingSection(max_new_tokens=6, stop_tokens=("\n",)),
         estimator=EstimatorSection(name="basis", table_samples=8),
-        optim=OptimSection(lr=1e-5, warmup_steps=3),
+        optim=OptimSection(lr=2e-5, warmup_steps=2),
         train=TrainSection(
-            steps=40,
+            steps=32,
             prompts_per_step=64,
             minibatch_rollouts=64,
             microbatch_rollouts=16,

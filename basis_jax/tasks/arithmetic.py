@@ -1,9 +1,7 @@
 """Small sums as few-shot plain text, for a pretrained model that has not been taught to chat.
 
     2 + 6 = 8
-    5 + 3 = 8
     9 + 1 = 10
-    0 + 4 = 4
     7 + 4 =
 
 The completion up to the newline is the answer. A question is held out, or not, by a hash of its
@@ -30,12 +28,12 @@ class Kind:
     left: Sequence[int]
     right: Sequence[int]
     size: int
-    worked: int = 4
+    worked: int = 2
 
 
 KINDS = {
     "a + b": Kind("{} + {} =", operator.add, ONE, ONE, size=100),
-    "a * b": Kind("{} * {} =", operator.mul, ONE[2:], ONE[2:], size=64, worked=1),
+    "a * b": Kind("{} * {} =", operator.mul, ONE[2:], ONE[2:], size=64),
     "ab + c": Kind("{} + {} =", operator.add, TWO, ONE, size=300),
     "ab + cd": Kind("{} + {} =", operator.add, TWO, TWO, size=200),
     "max": Kind("max({}, {}) =", max, TWO, TWO, size=200),

@@ -14,15 +14,18 @@ MOST_ITEMS = 40
 Scalars = Callable[[str, str], bool]
 
 NAME = re.compile(
-    r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_\{?\w+\}?)?'?|[a-zA-Z] ?\([a-z]\)|\([a-z](?:, ?[a-z])+\)"
+    r"(?:[a-zA-Z]|[A-Z]{2,3}|[a-zA-Z]{4,}|\\text ?\{[^{}]*\}|\\[a-zA-Z]+(?: ?[A-Z]+)?)"
+    r"(?:_\{?\w+\}?)?'?(?: ?\([^()=]*\))?|\([a-z](?:, ?[a-z])+\)"
 )
+ORDER = re.compile(r" ?(<|>|\\[lg]e(?![a-zA-Z])) ?")
 MATRIX = re.compile(r"\[?\\begin\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}\]?")
 BUILDER = re.compile(r"\\\{ ?([a-zA-Z]) ?(?:\\mid|\||:) ?(.*)\\\}")
 BASED = re.compile(r"\(?([0-9A-Z]*[0-9][0-9A-Z]*)\)?_ ?(?:([0-9]+)|\{ ?([0-9]+) ?\})")
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 WORDS = re.compile(r"[a-zA-Z][a-zA-Z0-9 '-]*")
 UNIT = re.compile(
-    r"(.*?) ?(?:\\text ?\{([^{}]*)\}|(?<=[ 0-9}])([a-zA-Z][a-zA-Z./ ]*))(?: ?\^ ?\{?[23]\}?)?"
+    r"(.*?) ?(?:\\text ?\{((?:[^{}]|\{[^{}]*\})*)\}|(?<=[ 0-9}])([a-zA-Z][a-zA-Z./ ]*))"
+    r"(?: ?\^ ?\{?[23]\}?)?"
 )
 UNITS = {
     "millimeter": "mm", "centimeter": "cm", "meter": "m", "kilometer": "km", "inch": "in",
@@ -46,6 +49,8 @@ def same(gold: str, answer: str, scalars: Scalars) -> bool:
         return gold != ""
     if not gold or not answer:
         return False
+    if bool(ORDER.search(gold)) != bool(ORDER.search(answer)):
+        gold, answer = as_intervals(gold), as_intervals(answer)
     values = number(gold), number(answer)
     if None not in values:
         return values[0] == values[1]
@@ -57,11 +62,40 @@ def same(gold: str, answer: str, scalars: Scalars) -> bool:
 
 
 def simplify(text: str) -> str:
-    r"""Without ``x \in``, set-builder braces around a condition, or ``\approx`` and what follows."""
+    r"""Without ``x \in``, set-builder braces around a condition, ``\approx ...``, ``\pmod ...``."""
     text = re.sub(r"^[a-zA-Z] ?\\in(?![a-zA-Z])", "", text)
-    text = re.sub(r"(?<=.) ?\\approx.*", "", text)
+    text = re.sub(r"(?<=.) ?\\(?:approx|[pb]?mod)(?![a-zA-Z]).*", "", text)
     builder = BUILDER.fullmatch(text)
-    return peel(builder[2] if builder else text)
+    text = builder[2] if builder else text
+    if ORDER.search(text):
+        text = ",".join(upward(condition) for condition in split_top(text))
+    return peel(text)
+
+
+def upward(condition: str) -> str:
+    """``b > x`` as ``x<b``."""
+    parts = ORDER.split(condition)
+    if ">" not in parts and r"\ge" not in parts:
+        return condition
+    turned = {">": "<", r"\ge": r"\le ", "<": ">", r"\le": r"\ge "}
+    return "".join(turned.get(part, part) for part in reversed(parts))
+
+
+def as_intervals(text: str) -> str:
+    r"""``x < 1 or 2 \le x < 3`` as ``(-\infty,1)\cup[2,3)``; any other text as it is."""
+    intervals = []
+    for condition in split_top(text):
+        parts = ORDER.split(condition)
+        if len(parts) == 3 and re.fullmatch("[a-zA-Z]", parts[0]):
+            parts = [r"-\infty", "<", *parts]
+        elif len(parts) == 3:
+            parts = [*parts, "<", r"\infty"]
+        if len(parts) != 5 or not re.fullmatch("[a-zA-Z]", parts[2]):
+            return text
+        low, left, _, right, high = parts
+        brackets = "[" if left == r"\le" else "(", "]" if right == r"\le" else ")"
+        intervals.append(f"{brackets[0]}{low},{high}{brackets[1]}")
+    return r"\cup".join(intervals)
 
 
 def items(text: str) -> tuple[str, list[str]]:
@@ -101,9 +135,6 @@ def same_items(gold: str, answer: str, scalars: Scalars) -> bool | None:
         if r"\{\}" in (left, right):
             golds, answers = distinct(golds, scalars), distinct(answers, scalars)
         return same_in_any_order(golds, answers, scalars)
-    inequality = r"<|>|\\[lg]e(?![a-zA-Z])"
-    if re.search(inequality, gold) or re.search(inequality, answer):
-        return None
     if left != right and "" not in (left, right):
         return False
     return len(golds) == len(answers) and all(
@@ -216,10 +247,12 @@ def split_unit(text: str) -> tuple[str, str]:
     value, wrapped, bare = match.groups()
     unit = (wrapped or bare or "").replace(".", "").strip().lower()
     unit = unit if unit in UNITS else unit.removesuffix("s")
-    spaced = text[len(value) : len(value) + 1] == " "
-    usual = unit in UNITS or unit in UNITS.values()
-    if bare and (number(value) is None or not (usual or len(unit) > 2) or not spaced):
-        return text, ""
+    if bare:
+        spaced = text[len(value) : len(value) + 1] == " "
+        usual = unit in UNITS or unit in UNITS.values()
+        word = len(unit) > 1 if usual else len(unit) > 2 and spaced
+        if number(value) is None or not (word or (usual and spaced)):
+            return text, ""
     return value, unit or "?"
 
 

@@ -33,12 +33,13 @@ RULES = [
         # one name for each command
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
-        (r"\\(?:text(?:bf|it|rm|sf|normal)|math(?:rm|bf|it|sf)|mbox|emph|underline|boldsymbol)"
+        (r"\\operatorname\*? ?\{ ?((?:arc)?(?:sin|cos|tan)h?|log|gcd|lcm|det)\}", r"\\\1 "),
+        (r"\\(?:operatorname\*?|text(?:bf|it|rm|sf|normal)|math(?:rm|bf|it|sf)|mbox|emph|underline|boldsymbol)"
          r"(?![a-zA-Z])", r"\\text"),
         (r"\\([lgn]e)q(?:slant)?(?![a-zA-Z])", r"\\\1"),
         (r"\\varnothing(?![a-zA-Z])|\\\{ ?\\\}", r"\\emptyset"),
         (r"\\mathbb ?(?:\{R\}|R)", r"(-\\infty,\\infty)"),
-        (r"\\operatorname\*? ?\{([a-z]+)\}", r"\\\1 "),
+        (r"\\equiv(?![a-zA-Z])", "="),
         (r"<=|=<", r"\\le "),
         (r">=", r"\\ge "),
         (r"\*\*", "^"),
@@ -116,13 +117,14 @@ NUMBER = re.compile(
     r"(?P<sign>[+-]?)(?:"
     rf"(?P<scaled>{PLAIN})\\(?:times|cdot) ?10\^\{{?(?P<power>[+-]?[0-9]{{1,3}})\}}?"
     rf"|(?P<whole>{INTEGER})?\\frac\{{(?P<above>{SIGNED})\}}\{{(?P<below>{SIGNED})\}}"
+    r"|(?P<fixed>[0-9]*\.[0-9]*)\\overline\{(?P<cycle>[0-9]+)\}"
     rf"|(?P<left>{PLAIN})(?:/(?P<right>{PLAIN}))?)"
 )
 
 
 def number(text: str) -> Fraction | None:
-    r"""The exact value of an integer, decimal, fraction, mixed number (``2\frac{1}{3}`` is 7/3) or
-    power of ten times a decimal; None for anything else. ASCII digits only."""
+    r"""The exact value of an integer, decimal (repeating ones too), fraction, mixed number
+    (``2\frac{1}{3}`` is 7/3) or decimal times a power of ten; None for anything else."""
     match = NUMBER.fullmatch(re.sub(r" ?([-+/^{}\\]) ?", r"\1", text))
     if match is None:
         return None
@@ -135,4 +137,8 @@ def number(text: str) -> Fraction | None:
         return None
     value = part("whole") + (part("above") + part("left")) / below
     value += part("scaled") * Fraction(10) ** int(match["power"] or 0)
+    if match["cycle"]:  # 0.1666... = 0.1 + 0.0666..., and 0.666... = 6/9
+        decimals = len(match["fixed"].partition(".")[2])
+        value += Fraction("0" + match["fixed"])
+        value += part("cycle") / (10 ** len(match["cycle"]) - 1) / 10**decimals
     return -value if match["sign"] == "-" else value

@@ -39,7 +39,9 @@ def same_scalars(gold: str, answer: str) -> bool:
         raise
     except Exception:  # the parser raises bare Exceptions
         return False
-    if any(side in (zoo, nan) or not isinstance(side, Basic | MatrixBase) for side in (left, right)):
+    if any(
+        side in (zoo, nan) or not isinstance(side, Basic | MatrixBase) for side in (left, right)
+    ):
         return False
     constants = same_constants(left, right)
     if constants is not None:
