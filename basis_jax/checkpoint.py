@@ -33,7 +33,7 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: dict) ->
 
 
 def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState | None:
-    """The newest complete checkpoint with the shapes and shardings of ``like``; None without one."""
+    """The newest complete checkpoint, laid out as ``like``; None without one."""
     step = checkpoints.latest_step()
     if step is None:
         return None

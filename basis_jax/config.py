@@ -118,7 +118,7 @@ class TrainSection:
 class EvalSection:
     sets: tuple[str, ...] = ("task:number_words",)
     """Held-out problems: names of ``data.BENCHMARKS`` (MATH-500, AIME24, ...), or paths as
-    ``data.path`` (a task gives its held-out side; files have the columns ``problem``, ``answer``)."""
+    ``data.path`` (a task gives its held-out side)."""
     folder: str = ""
     """Folder whose ``<name>.jsonl`` files stand in for benchmarks on the hub."""
     size: int = 0

@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from basis_jax.config import EvalSection, SamplingSection
 from basis_jax.data import EncodedProblems
-from basis_jax.rollouts import Graded, Setting, roll_out
+from basis_jax.rollouts import Setting, roll_out
 
 
 def bootstrap_interval(
@@ -29,16 +29,16 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def problem_scores(graded: Graded, samples: int) -> np.ndarray:
-    """Mean reward per problem over its valid samples; problems without one are left out.
+def problem_scores(rewards: np.ndarray, valid: np.ndarray, samples: int) -> np.ndarray:
+    """Mean reward per problem (its ``samples`` rows adjacent) over valid ones; problems without a
+    valid one are left out.
 
     Raises ValueError where no completion at all could be graded.
     """
-    rewards = graded.rewards.reshape(-1, samples)
-    counted = graded.valid.reshape(-1, samples).sum(axis=1)
+    rewards, counted = rewards.reshape(-1, samples), valid.reshape(-1, samples).sum(axis=1)
     if not counted.any():
         raise ValueError(
-            f"none of the {len(graded.valid)} held-out completions could be graded (the verifier "
+            f"none of the {valid.size} held-out completions could be graded (the verifier "
             "failed on every one); check data.verifier and the answers"
         )
     return rewards.sum(axis=1)[counted > 0] / counted[counted > 0]
@@ -73,7 +73,7 @@ def evaluate(
                 stream="evaluate",
                 step=0,
             )
-            scores[name] = problem_scores(graded, samples)
+            scores[name] = problem_scores(graded.rewards, graded.valid, samples)
             if len(sets) > 1:
                 metrics[f"eval/{name}/{prefix}accuracy"] = float(scores[name].mean())
         low, high = bootstrap_interval(list(scores.values()))

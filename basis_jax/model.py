@@ -309,7 +309,7 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk: int = 512,
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
-    """log p(token t | tokens before t) at ``temperature``, and the entropy (nats) it was drawn with.
+    """log p(token t | tokens before t) at ``temperature``, and the entropy (nats) of that draw.
 
     Token-aligned: column 0 is 0 (nothing predicts it). Logits exist for ``chunk`` positions at a
     time, forward and backward: N x chunk x V float32, never N x T x V.

@@ -72,7 +72,7 @@ def save(table: ReferenceTable, path: Path) -> None:
 def load(path: Path) -> ReferenceTable:
     """Read a table. Raises ValueError where the file is missing or is not one."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             fields = {name: file[name] for name in file.files}
         fields["made_by"] = json.loads(str(fields["made_by"]))
         return ReferenceTable(**{**fields, "position": int(fields["position"])})
@@ -109,7 +109,10 @@ def counts_for(
             "scripts/reference_stats.py again to finish it"
         )
     hashes = prompt_hashes(problems)
-    rows = {(int(u), int(h)): i for i, (u, h) in enumerate(zip(table.uids, table.prompt_hashes))}
+    rows = {
+        (int(u), int(h)): i
+        for i, (u, h) in enumerate(zip(table.uids, table.prompt_hashes, strict=True))
+    }
     keys = [(p.uid, int(h)) for p, h in zip(problems.problems, hashes, strict=True)]
     missing = sum(key not in rows for key in keys)
     if missing:

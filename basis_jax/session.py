@@ -105,7 +105,7 @@ def load_sets(
 
 
 def reference_table(session: Session, params: PyTree, path: Path, report=print):
-    """Successes and trials [M]: read from ``estimator.table``, or made (and resumed) at ``path``."""
+    """Successes and trials [M]: read from ``estimator.table``, or made or finished at ``path``."""
     config = session.config
     wanted = made_by(
         session.setting,

@@ -78,7 +78,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def check_divides(mesh: Mesh, sizes: dict[str, tuple[int, str]]) -> None:
-    """Raise a ValueError naming the first of ``{name: (size, logical axis)}`` that does not divide."""
+    """Raise a ValueError for the first of ``{name: (size, axis)}`` that does not divide."""
     for name, (size, axis) in sizes.items():
         mesh_axes = RULES[axis]
         mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()

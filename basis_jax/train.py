@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
-    """Raise a ValueError for unknown words and sizes that do not divide, before any weight is read."""
+    """Raise a ValueError for unknown words and sizes that do not divide, before weights are read."""
     train, group = config.train, config.sampling.group_size
     for name, value in (
         ("train.steps", train.steps),
@@ -176,12 +177,7 @@ def make_batches(
 
 def finish_step(state: TrainState, estimator_state: PyTree) -> TrainState:
     """The state after all updates of a step."""
-    return TrainState(
-        step=state.step + 1,
-        params=state.params,
-        opt_state=state.opt_state,
-        estimator_state=estimator_state,
-    )
+    return replace(state, step=state.step + 1, estimator_state=estimator_state)
 
 
 def merge_updates(outcomes: list[dict[str, jax.Array]]) -> dict[str, float]:
@@ -231,6 +227,33 @@ def make_score(
     return score
 
 
+def policy_objective(
+    params: PyTree,
+    batch: Batch,
+    *,
+    architecture: ModelConfig,
+    loss: LossSection,
+    temperature: float,
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
+    """The microbatch's share of the loss; its sums over tokens, and its largest log-prob gap."""
+    logprobs, entropy = model.token_logprobs(
+        params, architecture, batch.tokens, temperature=temperature, chunk=loss.logprob_chunk
+    )
+    value, clipped = ppo_loss(logprobs, batch, clip_low=loss.clip_low, clip_high=loss.clip_high)
+    old = logprobs if batch.old_logprobs is None else batch.old_logprobs
+    mask = batch.completion_mask
+    gap = jnp.abs(old - batch.sampler_logprobs)
+    sums = {
+        "tokens": jnp.sum(mask).astype(jnp.float32),
+        "policy/loss": value,
+        "policy/clip_fraction": jnp.sum(clipped).astype(jnp.float32),
+        "policy/entropy": masked_sum(entropy, mask),
+        "policy/kl_old": masked_sum(old - logprobs, mask),
+        "sampler/logprob_gap_mean": masked_sum(gap, mask),
+    }
+    return value, jax.lax.stop_gradient((sums, masked_max(gap, mask)))
+
+
 def make_update(
     architecture: ModelConfig,
     optimizer: optax.GradientTransformation,
@@ -246,23 +269,9 @@ def make_update(
     ``step`` and the estimator's state pass through.
     """
 
-    def objective(params, batch):
-        logprobs, entropy = model.token_logprobs(
-            params, architecture, batch.tokens, temperature=temperature, chunk=loss.logprob_chunk
-        )
-        value, clipped = ppo_loss(logprobs, batch, clip_low=loss.clip_low, clip_high=loss.clip_high)
-        old = logprobs if batch.old_logprobs is None else batch.old_logprobs
-        mask = batch.completion_mask
-        gap = jnp.abs(old - batch.sampler_logprobs)
-        sums = {
-            "tokens": jnp.sum(mask).astype(jnp.float32),
-            "policy/loss": value,
-            "policy/clip_fraction": jnp.sum(clipped).astype(jnp.float32),
-            "policy/entropy": masked_sum(entropy, mask),
-            "policy/kl_old": masked_sum(old - logprobs, mask),
-            "sampler/logprob_gap_mean": masked_sum(gap, mask),
-        }
-        return value, jax.lax.stop_gradient((sums, masked_max(gap, mask)))
+    objective = functools.partial(
+        policy_objective, architecture=architecture, loss=loss, temperature=temperature
+    )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, batch):
@@ -283,13 +292,7 @@ def make_update(
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         params, opt_state, metrics = step(state.params, state.opt_state, batch)
-        state = TrainState(
-            step=state.step,
-            params=params,
-            opt_state=opt_state,
-            estimator_state=state.estimator_state,
-        )
-        return state, metrics
+        return replace(state, params=params, opt_state=opt_state), metrics
 
     return update
 

@@ -34,8 +34,9 @@ def print_summary(successes: np.ndarray, trials: np.ndarray) -> None:
     """Mean, spread and how many problems the table says nothing of but 0 or 1."""
     rates = successes / np.maximum(trials, 1)
     print(
-        f"{len(rates)} problems, {trials.sum()} graded rollouts: pass rate mean {rates.mean():.3f}, "
-        f"sd {rates.std():.3f}; never solved {np.mean(rates == 0):.1%}, always {np.mean(rates == 1):.1%}"
+        f"{len(rates)} problems, {trials.sum()} graded rollouts: "
+        f"pass rate mean {rates.mean():.3f}, sd {rates.std():.3f}; "
+        f"never solved {np.mean(rates == 0):.1%}, always {np.mean(rates == 1):.1%}"
     )
 
 

@@ -193,7 +193,7 @@ def test_another_config_in_the_same_run_folder_is_refused(reference_run, folder,
 
 @pytest.mark.slow
 def test_the_flagship_config_trains_on_a_local_folder_and_file(folder, problems, tmp_path):
-    """qwen_math's own path, sizes aside: DAPO columns, chat template, math verifier, table first."""
+    """qwen_math's path, sizes aside: DAPO columns, chat template, math verifier, table first."""
     table = tmp_path / "table.npz"
     arguments = small(folder, problems, tmp_path / "run", **{"train.minibatch-rollouts": 4})
     made = run("reference_stats.py", "qwen_math.py", *arguments, "--out", table)

@@ -51,9 +51,9 @@ def gae(
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     """(advantages, returns = advantages + values). Schulman et al. 2015, arXiv 1506.02438.
 
-    d_t = r_t + discount V_{t+1} - V_t, A_t = d_t + discount trace_decay A_{t+1}, V = A = 0 after the
-    end. No whitening: apply ``whiten`` to the advantages, never to the returns. trace_decay 1 and
-    discount 1 give r - V_t. ``trace_decay`` may be one number a rollout (``length_trace_decay``).
+    d_t = r_t + discount V_{t+1} - V_t, A_t = d_t + discount trace_decay A_{t+1}, V = A = 0 after
+    the end. No whitening: apply ``whiten`` to the advantages, never to the returns. With both
+    decays 1, A_t = r - V_t. ``trace_decay`` may be one a rollout (``length_trace_decay``).
     """
     if across not in ACROSS:
         raise ValueError(f"got across={across!r}; choose one of {', '.join(ACROSS)}")
@@ -95,7 +95,7 @@ def remax_original(
     discount: float = 0.95,
     kl_coef: float = 0.1,
 ) -> Float[Array, "N T"]:
-    """ReMax as in its authors' code: discount^(L - t) (r - greedy) - kl_coef KL_t, arXiv 2310.10505.
+    """ReMax in its authors' code: discount^(L - t) (r - greedy) - kl_coef KL_t. arXiv 2310.10505.
 
     t = 0..L-1 counts True tokens, so that the last one is discounted once; the KL is that token's
     alone. ``gains``: reward minus the greedy completion's reward.

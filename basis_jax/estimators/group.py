@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
-from basis_jax.estimators.rows import centre, divide, estimate, join, share, split, total
+from basis_jax.estimators.rows import centre, divide, join, split, total
 from basis_jax.estimators.single import standardise
 from basis_jax.types import Estimate
 

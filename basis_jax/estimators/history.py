@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from basis_jax.estimators.rows import divide, estimate, read, share
-from basis_jax.estimators.single import batch_mean, standardise
+from basis_jax.estimators.rows import divide, estimate, read
+from basis_jax.estimators.single import standardise
 from basis_jax.estimators.table import init_table
 from basis_jax.masked import masked_mean
 from basis_jax.pytree import pytree

@@ -1,11 +1,11 @@
 """Arithmetic in words and digit counts, for the embedded model.
 
-    What is forty-two plus seventeen?   59
-    Take forty-two from seventeen.      -25
-    Count the digit 5 in 65514.         2
+    What is twenty-two plus seventeen?   39
+    Take twenty-two from seventeen.      -5
+    Count the digit 5 in 65514.          2
 
 A question is held out, or not, by a hash of its kind and operands (unordered where order does not
-matter), whatever its wording: 17 + 42 is never trained on where 42 + 17 is held out.
+matter): 17 + 22 is never trained on where 22 + 17 is held out.
 """
 
 import random
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from basis_jax.tasks import Problem, content_hash
 
-TRAINING = {"plus": 320, "minus": 320, "times": 120, "chain": 120, "count": 120}
-HELD_OUT = {"plus": 160, "minus": 160, "times": 30, "chain": 80, "count": 80}
+TRAINING = {"plus": 320, "minus": 320, "times": 90, "chain": 150, "count": 150}
+HELD_OUT = {"plus": 130, "minus": 130, "times": 30, "chain": 100, "count": 100}
 """Problems of each kind; at most as many as there are."""
 
 ONES = (
@@ -23,10 +23,17 @@ ONES = (
 ).split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 WORDINGS = {
-    "plus": ("What is {} plus {}?", "Add {1} to {0}."),
-    "minus": ("What is {} minus {}?", "Take {1} from {0}."),
-    "times": ("What is {} times {}?", "Multiply {} by {}."),
-    "chain": ("What is {} plus {} minus {}?",),
+    "plus": "What is {} plus {}?",
+    "minus": "Take {1} from {0}.",
+    "times": "What is {} times {}?",
+    "chain": "What is {} plus {} minus {}?",
+    "count": "Count the digit {} in {}.",
+}
+OPERANDS = {
+    "plus": (range(30), range(30)),
+    "minus": (range(30), range(30)),
+    "times": (range(2, 13), range(2, 13)),
+    "chain": (range(10), range(10), range(10)),
 }
 
 
@@ -59,14 +66,14 @@ def draw(generator: random.Random, kind: str) -> Question:
     """A question of this kind, of either side of the split."""
     if kind == "count":
         return draw_count(generator)
-    a, b, c = (generator.randrange(100) for _ in range(3))
-    operands, answer = {
-        "plus": ((a, b), a + b),
-        "minus": ((a, b), a - b),
-        "times": ((a // 2, 2 + b % 4), a // 2 * (2 + b % 4)),
-        "chain": ((a % 20, b % 20, c % 20), a % 20 + b % 20 - c % 20),
-    }[kind]
-    text = generator.choice(WORDINGS[kind]).format(*map(in_words, operands))
+    operands = tuple(generator.choice(values) for values in OPERANDS[kind])
+    answer = {
+        "plus": lambda a, b: a + b,
+        "minus": lambda a, b: a - b,
+        "times": lambda a, b: a * b,
+        "chain": lambda a, b, c: a + b - c,
+    }[kind](*operands)
+    text = WORDINGS[kind].format(*map(in_words, operands))
     return Question(kind, operands, text, answer)
 
 
@@ -77,7 +84,7 @@ def draw_count(generator: random.Random) -> Question:
         digit if generator.random() < 0.4 else generator.randrange(10)
         for _ in range(generator.randint(3, 5))
     ]
-    text = f"Count the digit {digit} in {''.join(map(str, digits))}."
+    text = WORDINGS["count"].format(digit, "".join(map(str, digits)))
     return Question("count", (digit, *digits), text, digits.count(digit))
 
 
@@ -87,7 +94,7 @@ def questions(*, held_out: bool) -> list[Question]:
     for kind, size in (HELD_OUT if held_out else TRAINING).items():
         generator = random.Random(kind)
         drawn = (draw(generator, kind) for _ in range(20_000))
-        found = {tuple(q.operands): q for q in drawn if q.held_out == held_out}
+        found = {q.operands: q for q in drawn if q.held_out == held_out}
         chosen += list(found.values())[:size]
     return chosen
 

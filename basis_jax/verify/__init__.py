@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-VERIFIERS = ("exact", "math")
+VERIFIERS = ("exact", "math", "math_strict")
 
 
 @dataclass(frozen=True)
@@ -15,31 +15,43 @@ class Verdict:
     reason: str
 
 
-class ExactVerifier:
-    """Right when the whole completion, spaces around it aside, is the answer."""
+RIGHT = Verdict(1.0, True, "equal")
+WRONG = Verdict(0.0, True, "differs")
+
+
+class Verifier:
+    """A context manager; its processes, where it has any, end with the block."""
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        return [
-            Verdict(1.0, True, "equal") if c.strip() == a.strip() else Verdict(0.0, True, "differs")
-            for c, a in zip(completions, answers, strict=True)
-        ]
+        """A verdict for each completion; ``answers`` are the right ones. From any thread."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        pass
+        """End the processes."""
 
-    def __enter__(self):
+    def __enter__(self) -> "Verifier":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()
 
 
-def make_verifier(name: str):
-    """The verifier called ``name``, a context manager. Raises ValueError for an unknown name."""
-    if name == "exact":
-        return ExactVerifier()
-    if name == "math":
-        from basis_jax.verify.pool import MathVerifier
+class ExactVerifier(Verifier):
+    """Right when the whole completion, spaces around it aside, is the answer."""
 
-        return MathVerifier()
-    raise ValueError(f"data.verifier is {name!r}; allowed are {', '.join(VERIFIERS)}")
+    def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        pairs = zip(completions, answers, strict=True)
+        return [RIGHT if c.strip() == a.strip() else WRONG for c, a in pairs]
+
+
+def make_verifier(name: str, **options) -> Verifier:
+    """The verifier called ``name``: ``exact``; ``math``, which finds and compares mathematical
+    answers (``MathVerifier`` has the options); ``math_strict``, which takes only boxed answers and
+    those after ``####``. Raises ValueError for an unknown name."""
+    if name not in VERIFIERS:
+        raise ValueError(f"data.verifier is {name!r}; allowed are {', '.join(VERIFIERS)}")
+    if name == "exact":
+        return ExactVerifier(**options)
+    from basis_jax.verify.mathematics import MathVerifier
+
+    return MathVerifier(mode="strict" if name == "math_strict" else "lenient", **options)

@@ -45,7 +45,7 @@ def equivalent(gold: str, answer: str, scalars: Scalars) -> bool:
 def same(gold: str, answer: str, scalars: Scalars) -> bool:
     """``equivalent`` for answers in canonical notation, or parts of one."""
     gold, answer = simplify(gold), simplify(answer)
-    if gold.replace(" ", "") == answer.replace(" ", ""):
+    if unwrapped(gold) == unwrapped(answer):
         return gold != ""
     if not gold or not answer:
         return False
@@ -58,7 +58,14 @@ def same(gold: str, answer: str, scalars: Scalars) -> bool:
         verdict = compare(gold, answer, scalars)
         if verdict is not None:
             return verdict
+    if re.search("(?<![0-9_^])[0-9]+ [0-9]", answer):
+        return False  # the parser of LaTeX would read 4 2 as 42
     return scalars(gold, answer)
+
+
+def unwrapped(text: str) -> str:
+    r"""Without ``\text``, and without spaces but those between digits."""
+    return re.sub("(?<![0-9]) +| +(?![0-9])", "", TEXT.sub(r"\1", text))
 
 
 def simplify(text: str) -> str:
@@ -127,6 +134,8 @@ def same_items(gold: str, answer: str, scalars: Scalars) -> bool | None:
         if not brackets and len(parts) == 1 and "=" in parts[0]:
             return None
     if left != r"\{\}" != right and max(len(golds), len(answers)) == 1:
+        return None
+    if any(r"\cup" in part for part in golds + answers if not (left and right)):
         return None
     if max(len(golds), len(answers)) > MOST_ITEMS:
         return False
@@ -259,17 +268,19 @@ def split_unit(text: str) -> tuple[str, str]:
 def same_base(gold: str, answer: str, scalars: Scalars) -> bool | None:
     """Digits as text, and the bases where both are given: ``101_2`` is not a number in tens."""
     written = [BASED.fullmatch(TEXT.sub(r"\1", text)) for text in (gold, answer)]
-    if written[0] is None:
+    if written == [None, None]:
         return None
-    digits, base = written[0][1], written[0][2] or written[0][3]
-    if written[1] is None:
-        return digits == answer
-    return (digits, base) == (written[1][1], written[1][2] or written[1][3])
+    (digits, base), (others, other) = (
+        (match[1], match[2] or match[3]) if match else (text, "")
+        for match, text in zip(written, (gold, answer), strict=True)
+    )
+    return digits == others and other in ((base, "") if base else ("10",))
 
 
-def same_ratio(gold: str, answer: str, scalars: Scalars) -> bool | None:
-    """Ratios and times of day, part by part: ``2:3`` is not ``4:6``."""
-    golds, answers = gold.split(":"), answer.split(":")
+def same_parts(gold: str, answer: str, scalars: Scalars) -> bool | None:
+    r"""Ratios and times of day, part by part, so ``2:3`` is not ``4:6``; and ``x \ne 2``."""
+    separator = r"\ne" if r"\ne" in gold and r"\ne" in answer else ":"
+    golds, answers = gold.split(separator), answer.split(separator)
     if len(golds) == len(answers) == 1:
         return None
     return len(golds) == len(answers) and all(
@@ -297,6 +308,6 @@ KINDS = (
     same_percent,
     same_units,
     same_base,
-    same_ratio,
+    same_parts,
     same_words,
 )

@@ -38,7 +38,12 @@ RULES = [
          r"(?![a-zA-Z])", r"\\text"),
         (r"\\([lgn]e)q(?:slant)?(?![a-zA-Z])", r"\\\1"),
         (r"\\varnothing(?![a-zA-Z])|\\\{ ?\\\}", r"\\emptyset"),
-        (r"\\mathbb ?(?:\{R\}|R)", r"(-\\infty,\\infty)"),
+        (
+            rf"\\mathbb ?(?:\{{R\}}|R)|(?:{TEXT})?[aA]ll real(?: numbers|s)(?: ?\}})?",
+            r"(-\\infty,\\infty)",
+        ),
+        (r"\\langle(?![a-zA-Z])", "("),
+        (r"\\rangle(?![a-zA-Z])", ")"),
         (r"\\equiv(?![a-zA-Z])", "="),
         (r"<=|=<", r"\\le "),
         (r">=", r"\\ge "),
@@ -50,11 +55,13 @@ RULES = [
         (rf"(?<!\\)%|{TEXT}(?:percent|\\?%) ?\}}|(?<![a-zA-Z])percent(?![a-zA-Z])", r"\\%"),
         (rf" ?(?:\^ ?(?:\{{ ?\\circ ?\}}|\\circ)|\\degree|{TEXT}degrees? ?\}}"
          r"|(?<![a-zA-Z])degrees?(?![a-zA-Z]))", ""),
+        (rf"(?:{TEXT})?[nN]o (?:real )?solutions?(?: ?\}})?", r"\\emptyset"),
         # between the items of a list
         (rf"\{{ ?([,:]) ?\}}|{TEXT}([,:]) ?\}}", r"\1\2"),
         (rf",? ?(?:{TEXT}(?:and|or) ?\}}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])),?", ","),
         (r";", ","),
         (r"(^|[(\[,]) ?\+ ?", r"\1"),
+        (r"(?<![0-9.])([0-9]+) ([0-9]+) ?/ ?([0-9]+)", r"\1\\frac{\2}{\3}"),
         # arguments without braces or with round ones
         (r"\\frac ?([0-9a-zA-Z])", r"\\frac{\1}"),
         (rf"(\\frac ?{BRACED}) ?([0-9a-zA-Z])", r"\1{\2}"),
@@ -115,7 +122,7 @@ PLAIN = rf"(?:{INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
 SIGNED = f"[+-]?{PLAIN}"
 NUMBER = re.compile(
     r"(?P<sign>[+-]?)(?:"
-    rf"(?P<scaled>{PLAIN})\\(?:times|cdot) ?10\^\{{?(?P<power>[+-]?[0-9]{{1,3}})\}}?"
+    rf"(?P<scaled>{PLAIN})(?:\\(?:times|cdot) ?10\^\{{?|[eE])(?P<power>[+-]?[0-9]{{1,3}})\}}?"
     rf"|(?P<whole>{INTEGER})?\\frac\{{(?P<above>{SIGNED})\}}\{{(?P<below>{SIGNED})\}}"
     r"|(?P<fixed>[0-9]*\.[0-9]*)\\overline\{(?P<cycle>[0-9]+)\}"
     rf"|(?P<left>{PLAIN})(?:/(?P<right>{PLAIN}))?)"

@@ -1,22 +1,30 @@
 """Algebra: whether two expressions in LaTeX are equal, by math-verify on sympy.
 
 For worker processes only: an expression can take for ever and all memory. math-verify's own time
-limit is off (it needs the main thread, and can hang); its readers that call ``eval`` are not used.
+limit is off (it needs the main thread, and can hang), and its ways to ``eval`` are not taken: its
+reader of plain text is not used, its reader of LaTeX is given a ``parse_number`` that only counts.
 """
 
 from latex2sympy2_extended.latex2sympy2 import (
     ConversionConfig,
     NormalizationConfig,
-    latex2sympy,
+    _Latex2Sympy,
     normalize_latex,
 )
 from math_verify import verify
 from math_verify.grader import should_treat_as_complex
-from sympy import Basic, Expr, Float, I, MatrixBase, N, Rational, Symbol, nan, zoo
+from sympy import Basic, Expr, I, MatrixBase, N, Rational, Symbol, nan, zoo
 
 NORMALIZATION = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
 CONVERSION = ConversionConfig(lowercase_symbols=False)
 DIGITS = 60  # e^(pi sqrt(163)) is a whole number to 30 of them
+
+
+class Reader(_Latex2Sympy):
+    """math-verify's reader; numbers are exact, and never given to ``sympify``, which evaluates."""
+
+    def parse_number(self, text: str) -> Rational:
+        return Rational(text.replace(",", ""))
 
 
 class Unreadable(Exception):
@@ -52,17 +60,12 @@ def same_scalars(gold: str, answer: str) -> bool:
 
 
 def read(latex: str, real: bool) -> Basic | MatrixBase:
-    """LaTeX as a sympy object: decimals are exact, and i is the imaginary unit."""
-    found = latex2sympy(
-        normalize_latex(latex, NORMALIZATION),
-        is_real=real,
-        normalization_config=None,
-        conversion_config=CONVERSION,
-    )
+    """LaTeX as a sympy object in which i is the imaginary unit."""
+    reader = Reader(is_real=real, config=CONVERSION)
+    found = reader.parse(normalize_latex(latex, NORMALIZATION))
     if not isinstance(found, Basic):
         return found
-    exact = {number: Rational(str(number)) for number in found.atoms(Float)}
-    return found.xreplace(exact | {s: I for s in found.atoms(Symbol) if s.name == "i"})
+    return found.xreplace({s: I for s in found.atoms(Symbol) if s.name == "i"})
 
 
 def same_constants(left: Basic, right: Basic) -> bool | None:

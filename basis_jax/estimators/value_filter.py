@@ -1,0 +1,249 @@
+"""A filter of every problem's value over batch, history and prompt features; no paper behind it.
+
+The success rate of problem i is sigmoid(z_i), z_i = u_i + phi_i . w: its own difficulty u_i ~
+N(m_i, v_i), and features phi_i = (1, features_i) times the policy's state w ~ N(mu, S), shared by
+all problems and drifting. A step reads the values *before* its rewards enter:
+
+1. widen: v_i by ``own_drift`` per step since the last visit, S by ``drift`` times the identity;
+2. fit w on the batch (Newton on the logistic posterior, u_i integrated out), for every fold on the
+   rows of the other folds. The value of row i is E sigmoid(N(a, s)), nearly sigmoid(a / sqrt(1 +
+   pi s / 8)), with a = m_i + phi_i . w and s = v_i + phi_i . S phi_i under the w of its fold: it
+   is exactly independent of reward i;
+3. update u_i by its reward under that same w (assumed-density step), and w on all rows.
+
+Rewards in [low, high] enter as y = (r - low) / (high - low) through the quasi-likelihood
+y log p + (1 - y) log(1 - p). O(N d^2) a step, three numbers a problem besides its features.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from basis_jax.estimators.history import problem_sums
+from basis_jax.estimators.rows import estimate, read
+from basis_jax.estimators.table import init_table
+from basis_jax.masked import masked_mean
+from basis_jax.pytree import pytree
+from basis_jax.types import Estimate, Signals
+
+NEWTON_STEPS = 4
+EM_STEPS = 40
+
+
+@pytree
+class FilterState:
+    """u_i ~ N(own_mean, own_variance) as of step ``last``; w ~ N(mean, covariance)."""
+
+    own_mean: Float[Array, " M"]
+    own_variance: Float[Array, " M"]
+    last: Int[Array, " M"]
+    mean: Float[Array, " d"]
+    covariance: Float[Array, "d d"]
+    features: Float[Array, "M e"] | None  # d = 1 + e, without features 1
+    step: Int[Array, ""]
+
+
+class Rows(NamedTuple):
+    """The batch as the fit of w sees it."""
+
+    y: Float[Array, " N"]  # rewards in [0, 1]
+    phi: Float[Array, "N d"]
+    own_mean: Float[Array, " N"]
+    own_variance: Float[Array, " N"]
+
+
+class Shared(NamedTuple):
+    mean: Float[Array, " d"]
+    covariance: Float[Array, "d d"]
+
+
+# ------------------------------------------------------------------------------------- the start
+def value_filter_init(
+    successes: Num[ArrayLike, " M"],
+    trials: Num[ArrayLike, " M"],
+    *,
+    features: Float[ArrayLike, "M e"] | None = None,
+    own_variance: float = 2.5,
+    shared_variance: float = 2.5,
+) -> FilterState:
+    """Empirical Bayes on the offline counts: z_i ~ N(phi_i . w, t), w and t by EM, Laplace per i.
+
+    Trials may be 0, everywhere or for some problems: without any, w ~ N(0, ``shared_variance``)
+    and t = ``own_variance``. Features are centred and scaled to a mean squared norm of 1, so that
+    either variance says how far it may move a logit; fixed at the start (prompt states of the
+    reference policy, a few dozen principal or random directions). Successes may be fractional.
+    """
+    table = init_table(successes, trials)
+    if features is not None:
+        features = jnp.asarray(features, jnp.float32)
+        if features.ndim != 2 or features.shape[0] != table.trials.size:
+            raise ValueError(
+                f"got features {features.shape} for {table.trials.size} problems; give one row a "
+                "problem"
+            )
+        features = features - jnp.mean(features, 0, keepdims=True)
+        norm = jnp.sqrt(jnp.mean(jnp.sum(features**2, 1)))
+        features = features / jnp.where(norm > 0, norm, 1)
+    phi = _phi(features, jnp.arange(table.trials.size))
+    ridge = jnp.eye(phi.shape[1]) / shared_variance
+
+    def em_step(_, guess):
+        mean, own = guess
+        z, variance = _laplace(table.successes, table.trials, phi @ mean, own)
+        known = (table.trials > 0).astype(jnp.float32)
+        precision = jnp.matmul(phi.T * known[None], phi, precision="highest") / own + ridge
+        mean = jnp.linalg.solve(precision, phi.T @ (known * z) / own)
+        squares = jnp.sum(known * (variance + (z - phi @ mean) ** 2))
+        own = (2 * own_variance + squares) / (2 + jnp.sum(known))  # worth two problems a priori
+        return mean, own
+
+    start = jnp.zeros(phi.shape[1]), jnp.asarray(own_variance, jnp.float32)
+    mean, own = jax.lax.fori_loop(0, EM_STEPS, em_step, start)
+    z, variance = _laplace(table.successes, table.trials, phi @ mean, own)
+    told = (1 - variance / own) / own  # information of the counts of i about w
+    return FilterState(
+        own_mean=z - phi @ mean,
+        own_variance=variance,
+        last=jnp.zeros(z.shape, jnp.int32),
+        mean=mean,
+        covariance=jnp.linalg.inv(jnp.matmul(phi.T * told[None], phi, precision="highest") + ridge),
+        features=features,
+        step=jnp.zeros((), jnp.int32),
+    )
+
+
+def _laplace(
+    successes: Float[Array, " M"],
+    trials: Float[Array, " M"],
+    prior_mean: Float[Array, " M"],
+    prior_variance: Float[Array, ""],
+) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
+    """Mode and variance of a logit's posterior: normal prior, binomial counts. Newton steps from
+    the middle between prior mean and smoothed counts, cut to 1 logit."""
+    counted = jnp.log(successes + 0.5) - jnp.log(trials - successes + 0.5)
+    weight = trials / (trials + 4 / prior_variance)
+
+    def newton(_, z):
+        p = jax.nn.sigmoid(z)
+        slope = successes - trials * p - (z - prior_mean) / prior_variance
+        return z + jnp.clip(slope / (trials * p * (1 - p) + 1 / prior_variance), -1, 1)
+
+    z = jax.lax.fori_loop(0, 12, newton, weight * counted + (1 - weight) * prior_mean)
+    p = jax.nn.sigmoid(z)
+    return z, 1 / (trials * p * (1 - p) + 1 / prior_variance)
+
+
+# ----------------------------------------------------------------------------------------- a step
+def value_filter_update(
+    state: FilterState,
+    signals: Signals,
+    *,
+    folds: int = 8,
+    drift: float = 0.003,
+    own_drift: float = 0.01,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> tuple[FilterState, Estimate]:
+    """One step of this module's filter; A = r - value.
+
+    The j-th valid row is in fold j mod ``folds`` (ValueError for folds < 2). Several rows of one
+    problem share its old value; their updates add up as natural parameters, in any order. Invalid
+    rows change nothing. Info: ``shared`` (w's intercept), ``own_sd`` (mean sd of u_i).
+    """
+    if folds < 2:
+        raise ValueError(f"value_filter got folds={folds}; cross-fitting needs 2 folds or more")
+    if not low < high:
+        raise ValueError(f"value_filter got low={low}, high={high}; low must be below high")
+    rewards, valid = read(signals.rewards, signals.valid)
+    ids = signals.problem_ids
+    idle = (state.step - state.last[ids]).astype(jnp.float32)
+    rows = Rows(
+        y=jnp.where(valid, (rewards - low) / (high - low), 0.5),
+        phi=_phi(state.features, ids),
+        own_mean=state.own_mean[ids],
+        own_variance=state.own_variance[ids] + own_drift * idle,
+    )
+    eye = jnp.eye(state.mean.size)
+    prior = Shared(state.mean, state.covariance + drift * eye)
+    fold = (jnp.cumsum(valid.astype(jnp.int32)) - 1) % folds
+    used = valid[None, :] & (fold[None, :] != jnp.arange(folds + 1)[:, None])  # the last: all rows
+    fits = jax.vmap(lambda live: _fit(rows, live, prior))(used)
+    a, s = jax.vmap(lambda fit: _predict(rows, fit))(Shared(*(x[:-1] for x in fits)))
+    own = jnp.arange(fold.size)
+    a, s = a[fold, own], s[fold, own]
+    values = low + (high - low) * jax.nn.sigmoid(a * _shrink(s))
+    new = _learn(state, signals, rows, valid, (a, s))
+    new = dataclasses.replace(new, mean=fits.mean[-1], covariance=fits.covariance[-1])
+    return new, estimate(
+        rewards - values,
+        values,
+        valid,
+        shared=new.mean[0],
+        own_sd=masked_mean(jnp.sqrt(rows.own_variance), valid),
+    )
+
+
+def _phi(features: Float[Array, "M e"] | None, ids: Int[Array, " N"]) -> Float[Array, "N d"]:
+    ones = jnp.ones((ids.size, 1))
+    return ones if features is None else jnp.concatenate([ones, features[ids]], 1)
+
+
+def _shrink(variance: Float[Array, " N"]) -> Float[Array, " N"]:
+    """E sigmoid(N(a, s)) ~ sigmoid(a * this)."""
+    return 1 / jnp.sqrt(1 + jnp.pi / 8 * variance)
+
+
+def _fit(rows: Rows, live: Bool[Array, " N"], prior: Shared) -> Shared:
+    """Laplace posterior of w given the live rows' rewards."""
+    shrink = jnp.where(live, _shrink(rows.own_variance), 0)
+    prior_precision = jnp.linalg.inv(prior.covariance)
+
+    def curvature(mean):
+        p = jax.nn.sigmoid(shrink * (rows.own_mean + rows.phi @ mean))
+        information = (rows.phi * (shrink**2 * p * (1 - p))[:, None]).T
+        return p, jnp.matmul(information, rows.phi, precision="highest") + prior_precision
+
+    def newton(_, mean):
+        p, precision = curvature(mean)
+        slope = (shrink * (rows.y - p)) @ rows.phi - prior_precision @ (mean - prior.mean)
+        return mean + jnp.linalg.solve(precision, slope)
+
+    mean = jax.lax.fori_loop(0, NEWTON_STEPS, newton, prior.mean)
+    return Shared(mean, jnp.linalg.inv(curvature(mean)[1]))
+
+
+def _predict(rows: Rows, w: Shared) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """Mean and variance of every row's logit z."""
+    spread = jnp.sum((rows.phi @ w.covariance) * rows.phi, 1)
+    return rows.own_mean + rows.phi @ w.mean, rows.own_variance + spread
+
+
+def _learn(
+    state: FilterState,
+    signals: Signals,
+    rows: Rows,
+    valid: Bool[Array, " N"],
+    logit: tuple[Float[Array, " N"], Float[Array, " N"]],
+) -> FilterState:
+    """u_i after its rewards: m + v g and v - v^2 h for a single one, with g and -h the first two
+    derivatives of log P(reward) in the mean of z. In natural parameters, so that several add up."""
+    a, s = logit
+    p = jax.nn.sigmoid(a * _shrink(s))
+    g = jnp.where(valid, _shrink(s) * (rows.y - p), 0)
+    h = jnp.where(valid, _shrink(s) ** 2 * p * (1 - p), 0)
+    rest = 1 - rows.own_variance * h  # the share of the variance that is left: above 1/3
+    ids, size = signals.problem_ids, state.last.size
+    variance = 1 / (1 / rows.own_variance + problem_sums(h / rest, signals, size)[ids])
+    mean = rows.own_mean + variance * problem_sums(g / rest, signals, size)[ids]
+    written = jnp.where(valid, ids, size)  # out of range: dropped
+    return dataclasses.replace(
+        state,
+        own_mean=state.own_mean.at[written].set(mean, mode="drop"),
+        own_variance=state.own_variance.at[written].set(variance, mode="drop"),
+        last=state.last.at[written].set(state.step, mode="drop"),
+        step=state.step + 1,
+    )

@@ -1,0 +1,96 @@
+"""The process that does the algebra: a line of JSON in, a line of JSON out, until its input ends.
+
+It is started with ``python -m basis_jax.verify.worker SECONDS MEGABYTES`` and expects to be killed
+from outside. What it reads was written by a model, so after start-up nothing in it can compile
+text, start a process, open a socket or a file, or take memory or time without end.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+
+REFUSED = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "urllib.", "pty.")
+HARMLESS = ("os.listdir", "os.scandir")
+MODULES = (".py", ".pyc", ".so")
+WARM_UP = ((r"\frac{x}{2}", "3x"), (r"x^2-\sin x", "(x-1)(x+1)"), ("x+y=1", r"[0,\sqrt{2}]"))
+
+
+def main() -> None:
+    """Say ``["ready", ""]``, then to each job ``[gold, answer]`` right, wrong or error, and why."""
+    seconds, megabytes = int(sys.argv[1]), int(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, who ends our input
+    output = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)  # nothing else can write between the lines
+    try:
+        import logging
+
+        from basis_jax.verify.compare import equivalent
+        from basis_jax.verify.symbolic import Unreadable, same_scalars
+    except ImportError as error:
+        print(json.dumps(["error", str(error)]), file=output, flush=True)
+        return
+    logging.disable()
+    for pair in WARM_UP:  # loads what sympy loads late
+        same_scalars(*pair)
+    refusals = confine(megabytes)
+    print(json.dumps(["ready", ""]), file=output, flush=True)
+    for line in sys.stdin:
+        limit_cpu(seconds)
+        refusals.clear()
+        try:
+            right = equivalent(*json.loads(line), same_scalars)
+            reply = ["right", "equal"] if right else ["wrong", "differs"]
+        except Unreadable as error:
+            reply = ["error", str(error)]
+        except Exception as error:  # whatever algebra raises on hostile input is one row's matter
+            reply = ["error", f"{type(error).__name__} in the comparison"]
+        if refusals and reply[0] == "wrong":  # math-verify catches every exception
+            reply = ["error", f"the comparison needed {refusals[0]}, which is refused"]
+        print(json.dumps(reply), file=output, flush=True)
+
+
+def confine(megabytes: int) -> list[str]:
+    """No more memory than ``megabytes`` beyond the present, no files, nothing compiled or run.
+    What has been refused since is noted in the list returned."""
+    if sys.platform == "linux":  # elsewhere address space is not counted so
+        with open("/proc/self/statm") as file:
+            present = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (present + megabytes * 2**20,) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    refusals: list[str] = []
+
+    def hook(event: str, arguments: tuple) -> None:
+        if not is_allowed(event, arguments):
+            refusals.append(event)
+            raise PermissionError(f"a grading process does no {event}")
+
+    sys.addaudithook(hook)
+    return refusals
+
+
+def is_allowed(event: str, arguments: tuple) -> bool:
+    """Audit events (PEP 578): sympy may import its modules late, and write itself functions that
+    multiply monomials, whose text holds nothing of the answer; no more."""
+    if event == "open":
+        path, mode, _ = arguments
+        return isinstance(path, str) and path.endswith(MODULES) and mode in ("r", "rb", None)
+    if event == "compile":
+        source, name = arguments
+        head = source[:13] if isinstance(source, str | bytes) else None
+        return str(name).endswith(".py") or head in ("def monomial_", b"def monomial_")
+    return not event.startswith(REFUSED) or event in HARMLESS
+
+
+def limit_cpu(seconds: int) -> None:
+    """Die by signal ``seconds`` of computing from now, should nobody be left to kill us."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    spent = int(used.ru_utime + used.ru_stime)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds + 2, hard))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The offline table: exact counts, nothing counted twice, refused where it does not fit."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from basis_jax import reference_table as tables
+from basis_jax.config import SamplingSection
+from basis_jax.data import EncodedProblems
+from basis_jax.rollouts import Setting, roll_out
+from basis_jax.sharding import make_mesh
+from basis_jax.tasks import Problem
+from basis_jax.verify import Verdict
+
+SAMPLING = SamplingSection(max_new_tokens=3)
+SIZE = 5
+
+
+class Numbers:
+    """A tokenizer whose text is the token numbers."""
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [" ".join(map(str, row)) for row in rows]
+
+
+class EvenLength:
+    """Right when the completion has an even number of tokens; it fails on the last problem."""
+
+    def grade(self, completions, answers):
+        return [
+            Verdict(float(len(c.split()) % 2 == 0), a != str(SIZE - 1), "")
+            for c, a in zip(completions, answers, strict=True)
+        ]
+
+
+@pytest.fixture(scope="module")
+def problems():
+    prompts = tiny.prompts(rows=SIZE)
+    return EncodedProblems(
+        problems=tuple(Problem(prompt=f"p{i}", answer=str(i)) for i in range(SIZE)),
+        tokens=np.asarray(prompts.tokens),
+        lengths=np.asarray(prompts.lengths),
+        counts={},
+    )
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return Setting(
+        model=tiny.TINY,
+        mesh=make_mesh(devices=jax.devices()[:1]),
+        tokenizer=Numbers(),
+        eos_ids=tuple(range(3, 12)),
+        verifier=EvenLength(),
+        seed=0,
+        rows_at_once=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def wanted(setting):
+    return tables.made_by(setting, model="abc", sampling=SAMPLING, verifier="even")
+
+
+def build(path, setting, problems, wanted, **changes):
+    options = {"samples": 6, "sampling": SAMPLING, "wanted": wanted, "path": path} | changes
+    return tables.build(tiny.params(), setting, problems, **options)
+
+
+def test_counts_are_those_of_the_rollouts_and_failures_are_no_trials(
+    setting, problems, wanted, tmp_path
+):
+    table = build(tmp_path / "t.npz", setting, problems, wanted)
+    ids = np.repeat(np.arange(SIZE, dtype=np.int32), 6)
+    graded = roll_out(
+        tiny.params(),
+        setting,
+        problems,
+        ids=ids,
+        samples=np.tile(np.arange(6, dtype=np.int32), SIZE),
+        sampling=SAMPLING,
+        stream="reference",
+        step=0,
+    )
+    successes = [int(graded.rewards[ids == i].sum()) for i in range(SIZE)]
+    assert table.successes.tolist() == successes and sum(successes) > 0
+    assert table.trials.tolist() == [6, 6, 6, 6, 0]
+
+
+def test_an_interrupted_table_is_finished_with_the_same_counts(
+    setting, problems, wanted, tmp_path, monkeypatch
+):
+    whole = build(tmp_path / "whole.npz", setting, problems, wanted)
+    monkeypatch.setattr(tables, "SAVE_EVERY_S", 0.0)
+    done = []
+
+    def stop(text):
+        done.append(text)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "part.npz", setting, problems, wanted, report=stop)
+    assert tables.load(tmp_path / "part.npz").position == 12
+    resumed = build(tmp_path / "part.npz", setting, problems, wanted, report=done.append)
+    assert len(done) == 3 + 5  # the remaining 18 rollouts, 4 at a time
+    np.testing.assert_array_equal(resumed.successes, whole.successes)
+    np.testing.assert_array_equal(resumed.trials, whole.trials)
+
+
+def test_counts_follow_the_problems_and_not_their_rows(setting, problems, wanted, tmp_path):
+    path = tmp_path / "t.npz"
+    table = build(path, setting, problems, wanted)
+    rows = np.array([3, 0, 2])
+    part = EncodedProblems(
+        problems=tuple(problems.problems[i] for i in rows),
+        tokens=problems.tokens[rows],
+        lengths=problems.lengths[rows],
+        counts={},
+    )
+    successes, trials = tables.counts_for(tables.load(path), part, wanted, path)
+    assert successes.tolist() == table.successes[rows].tolist()
+    assert trials.tolist() == table.trials[rows].tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model": "other"}, "does not fit this run \\(model 'abc', run 'other'"),
+        ({"temperature": 0.5}, "temperature 1.0, run 0.5"),
+        ({"verifier": "math"}, "verifier 'even', run 'math'"),
+        ({"max_new_tokens": 4}, "max_new_tokens 3, run 4"),
+    ],
+)
+def test_a_table_made_otherwise_is_refused(setting, problems, wanted, tmp_path, change, sentence):
+    path = tmp_path / "t.npz"
+    table = build(path, setting, problems, wanted, samples=1)
+    with pytest.raises(ValueError, match=sentence):
+        tables.counts_for(table, problems, wanted | change, path)
+
+
+def test_other_prompts_or_problems_and_unfinished_tables_are_refused(
+    setting, problems, wanted, tmp_path
+):
+    path = tmp_path / "t.npz"
+    table = build(path, setting, problems, wanted, samples=1)
+    tokens = problems.tokens.copy()
+    tokens[1, 0] += 1
+    with pytest.raises(ValueError, match="lacks 1 of the run's 5 problems"):
+        tables.counts_for(table, dataclasses.replace(problems, tokens=tokens), wanted, path)
+    others = dataclasses.replace(
+        problems, problems=tuple(Problem(prompt=f"q{i}", answer="") for i in range(SIZE))
+    )
+    with pytest.raises(ValueError, match="lacks 5 of the run's 5 problems"):
+        tables.counts_for(table, others, wanted, path)
+    unfinished = dataclasses.replace(table, position=3)
+    with pytest.raises(ValueError, match="unfinished \\(3 of 5 rollouts\\)"):
+        tables.counts_for(unfinished, problems, wanted, path)
+    with pytest.raises(ValueError, match="another model, sampling setting or problem set"):
+        build(path, setting, others, wanted, samples=1)
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no reference table at .*none.npz"):
+        tables.load(tmp_path / "none.npz")
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 not a table")
+    with pytest.raises(ValueError, match="bad.npz is not a reference table"):
+        tables.load(tmp_path / "bad.npz")

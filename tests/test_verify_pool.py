@@ -1,0 +1,297 @@
+"""Answers that need algebra: agreement with people, and what a hostile answer cannot do."""
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from basis_jax.verify import make_verifier
+
+ROOT = Path(__file__).parent.parent
+PAIRS = [
+    json.loads(line)
+    for line in (ROOT / "tests" / "data" / "answer_pairs.jsonl").read_text("utf-8").splitlines()
+]
+EXPLAINED = {
+    (r"\pi", r"180^\circ"): "the degree sign is dropped, as MATH does: 90 is right for 90 degrees",
+    (r"\sqrt{3}", r"\tan 60^\circ"): "for the same reason",
+    (r"100 \text{ cm}", r"1 \text{ m}"): "units are told apart and not converted",
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"): "a matrix is not a tuple",
+    ("2", r"\text{two}"): "numbers in words are not read",
+    (r"\frac{1}{3}", "0.3333..."): "where the dots lead is not guessed",
+    ("(-1,5)", r"x>-1 \text{ and } x<5"): "'and' separates a list, it does not intersect",
+    ("|x-2|<3", "-1<x<5"): "inequalities with absolute values are not solved",
+    ("4", r"4 \text{ (mod } 7)"): "text with a bracket left open is no unit",
+}
+
+
+def boxed(answer):
+    return rf"Therefore the answer is $\boxed{{{answer}}}$."
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with make_verifier("math", workers=2, seconds=10.0) as made:
+        yield made
+
+
+def test_grading_agrees_with_people_but_where_explained(verifier):
+    """At least 95 % of a labelled list, and each disagreement is known and has its reason."""
+    verdicts = verifier.grade([boxed(p["answer"]) for p in PAIRS], [p["gold"] for p in PAIRS])
+    differing = {
+        (p["gold"], p["answer"])
+        for p, verdict in zip(PAIRS, verdicts, strict=True)
+        if verdict.reward != p["equal"] or not verdict.valid
+    }
+    assert len(PAIRS) >= 300 and len(differing) <= 0.05 * len(PAIRS)
+    assert differing == EXPLAINED.keys()
+
+
+def test_the_list_covers_the_conventions_both_ways():
+    kinds = collections.Counter((p["kind"], p["equal"]) for p in PAIRS)
+    named = "fraction surd interval set matrix units percent degrees thousands text".split()
+    assert all(kinds[kind, equal] >= 5 for kind in named for equal in (True, False))
+    assert len({(p["gold"], p["answer"]) for p in PAIRS}) == len(PAIRS)
+
+
+def test_strict_mode_takes_no_answer_in_a_sentence():
+    for name, reward in (("math", 1.0), ("math_strict", 0.0)):
+        with make_verifier(name) as verifier:
+            (verdict,) = verifier.grade(["The answer is 5."], ["5"])
+            assert verdict.valid and verdict.reward == reward
+            assert verifier.grade([r"\boxed{5}"], ["5"])[0].reward == 1
+
+
+BACKSLASH = "\\"
+HOSTILE = {  # quick to refuse: each ends as wrong or error at once
+    "a megabyte of digits": boxed("1" * 10**6),
+    "a megabyte of prose": "x" * 10**6,
+    "a megabyte of terms": boxed(r"\frac{1}{2}+" * 80_000 + "1"),
+    "deep braces": boxed("{" * 5000 + "6" + "}" * 5000),
+    "deep fractions": boxed(r"\frac{1}{" * 100 + "2" + "}" * 100),
+    "null byte": boxed("5\x00"),
+    "null byte first": boxed("\x005"),
+    "arabic digit": boxed("\u0665"),
+    "wide digit": boxed("\uff15"),
+    "zero width space": boxed("5\u200b"),
+    "lone surrogate": boxed("\ud800"),
+    "instruction echoed": r"Put your final answer within \boxed{}.",
+    "python": boxed("__import__('os').system('touch PWNED')"),
+    "python in text": boxed(r"\text{__import__('os').system('touch PWNED')}"),
+    "exec": boxed("exec(open('PWNED','w').write('1'))"),
+    "attributes": boxed("x.__class__.__mro__"),
+    "tex input": boxed(r"\input{/etc/passwd}"),
+    "tex write": boxed(r"\write18{touch PWNED}"),
+    "tex recursion": boxed(r"\def\x{\x\x}\x"),
+    "a hundred guesses": boxed(",".join(map(str, range(100)))),
+    "every sign": boxed(r"\pm" * 300 + "5"),
+    "commas": boxed("," * 900),
+    "backslashes": boxed(BACKSLASH * 501),
+    "dollars": boxed("$" * 999),
+    "not a number": boxed(r"\frac{0}{0}"),
+    "infinity less infinity": boxed(r"\infty-\infty"),
+    "division by zero": boxed(r"\frac{5}{0}"),
+    "nothing": "",
+}
+ENDLESS = {  # would compute for ever, or fill the memory
+    "tower of powers": r"9^{9^{9^{9}}}",
+    "factorial of factorials": "((((9!)!)!)!)!",
+    "wide power": "(x+y+z+a+b+c)^{200}",
+    "long product": r"\prod_{k=1}^{10^9} k",
+    "half of everything": r"\binom{10^{9}}{5\cdot 10^{8}}",
+    "large sine": r"\sin(10^{10^{8}})",
+}
+
+
+@pytest.mark.parametrize("gold", ["5", r"x^2+\sqrt{2}"])
+def test_hostile_answers_are_wrong_or_errors_at_once(verifier, gold, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    verifier.grade([boxed("x")], ["y+1"])  # the workers run
+    slow = {}
+    for name, completion in HOSTILE.items():
+        started = time.perf_counter()
+        (verdict,) = verifier.grade([completion], [gold])
+        slow[name] = time.perf_counter() - started
+        assert verdict.reward == 0 and isinstance(verdict.valid, bool), name
+    assert max(slow.values()) < 5, slow
+    assert not list(tmp_path.rglob("PWNED")) and not (ROOT / "PWNED").exists()
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def pids(verifier):
+    return [worker.process.pid for worker in verifier.pool.workers]
+
+
+def test_an_endless_answer_is_an_error_within_the_limit_and_its_process_is_gone():
+    with make_verifier("math", workers=1, seconds=0.6) as verifier:
+        assert pids(verifier) == []  # nothing starts before there is algebra to do
+        assert verifier.grade([boxed("5")], ["5"])[0].reward == 1 and pids(verifier) == []
+        while not verifier.grade([boxed("x+1")], ["1+x"])[0].valid:  # a loaded machine
+            verifier.pool.seconds *= 2
+        (first,) = pids(verifier)
+        started = time.perf_counter()
+        (verdict,) = verifier.grade([boxed(ENDLESS["tower of powers"])], ["5"])
+        assert time.perf_counter() - started < verifier.pool.seconds + 0.5
+        assert not verdict.valid and verdict.reward == 0 and "took more than" in verdict.reason
+        assert not alive(first)
+        (after,) = verifier.grade([boxed("2x")], ["x+x"])
+        assert after.reward == 1 and after.valid
+        (last,) = pids(verifier)
+    assert not alive(last)
+
+
+@pytest.mark.slow
+def test_every_endless_answer_is_an_error_and_its_neighbours_are_graded():
+    with make_verifier("math", workers=2, seconds=2.0) as verifier:
+        completions = [c for text in ENDLESS.values() for c in (boxed(text), boxed("x+2x"))]
+        verdicts = verifier.grade(completions, ["3x"] * len(completions))
+        assert not any(v.valid or v.reward for v in verdicts[::2])
+        assert all(v.valid and v.reward == 1 for v in verdicts[1::2])
+
+
+def test_workers_are_light_and_have_no_jax(verifier):
+    verifier.grade([boxed("x")], ["y+2"])
+    for pid in pids(verifier):
+        assert "jaxlib" not in Path(f"/proc/{pid}/maps").read_text()
+        fields = dict(
+            line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        )
+        assert int(fields["VmRSS"].split()[0]) < 300_000
+
+
+def test_a_worker_that_dies_is_one_error_and_is_replaced(verifier):
+    """The busy one; one that dies idle costs nothing."""
+    verifier.grade([boxed("x"), boxed("z")], ["y+3"] * 2)
+    before = pids(verifier)
+    killer = threading.Timer(0.5, lambda: [os.kill(pid, signal.SIGKILL) for pid in before])
+    killer.start()
+    (verdict,) = verifier.grade([boxed(ENDLESS["tower of powers"])], ["6"])
+    killer.join()
+    assert not verdict.valid and "died" in verdict.reason
+    while any(map(alive, before)):
+        time.sleep(0.01)
+    assert verifier.grade([boxed("x+y")], ["y+x"])[0].reward == 1
+
+
+def test_grading_works_from_any_thread_and_two_at_once(verifier):
+    results = {}
+
+    def grade(name):
+        results[name] = verifier.grade([boxed(f"{name}(x+1)")] * 3, [f"{name}x+{name}"] * 3)
+
+    threads = [threading.Thread(target=grade, args=(n,)) for n in (3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [v.reward for n in (3, 4) for v in results[n]] == [1.0] * 6
+
+
+def test_a_right_answer_that_no_parser_reads_is_an_error(verifier):
+    (verdict,) = verifier.grade([boxed("x+1")], [r"\frac{x}{"])
+    assert not verdict.valid and "cannot be read" in verdict.reason
+
+
+CONFINED = """
+import sys, os
+from basis_jax.verify.worker import confine
+refusals = confine(64)
+for name, forbidden in {
+    "eval": lambda: eval("1"), "compile": lambda: compile("1", "x", "eval"),
+    "write": lambda: open("PWNED", "w"), "read": lambda: open("/etc/passwd"),
+    "system": lambda: os.system("true"), "fork": os.fork, "remove": lambda: os.remove("PWNED"),
+    "process": lambda: __import__("subprocess").run(["true"]),
+    "memory": lambda: bytearray(10**9),
+}.items():
+    try:
+        forbidden()
+    except (PermissionError, MemoryError):
+        continue
+    sys.exit(name)
+"""
+
+
+def test_a_confined_process_can_do_nothing_but_think(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import subprocess\n{CONFINED}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_workers_end_with_a_trainer_that_was_killed():
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from basis_jax.verify import make_verifier
+verifier = make_verifier("math", workers=1)
+verifier.grade([r"\\boxed{{x}}"], ["y+1"])
+print(verifier.pool.workers[0].process.pid, flush=True)
+input()
+"""
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with trainer:
+        pid = int(trainer.stdout.readline())
+        assert alive(pid)
+        trainer.kill()
+    until = time.monotonic() + 10
+    while alive(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def test_no_process_to_grade_with_is_said_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with (
+        make_verifier("math", workers=1) as verifier,
+        pytest.raises(RuntimeError, match="no process to grade .* needs math-verify"),
+    ):
+        verifier.grade([boxed("x")], ["y+1"])
+
+
+def cpu_seconds(verifier):
+    """Of this process and the workers: the clock would measure whatever else runs here."""
+    total = time.process_time()
+    for pid in pids(verifier):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+@pytest.mark.slow
+def test_ordinary_answers_are_graded_at_300_a_second_on_two_cores():
+    """Of 1,500 long completions 4 in 5 hold a number; the rest are surds, polynomials and pairs."""
+    prose = "Let us compute this step by step. " * 60
+    completions, golds = [], []
+    for i in range(1500):
+        n, shift = 17 * i + 3, i % 3 == 0
+        gold, answer = {
+            0: (rf"{n}\sqrt{{{i + 2}}}", rf"{n + shift} \sqrt{{{i + 2}}}"),
+            1: (f"{n}x^2+{i}x", f"{i}x+{n + shift}x^2"),
+            2: (f"({n},{i})", f"({n},{i + shift})"),
+            3: (rf"\frac{{{n}}}{{7}}", f"{n + shift}/7"),
+        }.get(i % 15, (str(n), f"{n + shift}"))
+        completions.append(prose + boxed(answer))
+        golds.append(gold)
+    with make_verifier("math", workers=2) as verifier:
+        verifier.grade([boxed("x")], ["y+1"])
+        started = cpu_seconds(verifier)
+        verdicts = verifier.grade(completions, golds)
+        used = cpu_seconds(verifier) - started
+    assert [v.reward for v in verdicts] == [float(i % 3 != 0) for i in range(1500)]
+    assert len(verdicts) / (used / 2) >= 300
