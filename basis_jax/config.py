@@ -43,7 +43,8 @@ class DataSection:
     max_prompt_tokens: int = 64
     """Longer prompts are left out and counted, never cut."""
     verifier: str = "exact"
-    """``exact`` (the completion is the answer) or ``math`` (boxed answer, equivalence)."""
+    """``exact`` (the completion is the answer), ``math`` (equivalent answers, in a box, after
+    ``####`` or in a sentence) or ``math_strict`` (not in a sentence)."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
-    """Raise a ValueError for unknown words and sizes that do not divide, before weights are read."""
+    """Raise a ValueError for unknown words and sizes that do not divide, before reading weights."""
     train, group = config.train, config.sampling.group_size
     for name, value in (
         ("train.steps", train.steps),

@@ -5,6 +5,7 @@ Hardware:  2 CPU cores, no accelerator, no network
 """
 
 from basis_jax.config import (
+    CheckpointSection,
     Config,
     DataSection,
     EstimatorSection,
@@ -20,16 +21,17 @@ def config() -> Config:
     return Config(
         run_dir="runs/quickstart",
         model=ModelSection(path="embedded:quickstart"),
-        data=DataSection(path="task:number_words"),
-        sampling=SamplingSection(max_new_tokens=6),
+        data=DataSection(path="task:number_words", max_prompt_tokens=24),
+        sampling=SamplingSection(max_new_tokens=5),
         estimator=EstimatorSection(name="basis", table_samples=16),
-        optim=OptimSection(lr=3e-4),
-        eval=EvalSection(sets=("task:number_words",)),
+        optim=OptimSection(lr=1e-3),
         train=TrainSection(
             steps=60,
-            prompts_per_step=256,
+            prompts_per_step=512,
             minibatch_rollouts=256,
             microbatch_rollouts=256,
-            sample_rollouts=256,
+            sample_rollouts=512,
         ),
+        eval=EvalSection(sets=("task:number_words",), samples=4),
+        checkpoint=CheckpointSection(every=10),
     )

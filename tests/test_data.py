@@ -42,9 +42,8 @@ def tokenizer():
     return fast
 
 
-def load(path, *, held_out=False, **options):
-    name = "eval_path" if held_out else "path"
-    return data.load_problems(DataSection(**{name: str(path)}, **options), held_out=held_out)
+def load(path, **options):
+    return data.load_training(DataSection(path=str(path), **options))
 
 
 def write_lines(path, rows):
@@ -65,7 +64,7 @@ def test_dapo_rows_lose_their_chat_and_their_wrapper():
 
 def test_repeated_rows_are_one_object_and_one_problem(tokenizer):
     section = DataSection(path=str(HERE / "dapo_layout.jsonl"), max_prompt_tokens=1000)
-    problems = data.load_problems(section, held_out=False)
+    problems = data.load_training(section)
     assert problems[0] is problems[2]
     encoded = data.encode_prompts(problems, section, tokenizer)
     assert (encoded.counts["read"], encoded.counts["duplicate"], encoded.counts["used"]) == (
@@ -84,7 +83,7 @@ def test_math_answers_are_the_last_box_and_proofs_have_none(tokenizer):
 
 
 def test_gsm8k_answers_follow_the_hashes():
-    problems = load(HERE / "gsm8k_layout.jsonl", held_out=True)
+    problems = data.load_held_out(str(HERE / "gsm8k_layout.jsonl"))
     assert [p.answer for p in problems] == ["1,350", "5"]
     assert problems[1].prompt.startswith("Tom has 9 pens")
 
@@ -106,11 +105,14 @@ def test_columns_can_be_named_and_reach_inside(tmp_path):
     assert (problem.prompt, problem.answer) == ("2+2?", "4")
 
 
-def test_held_out_columns_are_their_own(tmp_path):
-    path = write_lines(tmp_path / "own.jsonl", [{"q": "2+2?", "a": 4, "b": 5}])
-    names = {"problem_field": "q", "answer_field": "a", "eval_answer_field": "b"}
-    assert load(path, held_out=True, **names)[0].answer == "5"
-    assert load(path, **names)[0].answer == "4"
+def test_a_benchmark_is_read_from_a_folder_by_its_name(tmp_path):
+    write_lines(tmp_path / "AIME24.jsonl", [{"id": 60, "problem": "2+2?", "answer": "4"}])
+    (problem,) = data.load_held_out("AIME24", str(tmp_path))
+    assert (problem.prompt, problem.answer) == ("2+2?", "4")
+    rows = [{"question": "3+3?", "final_answer": ["$6$"], "solution": ["..."]}]
+    write_lines(tmp_path / "OlympiadBench.jsonl", rows)
+    (problem,) = data.load_held_out("OlympiadBench", str(tmp_path))
+    assert problem.answer == "$6$"
 
 
 def test_a_missing_column_is_named_beside_those_that_are_there(tmp_path):
@@ -158,13 +160,13 @@ def test_parquet_and_saved_folders_equal_json_lines(tmp_path):
     assert load(tmp_path / "folder") == expected
 
 
-def test_an_unreachable_hub_is_one_sentence_with_what_to_do(monkeypatch):
+def test_an_unreachable_hub_is_one_sentence_with_what_to_do():
     """The suite runs with HF_HUB_OFFLINE=1, so no connection is tried."""
     with pytest.raises(ValueError, match="BytedTsinghua-SIA/DAPO-Math-17k.*--data.path") as raised:
         load("BytedTsinghua-SIA/DAPO-Math-17k")
     assert "\n" not in str(raised.value)
-    with pytest.raises(ValueError, match="MATH-500.*--data.eval-path"):
-        load("HuggingFaceH4/MATH-500", held_out=True)
+    with pytest.raises(ValueError, match="HuggingFaceH4/MATH-500.*--eval.sets"):
+        data.load_held_out("MATH-500")
 
 
 @pytest.mark.parametrize("path", ["no/such/file.jsonl", "no_such.parquet", "./no/such/folder"])
@@ -265,7 +267,7 @@ def test_wrong_settings_are_sentences(tokenizer):
 
 
 def test_a_task_is_read_by_name():
-    found = load("task:arithmetic"), load("task:arithmetic", held_out=True)
+    found = load("task:arithmetic"), data.load_held_out("task:arithmetic")
     assert found == tuple(tasks.problems("arithmetic", held_out=h) for h in (False, True))
 
 

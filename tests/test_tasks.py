@@ -22,13 +22,13 @@ def value(line):
     return str(eval(line.split("=")[0], {"max": max}))
 
 
-@pytest.mark.parametrize("problem", TRAIN[::7] + HELD_OUT[::7], ids=lambda p: p.prompt[-12:])
-def test_every_line_is_right_and_the_last_is_open(problem):
-    *worked, asked = problem.prompt.split("\n")
-    assert asked.endswith(" =") and value(asked) == problem.answer
-    assert all(line == f"{line.split('=')[0]}= {value(line)}" for line in worked)
-    assert len(worked) == arithmetic.KINDS[problem.kind].worked
-    assert content(asked) not in map(content, worked)
+def test_every_line_is_right_and_the_last_is_open_and_new():
+    for problem in TRAIN + HELD_OUT:
+        *worked, asked = problem.prompt.split("\n")
+        assert asked.endswith(" =") and value(asked) == problem.answer
+        assert all(line == f"{line.split('=')[0]}= {value(line)}" for line in worked)
+        assert len(worked) == arithmetic.KINDS[problem.kind].worked
+        assert content(asked) not in map(content, worked)
 
 
 def test_no_held_out_question_is_trained_on_or_shown_in_either_order():
@@ -48,7 +48,7 @@ def test_both_sides_hold_every_kind_and_all_questions_together():
 def test_the_problems_never_change():
     """Reference tables name problems by content: the first problem is pinned, text and all."""
     assert TRAIN == arithmetic.problems(held_out=False)
-    assert TRAIN[0].prompt == "5 + 8 = 13\n2 + 5 = 7\n4 + 3 = 7\n9 + 1 = 10\n0 + 0 ="
+    assert TRAIN[0].prompt == "5 + 8 = 13\n2 + 5 = 7\n0 + 0 ="
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones():

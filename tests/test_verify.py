@@ -128,6 +128,7 @@ def never(gold, answer):
         (r"\text{Friday}", "friday", True),
         (r"\text{east}", "seat", False),
         ("10", "1 0", False),
+        ("$$", ".", False),
         (r"\frac{1}{3}", "0.333333", False),
     ],
 )
@@ -143,6 +144,12 @@ def test_a_right_answer_that_cannot_be_compared_is_an_error_and_not_a_zero():
     for gold in ("x" * 2000, "5\x00", "(" * 30 + "5" + ")" * 30):
         assert glance(gold, "5") == Verdict(0.0, False, glance(gold, "5").reason)
         assert glance("5", gold).valid and glance("5", gold).reward == 0
+
+
+def test_digits_of_other_scripts_are_no_digits():
+    """Python's int() and regular expressions take them for digits."""
+    verdict = glance("x+5", "x+\u0665")
+    assert verdict.valid and verdict.reward == 0 and "digits" in verdict.reason
 
 
 @pytest.mark.parametrize("filler", "{}()[],:=\\^_5x &<>", ids=ord)

@@ -255,6 +255,24 @@ input()
     assert not alive(pid)
 
 
+def test_a_file_called_sympy_in_the_working_folder_is_not_sympy(tmp_path, monkeypatch):
+    (tmp_path / "sympy.py").write_text("raise SystemExit('not sympy')")
+    monkeypatch.chdir(tmp_path)
+    with make_verifier("math", workers=1) as verifier:
+        assert verifier.grade([boxed("x+1")], ["1+x"])[0].reward == 1
+
+
+@pytest.mark.slow
+def test_an_endless_job_ends_by_itself_where_nobody_is_left_to_kill_it():
+    command = [sys.executable, "-m", "basis_jax.verify.worker", "1", "512"]
+    worker = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with worker:
+        assert json.loads(worker.stdout.readline()) == ["ready", ""]
+        worker.stdin.write(json.dumps(["5", ENDLESS["tower of powers"]]).encode() + b"\n")
+        worker.stdin.flush()
+        assert worker.wait(timeout=120) == -signal.SIGXCPU
+
+
 def test_no_process_to_grade_with_is_said_in_one_sentence(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with (

@@ -31,6 +31,7 @@ from basis_jax.pytree import pytree
 from basis_jax.types import Estimate, Signals
 
 NEWTON_STEPS = 4
+LARGEST_MOVE = 2.0  # of any logit in a Newton step: far from the optimum full steps oscillate
 EM_STEPS = 40
 
 
@@ -210,7 +211,9 @@ def _fit(rows: Rows, live: Bool[Array, " N"], prior: Shared) -> Shared:
     def newton(_, mean):
         p, precision = curvature(mean)
         slope = (shrink * (rows.y - p)) @ rows.phi - prior_precision @ (mean - prior.mean)
-        return mean + jnp.linalg.solve(precision, slope)
+        step = jnp.linalg.solve(precision, slope)
+        move = jnp.max(jnp.abs(shrink * (rows.phi @ step)), initial=0)
+        return mean + step * jnp.minimum(1, LARGEST_MOVE / jnp.maximum(move, 1e-6))
 
     mean = jax.lax.fori_loop(0, NEWTON_STEPS, newton, prior.mean)
     return Shared(mean, jnp.linalg.inv(curvature(mean)[1]))

@@ -93,7 +93,7 @@ def questions(*, held_out: bool) -> list[Question]:
     chosen = []
     for kind, size in (HELD_OUT if held_out else TRAINING).items():
         generator = random.Random(kind)
-        drawn = (draw(generator, kind) for _ in range(20_000))
+        drawn = (draw(generator, kind) for _ in range(4_000))
         found = {q.operands: q for q in drawn if q.held_out == held_out}
         chosen += list(found.values())[:size]
     return chosen
