@@ -102,7 +102,7 @@ def config_json(fields: dict[str, Any], names: set[str]) -> dict[str, Any]:
     """
     if fields.get("general.architecture") != "llama":
         raise ValueError(f"GGUF of {fields.get('general.architecture')} is not supported; llama is")
-    scaled = {n for n in {*fields, *names} if "rope.scaling" in n or "rope_freqs" in n}
+    scaled = {name for name in fields if "rope.scaling" in name}
     if scaled:
         raise ValueError(f"scaled rotary frequencies ({few(scaled)}) are not supported in a GGUF")
     needed = {*SIZES, EPSILON, "tokenizer.ggml.tokens", "tokenizer.ggml.eos_token_id"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import transformers
 from basis_jax import data, tasks
 from basis_jax.config import DataSection
 from basis_jax.tasks import Problem
+from basis_jax.verify.notation import number
 
 HERE = Path(__file__).parent / "data"
 WRAPPER = (
@@ -88,15 +90,11 @@ def test_gsm8k_answers_follow_the_hashes():
     assert problems[1].prompt.startswith("Tom has 9 pens")
 
 
-GSM8K = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
-
-
-@pytest.mark.skipif(not GSM8K.exists(), reason="the real GSM8K is not beside the checkout")
+@pytest.mark.skipif("GSM8K_FOLDER" not in os.environ, reason="set GSM8K_FOLDER to run it")
 def test_every_real_gsm8k_answer_is_a_number():
-    problems = load(GSM8K)
+    problems = load(Path(os.environ["GSM8K_FOLDER"]) / "test.jsonl")
     assert len(problems) == len({p.uid for p in problems}) == 1319
-    assert all(float(p.answer.replace(",", "")) == float(p.answer.replace(",", ""))
-               for p in problems)  # fmt: skip
+    assert all(number(p.answer) is not None for p in problems)
 
 
 def test_columns_can_be_named_and_reach_inside(tmp_path):

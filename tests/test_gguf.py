@@ -60,7 +60,9 @@ def permute(weight, heads):
     return weight[order]
 
 
-def write_gguf(path, tensors, *, architecture="llama", pre="smollm", quantised=(), extra=None):
+def write_gguf(
+    path, tensors, *, architecture="llama", pre="smollm", quantised=(), fields=None, extra=None
+):
     writer = gguf_package.GGUFWriter(path, architecture)
     writer.add_block_count(2)
     writer.add_context_length(128)
@@ -79,6 +81,8 @@ def write_gguf(path, tensors, *, architecture="llama", pre="smollm", quantised=(
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
+    for name, value in (fields or {}).items():
+        writer.add_float32(name, value)
     names = {theirs: ours for ours, theirs in gguf.TENSORS.items()}
     for name, value in tensors.items():
         layer, part = re.match(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name).groups()
@@ -159,7 +163,8 @@ def test_the_tokenizer_is_that_of_the_gguf(tmp_path, tensors):
     assert tokenizer.encode("<|im_start|>h<|im_end|>") == [1, WORDS.index("h"), 2]
     text = "12 + 3 = don't\n\n  é你"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode(tokenizer.encode("he<|im_end|>"), skip_special_tokens=True) == "he"
+    ended = tokenizer.encode("he<|endoftext|>")
+    assert tokenizer.decode(ended, skip_special_tokens=True) == "he"
     messages = [{"role": "user", "content": "he"}]
     chat = tokenizer.apply_chat_template(messages, tokenize=False)
     assert chat == "<|im_start|>he<|im_end|>"
@@ -178,6 +183,7 @@ def test_gpt2_splitting_joins_digits(tmp_path, tensors):
     [
         ({"architecture": "qwen2"}, "qwen2"),
         ({"pre": "tekken"}, "tekken"),
+        ({"fields": {"llama.rope.scaling.factor": 4.0}}, r"rope\.scaling\.factor"),
         ({"extra": {"rope_freqs.weight": np.ones(4, np.float32)}}, r"rope_freqs\.weight"),
         ({"extra": {"blk.0.attn_q.bias": np.ones(32, np.float32)}}, r"blk\.0\.attn_q\.bias"),
     ],

@@ -173,6 +173,20 @@ def test_devices_read_their_own_part_of_the_files_once(tmp_path, monkeypatch):
     assert all(size * 4 == full for size, ndim, full in read if ndim == 2)
 
 
+@pytest.mark.parametrize("path", ["layers/q_proj", "layers/o_proj", "layers/v_bias", "output"])
+def test_any_block_of_a_parameter_can_be_read_alone(tmp_path, path):
+    """Also along layers and inside a head, which no mesh of ours cuts today."""
+    folder = golden_folder(tmp_path)
+    found = {p.path: p for p in weights.parameters(hf.model_config(folder))}[path]
+    read = found.reader(weights.open_tensors(folder))
+    whole = read((slice(None),) * len(found.shape))
+    assert whole.shape == found.shape
+    for axis, size in enumerate(found.shape):
+        for cut in (slice(0, 1), slice(1, 2), slice(size // 2, None)):
+            index = tuple(cut if i == axis else slice(None) for i in range(len(found.shape)))
+            np.testing.assert_array_equal(read(index), whole[index])
+
+
 def test_config_of_transformers_4_and_5_are_the_same(tmp_path):
     scaling = {
         "factor": 8.0,

@@ -270,7 +270,10 @@ def test_an_endless_job_ends_by_itself_where_nobody_is_left_to_kill_it():
         assert json.loads(worker.stdout.readline()) == ["ready", ""]
         worker.stdin.write(json.dumps(["5", ENDLESS["tower of powers"]]).encode() + b"\n")
         worker.stdin.flush()
-        assert worker.wait(timeout=120) == -signal.SIGXCPU
+        try:
+            assert worker.wait(timeout=60) == -signal.SIGXCPU
+        finally:
+            worker.kill()
 
 
 def test_no_process_to_grade_with_is_said_in_one_sentence(monkeypatch):

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
@@ -33,6 +34,7 @@ from basis_jax.types import Estimate, Signals
 NEWTON_STEPS = 4
 LARGEST_MOVE = 2.0  # of any logit in a Newton step: far from the optimum full steps oscillate
 EM_STEPS = 40
+NODES = 15  # of the quadrature over a logit
 
 
 @pytree
@@ -71,7 +73,7 @@ def value_filter_init(
     own_variance: float = 2.5,
     shared_variance: float = 2.5,
 ) -> FilterState:
-    """Empirical Bayes on the offline counts: z_i ~ N(phi_i . w, t), w and t by EM, Laplace per i.
+    """Empirical Bayes on the offline counts: z_i ~ N(phi_i . w, t), w and t by EM, quadrature per i.
 
     Trials may be 0, everywhere or for some problems: without any, w ~ N(0, ``shared_variance``)
     and t = ``own_variance``. Features are centred and scaled to a mean squared norm of 1, so that
@@ -94,7 +96,7 @@ def value_filter_init(
 
     def em_step(_, guess):
         mean, own = guess
-        z, variance = _laplace(table.successes, table.trials, phi @ mean, own)
+        z, variance = _moments(table.successes, table.trials, phi @ mean, own)
         known = (table.trials > 0).astype(jnp.float32)
         precision = jnp.matmul(phi.T * known[None], phi, precision="highest") / own + ridge
         mean = jnp.linalg.solve(precision, phi.T @ (known * z) / own)
@@ -104,7 +106,7 @@ def value_filter_init(
 
     start = jnp.zeros(phi.shape[1]), jnp.asarray(own_variance, jnp.float32)
     mean, own = jax.lax.fori_loop(0, EM_STEPS, em_step, start)
-    z, variance = _laplace(table.successes, table.trials, phi @ mean, own)
+    z, variance = _moments(table.successes, table.trials, phi @ mean, own)
     told = (1 - variance / own) / own  # information of the counts of i about w
     return FilterState(
         own_mean=z - phi @ mean,
@@ -117,14 +119,33 @@ def value_filter_init(
     )
 
 
-def _laplace(
+def _moments(
     successes: Float[Array, " M"],
     trials: Float[Array, " M"],
     prior_mean: Float[Array, " M"],
     prior_variance: Float[Array, ""],
 ) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
-    """Mode and variance of a logit's posterior: normal prior, binomial counts. Newton steps from
-    the middle between prior mean and smoothed counts, cut to 1 logit."""
+    """Mean and variance of a logit's posterior: normal prior, binomial counts. Gauss-Hermite nodes
+    around the mode (whose own value would be biased to the prior where k is 0 or n)."""
+    mode, spread = _mode(successes, trials, prior_mean, prior_variance)
+    nodes, weights = (jnp.asarray(x, jnp.float32) for x in np.polynomial.hermite.hermgauss(NODES))
+    z = mode[None] + jnp.sqrt(2 * spread)[None] * nodes[:, None]
+    likelihood = successes[None] * jax.nn.log_sigmoid(z)
+    likelihood += (trials - successes)[None] * jax.nn.log_sigmoid(-z)
+    density = likelihood - (z - prior_mean[None]) ** 2 / (2 * prior_variance)
+    share = jax.nn.softmax(density + (nodes**2 + jnp.log(weights))[:, None], axis=0)
+    mean = jnp.sum(share * z, 0)
+    return mean, jnp.sum(share * (z - mean[None]) ** 2, 0)
+
+
+def _mode(
+    successes: Float[Array, " M"],
+    trials: Float[Array, " M"],
+    prior_mean: Float[Array, " M"],
+    prior_variance: Float[Array, ""],
+) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
+    """(mode, 1 / curvature) of that posterior: Newton steps of at most 1 logit from the middle
+    between prior mean and smoothed counts."""
     counted = jnp.log(successes + 0.5) - jnp.log(trials - successes + 0.5)
     weight = trials / (trials + 4 / prior_variance)
 

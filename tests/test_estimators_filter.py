@@ -1,0 +1,201 @@
+"""The value filter: against a float64 loop, exact independence, truth on simulated training."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from basis_jax import estimators
+from basis_jax.estimators import Signals
+
+
+def signals(rewards, ids):
+    return Signals(
+        rewards=jnp.asarray(rewards, jnp.float32),
+        valid=jnp.ones(len(ids), bool),
+        problem_ids=jnp.asarray(ids, jnp.int32),
+        lengths=jnp.ones(len(ids), jnp.int32),
+    )
+
+
+def as_reference(state):
+    features = np.zeros((len(state.own_mean), 0)) if state.features is None else state.features
+    return {
+        "own_mean": np.float64(state.own_mean),
+        "own_variance": np.float64(state.own_variance),
+        "last": np.array(state.last),
+        "mean": np.float64(state.mean),
+        "covariance": np.float64(state.covariance),
+        "phi": np.concatenate([np.ones((len(features), 1)), np.float64(features)], 1),
+        "step": int(state.step),
+    }
+
+
+@pytest.mark.parametrize("dimension", [0, 3])
+def test_six_steps_equal_the_float64_loop_duplicates_included(dimension):
+    rng = np.random.default_rng(dimension)
+    features = rng.normal(size=(20, dimension)).astype(np.float32) if dimension else None
+    options = {"drift": 0.05, "own_drift": 0.02, "folds": 3}
+    est = estimators.make("value_filter", features=features, **options)
+    trials = rng.integers(0, 9, 20)
+    state = est.init(rng.binomial(trials, 0.7), trials)
+    expected, update = as_reference(state), jax.jit(est.update)
+    for _ in range(6):
+        rewards, ids = rng.integers(0, 2, 12).astype(float), rng.integers(0, 20, 12)
+        state, e = update(state, signals(rewards, ids))
+        values = reference.filter_step(expected, rewards, ids, **options)
+        np.testing.assert_allclose(e.values, values, atol=2e-4)
+        np.testing.assert_allclose(e.advantages, rewards - values, atol=2e-4)
+        for name in ("own_mean", "own_variance", "mean", "covariance"):
+            np.testing.assert_allclose(getattr(state, name), expected[name], rtol=2e-3, atol=2e-3)
+        np.testing.assert_array_equal(state.last, expected["last"])
+
+
+def test_a_sudden_collapse_is_followed_and_not_overshot():
+    """All solve for three steps, then all fail: w lands on the posterior mode at once."""
+    size = 512
+    est = estimators.make("value_filter", folds=2)
+    state, update = est.init(np.zeros(size), np.zeros(size)), jax.jit(est.update)
+    for reward in (1, 1, 1, 0):
+        before = as_reference(state)
+        idle = before["step"] - before["last"]
+        state, _ = update(state, signals(np.full(size, reward), range(size)))
+        mode, _ = reference.filter_fit(
+            np.full(size, reward),
+            before["phi"],
+            before["own_mean"],
+            before["own_variance"] + 0.01 * idle,
+            before["mean"],
+            before["covariance"] + 0.003,
+        )
+        np.testing.assert_allclose(state.mean, mode, atol=0.15)
+
+
+def test_the_own_reward_is_in_no_value_with_features():
+    rng = np.random.default_rng(0)
+    est = estimators.make("value_filter", features=rng.normal(size=(64, 5)).astype(np.float32))
+    state, update = est.init(np.zeros(64), np.zeros(64)), jax.jit(est.update)
+    ids, rewards = rng.permutation(64)[:24], rng.integers(0, 2, 24)
+    before = update(state, signals(rewards, ids))[1].values
+    for i in range(24):
+        after = update(state, signals(np.where(np.arange(24) == i, 1 - rewards, rewards), ids))[1]
+        assert after.values[i] == before[i]
+        assert np.any(np.asarray(after.values) != np.asarray(before))
+
+
+def test_rewards_in_a_range_are_values_in_that_range():
+    """[-1, 3] is an affine image of [0, 1]; partial credit is allowed."""
+    unit = estimators.make("value_filter")
+    wide = estimators.make("value_filter", low=-1.0, high=3.0)
+    state = unit.init(np.int32([3, 5, 0, 2]), np.int32([8, 8, 0, 4]))
+    rewards = np.float32([0, 0.25, 0.5, 1])
+    _, a = unit.update(state, signals(rewards, range(4)))
+    _, b = wide.update(state, signals(4 * rewards - 1, range(4)))
+    np.testing.assert_allclose(b.values, 4 * np.asarray(a.values) - 1, atol=1e-5)
+    np.testing.assert_allclose(b.advantages, 4 * np.asarray(a.advantages), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ the start
+def test_empirical_bayes_recovers_the_spread_of_difficulties():
+    """4,000 logits N(.8, 1.5^2), 16 trials: mean and sd within 5 % (12 standard errors for the
+    mean; Laplace's own bias is the larger part), and shrunk posteriors beat raw rates."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0.8, 1.5, 4000)
+    rates, trials = reference.sigmoid(logits), np.full(4000, 16)
+    successes = rng.binomial(trials, rates)
+    state = estimators.make("value_filter").init(successes, trials)
+    assert float(state.mean[0]) == pytest.approx(0.8, rel=0.05)
+    z = np.asarray(state.own_mean) + float(state.mean[0])
+    spread = np.sqrt(np.var(z) + np.mean(np.asarray(state.own_variance)))
+    assert spread == pytest.approx(1.5, rel=0.05)
+    raw = np.mean((successes / 16 - rates) ** 2)
+    assert np.mean((reference.sigmoid(z) - rates) ** 2) < 0.8 * raw
+
+
+def test_features_enter_the_start_and_reach_problems_without_trials():
+    """Half of the problems have no trials; features explain most of their logits."""
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(1000, 4)).astype(np.float32)
+    logits = features @ np.array([1.0, -1.0, 0.5, 0.0]) + rng.normal(0, 0.3, 1000)
+    trials = np.where(np.arange(1000) < 500, 16, 0)
+    successes = rng.binomial(trials, reference.sigmoid(logits))
+    est = estimators.make("value_filter", features=features)
+    ids = np.arange(500, 1000)
+    _, e = est.update(est.init(successes, trials), signals(np.zeros(500), ids))
+    _, plain = estimators.make("value_filter").update(
+        estimators.make("value_filter").init(successes, trials), signals(np.zeros(500), ids)
+    )
+    rates = reference.sigmoid(logits)[500:]
+    error = np.mean((np.asarray(e.values) - rates) ** 2)
+    assert error < 0.01 < np.mean((np.asarray(plain.values) - rates) ** 2)
+
+
+def test_without_trials_the_start_is_the_prior():
+    state = estimators.make("value_filter", own_variance=1.7).init(np.zeros(9), np.zeros(9))
+    np.testing.assert_allclose(state.own_mean, 0)
+    np.testing.assert_allclose(state.own_variance, 1.7, rtol=1e-6)
+    np.testing.assert_allclose(state.covariance, [[2.5]], rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------- truth
+def simulated_error(estimator, trials, *, problems=1024, rows=128, epochs=5, seed=0):
+    """Mean squared value error over a run in which the policy improves unevenly."""
+    rng = np.random.default_rng(seed)
+    logits, slopes = rng.normal(1.6, 1.6, problems), rng.normal(1.5, 0.8, problems)
+    successes = rng.binomial(trials, reference.sigmoid(logits), problems)
+    steps = epochs * problems // rows
+    ids = np.concatenate([rng.permutation(problems) for _ in range(epochs)]).reshape(steps, rows)
+    progress = np.arange(steps)[:, None] / steps
+    rates = reference.sigmoid(logits[ids] + slopes[ids] * progress)
+    rewards = (rng.random(rates.shape) < rates).astype(np.float32)
+
+    def step(state, batch):
+        state, e = estimator.update(state, signals(*batch))
+        return state, e.values
+
+    state = estimator.init(successes, np.full(problems, trials))
+    _, values = jax.jit(lambda s, b: jax.lax.scan(step, s, b))(state, (rewards, ids))
+    return np.mean((values - rates) ** 2), np.mean(rates * (1 - rates)) / 8
+
+
+def test_eight_offline_rollouts_a_problem_give_the_filter_the_error_of_a_group_of_eight():
+    """filter < robust BASIS < batch mean; the filter is below the error of fresh groups of 8.
+
+    Over ten other seeds the ratios filter / group were .75 to .83 and filter / robust .78 to .87:
+    the bounds are more than 5 sd away.
+    """
+    by_filter, group = simulated_error(estimators.make("value_filter"), 8)
+    by_basis, _ = simulated_error(estimators.make("basis"), 8)
+    by_batch, _ = simulated_error(estimators.make("batch_mean"), 8)
+    assert by_filter < group
+    assert by_filter < by_basis < 0.6 * by_batch
+
+
+def test_misuse_is_a_sentence():
+    for options, words in [
+        ({"folds": 1}, "folds=1"),
+        ({"low": 1.0}, "low=1.0, high=1.0"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            estimators.make("value_filter", **options)
+    est = estimators.make("value_filter", features=np.zeros((5, 2), np.float32))
+    with pytest.raises(ValueError, match=r"\(5, 2\) for 4 problems"):
+        est.init(np.zeros(4), np.zeros(4))
+
+
+@pytest.mark.slow
+def test_four_thousand_rollouts_of_a_hundred_thousand_problems_take_milliseconds():
+    """N = 4096, M = 131072: about 1 ms on 2 cores; we complain at 20 times that."""
+    est = estimators.make("value_filter")
+    state = est.init(np.zeros(131072), np.zeros(131072))
+    update = jax.jit(est.update, donate_argnums=0)
+    batch = signals(np.zeros(4096), np.arange(4096) * 32)
+    state, e = update(state, batch)
+    start = time.perf_counter()
+    for _ in range(10):
+        state, e = update(state, batch)
+    e.values.block_until_ready()
+    assert (time.perf_counter() - start) / 10 < 0.02
