@@ -24,9 +24,9 @@ def config() -> Config:
         data=DataSection(path="task:number_words", max_prompt_tokens=24),
         sampling=SamplingSection(max_new_tokens=5),
         estimator=EstimatorSection(name="basis", table_samples=16),
-        optim=OptimSection(lr=1e-3),
+        optim=OptimSection(lr=7e-4, schedule="linear"),
         train=TrainSection(
-            steps=60,
+            steps=80,
             prompts_per_step=512,
             minibatch_rollouts=256,
             microbatch_rollouts=256,

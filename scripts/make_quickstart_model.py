@@ -1,8 +1,10 @@
 """Make the embedded model: a small Qwen3 decoder taught arithmetic by careless pupils.
 
 Command:   python scripts/make_quickstart_model.py --out FOLDER
-Hardware:  HARDWARE
-Expected:  EXPECTED
+Hardware:  2 CPU cores; 20 minutes measured beside several other jobs (about 10 CPU minutes)
+Expected:  1,095,168 parameters; exact pass rates at temperature 1, answer and EOS teacher-forced:
+           training problems mean .457 sd .291, held-out mean .478 sd .277 (deciles .04 .11 .21 .35
+           .47 .58 .67 .72 .78 .84); the usual slip has .263, all else the remaining .26
 
 The corpus is a textbook, all of it right, and then what a class of pupils wrote. A pupil who
 slips drops a carry or forgets to borrow (ten off), loses a sign, or miscounts by one; how likely

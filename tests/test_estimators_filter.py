@@ -55,23 +55,25 @@ def test_six_steps_equal_the_float64_loop_duplicates_included(dimension):
 
 
 def test_a_sudden_collapse_is_followed_and_not_overshot():
-    """All solve for three steps, then all fail: w lands on the posterior mode at once."""
+    """All solve for three steps, then all fail: w lands on the posterior mode at once, where full
+    Newton steps from sigmoid(6) would leave by hundreds of logits."""
     size = 512
     est = estimators.make("value_filter", folds=2)
     state, update = est.init(np.zeros(size), np.zeros(size)), jax.jit(est.update)
-    for reward in (1, 1, 1, 0):
-        before = as_reference(state)
-        idle = before["step"] - before["last"]
-        state, _ = update(state, signals(np.full(size, reward), range(size)))
-        mode, _ = reference.filter_fit(
-            np.full(size, reward),
-            before["phi"],
-            before["own_mean"],
-            before["own_variance"] + 0.01 * idle,
-            before["mean"],
-            before["covariance"] + 0.003,
-        )
-        np.testing.assert_allclose(state.mean, mode, atol=0.15)
+    for _ in range(3):
+        state, _ = update(state, signals(np.ones(size), range(size)))
+    before = as_reference(state)
+    state, _ = update(state, signals(np.zeros(size), range(size)))
+    mode, _ = reference.filter_fit(
+        np.zeros(size),
+        before["phi"],
+        before["own_mean"],
+        before["own_variance"] + 0.01 * (before["step"] - before["last"]),
+        before["mean"],
+        before["covariance"] + 0.003,
+    )
+    assert before["mean"][0] > 5 and mode[0] < -1
+    np.testing.assert_allclose(state.mean, mode, atol=0.1)
 
 
 def test_the_own_reward_is_in_no_value_with_features():
@@ -99,20 +101,23 @@ def test_rewards_in_a_range_are_values_in_that_range():
 
 
 # ------------------------------------------------------------------------------------ the start
-def test_empirical_bayes_recovers_the_spread_of_difficulties():
-    """4,000 logits N(.8, 1.5^2), 16 trials: mean and sd within 5 % (12 standard errors for the
-    mean; Laplace's own bias is the larger part), and shrunk posteriors beat raw rates."""
+@pytest.mark.parametrize(("mean", "sd"), [(0.8, 1.5), (2.0, 3.0)])
+def test_empirical_bayes_recovers_the_spread_of_difficulties(mean, sd):
+    """4,000 logits, 8 trials each: mean and sd within 6 %, and values better than raw rates.
+
+    The estimates' standard errors are near 1.5 %: a false alarm has probability 2e-4 a number.
+    """
     rng = np.random.default_rng(0)
-    logits = rng.normal(0.8, 1.5, 4000)
-    rates, trials = reference.sigmoid(logits), np.full(4000, 16)
-    successes = rng.binomial(trials, rates)
-    state = estimators.make("value_filter").init(successes, trials)
-    assert float(state.mean[0]) == pytest.approx(0.8, rel=0.05)
+    logits = rng.normal(mean, sd, 4000)
+    rates = reference.sigmoid(logits)
+    successes = rng.binomial(8, rates)
+    state = estimators.make("value_filter").init(successes, np.full(4000, 8))
     z = np.asarray(state.own_mean) + float(state.mean[0])
-    spread = np.sqrt(np.var(z) + np.mean(np.asarray(state.own_variance)))
-    assert spread == pytest.approx(1.5, rel=0.05)
-    raw = np.mean((successes / 16 - rates) ** 2)
-    assert np.mean((reference.sigmoid(z) - rates) ** 2) < 0.8 * raw
+    variance = np.asarray(state.own_variance)
+    assert float(state.mean[0]) == pytest.approx(mean, rel=0.06)
+    assert np.sqrt(np.var(z) + np.mean(variance)) == pytest.approx(sd, rel=0.06)
+    values = reference.sigmoid(z / np.sqrt(1 + np.pi / 8 * variance))
+    assert np.mean((values - rates) ** 2) < 0.9 * np.mean((successes / 8 - rates) ** 2)
 
 
 def test_features_enter_the_start_and_reach_problems_without_trials():
@@ -120,17 +125,16 @@ def test_features_enter_the_start_and_reach_problems_without_trials():
     rng = np.random.default_rng(1)
     features = rng.normal(size=(1000, 4)).astype(np.float32)
     logits = features @ np.array([1.0, -1.0, 0.5, 0.0]) + rng.normal(0, 0.3, 1000)
+    rates = reference.sigmoid(logits)
     trials = np.where(np.arange(1000) < 500, 16, 0)
-    successes = rng.binomial(trials, reference.sigmoid(logits))
-    est = estimators.make("value_filter", features=features)
-    ids = np.arange(500, 1000)
-    _, e = est.update(est.init(successes, trials), signals(np.zeros(500), ids))
-    _, plain = estimators.make("value_filter").update(
-        estimators.make("value_filter").init(successes, trials), signals(np.zeros(500), ids)
-    )
-    rates = reference.sigmoid(logits)[500:]
-    error = np.mean((np.asarray(e.values) - rates) ** 2)
-    assert error < 0.01 < np.mean((np.asarray(plain.values) - rates) ** 2)
+    successes, rewards = rng.binomial(trials, rates), rng.binomial(1, rates)
+    errors = []
+    for options in ({"features": features}, {}):
+        est = estimators.make("value_filter", **options)
+        batch = signals(rewards[500:], range(500, 1000))
+        _, e = est.update(est.init(successes, trials), batch)
+        errors.append(np.mean((np.asarray(e.values) - rates[500:]) ** 2))
+    assert errors[0] < 0.01 < 0.05 < errors[1]
 
 
 def test_without_trials_the_start_is_the_prior():
@@ -164,8 +168,8 @@ def simulated_error(estimator, trials, *, problems=1024, rows=128, epochs=5, see
 def test_eight_offline_rollouts_a_problem_give_the_filter_the_error_of_a_group_of_eight():
     """filter < robust BASIS < batch mean; the filter is below the error of fresh groups of 8.
 
-    Over ten other seeds the ratios filter / group were .75 to .83 and filter / robust .78 to .87:
-    the bounds are more than 5 sd away.
+    Over ten other seeds the ratios were .775 +- .028 (filter / group), .685 +- .038 (filter /
+    robust) and .38 +- .036 (robust / batch): every bound is 6 sd or more away.
     """
     by_filter, group = simulated_error(estimators.make("value_filter"), 8)
     by_basis, _ = simulated_error(estimators.make("basis"), 8)
@@ -181,9 +185,6 @@ def test_misuse_is_a_sentence():
     ]:
         with pytest.raises(ValueError, match=words):
             estimators.make("value_filter", **options)
-    est = estimators.make("value_filter", features=np.zeros((5, 2), np.float32))
-    with pytest.raises(ValueError, match=r"\(5, 2\) for 4 problems"):
-        est.init(np.zeros(4), np.zeros(4))
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def value_filter_init(
     own_variance: float = 2.5,
     shared_variance: float = 2.5,
 ) -> FilterState:
-    """Empirical Bayes on the offline counts: z_i ~ N(phi_i . w, t), w and t by EM, quadrature per i.
+    """Empirical Bayes on the offline counts: z_i ~ N(phi_i . w, t), w and t by EM.
 
     Trials may be 0, everywhere or for some problems: without any, w ~ N(0, ``shared_variance``)
     and t = ``own_variance``. Features are centred and scaled to a mean squared norm of 1, so that

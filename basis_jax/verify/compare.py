@@ -144,7 +144,7 @@ def same_items(gold: str, answer: str, scalars: Scalars) -> bool | None:
         if r"\{\}" in (left, right):
             golds, answers = distinct(golds, scalars), distinct(answers, scalars)
         return same_in_any_order(golds, answers, scalars)
-    if left != right and "" not in (left, right):
+    if left != right and {left, right} != {"", "()"}:
         return False
     return len(golds) == len(answers) and all(
         same(g, without_name(a), scalars) for g, a in zip(golds, answers, strict=True)

@@ -56,6 +56,11 @@ RULES = [
         (rf" ?(?:\^ ?(?:\{{ ?\\circ ?\}}|\\circ)|\\degree|{TEXT}degrees? ?\}}"
          r"|(?<![a-zA-Z])degrees?(?![a-zA-Z]))", ""),
         (rf"(?:{TEXT})?[nN]o (?:real )?solutions?(?: ?\}})?", r"\\emptyset"),
+        # thousands, where the comma cannot separate items
+        (
+            r"(?<![0-9,(\[{ ])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,)\]}])",
+            lambda match: match[0].replace(",", ""),
+        ),
         # between the items of a list
         (rf"\{{ ?([,:]) ?\}}|{TEXT}([,:]) ?\}}", r"\1\2"),
         (rf",? ?(?:{TEXT}(?:and|or) ?\}}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])),?", ","),
