@@ -41,6 +41,12 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    if longest > architecture.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens + sampling.max_new_tokens is {longest} but the model has "
+            f"{architecture.max_positions} positions; lower one of them"
+        )
     rollouts = train.prompts_per_step * group
     shards = batch_shards(mesh)
     for larger, smaller, sizes in (

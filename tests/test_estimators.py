@@ -189,7 +189,7 @@ def test_misuse_of_make_is_a_sentence_that_names_the_near_ones():
         ("basis", {"rule": "paper"}, "robust, published"),
         ("rloo", {}, "needs the option 'group_size'"),
         ("grpo", {"group_size": 1}, "group_size=1"),
-        ("grpo", {"group_size": 4, "convention": "x"}, "trl, verl, openrlhf"),
+        ("grpo", {"group_size": 4, "convention": "x"}, "trl, trl_batch, verl"),
     ]:
         with pytest.raises(ValueError, match=words):
             estimators.make(name, **options)

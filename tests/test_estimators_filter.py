@@ -73,7 +73,7 @@ def test_a_sudden_collapse_is_followed_and_not_overshot():
         before["covariance"] + 0.003,
     )
     assert before["mean"][0] > 5 and mode[0] < -1
-    np.testing.assert_allclose(state.mean, mode, atol=0.1)
+    np.testing.assert_allclose(state.mean, mode, atol=0.05)
 
 
 def test_the_own_reward_is_in_no_value_with_features():
@@ -117,7 +117,7 @@ def test_empirical_bayes_recovers_the_spread_of_difficulties(mean, sd):
     assert float(state.mean[0]) == pytest.approx(mean, rel=0.06)
     assert np.sqrt(np.var(z) + np.mean(variance)) == pytest.approx(sd, rel=0.06)
     values = reference.sigmoid(z / np.sqrt(1 + np.pi / 8 * variance))
-    assert np.mean((values - rates) ** 2) < 0.9 * np.mean((successes / 8 - rates) ** 2)
+    assert np.mean((values - rates) ** 2) < 0.95 * np.mean((successes / 8 - rates) ** 2)
 
 
 def test_features_enter_the_start_and_reach_problems_without_trials():
@@ -139,7 +139,7 @@ def test_features_enter_the_start_and_reach_problems_without_trials():
 
 def test_without_trials_the_start_is_the_prior():
     state = estimators.make("value_filter", own_variance=1.7).init(np.zeros(9), np.zeros(9))
-    np.testing.assert_allclose(state.own_mean, 0)
+    np.testing.assert_allclose(state.own_mean, 0, atol=1e-6)
     np.testing.assert_allclose(state.own_variance, 1.7, rtol=1e-6)
     np.testing.assert_allclose(state.covariance, [[2.5]], rtol=1e-6)
 
@@ -168,7 +168,7 @@ def simulated_error(estimator, trials, *, problems=1024, rows=128, epochs=5, see
 def test_eight_offline_rollouts_a_problem_give_the_filter_the_error_of_a_group_of_eight():
     """filter < robust BASIS < batch mean; the filter is below the error of fresh groups of 8.
 
-    Over ten other seeds the ratios were .775 +- .028 (filter / group), .685 +- .038 (filter /
+    Over ten other seeds the ratios were .75 +- .025 (filter / group), .66 +- .034 (filter /
     robust) and .38 +- .036 (robust / batch): every bound is 6 sd or more away.
     """
     by_filter, group = simulated_error(estimators.make("value_filter"), 8)

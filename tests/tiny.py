@@ -18,7 +18,7 @@ TINY = model.ModelConfig(
     kv_heads=2,
     head_dim=8,
     mlp=48,
-    max_positions=64,
+    max_positions=256,
     tied=True,
     qk_norm=True,
 )

@@ -32,7 +32,7 @@ from basis_jax.pytree import pytree
 from basis_jax.types import Estimate, Signals
 
 NEWTON_STEPS = 4
-LARGEST_MOVE = 2.0  # of any logit in a Newton step: far from the optimum full steps oscillate
+LARGEST_MOVE = 4.0  # of any logit in a Newton step: far from the optimum full steps oscillate
 EM_STEPS = 40
 NODES = 15  # of the quadrature over a logit
 
@@ -262,7 +262,7 @@ def _learn(
     rest = 1 - rows.own_variance * h  # the share of the variance that is left: above 1/3
     ids, size = signals.problem_ids, state.last.size
     variance = 1 / (1 / rows.own_variance + problem_sums(h / rest, signals, size)[ids])
-    mean = rows.own_mean + variance * problem_sums(g / rest, signals, size)[ids]
+    mean = rows.own_mean + variance * (g / rest)
     written = jnp.where(valid, ids, size)  # out of range: dropped
     return dataclasses.replace(
         state,
