@@ -225,7 +225,8 @@ def refusal(monkeypatch, *arguments):
 def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
     monkeypatch, folder, tmp_path, what, option
 ):
-    given = ["--model.path", folder] if option == "--data.path" else []
+    short = ["--data.max-prompt-tokens", "128", "--sampling.max-new-tokens", "8"]
+    given = ["--model.path", folder, *short] if option == "--data.path" else []
     config = ROOT / "configs" / "qwen_math.py"
     sentence = refusal(monkeypatch, config, "--run-dir", tmp_path / "run", *given)
     assert sentence.startswith("error: ") and what in sentence and option in sentence

@@ -116,6 +116,7 @@ def test_empirical_bayes_recovers_the_spread_of_difficulties(mean, sd):
     variance = np.asarray(state.own_variance)
     assert float(state.mean[0]) == pytest.approx(mean, rel=0.06)
     assert np.sqrt(np.var(z) + np.mean(variance)) == pytest.approx(sd, rel=0.06)
+    assert 1 < float(state.covariance[0, 0]) / (sd**2 / 4000) < 2  # counts add their own noise
     values = reference.sigmoid(z / np.sqrt(1 + np.pi / 8 * variance))
     assert np.mean((values - rates) ** 2) < 0.95 * np.mean((successes / 8 - rates) ** 2)
 

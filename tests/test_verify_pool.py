@@ -95,6 +95,7 @@ HOSTILE = {  # quick to refuse: each ends as wrong or error at once
     "commas": boxed("," * 900),
     "backslashes": boxed(BACKSLASH * 501),
     "dollars": boxed("$" * 999),
+    "wide power": boxed("(x+y+z+a+b+c)^{200}"),
     "not a number": boxed(r"\frac{0}{0}"),
     "infinity less infinity": boxed(r"\infty-\infty"),
     "division by zero": boxed(r"\frac{5}{0}"),
@@ -103,7 +104,6 @@ HOSTILE = {  # quick to refuse: each ends as wrong or error at once
 ENDLESS = {  # would compute for ever, or fill the memory
     "tower of powers": r"9^{9^{9^{9}}}",
     "factorial of factorials": "((((9!)!)!)!)!",
-    "wide power": "(x+y+z+a+b+c)^{200}",
     "long product": r"\prod_{k=1}^{10^9} k",
     "half of everything": r"\binom{10^{9}}{5\cdot 10^{8}}",
     "large sine": r"\sin(10^{10^{8}})",

@@ -262,7 +262,7 @@ def _learn(
     rest = 1 - rows.own_variance * h  # the share of the variance that is left: above 1/3
     ids, size = signals.problem_ids, state.last.size
     variance = 1 / (1 / rows.own_variance + problem_sums(h / rest, signals, size)[ids])
-    mean = rows.own_mean + variance * (g / rest)
+    mean = rows.own_mean + variance * problem_sums(g / rest, signals, size)[ids]
     written = jnp.where(valid, ids, size)  # out of range: dropped
     return dataclasses.replace(
         state,

@@ -34,8 +34,8 @@ RULES = [
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
         (r"\\operatorname\*? ?\{ ?((?:arc)?(?:sin|cos|tan)h?|log|gcd|lcm|det)\}", r"\\\1 "),
-        (r"\\(?:operatorname\*?|text(?:bf|it|rm|sf|normal)|math(?:rm|bf|it|sf)|mbox|emph|underline|boldsymbol)"
-         r"(?![a-zA-Z])", r"\\text"),
+        (r"\\(?:operatorname\*?|text(?:bf|it|rm|sf|normal)|math(?:rm|bf|it|sf)|mbox|emph|underline"
+         r"|boldsymbol)(?![a-zA-Z])", r"\\text"),
         (r"\\([lgn]e)q(?:slant)?(?![a-zA-Z])", r"\\\1"),
         (r"\\varnothing(?![a-zA-Z])|\\\{ ?\\\}", r"\\emptyset"),
         (

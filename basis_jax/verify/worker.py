@@ -17,7 +17,6 @@ MODULES = (".py", ".pyc", ".so")
 WARM_UP = (
     (r"\frac{x}{2}", "3x"),
     (r"\ln x^2+\sin x", r"2\ln x+\sin x"),
-    ("x+y=1", "x^2-y=2"),
     (r"x\ne 2", r"[0,\sqrt{2}]"),
     ("x<3", "x>3"),
     (r"\int_0^1 x^2 dx", "1"),
