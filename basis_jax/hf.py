@@ -6,6 +6,7 @@ files hold (bfloat16, float16 or float32).
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -265,6 +266,7 @@ def load_tokenizer(folder: str | Path):
         raise ValueError(  # transformers would make an empty one
             f"{folder} holds no tokenizer ({few(vocabularies)}); copy that of the model there"
         )
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from transformers import AutoTokenizer
 
     try:

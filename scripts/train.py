@@ -153,9 +153,9 @@ def summarise(run_dir) -> None:
     """Print held-out accuracy before and after, and where everything lies."""
     curves = plots.draw([run_dir], run_dir / "curves.png")
     evaluated = [m for m in read_metrics(run_dir) if "eval/accuracy" in m]
-    for label, line in (("before", evaluated[0]), ("after", evaluated[-1])):
+    for line in evaluated[:1] + evaluated[1:][-1:]:
         print(
-            f"held-out accuracy {label} (step {line['step']}): "
+            f"held-out accuracy {'after' if line['step'] else 'before'} (step {line['step']}): "
             f"{line['eval/accuracy']:.1%} [{line['eval/accuracy_low']:.1%}, "
             f"{line['eval/accuracy_high']:.1%}], greedy {line['eval/greedy_accuracy']:.1%} "
             f"[{line['eval/greedy_accuracy_low']:.1%}, {line['eval/greedy_accuracy_high']:.1%}]"
