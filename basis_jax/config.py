@@ -72,7 +72,11 @@ class EstimatorSection:
     table: str = ""
     """Offline reference table (.npz); empty: made in the run folder when one is needed."""
     table_samples: int = 64
-    """Reference rollouts per problem of a table made here."""
+    """Reference rollouts per problem of a table made here (0: none, where the estimator can start
+    without: SPO, value_filter)."""
+    features: int = 0
+    """Numbers a problem out of the reference policy's state at the end of the prompt, one prefill
+    each, for value_filter (0: none); they are kept in the table."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 One .npz file: successes and trials a problem, the problem's identity (content hash and prompt
 hash), and what made it (model fingerprint, sampling settings, verifier). A table is used only
-where all of that fits the run. Cost: M x n rollouts once; 1 M problems take 32 MB.
+where all of that fits the run. Cost: M x n rollouts once; 1 M problems take 32 MB. It may hold the
+reference policy's ``prompt_features`` as well, with any n or none: M prefills, 4 MB a feature.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 import os
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from jaxtyping import PyTree
 
 from basis_jax.config import SamplingSection
 from basis_jax.data import EncodedProblems
+from basis_jax.prompt_features import prompt_features
 from basis_jax.rollouts import Setting, roll_out
 
 SAVE_EVERY_S = 10.0
@@ -31,6 +33,7 @@ class ReferenceTable:
     trials: np.ndarray  # [M] int32: graded rollouts; those that failed to verify do not count
     uids: np.ndarray  # [M] int64
     prompt_hashes: np.ndarray  # [M] uint64
+    features: np.ndarray  # [M, e] float32; e may be 0
     made_by: dict
     position: int
 
@@ -88,10 +91,10 @@ def load(path: Path) -> ReferenceTable:
         ) from error
 
 
-def counts_for(
+def rows_for(
     table: ReferenceTable, problems: EncodedProblems, wanted: dict, path: Path
-) -> tuple[np.ndarray, np.ndarray]:
-    """Successes and trials [M] in the order of ``problems``; the table may hold more problems.
+) -> ReferenceTable:
+    """The table of ``problems``, in their order; the one on disk may hold more of them.
 
     Raises ValueError where the table was made otherwise, is unfinished or lacks a problem.
     """
@@ -121,7 +124,8 @@ def counts_for(
             "them with other prompts); make one for this run with scripts/reference_stats.py"
         )
     index = np.array([rows[key] for key in keys])
-    return table.successes[index], table.trials[index]
+    rows = ("successes", "trials", "uids", "prompt_hashes", "features")
+    return replace(table, **{name: getattr(table, name)[index] for name in rows})
 
 
 def build(
@@ -130,28 +134,35 @@ def build(
     problems: EncodedProblems,
     *,
     samples: int,
+    features: int = 0,
     sampling: SamplingSection,
     wanted: dict,
     path: Path,
     report=lambda text: None,
 ) -> ReferenceTable:
-    """Make the table at ``path``, or finish the one begun there.
+    """Make the table at ``path``, or finish the one begun there; features are made first.
 
     Rollout u of the plan is sample u // M of problem u mod M; the file holds how many are done, so
     a killed run goes on where the last save (every 10 s) left it, and counts nothing twice.
     """
     size = len(problems.problems)
-    wanted = {**wanted, "samples": samples, "seed": setting.seed}
+    wanted = {**wanted, "samples": samples, "features": features, "seed": setting.seed}
     table = ReferenceTable(
         successes=np.zeros(size, np.int32),
         trials=np.zeros(size, np.int32),
         uids=np.array([p.uid for p in problems.problems], np.int64),
         prompt_hashes=prompt_hashes(problems),
+        features=np.zeros((size, 0), np.float32),
         made_by=wanted,
         position=0,
     )
     if path.exists():
         table = resumed(load(path), table, path)
+    if table.features.shape[1] < features:
+        made = prompt_features(params, setting.model, problems, mesh=setting.mesh, size=features)
+        table = replace(table, features=made)
+        save(table, path)
+        report(f"reference table: {features} features of {size} problems")
     saved = time.monotonic()
     while table.position < size * samples:
         units = np.arange(
@@ -198,11 +209,4 @@ def counted(params, setting, problems, table, *, sampling, units) -> ReferenceTa
     successes, trials = table.successes.copy(), table.trials.copy()
     np.add.at(successes, ids, (graded.rewards > 0.5).astype(np.int32))
     np.add.at(trials, ids, graded.valid.astype(np.int32))
-    return ReferenceTable(
-        **{
-            **vars(table),
-            "successes": successes,
-            "trials": trials,
-            "position": int(units[-1]) + 1,
-        }
-    )
+    return replace(table, successes=successes, trials=trials, position=int(units[-1]) + 1)

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from jaxtyping import PyTree
 
-from basis_jax import estimators, hf
-from basis_jax.config import Config
+from basis_jax import estimators, hf, prompt_features
+from basis_jax.config import Config, EstimatorSection
 from basis_jax.data import (
     EncodedProblems,
     batch_indices,
@@ -16,7 +17,7 @@ from basis_jax.data import (
     load_held_out,
     load_training,
 )
-from basis_jax.reference_table import build, counts_for, load, made_by
+from basis_jax.reference_table import ReferenceTable, build, load, made_by, rows_for
 from basis_jax.rollouts import Setting
 from basis_jax.sampling import check_trainable
 from basis_jax.sharding import make_mesh
@@ -41,10 +42,7 @@ def open_session(config: Config, report=print):
     Cheap checks come first: everything wrong with the config is said before weights are read.
     """
     check_trainable(config.sampling)
-    options = dict(config.estimator.options)
-    if "group_size" in estimators.option_names(config.estimator.name):
-        options["group_size"] = config.sampling.group_size
-    estimator = estimators.make(config.estimator.name, **options)
+    estimator = make_estimator(config.estimator, config.sampling.group_size)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     folder = hf.resolve_folder(config.model.path)
     architecture = hf.model_config(
@@ -55,6 +53,8 @@ def open_session(config: Config, report=print):
     train_set, held_out = load_sets(config, tokenizer, report)
     size = len(train_set.problems)
     batch_indices(config.seed, 0, batch_size=config.train.prompts_per_step, size=size)  # fits?
+    if config.estimator.features:
+        prompt_features.check_size(config.estimator.features, train_set, architecture)
     with make_verifier(config.data.verifier) as verifier:
         setting = Setting(
             model=architecture,
@@ -66,6 +66,29 @@ def open_session(config: Config, report=print):
             rows_at_once=config.train.sample_rollouts,
         )
         yield Session(config, folder, setting, estimator, train_set, held_out)
+
+
+def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Estimator:
+    """The config's estimator. Raises ValueError for what it cannot start from."""
+    names = estimators.option_names(section.name)
+    given = {"group_size": group_size} if "group_size" in names else {}
+    estimator = estimators.make(section.name, **section.options, **given)
+    if section.features and "features" not in names:
+        raise ValueError(
+            f"estimator.features is {section.features} but {section.name} takes no features; set "
+            "it to 0 or use value_filter"
+        )
+    if min(section.features, section.table_samples) < 0:
+        raise ValueError(
+            f"estimator.table_samples is {section.table_samples} and estimator.features "
+            f"{section.features}; give 0 or more"
+        )
+    if estimator.needs_table and not (section.table or section.table_samples):
+        raise ValueError(
+            f"{section.name} needs a reference table but estimator.table_samples is 0 and "
+            "estimator.table empty; give one of them"
+        )
+    return estimator
 
 
 def stop_ids(config: Config, tokenizer) -> tuple[int, ...]:
@@ -104,26 +127,43 @@ def load_sets(
     return train_set, held_out
 
 
-def reference_table(session: Session, params: PyTree, path: Path, report=print):
-    """Successes and trials [M]: read from ``estimator.table``, or made or finished at ``path``."""
-    config = session.config
+def reference_table(session: Session, params: PyTree, path: Path, report=print) -> ReferenceTable:
+    """The training problems' table: read from ``estimator.table``, or made or finished at ``path``.
+
+    Call under ``jax.set_mesh``. Raises ValueError where the table on disk does not fit the run.
+    """
+    section = session.config.estimator
     wanted = made_by(
         session.setting,
         model=hf.fingerprint(session.folder),
-        sampling=config.sampling,
-        verifier=config.data.verifier,
+        sampling=session.config.sampling,
+        verifier=session.config.data.verifier,
     )
-    if config.estimator.table:
-        table_path = Path(config.estimator.table)
-        return counts_for(load(table_path), session.train_set, wanted, table_path)
-    table = build(
+    if section.table:
+        table_path = Path(section.table)
+        if section.features:
+            wanted["features"] = section.features
+        return rows_for(load(table_path), session.train_set, wanted, table_path)
+    return build(
         params,
         session.setting,
         session.train_set,
-        samples=config.estimator.table_samples,
-        sampling=config.sampling,
+        samples=section.table_samples,
+        features=section.features,
+        sampling=session.config.sampling,
         wanted=wanted,
         path=path,
         report=report,
     )
-    return table.successes, table.trials
+
+
+def first_estimator_state(session: Session, params: PyTree, path: Path, report=print) -> PyTree:
+    """The estimator's state before the first step, from the reference table where it takes one."""
+    section = session.config.estimator
+    asked = section.table or section.table_samples or section.features
+    if not (asked and session.estimator.takes_table):
+        nothing = np.zeros(len(session.train_set.problems), np.int32)
+        return session.estimator.init(nothing, nothing)
+    table = reference_table(session, params, path, report)
+    features = {"features": table.features} if section.features else {}
+    return session.estimator.init(table.successes, table.trials, **features)

@@ -1,10 +1,12 @@
-"""Make the offline reference table of a config: pass counts of every training problem.
+"""Make the offline reference table of a config: pass counts and features of every training problem.
 
     python scripts/reference_stats.py --config configs/quickstart.py --out tables/quickstart.npz
     python scripts/train.py --config configs/quickstart.py --estimator.table tables/quickstart.npz
 
 The reference policy is the config's model. The same command again goes on where a killed one
-stopped. Overrides as in train.py; ``--estimator.table-samples`` sets the rollouts a problem.
+stopped. Overrides as in train.py: ``--estimator.table-samples`` sets the rollouts a problem,
+``--estimator.features 32`` adds the prompt features that value_filter can start from, one prefill a
+problem; with ``--estimator.table-samples 0`` they are all, and nothing is generated.
 """
 
 from pathlib import Path
@@ -25,13 +27,15 @@ def main() -> None:
         )
     with open_session(config) as session, jax.set_mesh(session.setting.mesh):
         params = hf.load_params(session.folder, session.setting.model, session.setting.mesh)
-        successes, trials = reference_table(session, params, Path(options.out))
-    print_summary(successes, trials)
+        table = reference_table(session, params, Path(options.out))
+    print_summary(table.successes, table.trials)
     print(f"reference table: {options.out}")
 
 
 def print_summary(successes: np.ndarray, trials: np.ndarray) -> None:
     """Mean, spread and how many problems the table says nothing of but 0 or 1."""
+    if not trials.any():
+        return
     rates = successes / np.maximum(trials, 1)
     print(
         f"{len(rates)} problems, {trials.sum()} graded rollouts: "

@@ -18,7 +18,7 @@ from basis_jax.data import batch_indices
 from basis_jax.evaluate import evaluate
 from basis_jax.records import Records, open_run, read_metrics
 from basis_jax.rollouts import roll_out
-from basis_jax.session import open_session, reference_table
+from basis_jax.session import first_estimator_state, open_session
 from basis_jax.train import (
     finish_step,
     make_batches,
@@ -105,16 +105,13 @@ def train(session, run_dir, checkpoints) -> None:
 
 def first_state(session, run_dir, optimizer):
     """The state before the first step: weights from the model folder, estimator state from the
-    reference table where the estimator needs one."""
+    reference table where the estimator takes one."""
     setting = session.setting
     params = hf.load_params(session.folder, setting.model, setting.mesh)
-    successes = trials = np.zeros(len(session.train_set.problems), np.int32)
-    if session.estimator.needs_table:
-        successes, trials = reference_table(session, params, run_dir / "reference.npz")
     return make_state(
         params,
         optimizer,
-        session.estimator.init(successes, trials),
+        first_estimator_state(session, params, run_dir / "reference.npz"),
         architecture=setting.model,
         mesh=setting.mesh,
     )

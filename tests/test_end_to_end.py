@@ -172,6 +172,25 @@ def wait_for_some_progress(process, run_dir, rng):
 
 
 @pytest.mark.slow
+def test_prompt_features_need_no_rollouts_and_survive_a_kill(folder, problems, tmp_path):
+    """value_filter without any offline rollout: features in the table, beliefs in the state."""
+    changes = {"estimator.name": "value_filter", "estimator.table-samples": 0}
+    changes |= {"estimator.features": 4, "train.minibatch-rollouts": 4}
+    whole, killed = (small(folder, problems, tmp_path / n, **changes) for n in ("whole", "killed"))
+    done = run("train.py", "quickstart.py", *whole)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "whole" / "reference.npz") as table:
+        assert table["features"].shape == (42, 4) and not table["trials"].any()
+    process = subprocess.Popen(command("train.py", "quickstart.py", *killed), env=environment())
+    wait_for_some_progress(process, tmp_path / "killed", random.Random(1))
+    process.kill()
+    process.wait()
+    done = run("train.py", "quickstart.py", *killed)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_a_finished_run_started_again_only_tells_its_result(reference_run, folder, problems):
     run_dir, output = reference_run
     before = (run_dir / "metrics.jsonl").read_text()
@@ -238,6 +257,12 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
     [
         (["--estimator.name", "bassis"], "unknown estimator 'bassis'"),
         (["--estimator.name", "grpo"], "group_size"),
+        (["--estimator.features", "4"], "basis takes no features"),
+        (["--estimator.table-samples", "0"], "basis needs a reference table"),
+        (
+            ["--estimator.name", "value_filter", "--estimator.features", "60"],
+            "estimator.features is 60 for 42 problems",
+        ),
         (["--estimator.options", "rul", "published"], "no option 'rul'"),
         (["--sampling.top-p", "0.9"], "sampling.top_p = 0.9"),
         (["--sampling.stop-tokens", "two"], "stop_tokens"),

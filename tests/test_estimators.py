@@ -162,7 +162,7 @@ def signals(rewards, ids, *, lengths=None, valid=None):
 def test_basis_update_looks_its_problems_up_in_the_table():
     successes, trials = np.int32([1, 8, 3, 0, 5]), np.int32([8, 8, 8, 8, 8])
     est = estimators.make("basis")
-    assert est.needs_table and est.group_size == 1
+    assert est.needs_table and est.takes_table and est.group_size == 1
     ids = np.int32([4, 0, 2])
     state, e = jax.jit(est.update)(est.init(successes, trials), signals([1, 0, 1], ids))
     expected = estimators.basis(np.float32([1, 0, 1]), successes[ids], trials[ids])
@@ -170,12 +170,19 @@ def test_basis_update_looks_its_problems_up_in_the_table():
     np.testing.assert_array_equal(state.successes, successes)
 
 
+def test_a_table_is_made_only_for_those_that_start_from_it():
+    names = ("basis", "v05", "spo", "value_filter", "kae", "reinforce")
+    made = [estimators.make(n, **({"group_size": 2} if n == "v05" else {})) for n in names]
+    assert [e.needs_table for e in made] == [True, True, False, False, False, False]
+    assert [e.takes_table for e in made] == [True, True, True, True, False, False]
+
+
 def test_stateless_estimators_are_lifted():
     est = estimators.make("reinforce_pp", convention="verl")
     state, e = est.update(
         est.init(SINGLE, SINGLE), signals(SINGLE, range(6), lengths=SINGLE_LENGTHS)
     )
-    assert state == () and not est.needs_table
+    assert state == () and not est.takes_table
     close(e.advantages, np.where(SINGLE > 0, 1.543033, -0.617213))
     assert estimators.make("rloo", group_size=4).group_size == 4
 

@@ -16,7 +16,7 @@ LAYERS = (
     {"pytree", "types", "masked"},
     {"estimators", "losses", "config"},
     {"sharding", "model", "weights", "hf", "gguf", "data", "verify", "tasks"},
-    {"sampling", "rollouts", "checkpoint"},
+    {"sampling", "rollouts", "prompt_features", "checkpoint"},
     {"train", "reference_table", "evaluate", "session", "records", "plots", "command_line"},
 )
 """A module imports from the layers before its own."""

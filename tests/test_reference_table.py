@@ -113,7 +113,7 @@ def test_an_interrupted_table_is_finished_with_the_same_counts(
 
 def test_counts_follow_the_problems_and_not_their_rows(setting, problems, wanted, tmp_path):
     path = tmp_path / "t.npz"
-    table = build(path, setting, problems, wanted)
+    table = build(path, setting, problems, wanted, features=2)
     rows = np.array([3, 0, 2])
     part = EncodedProblems(
         problems=tuple(problems.problems[i] for i in rows),
@@ -121,9 +121,10 @@ def test_counts_follow_the_problems_and_not_their_rows(setting, problems, wanted
         lengths=problems.lengths[rows],
         counts={},
     )
-    successes, trials = tables.counts_for(tables.load(path), part, wanted, path)
-    assert successes.tolist() == table.successes[rows].tolist()
-    assert trials.tolist() == table.trials[rows].tolist()
+    read = tables.rows_for(tables.load(path), part, wanted, path)
+    assert read.successes.tolist() == table.successes[rows].tolist()
+    assert read.trials.tolist() == table.trials[rows].tolist()
+    assert read.features.tolist() == table.features[rows].tolist() and read.features.any()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_a_table_made_otherwise_is_refused(setting, problems, wanted, tmp_path, 
     path = tmp_path / "t.npz"
     table = build(path, setting, problems, wanted, samples=1)
     with pytest.raises(ValueError, match=sentence):
-        tables.counts_for(table, problems, wanted | change, path)
+        tables.rows_for(table, problems, wanted | change, path)
 
 
 def test_other_prompts_or_problems_and_unfinished_tables_are_refused(
@@ -150,15 +151,15 @@ def test_other_prompts_or_problems_and_unfinished_tables_are_refused(
     tokens = problems.tokens.copy()
     tokens[1, 0] += 1
     with pytest.raises(ValueError, match="lacks 1 of the run's 5 problems"):
-        tables.counts_for(table, dataclasses.replace(problems, tokens=tokens), wanted, path)
+        tables.rows_for(table, dataclasses.replace(problems, tokens=tokens), wanted, path)
     others = dataclasses.replace(
         problems, problems=tuple(Problem(prompt=f"q{i}", answer="") for i in range(SIZE))
     )
     with pytest.raises(ValueError, match="lacks 5 of the run's 5 problems"):
-        tables.counts_for(table, others, wanted, path)
+        tables.rows_for(table, others, wanted, path)
     unfinished = dataclasses.replace(table, position=3)
     with pytest.raises(ValueError, match="unfinished \\(3 of 5 rollouts\\)"):
-        tables.counts_for(unfinished, problems, wanted, path)
+        tables.rows_for(unfinished, problems, wanted, path)
     with pytest.raises(ValueError, match="another model, sampling setting or problem set"):
         build(path, setting, others, wanted, samples=1)
 
@@ -169,3 +170,15 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 not a table")
     with pytest.raises(ValueError, match="bad.npz is not a reference table"):
         tables.load(tmp_path / "bad.npz")
+
+
+def test_features_alone_need_no_rollouts_and_are_made_once(
+    setting, problems, wanted, tmp_path, monkeypatch
+):
+    path = tmp_path / "t.npz"
+    monkeypatch.setattr(tables, "roll_out", None)
+    table = build(path, setting, problems, wanted, samples=0, features=3)
+    assert table.features.shape == (SIZE, 3) and not table.trials.any()
+    monkeypatch.setattr(tables, "prompt_features", None)
+    again = build(path, setting, problems, wanted, samples=0, features=3)
+    assert np.array_equal(again.features, table.features)

@@ -84,6 +84,7 @@ class Estimator(NamedTuple):
     init: Callable[[Any, Any], Any]
     update: Callable[[Any, Signals], tuple[Any, Estimate]]
     needs_table: bool  # worthless without offline trials
+    takes_table: bool  # starts from offline trials where there are any
     group_size: int  # rollouts of a prompt, adjacent rows
 
 
@@ -112,6 +113,7 @@ ESTIMATORS: dict[str, tuple[Callable, ...]] = {
     "v05": (v05,),
     "value_filter": (value_filter_init, value_filter_update),
 }
+STARTED_BY_TABLE = {"spo", "spo_pp", "value_filter"}
 # functions of more than Signals and the table hold: what they need besides
 LIBRARY_ONLY = {
     "gae": "a critic's token values",
@@ -138,7 +140,8 @@ def make(name: str, **options) -> Estimator:
     functions = ESTIMATORS[name]
     pair = _lift(functions[0], options) if len(functions) == 1 else _bind(*functions, options)
     needs_table = "successes" in inspect.signature(functions[-1]).parameters
-    estimator = Estimator(*pair, needs_table, options.get("group_size", 1))
+    takes_table = needs_table or name in STARTED_BY_TABLE
+    estimator = Estimator(*pair, needs_table, takes_table, options.get("group_size", 1))
     features = options.get("features")
     _trace(estimator, problems=1 if features is None else len(features))
     return estimator
