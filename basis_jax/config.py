@@ -81,9 +81,19 @@ class EstimatorSection:
 
 @dataclass(frozen=True)
 class LossSection:
+    objective: str = "ppo_clip"
+    """``ppo_clip``, ``gspo`` (with ``sequence_mean`` and clips of about 3e-4), ``cispo`` or
+    ``gpg``."""
     clip_low: float = 0.2
-    """PPO ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]; DAPO's clip-higher: 0.2, 0.28."""
     clip_high: float = 0.2
+    dual_clip: float = 0.0
+    """Bound on the ratio where the advantage is negative, above 1 (0: off; often 3)."""
+    kl: str = "k3+"
+    """Estimate of KL(policy || starting policy): ``k1``, ``k2``, ``k3``, or ``k3+`` (value of k3,
+    gradient of k2)."""
+    kl_coef: float = 0.0
+    """Weight of the KL term (0: none; otherwise the starting weights stay in memory)."""
     aggregation: str = "token_mean"
     """``token_mean`` (DAPO), ``sequence_mean`` (GRPO), ``constant_length`` (Dr. GRPO)."""
     logprob_chunk: int = 512

@@ -1,4 +1,4 @@
-"""Policy objectives as weighted sums of per-token terms.
+"""Policy objectives and KL terms as weighted sums of per-token terms.
 
 ``jnp.sum(loss_weights * per_token)``: every denominator sits in ``loss_weights``, made once from
 the whole update's mask, so microbatches and devices only add.
@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float
 from basis_jax.types import Batch
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
+OBJECTIVES = ("ppo_clip", "gspo", "cispo", "gpg")
+KL_FORMS = ("k1", "k2", "k3", "k3+")
 
 
 def loss_weights(
@@ -34,20 +36,71 @@ def loss_weights(
     raise ValueError(f"loss.aggregation is {aggregation!r}; allowed are {', '.join(AGGREGATIONS)}")
 
 
-def ppo_loss(
-    logprobs: Float[Array, "N T"], batch: Batch, *, clip_low: float, clip_high: float
+def policy_loss(
+    logprobs: Float[Array, "N T"],
+    batch: Batch,
+    objective: str = "ppo_clip",
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float = 0.0,
 ) -> tuple[Float[Array, ""], Bool[Array, "N T"]]:
-    """PPO-clip: sum of w max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)).
+    """sum of w x over tokens, x a function of A, logp = logprobs and rho = exp(logp - old).
 
-    rho = exp(logprobs - old_logprobs), the exponent held in [-20, 20] (Schulman et al. 2017).
-    Without ``old_logprobs`` the update is strictly on-policy: rho is 1 in value and its gradient
-    that of logprobs. Returns the loss and the tokens whose clipped branch was active.
+    - ``ppo_clip``: max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)); where A < 0 and
+      ``dual_clip`` = c > 1, at most -c A (Schulman et al. 2017; Ye et al., arXiv 1912.09729).
+      DAPO's clip-higher is clip_high > clip_low (arXiv 2503.14476).
+    - ``gspo``: the same with the sequence's geometric mean s = exp(mean_t (logp - old)) for rho,
+      written by token as sg(s) exp(logp - sg(logp)); its clip is of the order 3e-4 (2507.18071).
+    - ``cispo``: -sg(clip(rho, 1 - clip_low, 1 + clip_high)) A logp, so that a clipped token keeps
+      its gradient; clip_low = 1 is no floor (arXiv 2506.13585, bounds as in verl).
+    - ``gpg``: -A logp (arXiv 2504.02546); the scaling of A is the estimator's.
+
+    Exponents are held in [-20, 20]. Without ``old_logprobs`` the update is strictly on-policy: rho
+    is 1 in value and its gradient that of logp, and all four have the gradient -w A. Returns the
+    loss and the tokens whose clipped branch was active. ValueError for another objective.
     """
-    old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
-    log_ratio = jnp.where(batch.completion_mask, logprobs - old, 0.0)
+    mask, a = batch.completion_mask, batch.advantages[:, None]
+    logprobs = jnp.where(mask, logprobs, 0.0)
+    fixed = jax.lax.stop_gradient(logprobs)
+    old = fixed if batch.old_logprobs is None else jnp.where(mask, batch.old_logprobs, 0.0)
+    log_ratio = logprobs - old
+    if objective == "gspo":
+        lengths = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1).astype(jnp.float32)
+        of_row = jnp.sum(log_ratio, axis=1, keepdims=True) / lengths
+        log_ratio = jax.lax.stop_gradient(of_row) + logprobs - fixed
     ratio = jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
-    advantages = batch.advantages[:, None]
-    plain = -advantages * ratio
-    clipped = -advantages * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    loss = jnp.sum(batch.loss_weights * jnp.maximum(plain, clipped))
-    return loss, batch.completion_mask & (clipped > plain)
+    bounded = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    if objective in ("ppo_clip", "gspo"):
+        terms = jnp.maximum(-a * ratio, -a * bounded)
+        clipped = -a * bounded > -a * ratio
+        if dual_clip:
+            over = (a < 0) & (terms > -dual_clip * a)
+            terms, clipped = jnp.where(over, -dual_clip * a, terms), clipped | over
+    elif objective == "cispo":
+        terms, clipped = -jax.lax.stop_gradient(bounded) * a * logprobs, bounded != ratio
+    elif objective == "gpg":
+        terms, clipped = -a * logprobs, jnp.zeros_like(mask)
+    else:
+        raise ValueError(f"loss.objective is {objective!r}; allowed are {', '.join(OBJECTIVES)}")
+    return jnp.sum(batch.loss_weights * terms), mask & clipped
+
+
+def kl_loss(
+    logprobs: Float[Array, "N T"], batch: Batch, form: str
+) -> tuple[Float[Array, ""], Float[Array, "N T"]]:
+    """sum of w k over tokens, k an estimate of KL(policy || reference), and k where it counts.
+
+    With x = logp - ref: ``k1`` = x, ``k2`` = x^2 / 2, ``k3`` = exp(-x) - 1 + x (Schulman 2020). As
+    a *value* k1 and k3 are unbiased. As a *loss* only k2 has the gradient of KL(policy ||
+    reference) under the policy's own samples; k3 has that of KL(reference || policy), and k1 has
+    mean zero: it constrains nothing. ``k3+`` has the value of k3 and the gradient of k2.
+    x is held in [-20, 20]. Raises ValueError for another form.
+    """
+    x = jnp.where(batch.completion_mask, logprobs - batch.ref_logprobs, 0.0)
+    x = jnp.clip(x, -20.0, 20.0)
+    terms = {"k1": x, "k2": x**2 / 2, "k3": jnp.exp(-x) - 1 + x}
+    terms["k3+"] = terms["k2"] + jax.lax.stop_gradient(terms["k3"] - terms["k2"])
+    if form not in terms:
+        raise ValueError(f"loss.kl is {form!r}; allowed are {', '.join(KL_FORMS)}")
+    return jnp.sum(batch.loss_weights * terms[form]), terms[form]

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from basis_jax import model
 from basis_jax.config import Config, LossSection, OptimSection
 from basis_jax.estimators import Estimator
-from basis_jax.losses import AGGREGATIONS, loss_weights, ppo_loss
+from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES, kl_loss, loss_weights, policy_loss
 from basis_jax.masked import completion_mask, masked_max, masked_sum
 from basis_jax.model import ModelConfig
 from basis_jax.rollouts import Graded
@@ -37,10 +37,13 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
     for name, value, allowed in (
         ("optim.schedule", config.optim.schedule, SCHEDULES),
         ("loss.aggregation", config.loss.aggregation, AGGREGATIONS),
+        ("loss.objective", config.loss.objective, OBJECTIVES),
+        ("loss.kl", config.loss.kl, KL_FORMS),
         ("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES),
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+    check_loss(config.loss)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     if longest > architecture.max_positions:
         raise ValueError(
@@ -73,6 +76,23 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
             "the model's embedding width": (architecture.embed, "embed"),
         },
     )
+
+
+def check_loss(loss: LossSection) -> None:
+    """Raise a ValueError for bounds that bound nothing and denominators that do not fit."""
+    for name, value, fits, allowed in (
+        ("clip_low", loss.clip_low, 0 <= loss.clip_low <= 1, "0 to 1"),
+        ("clip_high", loss.clip_high, loss.clip_high >= 0, "0 or more"),
+        ("dual_clip", loss.dual_clip, not loss.dual_clip or loss.dual_clip > 1, "0 or above 1"),
+        ("kl_coef", loss.kl_coef, loss.kl_coef >= 0, "0 or more"),
+    ):
+        if not fits:
+            raise ValueError(f"loss.{name} is {value}; give {allowed}")
+    if loss.objective == "gspo" and loss.aggregation != "sequence_mean":
+        raise ValueError(
+            f"loss.objective gspo is a mean over sequences, loss.aggregation is "
+            f"{loss.aggregation!r}; set it to sequence_mean"
+        )
 
 
 def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTransformation:
@@ -147,13 +167,15 @@ def make_batches(
     config: Config,
     score: Callable[[PyTree, jax.Array], jax.Array],
     params: PyTree,
+    reference: PyTree | None = None,
     mesh: Mesh,
 ) -> list[Batch]:
     """One ``Batch`` per optimizer update, rollouts in order, split over the mesh.
 
     Rollouts that the verifier failed on leave the loss and its denominators. With one update a
     step the policy is still the one that sampled, and ``old_logprobs`` need no pass of their own;
-    with several they are all scored before the first update.
+    with several they are all scored before the first update. ``reference``: the parameters that
+    the KL term of ``loss.kl_coef`` refers to.
     """
     rollouts, rows = graded.rollouts, config.train.minibatch_rollouts
     mask = completion_mask(
@@ -176,6 +198,7 @@ def make_batches(
             advantages=estimate.advantages[part],
             old_logprobs=score(params, tokens) if updates_per_step(config) > 1 else None,
             sampler_logprobs=rollouts.sampler_logprobs[part],
+            ref_logprobs=None if reference is None else score(reference, tokens),
         )
         batches.append(put_rows(mesh, batch))
     return batches
@@ -245,7 +268,14 @@ def policy_objective(
     logprobs, entropy = model.token_logprobs(
         params, architecture, batch.tokens, temperature=temperature, chunk=loss.logprob_chunk
     )
-    value, clipped = ppo_loss(logprobs, batch, clip_low=loss.clip_low, clip_high=loss.clip_high)
+    value, clipped = policy_loss(
+        logprobs,
+        batch,
+        loss.objective,
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        dual_clip=loss.dual_clip,
+    )
     old = logprobs if batch.old_logprobs is None else batch.old_logprobs
     mask = batch.completion_mask
     gap = jnp.abs(old - batch.sampler_logprobs)
@@ -257,6 +287,10 @@ def policy_objective(
         "policy/kl_old": masked_sum(old - logprobs, mask),
         "sampler/logprob_gap_mean": masked_sum(gap, mask),
     }
+    if loss.kl_coef:
+        penalty, kl = kl_loss(logprobs, batch, loss.kl)
+        value += loss.kl_coef * penalty
+        sums |= {"policy/loss": value, "policy/kl_reference": jnp.sum(kl)}
     return value, jax.lax.stop_gradient((sums, masked_max(gap, mask)))
 
 

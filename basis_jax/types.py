@@ -66,6 +66,7 @@ class Batch:
     advantages: Float[Array, " N"]
     old_logprobs: Float[Array, "N T"] | None  # None: strictly on-policy, old = current
     sampler_logprobs: Float[Array, "N T"]
+    ref_logprobs: Float[Array, "N T"] | None = None  # None: no KL term
 
 
 @pytree

@@ -8,6 +8,7 @@ command again resumes the run in ``--run-dir`` from its newest checkpoint.
 """
 
 import dataclasses
+import functools
 import time
 
 import jax
@@ -56,7 +57,13 @@ def train(session, run_dir, checkpoints) -> None:
     optimizer = make_optimizer(config.optim, updates=train.steps * updates_per_step(config))
     estimate_values = make_estimate(session.estimator)
     update = make_update(setting.model, optimizer, **common)
-    score = make_score(setting.model, **common)
+    batches_of = functools.partial(
+        make_batches,
+        config=config,
+        score=make_score(setting.model, **common),
+        reference=start_params(session) if config.loss.kl_coef else None,
+        mesh=setting.mesh,
+    )
     state = first_state(session, run_dir, optimizer)
     restored = checkpoint.restore(checkpoints, state)
     state = state if restored is None else restored
@@ -84,11 +91,8 @@ def train(session, run_dir, checkpoints) -> None:
             )
             started = time.perf_counter()
             estimator_state, estimate = estimate_values(state.estimator_state, graded)
-            batches = make_batches(
-                graded, estimate, config=config, score=score, params=state.params, mesh=setting.mesh
-            )
             outcomes = []
-            for batch in batches:
+            for batch in batches_of(graded, estimate, params=state.params):
                 state, outcome = update(state, batch)
                 outcomes.append(outcome)
             state = finish_step(state, estimator_state)
@@ -106,15 +110,19 @@ def train(session, run_dir, checkpoints) -> None:
 def first_state(session, run_dir, optimizer):
     """The state before the first step: weights from the model folder, estimator state from the
     reference table where the estimator takes one."""
-    setting = session.setting
-    params = hf.load_params(session.folder, setting.model, setting.mesh)
+    params = start_params(session)
     return make_state(
         params,
         optimizer,
         first_estimator_state(session, params, run_dir / "reference.npz"),
-        architecture=setting.model,
-        mesh=setting.mesh,
+        architecture=session.setting.model,
+        mesh=session.setting.mesh,
     )
+
+
+def start_params(session):
+    """The model folder's weights: where training starts, and what a KL term refers to."""
+    return hf.load_params(session.folder, session.setting.model, session.setting.mesh)
 
 
 def evaluate_now(params, session) -> dict[str, float]:

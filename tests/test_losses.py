@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from basis_jax.losses import loss_weights, ppo_loss
+from basis_jax.losses import kl_loss, loss_weights, policy_loss
 from basis_jax.types import Batch
 
 MASK = np.array([[0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]], bool)
 
 
-def batch(advantages, old, mask=MASK, aggregation="token_mean"):
+def batch(advantages, old, mask=MASK, aggregation="token_mean", ref=None):
     return Batch(
         tokens=np.zeros(mask.shape, np.int32),
         completion_mask=jnp.asarray(mask),
@@ -19,6 +19,7 @@ def batch(advantages, old, mask=MASK, aggregation="token_mean"):
         advantages=jnp.asarray(advantages, jnp.float32),
         old_logprobs=None if old is None else jnp.asarray(old, jnp.float32),
         sampler_logprobs=np.zeros(mask.shape, np.float32),
+        ref_logprobs=None if ref is None else jnp.asarray(ref, jnp.float32),
     )
 
 
@@ -42,41 +43,153 @@ def test_an_update_without_a_live_token_weighs_nothing(aggregation):
     np.testing.assert_array_equal(weights, np.zeros((2, 3)))
 
 
-def test_unknown_aggregation_is_refused_with_the_list():
+def test_unknown_words_are_refused_with_the_list():
+    b = batch([0.0, 0.0, 0.0], None, ref=np.zeros(MASK.shape))
     with pytest.raises(ValueError, match="token_mean, sequence_mean, constant_length"):
         loss_weights(jnp.asarray(MASK), "mean", max_length=4)
+    with pytest.raises(ValueError, match="ppo_clip, gspo, cispo, gpg"):
+        policy_loss(jnp.zeros(MASK.shape), b, "ppo", clip_low=0.2, clip_high=0.2)
+    with pytest.raises(ValueError, match="k1, k2, k3, k3\\+"):
+        kl_loss(jnp.zeros(MASK.shape), b, "k4")
 
 
-def oracle(logprobs, b, low, high):
-    """PPO-clip by loops in float64."""
-    loss, clipped = 0.0, 0
-    for i, t in zip(*np.nonzero(np.asarray(b.completion_mask)), strict=True):
-        a = float(b.advantages[i])
-        ratio = np.exp(float(logprobs[i, t]) - float(b.old_logprobs[i, t]))
+def oracle(logprobs, b, objective, low, high, dual=0.0):
+    """Loss, gradient and clipped tokens by loops in float64, derivatives written by hand."""
+    mask = np.asarray(b.completion_mask)
+    gradient, loss, count = np.zeros(mask.shape), 0.0, 0
+    log_ratio = np.float64(logprobs) - np.float64(b.old_logprobs)
+    for i, t in zip(*np.nonzero(mask), strict=True):
+        a, w = float(b.advantages[i]), float(b.loss_weights[i, t])
+        mean = log_ratio[i][mask[i]].mean()
+        ratio = np.exp(mean if objective == "gspo" else log_ratio[i, t])
         bounded = min(max(ratio, 1 - low), 1 + high)
-        loss += float(b.loss_weights[i, t]) * max(-a * ratio, -a * bounded)
-        clipped += -a * bounded > -a * ratio
-    return loss, clipped
+        if objective == "gpg":
+            value, slope, clipped = -a * float(logprobs[i, t]), -a, False
+        elif objective == "cispo":
+            value, slope = -bounded * a * float(logprobs[i, t]), -bounded * a
+            clipped = bounded != ratio
+        else:
+            clipped = -a * bounded > -a * ratio
+            value, slope = (-a * bounded, 0.0) if clipped else (-a * ratio, -a * ratio)
+            if dual and a < 0 and value > -dual * a:
+                value, slope, clipped = -dual * a, 0.0, True
+        loss, count = loss + w * value, count + clipped
+        gradient[i, t] = w * slope
+    return loss, gradient, count
 
 
-def test_ppo_equals_loops_and_clips_only_towards_larger_gain():
+CASES = [
+    ("ppo_clip", 0.2, 0.3, 0.0),
+    ("ppo_clip", 0.2, 0.3, 1.5),
+    ("gspo", 0.05, 0.08, 0.0),
+    ("cispo", 0.2, 0.28, 0.0),
+    ("cispo", 1.0, 0.3, 0.0),
+    ("gpg", 0.2, 0.2, 0.0),
+]
+
+
+@pytest.mark.parametrize(("objective", "low", "high", "dual"), CASES)
+def test_objectives_and_their_gradients_equal_loops(objective, low, high, dual):
     rng = np.random.default_rng(0)
-    mask = rng.random((5, 7)) < 0.6
-    b = batch(rng.normal(size=5), rng.normal(size=(5, 7)), mask)
-    logprobs = jnp.asarray(np.asarray(b.old_logprobs) + rng.normal(size=(5, 7)) * 0.5, jnp.float32)
-    loss, clipped = ppo_loss(logprobs, b, clip_low=0.2, clip_high=0.3)
-    expected, count = oracle(logprobs, b, 0.2, 0.3)
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    assert int(clipped.sum()) == count > 0
+    mask = rng.random((6, 7)) < 0.6
+    b = batch(rng.normal(size=6), rng.normal(size=(6, 7)), mask, "sequence_mean")
+    logprobs = jnp.asarray(np.asarray(b.old_logprobs) + rng.normal(size=(6, 7)) * 0.5, jnp.float32)
+
+    def loss(x):
+        return policy_loss(x, b, objective, clip_low=low, clip_high=high, dual_clip=dual)
+
+    (value, clipped), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
+    expected, slope, count = oracle(logprobs, b, objective, low, high, dual)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-7)
+    assert int(clipped.sum()) == count and (count > 0 or objective == "gpg")
+
+
+def test_gspo_by_token_has_the_gradient_of_the_ratio_of_sequences():
+    """Against -A s_i of whole rows, differentiated through the mean of the log ratios."""
+    rng = np.random.default_rng(3)
+    b = batch(rng.normal(size=3), rng.normal(size=MASK.shape), aggregation="sequence_mean")
+    logprobs = jnp.asarray(b.old_logprobs + 0.01 * rng.normal(size=MASK.shape), jnp.float32)
+
+    def of_rows(x):
+        lengths = np.maximum(MASK.sum(1), 1).astype(np.float32)
+        s = jnp.exp(jnp.sum(jnp.where(MASK, x - b.old_logprobs, 0), 1) / lengths)
+        return jnp.sum((-b.advantages * s)[:2]) / 2  # two live rows
+
+    def by_token(x):
+        return policy_loss(x, b, "gspo", clip_low=0.5, clip_high=0.5)[0]
+
+    np.testing.assert_allclose(by_token(logprobs), of_rows(logprobs), rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.grad(by_token)(logprobs), jax.grad(of_rows)(logprobs), rtol=1e-4, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("objective", ["ppo_clip", "gspo", "cispo", "gpg"])
+def test_strictly_on_policy_every_objective_has_the_score_function_gradient(objective):
+    b = batch([0.5, -2.0, 3.0], None)
+    logprobs = jnp.asarray(np.random.default_rng(1).normal(size=MASK.shape), jnp.float32)
+    gradient = jax.grad(
+        lambda x: policy_loss(x, b, objective, clip_low=0.2, clip_high=0.2, dual_clip=3.0)[0]
+    )(logprobs)
+    expected = -np.asarray(b.advantages)[:, None] * np.asarray(b.loss_weights)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("form", "values", "slopes"),
+    [
+        ("k1", [-1, -0.1, 0, 0.1, 1], [1, 1, 1, 1, 1]),
+        ("k2", [0.5, 0.005, 0, 0.005, 0.5], [-1, -0.1, 0, 0.1, 1]),
+        (
+            "k3",
+            [0.718282, 0.005171, 0, 0.004837, 0.367879],
+            [-1.718282, -0.105171, 0, 0.095163, 0.632121],
+        ),
+        ("k3+", [0.718282, 0.005171, 0, 0.004837, 0.367879], [-1, -0.1, 0, 0.1, 1]),
+    ],
+)
+def test_kl_worked_vectors(form, values, slopes):
+    mask = np.ones((1, 5), bool)
+    ref = np.float32([[-2, -1, -3, -1, -2]])
+    b = batch([0.0], None, mask, ref=ref)
+    logprobs = jnp.asarray(ref + np.float32([[-1, -0.1, 0, 0.1, 1]]))
+    (loss, terms), gradient = jax.value_and_grad(lambda x: kl_loss(x, b, form), has_aux=True)(
+        logprobs
+    )
+    np.testing.assert_allclose(terms[0], values, atol=1e-6)
+    np.testing.assert_allclose(gradient[0] * 5, slopes, atol=1e-5)
+    np.testing.assert_allclose(loss, np.mean(values), atol=1e-6)
+
+
+def test_only_k2_pulls_towards_the_reference_like_the_kl_under_own_samples():
+    """E over the policy's own draws of d form, exactly, against d KL(policy || reference)."""
+    logits, ref = jnp.array([0.3, -0.5, 1.0]), jax.nn.log_softmax(jnp.array([1.0, 0.2, -0.4]))
+    p = jax.nn.softmax(logits)
+
+    def expected(form):
+        def of_token(t, x):
+            b = batch([0.0], None, np.ones((1, 1), bool), ref=ref[None, t : t + 1])
+            return kl_loss(jax.nn.log_softmax(x)[None, t : t + 1], b, form)[0]
+
+        return sum(p[t] * jax.grad(lambda x, t=t: of_token(t, x))(logits) for t in range(3))
+
+    def kl(x):
+        return jnp.sum(jax.nn.softmax(x) * (jax.nn.log_softmax(x) - ref))
+
+    np.testing.assert_allclose(expected("k2"), jax.grad(kl)(logits), atol=1e-6)
+    np.testing.assert_allclose(expected("k3+"), jax.grad(kl)(logits), atol=1e-6)
+    np.testing.assert_allclose(expected("k1"), 0.0, atol=1e-6)
+    assert np.abs(expected("k3") - jax.grad(kl)(logits)).max() > 0.05
 
 
 def test_on_policy_loss_is_minus_the_weighted_advantage_with_the_score_function_gradient():
     b = batch([0.5, -2.0, 3.0], None)
     logprobs = jnp.asarray(np.random.default_rng(1).normal(size=MASK.shape), jnp.float32)
-    loss, clipped = ppo_loss(logprobs, b, clip_low=0.2, clip_high=0.2)
+    loss, clipped = policy_loss(logprobs, b, clip_low=0.2, clip_high=0.2)
     per_token = -np.asarray(b.advantages)[:, None] * np.asarray(b.loss_weights)
     np.testing.assert_allclose(loss, per_token.sum(), rtol=1e-6)
-    gradient = jax.grad(lambda x: ppo_loss(x, b, clip_low=0.2, clip_high=0.2)[0])(logprobs)
+    gradient = jax.grad(lambda x: policy_loss(x, b, clip_low=0.2, clip_high=0.2)[0])(logprobs)
     np.testing.assert_allclose(gradient, per_token, rtol=1e-6)
     assert not clipped.any()
 
@@ -84,13 +197,13 @@ def test_on_policy_loss_is_minus_the_weighted_advantage_with_the_score_function_
 def test_nothing_outside_the_mask_reaches_loss_or_gradient():
     b = batch([0.5, -2.0, 3.0], np.where(MASK, 0.1, np.nan))
     logprobs = jnp.asarray(np.where(MASK, 0.3, np.nan), jnp.float32)
-    loss, _ = ppo_loss(logprobs, b, clip_low=0.2, clip_high=0.2)
-    gradient = jax.grad(lambda x: ppo_loss(x, b, clip_low=0.2, clip_high=0.2)[0])(logprobs)
+    loss, _ = policy_loss(logprobs, b, clip_low=0.2, clip_high=0.2)
+    gradient = jax.grad(lambda x: policy_loss(x, b, clip_low=0.2, clip_high=0.2)[0])(logprobs)
     assert np.isfinite(loss) and np.isfinite(gradient).all()
     assert not np.asarray(gradient)[~MASK].any()
 
 
 def test_a_huge_ratio_stays_finite():
     b = batch([-1.0, -1.0, 0.0], np.full(MASK.shape, -200.0))
-    loss, _ = ppo_loss(jnp.zeros(MASK.shape), b, clip_low=0.2, clip_high=0.2)
+    loss, _ = policy_loss(jnp.zeros(MASK.shape), b, clip_low=0.2, clip_high=0.2)
     assert np.isfinite(loss)

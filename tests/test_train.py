@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from basis_jax import estimators, model
-from basis_jax.config import Config, OptimSection, SamplingSection, TrainSection
+from basis_jax.config import Config, LossSection, OptimSection, SamplingSection, TrainSection
 from basis_jax.rollouts import Graded
 from basis_jax.sharding import make_mesh, named_tree
 from basis_jax.train import (
@@ -88,8 +88,15 @@ def one_update(*, sizes=(1, 1, 1), microbatch=8, config=CONFIG, data=None, learn
         score = make_score(tiny.TINY, **options)
         update = make_update(tiny.TINY, optimizer, **options)
         outcomes = []
+        reference = jax.tree.map(lambda x: x * 0.5, params) if config.loss.kl_coef else None
         for batch in make_batches(
-            data, estimate, config=config, score=score, params=state.params, mesh=mesh
+            data,
+            estimate,
+            config=config,
+            score=score,
+            params=state.params,
+            reference=reference,
+            mesh=mesh,
         ):
             state, outcome = update(state, batch)
             outcomes.append(outcome)
@@ -141,6 +148,20 @@ def test_devices_do_not_change_the_gradient(whole, sizes):
     assert_same(params, whole[0])
     for name, value in metrics.items():
         assert value == pytest.approx(whole[1][name], abs=1e-5), name
+
+
+def test_the_kl_term_is_the_same_over_microbatches_and_devices():
+    """GSPO with k2 towards other weights."""
+    loss = LossSection(objective="gspo", aggregation="sequence_mean", kl="k2", kl_coef=2.0)
+    config = dataclasses.replace(CONFIG, loss=loss)
+    whole = one_update(config=config)
+    assert whole[1]["policy/kl_reference"] > 1e-3
+    for change in ({"microbatch": 2}, {"sizes": (2, 2, 1), "microbatch": 4}):
+        params, metrics = one_update(config=config, **change)
+        assert_same(params, whole[0], tolerance=3e-5)  # gradients are about ten times as large
+        assert metrics["policy/kl_reference"] == pytest.approx(whole[1]["policy/kl_reference"])
+    without = one_update(config=dataclasses.replace(CONFIG, loss=LossSection()))
+    assert "policy/kl_reference" not in without[1]
 
 
 def test_rows_without_a_verdict_do_not_reach_the_gradient(whole):
