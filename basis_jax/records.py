@@ -80,7 +80,7 @@ def open_run(config: Config, *, devices: Sequence[str]) -> Path:
         before = _read_config(path)
         _check_same(run_dir, before["config"], fields)
         starts = before["starts"]
-    start = {**_commit(), "versions": _versions(), "devices": list(devices)}
+    start = {**provenance(), "devices": list(devices)}
     if start not in starts[-1:]:
         starts.append(start)
     written = path.with_suffix(".json.new")
@@ -339,6 +339,11 @@ def _may_differ(name: str, config: Mapping[str, Any]) -> bool:
     if name == "train.steps":
         return config.get("optim.schedule") == "constant"
     return any(name == field or field[-1] == "." and name.startswith(field) for field in MAY_DIFFER)
+
+
+def provenance() -> dict[str, Any]:
+    """What every written result carries: commit, uncommitted changes, versions."""
+    return {**_commit(), "versions": _versions()}
 
 
 def _commit() -> dict[str, Any]:

@@ -197,17 +197,6 @@ def test_jit_and_vmap_over_seeds_agree_with_eager(rule):
     np.testing.assert_allclose(stacked.values, eager, rtol=2e-6, atol=1e-6)
 
 
-def test_rewards_split_over_devices_give_the_same_estimate():
-    devices = jax.devices()
-    assert len(devices) > 1
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    batch = synthetic(4, 64)[:3]
-    f = jax.jit(lambda r, k, n: estimators.basis(r, k, n))
-    split = f(*(jax.device_put(x, rows) for x in batch))
-    np.testing.assert_allclose(split.values, f(*batch).values, rtol=1e-5, atol=1e-6)
-
-
 # ----------------------------------------------------------------------------------- limits
 def test_large_beta_is_least_squares_on_the_offline_pass_rates():
     """beta -> inf: V = p, so b_i = p_i sum r / (1 - p) / sum p / (1 - p) over the others."""
