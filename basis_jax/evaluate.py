@@ -1,32 +1,30 @@
-"""Accuracy on held-out problems with a bootstrap interval clustered by problem."""
+"""Held-out accuracy while training, and the stand-alone evaluation of a model or a checkpoint.
+
+Both draw the same completions: the noise depends on seed, problem and sample alone. What the
+stand-alone one writes is in ``completions.py``.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
 
-from basis_jax.config import EvalSection, SamplingSection
-from basis_jax.data import EncodedProblems
-from basis_jax.rollouts import Setting, roll_out
-
-
-def bootstrap_interval(
-    sets: Sequence[np.ndarray], *, resamples: int = 2000, coverage: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the average over sets of the mean of their per-problem scores.
-
-    Problems are drawn with replacement within each set. A problem's samples move together: the
-    interval is clustered by problem.
-    """
-    rng = np.random.default_rng(seed)
-    means = np.zeros(resamples)
-    for scores in sets:
-        draws = rng.integers(0, len(scores), (resamples, len(scores)))
-        means += scores[draws].mean(axis=1) / len(sets)
-    tail = (1 - coverage) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+from basis_jax import hf, scores, verify, weights
+from basis_jax.config import Config, EvalSection, SamplingSection
+from basis_jax.data import EncodedProblems, encode_prompts, load_held_out
+from basis_jax.model import ModelConfig
+from basis_jax.rollouts import Graded, Setting, roll_out
+from basis_jax.scores import bootstrap_interval
+from basis_jax.session import stop_ids
+from basis_jax.sharding import make_mesh
 
 
 def problem_scores(rewards: np.ndarray, valid: np.ndarray, samples: int) -> np.ndarray:
@@ -35,13 +33,36 @@ def problem_scores(rewards: np.ndarray, valid: np.ndarray, samples: int) -> np.n
 
     Raises ValueError where no completion at all could be graded.
     """
-    rewards, counted = rewards.reshape(-1, samples), valid.reshape(-1, samples).sum(axis=1)
-    if not counted.any():
+    if not valid.any():
         raise ValueError(
             f"none of the {valid.size} held-out completions could be graded (the verifier "
             "failed on every one); check data.verifier and the answers"
         )
-    return rewards.sum(axis=1)[counted > 0] / counted[counted > 0]
+    found = scores.average(rewards.reshape(-1, samples), valid.reshape(-1, samples))
+    return found[~np.isnan(found)]
+
+
+def complete(
+    params: PyTree,
+    setting: Setting,
+    problems: EncodedProblems,
+    *,
+    units: np.ndarray,
+    samples: int,
+    sampling: SamplingSection,
+) -> Graded:
+    """The rollouts ``units`` of a set's plan, in which a problem's ``samples`` are adjacent. The
+    noise is the same at every call, so that before and after differ by the policy alone."""
+    return roll_out(
+        params,
+        setting,
+        problems,
+        ids=(units // samples).astype(np.int32),
+        samples=(units % samples).astype(np.int32),
+        sampling=sampling,
+        stream="evaluate",
+        step=0,
+    )
 
 
 def evaluate(
@@ -54,30 +75,162 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy at the evaluation temperature and greedily: the average over sets with its 95 %
     interval (``eval/accuracy``, ``eval/greedy_accuracy``), and each set's own where there are
-    several.
-
-    The noise is the same at every call, so that before and after differ by the policy alone.
-    """
+    several."""
     metrics = {}
     passes = [("", section.samples, section.temperature), ("greedy_", 1, 0.0)]
     for prefix, samples, temperature in passes:
-        scores = {}
+        found = {}
         for name, problems in sets.items():
-            graded = roll_out(
+            graded = complete(
                 params,
                 setting,
                 problems,
-                ids=np.repeat(np.arange(len(problems.problems), dtype=np.int32), samples),
-                samples=np.tile(np.arange(samples, dtype=np.int32), len(problems.problems)),
+                units=np.arange(len(problems.problems) * samples),
+                samples=samples,
                 sampling=dataclasses.replace(sampling, temperature=temperature),
-                stream="evaluate",
-                step=0,
             )
-            scores[name] = problem_scores(graded.rewards, graded.valid, samples)
+            found[name] = problem_scores(graded.rewards, graded.valid, samples)
             if len(sets) > 1:
-                metrics[f"eval/{name}/{prefix}accuracy"] = float(scores[name].mean())
-        low, high = bootstrap_interval(list(scores.values()))
-        metrics[f"eval/{prefix}accuracy"] = float(np.mean([s.mean() for s in scores.values()]))
+                metrics[f"eval/{name}/{prefix}accuracy"] = float(found[name].mean())
+        low, high = bootstrap_interval(list(found.values()))
+        metrics[f"eval/{prefix}accuracy"] = float(np.mean([s.mean() for s in found.values()]))
         metrics[f"eval/{prefix}accuracy_low"] = low
         metrics[f"eval/{prefix}accuracy_high"] = high
     return metrics
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a stand-alone evaluation holds fixed, apart from the parameters."""
+
+    config: Config
+    folder: Path  # of the model
+    setting: Setting
+    sets: dict[str, EncodedProblems]
+
+    @property
+    def sampling(self) -> SamplingSection:
+        """That of the rollouts in training, at the temperature of evaluation."""
+        return dataclasses.replace(self.config.sampling, temperature=self.config.eval.temperature)
+
+
+@contextmanager
+def open_evaluation(config: Config, report: Callable[[str], None] = print):
+    """Yield the Evaluation; its verifier's processes end with the block. Needs no training data.
+
+    Raises ValueError for settings that cannot be evaluated, before weights are read.
+    """
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    folder = hf.resolve_folder(config.model.path)
+    architecture = hf.model_config(folder, compute_dtype=config.model.compute_dtype)
+    check(config, architecture)
+    tokenizer = hf.load_tokenizer(folder)
+    sets = {}
+    for name in config.eval.sets:
+        problems = load_held_out(name, config.eval.folder)
+        sets[name] = encode_prompts(problems, config.data, tokenizer, size=config.eval.size)
+        counts = ", ".join(f"{v} {k}" for k, v in sets[name].counts.items() if v)
+        report(f"{name} problems: {counts}")
+    with verify.make_verifier(config.data.verifier) as verifier:
+        setting = Setting(
+            model=architecture,
+            mesh=mesh,
+            tokenizer=tokenizer,
+            eos_ids=hf.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer),
+            verifier=verifier,
+            seed=config.seed,
+            rows_at_once=config.train.sample_rollouts,
+        )
+        yield Evaluation(config, folder, setting, sets)
+
+
+def check_out(out: str) -> Path:
+    """The folder to write to. Raises ValueError where none is named or it is a file."""
+    if not out or Path(out).is_file():
+        raise ValueError(f"the evaluation's folder is --out {out or '(missing)'}; give a folder")
+    return Path(out)
+
+
+def check(config: Config, architecture: ModelConfig) -> None:
+    """Raise a ValueError for numbers that make no evaluation."""
+    section = config.eval
+    if not section.sets:
+        raise ValueError("eval.sets is empty; name at least one set with --eval.sets")
+    if section.samples < 1 or section.temperature < 0:
+        raise ValueError(
+            f"eval.samples is {section.samples} and eval.temperature {section.temperature}; give "
+            "at least 1 sample and a temperature of 0 or more"
+        )
+    if section.temperature == 0 and section.samples > 1:
+        raise ValueError(
+            f"eval.temperature 0 is greedy and eval.samples is {section.samples}: they would be "
+            "the same; set eval.samples to 1 or raise the temperature"
+        )
+    if config.train.sample_rollouts < 1:
+        raise ValueError(
+            f"train.sample_rollouts is {config.train.sample_rollouts}; give the completions to "
+            "decode at once, at least 1"
+        )
+    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    if longest > architecture.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens + sampling.max_new_tokens is {longest} but the model has "
+            f"{architecture.max_positions} positions; lower one of them"
+        )
+
+
+def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
+    """All that two evaluations must share for their numbers to be comparable, rounding aside.
+
+    ``weights`` is a hash of the parameters, the same for a checkpoint and its float32 export.
+    """
+    config, setting, sampling = evaluation.config, evaluation.setting, evaluation.sampling
+    described = {k: v for k, v in dataclasses.asdict(setting.model).items() if k != "remat"}
+    return {
+        "sets": {
+            name: {
+                "problems": len(problems.problems),
+                "data_sha256": sha256([[p.prompt, p.answer] for p in problems.problems]),
+                "prompts_sha256": sha256(
+                    [
+                        row[:length].tolist()
+                        for row, length in zip(problems.tokens, problems.lengths, strict=True)
+                    ]
+                ),
+            }
+            for name, problems in evaluation.sets.items()
+        },
+        "samples": config.eval.samples,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_new_tokens": sampling.max_new_tokens,
+        "eos_ids": list(setting.eos_ids),
+        "seed": setting.seed,
+        "verifier": verifier_version(config.data.verifier),
+        "model": described,
+        "weights_sha256": params_sha256(params, setting.model),
+    }
+
+
+def sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def params_sha256(params: PyTree, config: ModelConfig) -> str:
+    """Over names, shapes and float32 values, in the names and layouts of Hugging Face's files."""
+    digest = hashlib.sha256()
+    for name, tensor in weights.stored_tensors(params, config):
+        digest.update(f"{name}\0{tensor.shape}\0".encode())
+        digest.update(np.ascontiguousarray(tensor, np.float32))
+    return digest.hexdigest()
+
+
+def verifier_version(name: str) -> dict[str, str]:
+    """A verifier's name, a hash of the source of ``verify/``, and the packages it computes with."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(verify.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    packages = () if name == "exact" else ("math-verify", "latex2sympy2-extended", "sympy")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {"name": name, "source_sha256": digest.hexdigest(), **versions}

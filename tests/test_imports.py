@@ -15,9 +15,18 @@ SOURCES = sorted(path for folder in (PACKAGE, ROOT / "scripts", ROOT / "configs"
 LAYERS = (
     {"pytree", "types", "masked"},
     {"estimators", "losses", "config"},
-    {"sharding", "model", "weights", "hf", "gguf", "data", "verify", "tasks"},
-    {"sampling", "rollouts", "prompt_features", "checkpoint"},
-    {"train", "reference_table", "evaluate", "session", "records", "plots", "command_line"},
+    {"sharding", "model", "weights", "hf", "gguf", "data", "scores", "verify", "tasks"},
+    {"sampling", "rollouts", "prompt_features", "checkpoint", "trained"},
+    {
+        "train",
+        "reference_table",
+        "evaluate",
+        "session",
+        "records",
+        "plots",
+        "command_line",
+        "completions",
+    },
 )
 """A module imports from the layers before its own."""
 
@@ -30,6 +39,8 @@ BESIDE = {
     "data": {"tasks", "verify"},
     "rollouts": {"sampling"},
     "session": {"train", "reference_table"},
+    "evaluate": {"session"},
+    "completions": {"evaluate"},
     "plots": {"records"},
 }
 """What a module may import from its own layer besides."""
@@ -37,7 +48,7 @@ BESIDE = {
 ONLY = {
     "flax": {"model"},
     "optax": {"train"},
-    "orbax": {"checkpoint"},
+    "orbax": {"checkpoint", "trained"},
     "transformers": {"hf"},
     "matplotlib": {"plots"},
 }
