@@ -31,7 +31,8 @@ from basis_jax.masked import masked_mean
 from basis_jax.pytree import pytree
 from basis_jax.types import Estimate, Signals
 
-NEWTON_STEPS = 4
+NEWTON_STEPS = 8  # at most; a step that moves no logit by more than ENOUGH is the last
+ENOUGH = 0.01  # what is left after it is of the order of its square
 LARGEST_MOVE = 4.0  # of any logit in a Newton step: far from the optimum full steps oscillate
 EM_STEPS = 40
 NODES = 15  # of the quadrature over a logit
@@ -224,20 +225,24 @@ def _fit(rows: Rows, live: Bool[Array, " N"], prior: Shared) -> Shared:
     shrink = jnp.where(live, _shrink(rows.own_variance), 0)
     prior_precision = jnp.linalg.inv(prior.covariance)
 
-    def curvature(mean):
+    def newton(carry):
+        steps, mean, _, _ = carry
         p = jax.nn.sigmoid(shrink * (rows.own_mean + rows.phi @ mean))
         information = (rows.phi * (shrink**2 * p * (1 - p))[:, None]).T
-        return p, jnp.matmul(information, rows.phi, precision="highest") + prior_precision
-
-    def newton(_, mean):
-        p, precision = curvature(mean)
+        precision = jnp.matmul(information, rows.phi, precision="highest") + prior_precision
         slope = (shrink * (rows.y - p)) @ rows.phi - prior_precision @ (mean - prior.mean)
         step = jnp.linalg.solve(precision, slope)
         move = jnp.max(jnp.abs(shrink * (rows.phi @ step)), initial=0)
-        return mean + step * jnp.minimum(1, LARGEST_MOVE / jnp.maximum(move, 1e-6))
+        mean = mean + step * jnp.minimum(1, LARGEST_MOVE / jnp.maximum(move, 1e-6))
+        return steps + 1, mean, precision, move
 
-    mean = jax.lax.fori_loop(0, NEWTON_STEPS, newton, prior.mean)
-    return Shared(mean, jnp.linalg.inv(curvature(mean)[1]))
+    def unfinished(carry):
+        steps, _, _, move = carry
+        return (steps < NEWTON_STEPS) & (move > ENOUGH)
+
+    start = 0, prior.mean, prior_precision, jnp.asarray(jnp.inf)
+    _, mean, precision, _ = jax.lax.while_loop(unfinished, newton, start)
+    return Shared(mean, jnp.linalg.inv(precision))
 
 
 def _predict(rows: Rows, w: Shared) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
