@@ -1,12 +1,38 @@
-"""Held-out accuracy and its interval."""
+"""Held-out accuracy and its interval; completions written, resumed, and what is made of them."""
 
+import dataclasses
+import importlib.util
+import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import jax
 import numpy as np
 import pytest
 import tiny
+from test_end_to_end import command, environment, lines, run, small
 from test_reference_table import SAMPLING, SIZE, problems, setting  # noqa: F401
 
-from basis_jax.config import EvalSection
-from basis_jax.evaluate import bootstrap_interval, evaluate, problem_scores
+from basis_jax import completions
+from basis_jax.config import Config, EvalSection
+from basis_jax.evaluate import (
+    Evaluation,
+    bootstrap_interval,
+    check,
+    check_out,
+    evaluate,
+    problem_scores,
+    protocol,
+)
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
@@ -61,3 +87,383 @@ def test_before_and_after_use_the_same_noise_and_greedy_uses_none(setting, probl
         greedy["eval/accuracy"] == greedy["eval/greedy_accuracy"] == first["eval/greedy_accuracy"]
     )
     assert len(problems.problems) == SIZE
+
+
+SAMPLES = 6
+METRICS = ["avg@6", "pass@1", "pass@2", "pass@4", "maj@6"]
+
+
+@pytest.fixture
+def evaluation(setting, problems):  # noqa: F811
+    """Two sets of five problems, six completions each in batches of four; the verifier fails on the
+    last problem of each."""
+    config = Config(run_dir="", sampling=SAMPLING, eval=EvalSection(samples=SAMPLES))
+    sets = {"one": problems, "two": problems}
+    return Evaluation(config=config, folder=Path(), setting=setting, sets=sets)
+
+
+def write(evaluation, out, **changes):
+    """The evaluation's results, and completions.jsonl as bytes."""
+    out.mkdir(exist_ok=True)
+    wanted = protocol(evaluation, tiny.params()) | changes
+    with jax.set_mesh(evaluation.setting.mesh):
+        path = completions.write_completions(
+            tiny.params(), evaluation, out, wanted, report=lambda text: None
+        )
+    return completions.results(path, evaluation), path.read_bytes()
+
+
+def test_written_completions_give_the_numbers_of_training_bit_for_bit(evaluation, tmp_path):
+    trained = evaluate(
+        tiny.params(),
+        evaluation.setting,
+        evaluation.sets,
+        section=evaluation.config.eval,
+        sampling=SAMPLING,
+    )
+    found, _ = write(evaluation, tmp_path)
+    assert found["average"]["avg@6"] == {
+        "value": trained["eval/accuracy"],
+        "low": trained["eval/accuracy_low"],
+        "high": trained["eval/accuracy_high"],
+        "problems": 8,
+    }
+    assert 0 < trained["eval/accuracy"] < 1
+
+
+def recomputed(rows, metric):
+    """A metric of one set's lines, in plain Python."""
+    name, k = metric.split("@")
+    grouped, k, values = {}, int(k), []
+    for row in rows:
+        grouped.setdefault(row["uid"], []).append(row)
+    for found in grouped.values():
+        valid = [row for row in found if row["valid"]]
+        rewards = [row["reward"] for row in valid]
+        n, c = len(valid), sum(rewards)
+        if name == "pass" and n >= k:
+            values.append(1 - math.comb(n - int(c), k) / math.comb(n, k))
+        elif name == "avg" and n:
+            values.append(c / n)
+        elif name == "maj" and n:
+            votes = Counter(row["vote"] for row in valid if row["vote"] is not None)
+            first = [v for v in votes if votes[v] == max(votes.values())]
+            by_vote = {row["vote"]: row["reward"] for row in valid}
+            values.append(sum(by_vote[v] for v in first) / len(first) if first else 0)
+    return sum(values) / len(values), len(values)
+
+
+def test_results_are_those_recomputed_from_the_written_lines(evaluation, tmp_path):
+    found, written = write(evaluation, tmp_path)
+    rows = [json.loads(line) for line in written.splitlines()]
+    assert len(rows) == 2 * SIZE * SAMPLES
+    assert list(found["average"]) == METRICS
+    for name, of_set in found["sets"].items():
+        mine = [row for row in rows if row["set"] == name]
+        for metric, entry in of_set["metrics"].items():
+            value, count = recomputed(mine, metric)
+            assert entry["value"] == pytest.approx(value, abs=1e-12), metric
+            assert entry["problems"] == count == SIZE - 1
+            assert entry["low"] <= entry["value"] <= entry["high"]
+        assert of_set["invalid"] == SAMPLES == sum(not row["valid"] for row in mine)
+        assert of_set["tokens_mean"] == pytest.approx(np.mean([row["tokens"] for row in mine]))
+        assert of_set["truncated"] == pytest.approx(np.mean([not r["terminated"] for r in mine]))
+
+
+def test_a_file_cut_anywhere_is_finished_bit_for_bit(evaluation, tmp_path):
+    """Cut inside a line, at a line's end inside a batch, and at a batch's end."""
+    found, whole = write(evaluation, tmp_path / "whole")
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for cut in (0, 1, ends[2] - 1, ends[2], ends[3], ends[30] + 7, len(whole) - 1, len(whole)):
+        out = tmp_path / str(cut)
+        shutil.copytree(tmp_path / "whole", out)
+        (out / "completions.jsonl").write_bytes(whole[:cut])
+        again, written = write(evaluation, out)
+        assert written == whole and again == found
+
+
+def test_whole_lines_are_kept_and_not_made_again(evaluation, tmp_path):
+    _, whole = write(evaluation, tmp_path)
+    marked = whole[:3000].rpartition(b"\n")[0].replace(b'"reason": ""', b'"reason": "kept"') + b"\n"
+    kept = marked.count(b"\n")
+    assert 4 < kept < 2 * SIZE * SAMPLES
+    (tmp_path / "completions.jsonl").write_bytes(marked)
+    _, written = write(evaluation, tmp_path)
+    assert written.startswith(marked) and written.count(b"kept") == kept
+
+
+def test_batch_size_does_not_change_what_is_drawn(evaluation, tmp_path):
+    _, whole = write(evaluation, tmp_path / "a")
+    other = dataclasses.replace(evaluation.setting, rows_at_once=7)
+    _, written = write(dataclasses.replace(evaluation, setting=other), tmp_path / "b")
+    assert written == whole
+
+
+def test_a_folder_of_another_protocol_is_refused_by_what_differs(evaluation, tmp_path):
+    write(evaluation, tmp_path)
+    warmer = dataclasses.replace(evaluation.config.eval, temperature=0.5)
+    other = dataclasses.replace(
+        evaluation, config=dataclasses.replace(evaluation.config, eval=warmer)
+    )
+    with pytest.raises(ValueError, match="temperature is 1.0 there and 0.5 here; take the values"):
+        write(other, tmp_path)
+    fewer = dataclasses.replace(evaluation, sets={"one": evaluation.sets["one"]})
+    with pytest.raises(ValueError, match="another protocol: sets is .* there and "):
+        write(fewer, tmp_path)
+    with pytest.raises(ValueError, match="weights_sha256"):
+        write(evaluation, tmp_path, weights_sha256="0")
+    (tmp_path / "protocol.json").unlink()
+    with pytest.raises(ValueError, match="protocol.json cannot be read"):
+        write(evaluation, tmp_path)
+
+
+def test_the_protocol_knows_prompts_data_and_weights(evaluation):
+    def changed(**of_set):
+        sets = {"one": dataclasses.replace(evaluation.sets["one"], **of_set)}
+        return protocol(dataclasses.replace(evaluation, sets=sets), tiny.params())["sets"]["one"]
+
+    same, tokens = changed(), evaluation.sets["one"].tokens.copy()
+    padding = np.argmin(evaluation.sets["one"].lengths), -1
+    tokens[padding] += 1
+    assert changed(tokens=tokens) == same, "padding is no part of a prompt"
+    tokens[0, 0] += 1
+    assert changed(tokens=tokens)["prompts_sha256"] != same["prompts_sha256"]
+    problems = evaluation.sets["one"].problems  # noqa: F811
+    other = (dataclasses.replace(problems[0], answer="7"), *problems[1:])
+    assert changed(problems=other)["data_sha256"] != same["data_sha256"]
+    weights = [protocol(evaluation, tiny.params(seed=s))["weights_sha256"] for s in (0, 0, 1)]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_two_processes_do_not_write_to_the_same_folder(evaluation, tmp_path):
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1], 'a+b'); fcntl.lockf(f, fcntl.LOCK_EX);"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "completions.jsonl")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another process is writing"):
+            write(evaluation, tmp_path)
+        process.stdin.close()
+    write(evaluation, tmp_path)
+
+
+def test_lines_that_are_not_the_plans_make_no_result(evaluation, tmp_path):
+    _, whole = write(evaluation, tmp_path)
+    path, rows = tmp_path / "completions.jsonl", whole.splitlines(keepends=True)
+    for wrong, said in (
+        ([rows[1], rows[0], *rows[2:]], "does not hold sample 0"),
+        (rows[:-1], "does not hold sample 5"),
+        ([*rows, rows[-1]], "more lines"),
+        ([b"[]\n", *rows[1:]], "line 1 of .* is no JSON object"),
+    ):
+        path.write_bytes(b"".join(wrong))
+        with pytest.raises(ValueError, match=said):
+            completions.results(path, evaluation)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "same"),
+    [
+        ("exact", [" 12", "12\n"]),
+        ("math", [r"\boxed{\frac12}", r"\boxed{0.5}", "The answer is 1/2.", "#### x = .5"]),
+        ("math", [r"\boxed{\text{Friday}}", r"\boxed{Friday}"]),
+        ("math_strict", [r"\boxed{1,000}", r"\boxed{1000}", "#### 1000"]),
+    ],
+)
+def test_answers_of_one_normalised_text_vote_alike(verifier, same):
+    votes = {completions.vote(completions.extracted(c, verifier), verifier) for c in same}
+    assert len(votes) == 1 and None not in votes
+    others = [r"so \boxed{17}", "17"][verifier == "exact"]
+    assert completions.vote(completions.extracted(others, verifier), verifier) not in votes
+
+
+def test_a_completion_without_an_answer_has_no_vote():
+    for verifier, text in (("exact", " "), ("math", "hm"), ("math_strict", "The answer is 5.")):
+        assert completions.vote(completions.extracted(text, verifier), verifier) is None
+    hostile = (
+        "(" * 900, "9" * 999, "1e999", "x" * 5000, "\u0665", "1/0", "\\frac" * 160, "$$", "=",
+        "\\", "{}", "x=", "\x00", r"0.\overline{" + "1" * 900 + "}",
+    )  # fmt: skip
+    for text in hostile:
+        assert completions.vote(text, "math"), text
+
+
+def report_script():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_hostile_completion_is_text_in_the_report(evaluation, tmp_path):
+    """Markup, ends of elements, writing direction, escape sequences of a terminal, half a pair."""
+    found, written = write(evaluation, tmp_path)
+    attack = "</pre></details><script>alert(1)</script><img src=x onerror=y> &lt;"
+    attack += " \u202e \x1b[2J \ud800"
+        "</pre></details><script>alert(1)</script><img src=x onerror=y> \u202e \x1b[2J \ud800 &lt;"
+    )
+    rows = [json.loads(line) for line in written.splitlines()]
+    for key in ("completion", "extracted", "problem", "answer", "reason"):
+        rows[0][key] = attack
+    path = tmp_path / "completions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    about = {"evaluated": attack, "protocol": {attack: attack}}
+    page = "".join(report_script().report(found, about, path))
+    completions.replace_file(tmp_path / "report.html", page)
+    assert "<script" not in page and "<img" not in page
+    assert "&lt;script&gt;" in page and "&amp;lt;" in page
+    assert not {"\u202e", "\x1b", "\ud800"} & set(page) and "\\u202e" in page
+    assert page.count("<pre>") == page.count("</pre>")
+    assert page.count("<details>") == page.count("</details>") == 2 * SIZE + 1
+
+
+def test_the_report_shows_every_problem_with_right_and_wrong_completions(evaluation, tmp_path):
+    found, written = write(evaluation, tmp_path)
+    page = "".join(
+        report_script().report(
+            found, {"evaluated": "x", "protocol": {}}, tmp_path / "completions.jsonl"
+        )
+    )
+    for name, start in (("one", 0), ("two", SIZE * SAMPLES)):
+        part = page.split(f"<h2>{name}</h2>")[1].split("<h2>")[0]
+        rows = [json.loads(line) for line in written.splitlines()][start : start + SIZE * SAMPLES]
+        for number, section in enumerate(part.split("<details>")[1:]):
+            mine = rows[number * SAMPLES : (number + 1) * SAMPLES]
+            valid = [row for row in mine if row["valid"]]
+            right = int(sum(row["reward"] for row in valid))
+            assert section.startswith(f"<summary>{right}/{len(valid)} right")
+            assert str(mine[0]["uid"]) in section and "2 more in completions.jsonl" in section
+            assert section.count("<p class=right>") >= (right > 0)
+            assert section.count("<p class=wrong>") >= (right < len(valid))
+
+
+@pytest.mark.parametrize(
+    ("section", "sentence"),
+    [
+        (EvalSection(temperature=0.0, samples=4), "eval.temperature 0 is greedy"),
+        (EvalSection(samples=0), "eval.samples is 0"),
+        (EvalSection(temperature=-1.0), "eval.temperature -1.0"),
+        (EvalSection(sets=()), "eval.sets is empty"),
+    ],
+)
+def test_settings_that_make_no_evaluation_are_refused(section, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check(Config(run_dir="", eval=section), tiny.TINY)
+
+
+def test_lengths_and_folders_that_do_not_fit_are_refused(tmp_path):
+    long = dataclasses.replace(SAMPLING, max_new_tokens=250)
+    with pytest.raises(ValueError, match="is 314 but the model has 256 positions"):
+        check(Config(run_dir="", sampling=long), tiny.TINY)
+    (tmp_path / "file").touch()
+    for out in ("", str(tmp_path / "file")):
+        with pytest.raises(ValueError, match="folder is --out .*; give a folder"):
+            check_out(out)
+
+
+BOXED = "what is {}? put the answer in a box"
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """A folder that stands in for the hub, and training problems in another file."""
+    path = tmp_path_factory.mktemp("data")
+    for name, size in (("MATH-500", 13), ("AIME25", 5)):
+        rows = [{"problem": BOXED.format(f"{i} + {size}"), "answer": str(i)} for i in range(size)]
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arguments(folder, held_out, out, *more):
+    return [
+        *("--model.path", folder, "--model.compute-dtype", "float32", "--out", out),
+        *("--eval.folder", held_out, "--eval.sets", "MATH-500", "AIME25", "--eval.samples", 8),
+        *("--sampling.max-new-tokens", 12, "--data.max-prompt-tokens", 220, *more),
+        *("--train.sample-rollouts", 8, "--mesh.fsdp", 1, "--mesh.data", 1),
+    ]
+
+
+def without_provenance(path):
+    results = json.loads((path / "results.json").read_text())
+    assert all(results.pop(key) for key in ("versions", "devices"))
+    return {k: v for k, v in results.items() if k not in ("commit", "uncommitted_changes")}
+
+
+@pytest.mark.slow
+def test_an_evaluation_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, held_out):
+    """kill -9 at two random moments, on a model folder with benchmark names and local files."""
+    folder, rng = tiny.write_folder(tmp_path / "tiny"), random.Random(0)
+    given = arguments(folder, held_out, tmp_path / "whole")
+    done = run("evaluate.py", "qwen_math.py", *given)
+    assert done.returncode == 0, done.stderr
+    assert all(text in done.stdout for text in ("MATH-500", "AIME25", "average", "maj@8", "["))
+    given = arguments(folder, held_out, tmp_path / "killed")
+    written = tmp_path / "killed" / "completions.jsonl"
+    for lines_wanted in (1, 60):
+        process = subprocess.Popen(
+            command("evaluate.py", "qwen_math.py", *given),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment(),
+        )
+        while process.poll() is None:
+            if written.exists() and written.read_bytes().count(b"\n") >= lines_wanted:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.random() / 20)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run("evaluate.py", "qwen_math.py", *given)
+    assert done.returncode == 0, done.stderr
+    assert written.read_bytes() == (tmp_path / "whole" / "completions.jsonl").read_bytes()
+    found = without_provenance(tmp_path / "killed")
+    assert found == without_provenance(tmp_path / "whole")
+    for name, of_set in found["sets"].items():
+        mine = [row for row in lines(written) if row["set"] == name]
+        assert len(mine) == of_set["completions"] == 8 * {"MATH-500": 13, "AIME25": 5}[name]
+        for metric, entry in of_set["metrics"].items():
+            assert entry["value"] == pytest.approx(recomputed(mine, metric)[0], abs=1e-12)
+    greedy = run("evaluate.py", "qwen_math.py", *given, "--eval.temperature", 0)
+    assert greedy.returncode != 0 and "error: eval.temperature 0 is greedy" in greedy.stderr
+    warmer = run("evaluate.py", "qwen_math.py", *given, "--eval.temperature", 2)
+    assert warmer.returncode != 0 and "temperature is 1.0 there and 2.0 here" in warmer.stderr
+
+
+@pytest.mark.slow
+def test_run_checkpoint_and_export_evaluate_to_the_runs_last_accuracy(tmp_path):
+    """train.py, evaluate.py on the run, convert.py, evaluate.py on the folder: one number."""
+    folder = tiny.write_folder(tmp_path / "tiny")
+    problems = tmp_path / "p.jsonl"  # noqa: F811
+    rows = [{"problem": f"what is {i}?", "answer": str(i % 10)} for i in range(40)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"eval.samples": 4, "eval.size": 20, "data.verifier": "math", "train.steps": 2}
+    given = small(folder, problems, tmp_path / "run", **changes)
+    done = run("train.py", "quickstart.py", *given)
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for name, option in (("run", "--checkpoint"), ("hf", "--model.path")):
+        if name == "hf":
+            exported = ["run", tmp_path / "run", "--to", tmp_path / "hf", "--shard-gb", 2e-5]
+            script = [sys.executable, str(ROOT / "scripts" / "convert.py"), *map(str, exported)]
+            subprocess.run(script, check=True, env=environment())
+            assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
+        out = tmp_path / f"of_{name}"
+        more = [*given, option, tmp_path / name, "--out", out]
+        done = run("evaluate.py", "quickstart.py", *more)
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads((out / "results.json").read_text())["average"]["avg@4"]
+    last = lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["step"] == 2 and found["run"]["value"] == last["eval/accuracy"]
+    assert found["run"]["low"] == last["eval/accuracy_low"]
+    assert found["hf"] == found["run"]
+    both = [(tmp_path / f"of_{name}" / "completions.jsonl").read_bytes() for name in found]
+    assert both[0] == both[1]
+    assert (tmp_path / "of_hf" / "protocol.json").read_bytes() == (
+        tmp_path / "of_run" / "protocol.json"
+    ).read_bytes()
