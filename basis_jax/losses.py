@@ -95,11 +95,12 @@ def kl_loss(
     a *value* k1 and k3 are unbiased. As a *loss* only k2 has the gradient of KL(policy ||
     reference) under the policy's own samples; k3 has that of KL(reference || policy), and k1 has
     mean zero: it constrains nothing. ``k3+`` has the value of k3 and the gradient of k2.
-    x is held in [-20, 20]. Raises ValueError for another form.
+    x is held in [-20, 20] and k3 at 10 or less, where its gradient ends (verl's bounds). Raises
+    ValueError for another form.
     """
     x = jnp.where(batch.completion_mask, logprobs - batch.ref_logprobs, 0.0)
     x = jnp.clip(x, -20.0, 20.0)
-    terms = {"k1": x, "k2": x**2 / 2, "k3": jnp.exp(-x) - 1 + x}
+    terms = {"k1": x, "k2": x**2 / 2, "k3": jnp.minimum(jnp.exp(-x) - 1 + x, 10.0)}
     terms["k3+"] = terms["k2"] + jax.lax.stop_gradient(terms["k3"] - terms["k2"])
     if form not in terms:
         raise ValueError(f"loss.kl is {form!r}; allowed are {', '.join(KL_FORMS)}")

@@ -162,6 +162,12 @@ def test_kl_worked_vectors(form, values, slopes):
     np.testing.assert_allclose(loss, np.mean(values), atol=1e-6)
 
 
+def test_k3_is_bounded_where_the_reference_is_far_away():
+    b = batch([0.0], None, np.ones((1, 2), bool), ref=np.zeros((1, 2)))
+    _, terms = kl_loss(jnp.float32([[-25.0, 25.0]]), b, "k3")
+    np.testing.assert_allclose(terms, [[10.0, 10.0]])
+
+
 def test_only_k2_pulls_towards_the_reference_like_the_kl_under_own_samples():
     """E over the policy's own draws of d form, exactly, against d KL(policy || reference)."""
     logits, ref = jnp.array([0.3, -0.5, 1.0]), jax.nn.log_softmax(jnp.array([1.0, 0.2, -0.4]))
