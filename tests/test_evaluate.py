@@ -306,8 +306,6 @@ def test_a_hostile_completion_is_text_in_the_report(evaluation, tmp_path):
     found, written = write(evaluation, tmp_path)
     attack = "</pre></details><script>alert(1)</script><img src=x onerror=y> &lt;"
     attack += " \u202e \x1b[2J \ud800"
-        "</pre></details><script>alert(1)</script><img src=x onerror=y> \u202e \x1b[2J \ud800 &lt;"
-    )
     rows = [json.loads(line) for line in written.splitlines()]
     for key in ("completion", "extracted", "problem", "answer", "reason"):
         rows[0][key] = attack
