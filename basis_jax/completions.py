@@ -179,7 +179,7 @@ def settle_protocol(out: Path, wanted: Mapping[str, Any]) -> None:
 
 def brief(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:40]}... (sha256 {sha256(value)[:8]})"
+    return text if len(text) <= 70 else f"{text[:40]}... (sha256 {sha256(value)[:8]})"
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from basis_jax import hf, scores, verify, weights
@@ -24,7 +25,7 @@ from basis_jax.model import ModelConfig
 from basis_jax.rollouts import Graded, Setting, roll_out
 from basis_jax.scores import bootstrap_interval
 from basis_jax.session import stop_ids
-from basis_jax.sharding import make_mesh
+from basis_jax.sharding import check_divides, make_mesh
 
 
 def problem_scores(rewards: np.ndarray, valid: np.ndarray, samples: int) -> np.ndarray:
@@ -123,7 +124,7 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print):
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     folder = hf.resolve_folder(config.model.path)
     architecture = hf.model_config(folder, compute_dtype=config.model.compute_dtype)
-    check(config, architecture)
+    check(config, architecture, mesh)
     tokenizer = hf.load_tokenizer(folder)
     sets = {}
     for name in config.eval.sets:
@@ -151,8 +152,8 @@ def check_out(out: str) -> Path:
     return Path(out)
 
 
-def check(config: Config, architecture: ModelConfig) -> None:
-    """Raise a ValueError for numbers that make no evaluation."""
+def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
+    """Raise a ValueError for numbers that make no evaluation and sizes that do not divide."""
     section = config.eval
     if not section.sets:
         raise ValueError("eval.sets is empty; name at least one set with --eval.sets")
@@ -177,6 +178,14 @@ def check(config: Config, architecture: ModelConfig) -> None:
             f"data.max_prompt_tokens + sampling.max_new_tokens is {longest} but the model has "
             f"{architecture.max_positions} positions; lower one of them"
         )
+    sizes = {
+        "the model's key heads": (architecture.kv_heads, "kv_heads"),
+        "the model's heads": (architecture.heads, "heads"),
+        "the model's feed-forward width": (architecture.mlp, "mlp"),
+        "the model's vocabulary": (architecture.vocab_size, "vocab"),
+        "the model's embedding width": (architecture.embed, "embed"),
+    }
+    check_divides(mesh, sizes)
 
 
 def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def pass_at_k(
     if k < 1:
         raise ValueError(f"pass@k needs k of 1 or more, not {k}")
     drawn = np.arange(k)
-    wrong_left = np.maximum((counted - solved)[:, None] - drawn, 0)
+    wrong_left = (counted - solved)[:, None] - drawn  # 0 at some draw where there are too few
     all_wrong = (wrong_left / np.maximum(counted[:, None] - drawn, 1)).prod(axis=1)
     return np.where(counted >= k, 1 - all_wrong, np.nan)
 

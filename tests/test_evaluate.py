@@ -31,6 +31,7 @@ from basis_jax.evaluate import (
     problem_scores,
     protocol,
 )
+from basis_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
 
@@ -352,13 +353,16 @@ def test_the_report_shows_every_problem_with_right_and_wrong_completions(evaluat
 )
 def test_settings_that_make_no_evaluation_are_refused(section, sentence):
     with pytest.raises(ValueError, match=sentence):
-        check(Config(run_dir="", eval=section), tiny.TINY)
+        check(Config(run_dir="", eval=section), tiny.TINY, make_mesh(devices=jax.devices()[:1]))
 
 
 def test_lengths_and_folders_that_do_not_fit_are_refused(tmp_path):
     long = dataclasses.replace(SAMPLING, max_new_tokens=250)
     with pytest.raises(ValueError, match="is 314 but the model has 256 positions"):
-        check(Config(run_dir="", sampling=long), tiny.TINY)
+        check(Config(run_dir="", sampling=long), tiny.TINY, make_mesh(devices=jax.devices()[:1]))
+    four = make_mesh(data=1, fsdp=1, tensor=4)
+    with pytest.raises(ValueError, match="key heads = 2 does not divide over 4 devices"):
+        check(Config(run_dir=""), tiny.TINY, four)
     (tmp_path / "file").touch()
     for out in ("", str(tmp_path / "file")):
         with pytest.raises(ValueError, match="folder is --out .*; give a folder"):
