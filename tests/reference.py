@@ -243,6 +243,21 @@ def filter_fit(y, phi, own_mean, own_variance, mean, covariance):
     return w, np.linalg.inv(precision_and_slope(w)[0])
 
 
+def filter_jump(y, phi, own_mean, own_variance, mean, covariance):
+    """The covariance, its intercept wider where the rows' residuals add up to 2.5 sd or more."""
+    shrink = 1 / np.sqrt(1 + np.pi / 8 * own_variance)
+    p = np.array(
+        [sigmoid(k * (m + f @ mean)) for k, m, f in zip(shrink, own_mean, phi, strict=True)]
+    )
+    slope = sum(k * q * (1 - q) * f for k, q, f in zip(shrink, p, phi, strict=True))
+    variance = np.sum(p * (1 - p)) + slope @ covariance @ slope
+    gap = np.sum(np.asarray(y) - p)
+    wider = covariance.copy()
+    if gap**2 > 2.5**2 * variance:
+        wider[0, 0] += min((gap**2 - variance) / slope[0] ** 2, 4)
+    return wider
+
+
 def filter_step(state, y, ids, drift, own_drift, folds):
     """One step of the value filter; ``state`` is a dict of arrays and is changed in place."""
     m, v, phi = state["own_mean"], state["own_variance"], state["phi"]
@@ -253,9 +268,8 @@ def filter_step(state, y, ids, drift, own_drift, folds):
     for n, i in enumerate(ids):
         rows = [k for k in range(len(ids)) if k % folds != n % folds]
         other = [ids[k] for k in rows]
-        w, s_w = filter_fit(
-            [y[k] for k in rows], phi[other], m[other], wide[other], state["mean"], covariance
-        )
+        given = [y[k] for k in rows], phi[other], m[other], wide[other], state["mean"]
+        w, s_w = filter_fit(*given, filter_jump(*given, covariance))
         a, s = m[i] + phi[i] @ w, wide[i] + phi[i] @ s_w @ phi[i]
         shrink = 1 / math.sqrt(1 + math.pi / 8 * s)
         p = sigmoid(shrink * a)
@@ -264,8 +278,8 @@ def filter_step(state, y, ids, drift, own_drift, folds):
         new_m = m[i] + wide[i] * shrink * (y[n] - p)
         precision, pull = change.setdefault(i, [1 / wide[i], m[i] / wide[i]])
         change[i] = [precision + 1 / new_v - 1 / wide[i], pull + new_m / new_v - m[i] / wide[i]]
-    everyone = filter_fit(y, phi[ids], m[ids], wide[ids], state["mean"], covariance)
-    state["mean"], state["covariance"] = everyone
+    given = y, phi[ids], m[ids], wide[ids], state["mean"]
+    state["mean"], state["covariance"] = filter_fit(*given, filter_jump(*given, covariance))
     for i, (precision, pull) in change.items():
         m[i], v[i], state["last"][i] = pull / precision, 1 / precision, state["step"]
     state["step"] += 1

@@ -62,16 +62,32 @@ def test_a_sudden_collapse_is_followed_and_not_overshot():
         state, _ = update(state, signals(np.ones(size), range(size)))
     before = as_reference(state)
     state, _ = update(state, signals(np.zeros(size), range(size)))
-    mode, _ = reference.filter_fit(
+    given = (
         np.zeros(size),
         before["phi"],
         before["own_mean"],
         before["own_variance"] + 0.01 * (before["step"] - before["last"]),
         before["mean"],
-        before["covariance"] + 0.003,
+    )
+    mode, _ = reference.filter_fit(
+        *given, reference.filter_jump(*given, before["covariance"] + 0.003)
     )
     assert before["mean"][0] > 5 and mode[0] < -1
     np.testing.assert_allclose(state.mean, mode, atol=0.05)
+
+
+def test_a_jump_of_the_policy_is_followed_within_the_step():
+    """All problems gain 2 logits between two steps, with a drift of none: the other rows tell."""
+    rng = np.random.default_rng(5)
+    logits = rng.normal(-0.5, 1, 256)
+    trials = np.full(256, 64)
+    est = estimators.make("value_filter", drift=0.0, own_drift=0.0)
+    state = est.init(rng.binomial(64, 1 / (1 + np.exp(-logits))), trials)
+    for step in range(3):
+        truth = 1 / (1 + np.exp(-logits - (2 if step == 2 else 0)))
+        rewards = (rng.random(256) < truth).astype(np.float32)
+        state, e = est.update(state, signals(rewards, np.arange(256)))
+    assert np.mean((np.asarray(e.values) - truth) ** 2) < 0.01  # without: .1
 
 
 def test_the_own_reward_is_in_no_value_with_features():

@@ -4,7 +4,8 @@ The success rate of problem i is sigmoid(z_i), z_i = u_i + phi_i . w: its own di
 N(m_i, v_i), and features phi_i = (1, features_i) times the policy's state w ~ N(mu, S), shared by
 all problems and drifting. A step reads the values *before* its rewards enter:
 
-1. widen: v_i by ``own_drift`` per step since the last visit, S by ``drift`` times the identity;
+1. widen: v_i by ``own_drift`` per step since the last visit, S by ``drift`` times the identity, and
+   its intercept by more where the batch's mean residual says that the policy jumped;
 2. fit w on the batch (Newton on the logistic posterior, u_i integrated out), for every fold on the
    rows of the other folds. The value of row i is E sigmoid(N(a, s)), nearly sigmoid(a / sqrt(1 +
    pi s / 8)), with a = m_i + phi_i . w and s = v_i + phi_i . S phi_i under the w of its fold: it
@@ -33,6 +34,8 @@ from basis_jax.types import Estimate, Signals
 
 NEWTON_STEPS = 8  # at most; a step that moves no logit by more than ENOUGH is the last
 ENOUGH = 0.01  # what is left after it is of the order of its square
+SURPRISE = 2.5  # standard deviations of the batch's mean residual, beyond which the policy jumped
+LARGEST_JUMP = 4.0  # variance that a jump adds to the intercept, at most
 LARGEST_MOVE = 4.0  # of any logit in a Newton step: far from the optimum full steps oscillate
 EM_STEPS = 40
 NODES = 15  # of the quadrature over a logit
@@ -194,7 +197,7 @@ def value_filter_update(
     prior = Shared(state.mean, state.covariance + drift * eye)
     fold = (jnp.cumsum(valid.astype(jnp.int32)) - 1) % folds
     used = valid[None, :] & (fold[None, :] != jnp.arange(folds + 1)[:, None])  # the last: all rows
-    fits = jax.vmap(lambda live: _fit(rows, live, prior))(used)
+    fits = jax.vmap(lambda live: _fit(rows, live, _jumped(rows, live, prior)))(used)
     a, s = jax.vmap(lambda fit: _predict(rows, fit))(Shared(*(x[:-1] for x in fits)))
     own = jnp.arange(fold.size)
     a, s = a[fold, own], s[fold, own]
@@ -243,6 +246,20 @@ def _fit(rows: Rows, live: Bool[Array, " N"], prior: Shared) -> Shared:
     start = 0, prior.mean, prior_precision, jnp.asarray(jnp.inf)
     _, mean, precision, _ = jax.lax.while_loop(unfinished, newton, start)
     return Shared(mean, jnp.linalg.inv(precision))
+
+
+def _jumped(rows: Rows, live: Bool[Array, " N"], prior: Shared) -> Shared:
+    """The prior, its intercept's variance raised to what the live rows' e = sum (y - p) asks for,
+    where e^2 > SURPRISE^2 Var e: drift that was faster than ``drift`` foresees."""
+    shrink = _shrink(rows.own_variance)
+    p = jax.nn.sigmoid(shrink * (rows.own_mean + rows.phi @ prior.mean))
+    noise = jnp.where(live, p * (1 - p), 0)
+    slope = (shrink * noise) @ rows.phi  # of e in w
+    variance = jnp.sum(noise) + slope @ prior.covariance @ slope
+    gap = jnp.sum(jnp.where(live, rows.y - p, 0))
+    asked = (gap**2 - variance) / jnp.maximum(slope[0], 1e-6) ** 2
+    extra = jnp.where(gap**2 > SURPRISE**2 * variance, jnp.minimum(asked, LARGEST_JUMP), 0)
+    return Shared(prior.mean, prior.covariance.at[0, 0].add(extra))
 
 
 def _predict(rows: Rows, w: Shared) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
