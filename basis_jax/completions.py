@@ -185,7 +185,7 @@ def brief(value: Any) -> str:
 def replace_file(path: Path, text: str) -> None:
     """Write a file in one step: a kill leaves the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

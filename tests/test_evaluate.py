@@ -171,6 +171,23 @@ def test_results_are_those_recomputed_from_the_written_lines(evaluation, tmp_pat
         assert of_set["truncated"] == pytest.approx(np.mean([not r["terminated"] for r in mine]))
 
 
+def test_results_follow_the_votes_and_rewards_that_stand_in_the_lines(evaluation, tmp_path):
+    """Other votes, rewards and verdicts in the same lines: the numbers are recomputed of these."""
+    _, written = write(evaluation, tmp_path)
+    rows, rng = [json.loads(line) for line in written.splitlines()], random.Random(0)
+    for row in rows:
+        row["vote"], row["valid"] = rng.choice(["a", "a", "b", "c", None]), rng.random() < 0.8
+        row["reward"] = float(row["valid"] and row["vote"] == "a")
+    path = tmp_path / "completions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, of_set in completions.results(path, evaluation)["sets"].items():
+        mine = [row for row in rows if row["set"] == name]
+        found = {metric: entry["value"] for metric, entry in of_set["metrics"].items()}
+        expected = {metric: recomputed(mine, metric)[0] for metric in METRICS}
+        assert found == pytest.approx(expected, abs=1e-12)
+        assert found["maj@6"] != pytest.approx(found["avg@6"])
+
+
 def test_a_file_cut_anywhere_is_finished_bit_for_bit(evaluation, tmp_path):
     """Cut inside a line, at a line's end inside a batch, and at a batch's end."""
     found, whole = write(evaluation, tmp_path / "whole")
@@ -183,14 +200,21 @@ def test_a_file_cut_anywhere_is_finished_bit_for_bit(evaluation, tmp_path):
         assert written == whole and again == found
 
 
-def test_whole_lines_are_kept_and_not_made_again(evaluation, tmp_path):
+def test_whole_lines_are_kept_and_not_made_again(evaluation, tmp_path, monkeypatch):
+    """A set is 30 lines, which are 8 batches of 4; those wholly written are not sampled again."""
     _, whole = write(evaluation, tmp_path)
     marked = whole[:3000].rpartition(b"\n")[0].replace(b'"reason": ""', b'"reason": "kept"') + b"\n"
     kept = marked.count(b"\n")
     assert 4 < kept < 2 * SIZE * SAMPLES
     (tmp_path / "completions.jsonl").write_bytes(marked)
+    made, complete = [], completions.complete
+    monkeypatch.setattr(
+        completions, "complete", lambda *a, **k: made.append(k["units"]) or complete(*a, **k)
+    )
     _, written = write(evaluation, tmp_path)
     assert written.startswith(marked) and written.count(b"kept") == kept
+    whole_batches = kept // 4 if kept < 30 else 8 + (kept - 30) // 4
+    assert len(made) == 16 - whole_batches < 16
 
 
 def test_batch_size_does_not_change_what_is_drawn(evaluation, tmp_path):
@@ -293,6 +317,13 @@ def test_a_completion_without_an_answer_has_no_vote():
     )  # fmt: skip
     for text in hostile:
         assert completions.vote(text, "math"), text
+
+
+def test_an_answer_of_any_length_votes_in_no_time():
+    text = "{" * 20_000 + "1" + "}" * 20_000
+    started = time.perf_counter()
+    assert completions.vote(text, "math") == text
+    assert time.perf_counter() - started < 1
 
 
 def report_script():
