@@ -104,27 +104,27 @@ def exact_values(
     Sum over the encodings of the answer, with and without a leading space, of the product of their
     token probabilities at the sampling temperature times the probability that the next token ends
     the completion (any of ``eos_ids`` that leaves the text right); an answer of ``max_new_tokens``
-    tokens needs no end. Other ways to write it (more spaces, another tokenisation) are left out:
-    the mean of rollouts beside it shows what that costs.
+    tokens needs no end. Other ways to write it (more spaces, another tokenisation, an end token
+    inside the answer) are left out: the mean of rollouts beside it shows what that costs.
     """
     values = np.zeros(len(problems.problems))
+    seen: list[set] = [set() for _ in problems.problems]
     for lead in LEADS:
-        encoded = [
+        answers = [
             setting.tokenizer.encode(lead + p.answer, add_special_tokens=False)
             for p in problems.problems
         ]
-        if lead:
-            plain = [
-                setting.tokenizer.encode(p.answer, add_special_tokens=False)
-                for p in problems.problems
-            ]
-            new = np.array([a != b for a, b in zip(encoded, plain, strict=True)])
-        else:
-            new = np.ones(len(encoded), bool)
-        fits = np.array([0 < len(tokens) <= sampling.max_new_tokens for tokens in encoded])
-        if (new & fits).any():
-            probabilities = path_probabilities(params, setting, problems, encoded, sampling)
-            values += np.where(new & fits, probabilities, 0)
+        counts = np.array([
+            0 < len(answer) <= sampling.max_new_tokens
+            and tuple(answer) not in known
+            and not set(answer) & set(setting.eos_ids)
+            for answer, known in zip(answers, seen, strict=True)
+        ])  # fmt: skip
+        if counts.any():
+            probabilities = path_probabilities(params, setting, problems, answers, sampling)
+            values += np.where(counts, probabilities, 0)
+        for known, answer in zip(seen, answers, strict=True):
+            known.add(tuple(answer))
     return values
 
 
