@@ -158,6 +158,8 @@ def test_results_are_those_recomputed_from_the_written_lines(evaluation, tmp_pat
     found, written = write(evaluation, tmp_path)
     rows = [json.loads(line) for line in written.splitlines()]
     assert len(rows) == 2 * SIZE * SAMPLES
+    assert [row["sample"] for row in rows] == list(range(SAMPLES)) * 2 * SIZE
+    assert len({row["completion"] for row in rows}) > SIZE, "samples of a problem differ"
     assert list(found["average"]) == METRICS
     for name, of_set in found["sets"].items():
         mine = [row for row in rows if row["set"] == name]
