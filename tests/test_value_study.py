@@ -161,11 +161,11 @@ def test_the_bootstrap_interval_covers_the_mean_of_independent_replicates():
 
 
 def test_a_published_rule_without_its_guard_is_counted_as_degenerate():
-    """Active in 1 of 4 rows where 3 are mixed: below half. Active in 2: not."""
+    """Active in 1 of 4 rows where 3 are mixed: below half. Active in half of those 3: not."""
     world = small_world(2)
     world.successes[64][:] = np.where(np.arange(64) % 4 == 0, 0, 32)
     info = {name: np.ones((2, 1)) for name in ("fallback_share", "beta")}
-    info["active_fraction"] = np.array([[0.25], [0.5]])
+    info["active_fraction"] = np.array([[0.25], [0.375]])
     method = Method("basis published", knows(np.zeros(64)), 64)
     outcome = value_methods.Outcome(world.truth, world.truth, info)
     found = value_report.calibration(method, outcome, world)
