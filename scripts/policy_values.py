@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import jax
@@ -22,6 +22,16 @@ from basis_jax.tasks import content_hash
 
 LEADS = ("", " ")  # what may stand before the answer in a completion that is taken as right
 ROWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Policies:
+    """What the study knows of C policies and M problems."""
+
+    steps: Int[np.ndarray, " C"]
+    values: Float[np.ndarray, "C M"]
+    rewards: Float[np.ndarray, "C M S"]  # S = 0: none were decoded
+    reference: Float[np.ndarray, "M n"]  # of the first policy; empty: none were decoded
 
 
 # ------------------------------------------------------------------------------- a run's policies
@@ -45,6 +55,26 @@ def from_dict(section, given: dict):
             value = from_dict(before, value)
         values[name] = tuple(value) if isinstance(value, list) else value
     return replace(section, **values)
+
+
+def steps(run_dir: Path, config: Config) -> list[int]:
+    """0 and the steps of the checkpoints that were kept."""
+    with checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints:
+        return [0, *checkpoints.all_steps()]
+
+
+def read(path: Path, wanted: list) -> Policies | None:
+    """The policies at ``path`` if they were measured as ``wanted``."""
+    if not path.is_file():
+        return None
+    with np.load(path) as file:
+        if str(file["wanted"]) != json.dumps(wanted):
+            return None
+        return Policies(*(file[field.name] for field in fields(Policies)))
+
+
+def write(path: Path, wanted: list, policies: Policies) -> None:
+    np.savez_compressed(path, wanted=json.dumps(wanted), **vars(policies))
 
 
 def policies(run_dir: Path, config: Config, first: PyTree) -> Iterator[tuple[int, PyTree]]:

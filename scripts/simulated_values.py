@@ -168,8 +168,8 @@ def checkpoint_world(
     rng: np.random.Generator,
     steps: Sequence[int],
     values: Float[np.ndarray, "C M"],
-    rewards: Float[np.ndarray, "C M G"] | None,
-    reference: Float[np.ndarray, "M n"] | None,
+    rewards: Float[np.ndarray, "C M G"],
+    reference: Float[np.ndarray, "M n"],
     *,
     sizes: tuple[int, ...],
     batch: int,
@@ -183,7 +183,7 @@ def checkpoint_world(
     which = np.repeat(np.arange(count), batches)
     ids = draw_visits(rng, len(which), problems, batch=batch, epochs=1)[:, :1]
     truth = np.float32(values[which[:, None, None], ids])
-    if rewards is None:
+    if not rewards.size:
         drawn = rng.random((*truth.shape, MOST_ROLLOUTS), dtype=np.float32) < truth[..., None]
     else:
         drawn = rewards[which[:, None, None], ids]
@@ -196,7 +196,7 @@ def replay_world(
     rng: np.random.Generator,
     steps: Sequence[int],
     values: Float[np.ndarray, "C M"],
-    reference: Float[np.ndarray, "M n"] | None,
+    reference: Float[np.ndarray, "M n"],
     *,
     sizes: tuple[int, ...],
     batch: int,
@@ -222,7 +222,7 @@ def replay_world(
 
 def reference_tables(rng, first, reference, replicates, sizes):
     """The recorded table for every replicate, or one drawn for each."""
-    if reference is None:
+    if not reference.size:
         return draw_tables(rng, np.broadcast_to(first, (replicates, len(first))), sizes)
     counts = {n: np.float32(reference[:, :n].sum(axis=1)) for n in sizes}
     return {n: np.broadcast_to(k, (replicates, len(k))) for n, k in counts.items()}

@@ -32,6 +32,7 @@ DRAWN = (
     ("basis published", 64, 1),
     ("basis robust", 64, 1),
     ("basis robust", 8, 1),
+    ("basis robust, beta >= 0.2", 64, 1),
     ("value_filter", 64, 1),
     ("value_filter", 8, 1),
     ("value_filter", 0, 1),
@@ -140,8 +141,7 @@ def write(out: Path, parts: Sequence[Part], settings: dict) -> None:
     paper = [dict(zip(("estimator", "n", "G", "mse", "bins"), row, strict=True)) for row in PAPER]
     content = {
         "command": shlex.join(["python", "scripts/value_study.py", *sys.argv[1:]]),
-        **records._commit(),
-        "versions": records._versions(),
+        **records.provenance(),
         "settings": settings,
         "paper_read_off_figure_3a": paper,
         "parts": [vars(part) for part in parts],
@@ -203,12 +203,13 @@ def label(row: dict) -> str:
 
 def style(row: dict) -> dict:
     """Colour by family, line by n."""
-    families = ("reinforce_pp", "grpo", "basis robust", "basis published", "value_filter,", "value")
+    families = ("reinforce_pp", "grpo", "basis robust,", "basis robust", "basis published",
+                "value_filter,", "value_filter")  # fmt: skip
     family = next(i for i, name in enumerate(families) if row["estimator"].startswith(name))
     line = {64: "-", 32: "-.", 8: "--", 4: ":", 0: ":"}.get(row["n"], "-")
     if row["estimator"] in ("reinforce_pp", "grpo group mean"):
         line = ":" if row["G"] == 4 else "-"
-    return {"color": COLORS[(6, 4, 0, 5, 3, 1)[family]], "linestyle": line}
+    return {"color": COLORS[(6, 4, 2, 0, 5, 3, 1)[family]], "linestyle": line}
 
 
 def draw_overall(axes: Axes, part: Part, rows: Sequence[dict]) -> None:

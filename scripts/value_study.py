@@ -12,13 +12,15 @@ setting and writes ``--out``.json and ``--out``.png.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import jax
 import numpy as np
+import policy_values
 import tyro
-from policy_values import exact_values, policies, rollout_rewards, run_config
+from policy_values import Policies, exact_values, policies, rollout_rewards, run_config
 from simulated_values import (
     LONG_RUN,
     MOST_ROLLOUTS,
@@ -170,7 +172,8 @@ class Real:
         if self.rewards == "drawn" and self.truth == "rollouts":
             raise SystemExit("error: --rewards drawn needs exact values; use --truth exact")
         config = run_config(self.run)
-        steps, values, rewards, reference = self.true_values(config)
+        real = self.true_values(config)
+        steps, values = real.steps.tolist(), real.values
         rng = np.random.default_rng([self.seed, 4])
         common = {"batch": self.batch, "sizes": tuple(n for n in self.trials if n)}
         about = {
@@ -182,12 +185,14 @@ class Real:
             "moments": {step: moments(v) for step, v in zip(steps, values, strict=True)},
         }
         world = checkpoint_world(
-            rng, steps, values, rewards, reference, batches=self.batches, **common
+            rng, steps, values, real.rewards, real.reference, batches=self.batches, **common
         )
         compared = methods(self.trials, self.groups, moved=True)
         parts = [measure("real checkpoints, one batch each", about, world, compared)]
         epochs = self.epochs or max(1, steps[-1] // (values.shape[1] // self.batch))
-        world = replay_world(rng, steps, values, reference, epochs=epochs, runs=self.runs, **common)
+        world = replay_world(
+            rng, steps, values, real.reference, epochs=epochs, runs=self.runs, **common
+        )
         about = {
             **about,
             "rewards": "drawn from values interpolated between the checkpoints in logits",
@@ -198,43 +203,44 @@ class Real:
         parts.append(measure("replay of the run", about, world, compared))
         return parts
 
-    def true_values(self, config):
-        """Steps, values [C M], rewards [C M 8] and offline rewards [M n], the last two None where
-        they are to be drawn."""
+    def true_values(self, config) -> Policies:
+        """Of every policy of the run; kept in the run folder, where the next study finds them."""
         if self.truth == "exact":
             check_exact(config)
-        steps, values, rewards, reference = [], [], [], None
+        steps = policy_values.steps(self.run, config)
+        wanted = [self.truth, self.truth_samples, self.rewards, max(self.trials), steps]
+        path = self.run / "value_study.npz"
+        found = policy_values.read(path, wanted)
+        if found is None:
+            found = self.measure_values(config)
+            policy_values.write(path, wanted, found)
+        for step, truth, drawn in zip(found.steps, found.values, found.rewards, strict=True):
+            print(f"step {step}: mean value {truth.mean():.4f}{agreement(truth, drawn)}")
+        return found
+
+    def measure_values(self, config) -> Policies:
+        """Values, rewards and table; the latter two empty where they are to be drawn."""
+        steps, values, rewards, reference = [], [], [], np.zeros((0, 0))
         with open_session(config) as session, jax.set_mesh(session.setting.mesh):
             setting, problems = session.setting, session.train_set
             first = hf.load_params(session.folder, setting.model, setting.mesh)
-
-            def rolled(params, step, samples, stream):
-                return rollout_rewards(
-                    params,
-                    setting,
-                    problems,
-                    sampling=config.sampling,
-                    samples=samples,
-                    stream=stream,
-                    step=step,
-                )
-
             for step, params in policies(self.run, config, first):
+                rolled = partial(
+                    rollout_rewards, params, setting, problems, sampling=config.sampling, step=step
+                )
                 if self.truth == "exact":
                     truth = exact_values(params, setting, problems, config.sampling)
                 else:
-                    truth = rolled(params, step, self.truth_samples, "truth").mean(axis=1)
-                line = f"step {step}: mean value {truth.mean():.4f}"
+                    truth = rolled(samples=self.truth_samples, stream="truth").mean(axis=1)
+                drawn = np.zeros((len(truth), 0))
                 if self.rewards == "decoded":
-                    drawn = rolled(params, step, MOST_ROLLOUTS, "group")
-                    rewards.append(drawn)
-                    line += agreement(truth, drawn)
+                    drawn = rolled(samples=MOST_ROLLOUTS, stream="group")
                     if step == 0:
-                        reference = rolled(params, step, max(self.trials), "table")
-                print(line, flush=True)
+                        reference = rolled(samples=max(self.trials), stream="table")
                 steps.append(step)
                 values.append(truth)
-        return steps, np.stack(values), np.stack(rewards) if rewards else None, reference
+                rewards.append(drawn)
+        return Policies(np.array(steps), np.stack(values), np.stack(rewards), reference)
 
 
 def check_exact(config) -> None:
@@ -247,6 +253,8 @@ def check_exact(config) -> None:
 
 def agreement(truth: np.ndarray, rewards: np.ndarray) -> str:
     """The mean of the rollouts beside the truth, and their distance in standard errors."""
+    if not rewards.size:
+        return ""
     noise = np.sqrt((truth * (1 - truth)).sum() / rewards.shape[1]) / len(truth)
     gap = rewards.mean() - truth.mean()
     return f", mean of {rewards.size} rollouts {rewards.mean():.4f} ({gap / noise:+.1f} s.e.)"
