@@ -211,12 +211,13 @@ def enumerated(problems, answers, *, limit, eos):
     nothing, and with a space after a letter that is no end."""
     totals = np.zeros(len(answers))
     for i, answer in enumerate(answers):
-        prompt = list(problems.tokens[i, : problems.lengths[i]])
-        alive = {(): 1.0}
+        length, alive = problems.lengths[i], {(): 1.0}
         for step in range(limit):
-            rows = np.array([[*prompt, *path] for path in alive])
-            logits = tiny.next_token_logits(tiny.params(), tiny.TINY, jnp.asarray(rows, jnp.int32))
-            p = np.exp(np.asarray(jax.nn.log_softmax(logits[:, -1], axis=-1), np.float64))
+            rows = np.zeros((len(alive), problems.tokens.shape[1] + limit), np.int32)
+            rows[:, :length] = problems.tokens[i, :length]
+            rows[:, length : length + step] = list(alive)
+            logits = tiny.next_token_logits(tiny.params(), tiny.TINY, rows)[:, length + step - 1]
+            p = np.exp(np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64))
             grown = {}
             for (path, mass), row in zip(alive.items(), p, strict=True):
                 for token in range(3 + 26):
