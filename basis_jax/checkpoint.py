@@ -33,13 +33,20 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: dict) ->
 
 
 def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState | None:
-    """The newest complete checkpoint, laid out as ``like``; None without one."""
+    """The newest complete checkpoint, laid out as ``like`` (arrays or their shapes); None without
+    one. Raises ValueError where it cannot be read."""
     step = checkpoints.latest_step()
     if step is None:
         return None
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))
     items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-    restored = checkpoints.restore(step, args=items)["state"]
+    try:
+        restored = checkpoints.restore(step, args=items)["state"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"checkpoint {checkpoints.directory / str(step)} cannot be read ({error}); remove that "
+            "folder to resume from the one before"
+        ) from error
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(restored))
 
 

@@ -16,17 +16,28 @@ def load_config(path: str | Path) -> Config:
     """The ``Config`` that the file's ``config()`` returns. Raises ValueError without one."""
     path = Path(path)
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        files = path.parent.glob("*.py") if path.parent.is_dir() else []
+        near = sorted(p.name for p in files if "def config(" in p.read_text(errors="replace"))
         raise ValueError(
             f"no config file {path}; give a Python file with a function config(), such as "
             f"{', '.join(near) or 'configs/quickstart.py'}"
         )
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(vars(module).get("config")):
-        raise ValueError(f"{path} has no function config(); it must return a basis_jax Config")
-    return module.config()
+    try:
+        spec.loader.exec_module(module)
+        config = module.config()
+    except (SyntaxError, AttributeError, ImportError, NameError, TypeError) as error:
+        raise ValueError(
+            f"config file {path} does not run ({type(error).__name__}: {error}); it must have a "
+            "function config() that returns a basis_jax Config"
+        ) from error
+    if not isinstance(config, Config):
+        raise ValueError(
+            f"config() of {path} returns a {type(config).__name__}; it must return a basis_jax "
+            "Config"
+        )
+    return config
 
 
 def field_names(config, prefix: str = "") -> list[str]:
@@ -46,6 +57,11 @@ def check_names(arguments: Sequence[str], config: Config) -> None:
         if not argument.startswith("--") or argument == "--help":
             continue
         name = argument[2:].split("=")[0].replace("-", "_")
+        if name.startswith("estimator.options."):
+            raise ValueError(
+                f"{argument} is not how an estimator's option is given; write "
+                f"--estimator.options {name.rpartition('.')[2]} VALUE"
+            )
         if name not in known and name.removeprefix("no_") not in known:
             plain = name.replace("no_", "", 1)
             near = difflib.get_close_matches(plain, known, n=4, cutoff=0.4) or known[:4]
@@ -75,9 +91,12 @@ def parse(
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main; our own ValueErrors end it with their one sentence, no traceback."""
+    """Call a script's main; our own ValueErrors, and files that cannot be read or written, end it
+    with their one sentence, no traceback."""
     try:
         main()
+    except OSError as error:
+        sys.exit(f"error: {error}")
     except ValueError as error:
         frames = list(traceback.walk_tb(error.__traceback__))
         raised_in = Path(frames[-1][0].f_code.co_filename).resolve()

@@ -1,5 +1,6 @@
 """Problem sets: read, identified by content, written as token rows, visited in a fixed order."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,12 @@ class EncodedProblems:
     tokens: Int32[np.ndarray, "M P"]
     lengths: Int32[np.ndarray, " M"]
     counts: dict[str, int]  # read, duplicate, too long, not asked for, used
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the problems, their answers and their tokens, in order."""
+        digest = hashlib.sha256(self.tokens.tobytes() + self.lengths.tobytes())
+        digest.update(",".join(str(p.uid) for p in self.problems).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

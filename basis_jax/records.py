@@ -19,7 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from io import BufferedWriter, TextIOBase
@@ -37,8 +37,6 @@ MAY_DIFFER = (
     "train.microbatch_rollouts",
     "train.sample_rollouts",
     "eval.every",
-    "eval.samples",
-    "eval.sets",
     "mesh.",
     "checkpoint.",
 )
@@ -62,31 +60,54 @@ FIELDS = (
 """What the terminal shows of a step: label, metric key, format."""
 
 
-def open_run(config: Config, *, devices: Sequence[str]) -> Path:
-    """Make ``config.run_dir`` with its ``config.json``, or check that it holds a run of ``config``.
+@contextmanager
+def lock_run(run_dir: str | Path) -> Iterator[Path]:
+    """Make the folder and hold it for this process until the block ends.
 
-    ``config.json`` is ``{"config": ..., "starts": [...]}``; a start is commit, uncommitted
-    changes, versions and devices, and is added where it differs from the one before.
-    Raises ValueError naming the fields that differ, except those of ``MAY_DIFFER``.
+    Raises ValueError where another process holds it, or it cannot be made.
+    """
+    run_dir = Path(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"run folder {run_dir} cannot be made ({error.strerror}); give another --run-dir"
+        ) from None
+    with _lock(run_dir):
+        yield run_dir
+
+
+def open_run(
+    config: Config, *, devices: Sequence[str], identity: Mapping[str, str] | None = None
+) -> None:
+    """Write ``config.json`` into ``config.run_dir``, or check that it holds a run of ``config``.
+
+    It is ``{"config": ..., "identity": ..., "starts": [...]}``. ``identity``: hashes of what the
+    config only names, the problems and the model. A start is commit, uncommitted changes, versions
+    and devices, and is added where it differs from the one before. Raises ValueError naming the
+    fields that differ, except those of ``MAY_DIFFER``; a run without a checkpoint, which starts
+    anew, may differ in all.
     """
     run_dir = Path(config.run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"run folder {run_dir} is a file; give another --run-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.json"
     fields = json.loads(json.dumps(asdict(config)))
     starts = []
     if path.exists():
         before = _read_config(path)
-        _check_same(run_dir, before["config"], fields)
-        starts = before["starts"]
+        if any((run_dir / "checkpoints").glob("[0-9]*")):
+            _check_same(
+                run_dir,
+                {**before["config"], "contents of": before.get("identity", {})},
+                {**fields, "contents of": dict(identity or {})},
+            )
+            starts = before["starts"]
     start = {**provenance(), "devices": list(devices)}
     if start not in starts[-1:]:
         starts.append(start)
     written = path.with_suffix(".json.new")
-    written.write_text(json.dumps({"config": fields, "starts": starts}, indent=2) + "\n")
+    record = {"config": fields, "identity": dict(identity or {}), "starts": starts}
+    written.write_text(json.dumps(record, indent=2) + "\n")
     written.replace(path)
-    return run_dir
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -101,11 +122,10 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 class Records:
-    """The records of one process's share of a run; a context manager.
+    """The records of a run whose folder this process holds (``lock_run``); a context manager.
 
     ``resume_step`` is the step of the restored checkpoint, -1 without one; lines of later steps
-    are cut off. ``last_step`` is the last step that has a line, -1 before the first. Raises
-    ValueError where another process writes to the same folder.
+    are cut off. ``last_step`` is the last step that has a line, -1 before the first.
     """
 
     def __init__(
@@ -118,7 +138,6 @@ class Records:
     ):
         run_dir = Path(run_dir)
         with ExitStack() as opened:  # closes what is open when a later line raises
-            opened.enter_context(_lock(run_dir))
             self._metrics, self.last_step = _open_lines(run_dir / "metrics.jsonl", resume_step)
             opened.enter_context(self._metrics)
             self._samples, _ = _open_lines(run_dir / "samples.jsonl", resume_step)

@@ -27,7 +27,7 @@ def check_trainable(sampling: SamplingSection) -> None:
         raise ValueError(
             f"sampling.top_p = {sampling.top_p} and top_k = {sampling.top_k} truncate the "
             "distribution while the gradient is that of the full softmax; train with top_p 1 and "
-            "top_k 0 (evaluation may truncate)"
+            "top_k 0"
         )
     if sampling.temperature <= 0:
         raise ValueError(

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import PyTree
 
@@ -71,6 +72,11 @@ def open_session(config: Config, report=print):
 def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Estimator:
     """The config's estimator. Raises ValueError for what it cannot start from."""
     names = estimators.option_names(section.name)
+    if "group_size" in names and group_size < 2:
+        raise ValueError(
+            f"{section.name} compares the rollouts of a prompt but sampling.group_size is "
+            f"{group_size}; give 2 or more"
+        )
     given = {"group_size": group_size} if "group_size" in names else {}
     estimator = estimators.make(section.name, **section.options, **given)
     if section.features and "features" not in names:
@@ -155,6 +161,14 @@ def reference_table(session: Session, params: PyTree, path: Path, report=print) 
         path=path,
         report=report,
     )
+
+
+def estimator_state_shapes(session: Session) -> PyTree:
+    """The shapes of the estimator's state, without a reference table or any array."""
+    size, features = len(session.train_set.problems), session.config.estimator.features
+    counts = jax.ShapeDtypeStruct((size,), np.int32)
+    given = {"features": jax.ShapeDtypeStruct((size, features), np.float32)} if features else {}
+    return jax.eval_shape(session.estimator.init, counts, counts, **given)
 
 
 def first_estimator_state(session: Session, params: PyTree, path: Path, report=print) -> PyTree:

@@ -28,12 +28,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
     """Raise a ValueError for unknown words and sizes that do not divide, before reading weights."""
     train, group = config.train, config.sampling.group_size
-    for name, value in (
-        ("train.steps", train.steps),
-        ("checkpoint.every", config.checkpoint.every),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; give at least 1")
+    check_ranges(config)
     for name, value, allowed in (
         ("optim.schedule", config.optim.schedule, SCHEDULES),
         ("loss.aggregation", config.loss.aggregation, AGGREGATIONS),
@@ -78,6 +73,24 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
     )
 
 
+AT_LEAST = {
+    1: "train.steps train.sample_rollouts checkpoint.every checkpoint.keep "
+    "eval.samples loss.logprob_chunk sampling.group_size sampling.max_new_tokens "
+    "data.max_prompt_tokens",
+    0: "seed data.size eval.size eval.every eval.temperature train.log_samples optim.lr optim.eps "
+    "optim.warmup_steps optim.weight_decay optim.max_grad_norm",
+}
+
+
+def check_ranges(config: Config) -> None:
+    """Raise a ValueError for the first number below what it can mean."""
+    for least, names in AT_LEAST.items():
+        for name in names.split():
+            value = functools.reduce(getattr, name.split("."), config)
+            if value < least:
+                raise ValueError(f"{name} is {value}; give {least} or more")
+
+
 def check_loss(loss: LossSection) -> None:
     """Raise a ValueError for bounds that bound nothing and denominators that do not fit."""
     for name, value, fits, allowed in (
@@ -103,7 +116,8 @@ def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTran
         "linear": optax.linear_schedule(section.lr, 0.0, decay),
         "cosine": optax.cosine_decay_schedule(section.lr, decay),
     }[section.schedule]
-    warmup = optax.linear_schedule(0.0, section.lr, max(1, section.warmup_steps))
+    share = section.lr / (section.warmup_steps + 1)  # the first update learns too
+    warmup = optax.linear_schedule(share, section.lr, max(1, section.warmup_steps))
     schedule = optax.join_schedules([warmup, after], [section.warmup_steps])
     adamw = optax.adamw(
         schedule, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay
@@ -121,21 +135,55 @@ def make_state(
     architecture: ModelConfig,
     mesh: Mesh,
 ) -> TrainState:
-    """The state before the first step; optimizer moments lie where their parameters lie."""
+    """The state before the first step, laid out as ``abstract_state``."""
+    like = abstract_state(optimizer, estimator_state, architecture=architecture, mesh=mesh)
+
+    def layout(tree):
+        return jax.tree.map(lambda x: x.sharding, tree)
+
+    return TrainState(
+        step=jax.device_put(jnp.int32(0), like.step.sharding),
+        params=params,
+        opt_state=jax.jit(optimizer.init, out_shardings=layout(like.opt_state))(params),
+        estimator_state=jax.device_put(estimator_state, layout(like.estimator_state)),
+    )
+
+
+def abstract_state(
+    optimizer: optax.GradientTransformation,
+    estimator_state: PyTree,
+    *,
+    architecture: ModelConfig,
+    mesh: Mesh,
+) -> TrainState:
+    """Shapes and layout of the state without any array: what a checkpoint is restored into.
+
+    Optimizer moments lie where their parameters lie, the estimator's state on every device.
+    """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    shardings = optax.tree.map_params(
+
+    def first(params, estimator_state):
+        opt_state = optimizer.init(params)
+        return TrainState(
+            step=jnp.int32(0), params=params, opt_state=opt_state, estimator_state=estimator_state
+        )
+
+    shapes = jax.eval_shape(first, model.param_shapes(architecture), estimator_state)
+    of_params = named_tree(mesh, model.param_axes(architecture))
+    of_moments = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, params),
-        named_tree(mesh, model.param_axes(architecture)),
+        shapes.opt_state,
+        of_params,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(
-        step=jax.device_put(jnp.int32(0), everywhere),
-        params=params,
-        opt_state=jax.jit(optimizer.init, out_shardings=shardings)(params),
-        estimator_state=jax.device_put(estimator_state, everywhere),
-    )
+    of_estimator = jax.tree.map(lambda _: everywhere, estimator_state)
+    layout = jax.tree.leaves((everywhere, of_params, of_moments, of_estimator))
+    leaves = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        for x, sharding in zip(jax.tree.leaves(shapes), layout, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def make_estimate(estimator: Estimator) -> Callable[..., tuple[PyTree, Estimate]]:
@@ -212,13 +260,14 @@ def finish_step(state: TrainState, estimator_state: PyTree) -> TrainState:
 def merge_updates(outcomes: list[dict[str, jax.Array]]) -> dict[str, float]:
     """Metrics of a step's updates: the mean, and the maximum where the name says so.
 
-    Raises FloatingPointError where a gradient is not finite: the parameters are then spoilt.
+    Raises ValueError where a gradient or an update is not finite: the parameters are then spoilt.
     """
     outcomes = jax.device_get(outcomes)
-    if not all(np.isfinite(o["policy/grad_norm"]) for o in outcomes):
-        raise FloatingPointError(
-            "the gradient is not finite, so the parameters are spoilt; resume from the last "
-            "checkpoint with a lower optim.lr or float32"
+    norms = ("policy/grad_norm", "policy/update_norm")
+    if not all(np.isfinite(o[name]) for o in outcomes for name in norms):
+        raise ValueError(
+            "the update of this step is not finite and none of it is saved; the same command "
+            "would come to it again: give another --run-dir and a lower optim.lr, or float32"
         )
     merged = {}
     for name in outcomes[0]:
@@ -290,7 +339,7 @@ def policy_objective(
     if loss.kl_coef:
         penalty, kl = kl_loss(logprobs, batch, loss.kl)
         value += loss.kl_coef * penalty
-        sums |= {"policy/loss": value, "policy/kl_reference": jnp.sum(kl)}
+        sums |= {"policy/loss": value, "policy/kl_ref": jnp.sum(kl)}
     return value, jax.lax.stop_gradient((sums, masked_max(gap, mask)))
 
 
@@ -328,6 +377,7 @@ def make_update(
         metrics = {k: v if k == "policy/loss" else v / tokens for k, v in metrics.items()}
         metrics["sampler/logprob_gap_max"] = jnp.max(gaps)
         metrics["policy/grad_norm"] = optax.tree.norm(gradients)
+        metrics["policy/update_norm"] = optax.tree.norm(changes)
         return optax.apply_updates(params, changes), opt_state, metrics
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -345,6 +395,7 @@ def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
     """
     valid, lengths = graded.valid, graded.rollouts.completion_lengths
     rewards = graded.rewards[valid]
+    advantages = np.abs(np.asarray(estimate.advantages))[valid]
     errors = (graded.rewards - np.asarray(estimate.values))[valid] ** 2
     metrics = {
         "reward/mean": rewards.mean() if rewards.size else 0.0,
@@ -352,7 +403,7 @@ def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
         "reward/variance": rewards.var() if rewards.size else 0.0,
         "reward/invalid": 1.0 - valid.mean(),
         "estimate/value_error": errors.mean() if rewards.size else 0.0,
-        "estimate/advantage_abs": np.abs(np.asarray(estimate.advantages)).mean(),
+        "estimate/advantage_abs": advantages.mean() if advantages.size else 0.0,
         "completion/length_mean": lengths.mean(),
         "completion/truncated": 1.0 - graded.rollouts.terminated.mean(),
         "time/sample_s": graded.sample_seconds,

@@ -17,10 +17,11 @@ import numpy as np
 from basis_jax import checkpoint, command_line, hf, plots
 from basis_jax.data import batch_indices
 from basis_jax.evaluate import evaluate
-from basis_jax.records import Records, open_run, read_metrics
+from basis_jax.records import Records, lock_run, open_run, read_metrics
 from basis_jax.rollouts import roll_out
-from basis_jax.session import first_estimator_state, open_session
+from basis_jax.session import estimator_state_shapes, first_estimator_state, open_session
 from basis_jax.train import (
+    abstract_state,
     finish_step,
     make_batches,
     make_estimate,
@@ -36,8 +37,12 @@ from basis_jax.train import (
 
 def main() -> None:
     config, _ = command_line.parse(__doc__)
-    with open_session(config) as session:
-        run_dir = open_run(config, devices=[str(d) for d in jax.devices()])
+    with open_session(config) as session, lock_run(config.run_dir) as run_dir:
+        identity = {
+            "model.path": hf.fingerprint(session.folder),
+            "data.path": session.train_set.fingerprint(),
+        }
+        open_run(config, devices=[str(d) for d in jax.devices()], identity=identity)
         with (
             jax.set_mesh(session.setting.mesh),
             checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints,
@@ -48,13 +53,13 @@ def main() -> None:
 
 def train(session, run_dir, checkpoints) -> None:
     config, setting = session.config, session.setting
-    train, sampling = config.train, config.sampling
+    plan, sampling = config.train, config.sampling
     common = {
         "loss": config.loss,
         "temperature": sampling.temperature,
-        "microbatch": train.microbatch_rollouts,
+        "microbatch": plan.microbatch_rollouts,
     }
-    optimizer = make_optimizer(config.optim, updates=train.steps * updates_per_step(config))
+    optimizer = make_optimizer(config.optim, updates=plan.steps * updates_per_step(config))
     estimate_values = make_estimate(session.estimator)
     update = make_update(setting.model, optimizer, **common)
     batches_of = functools.partial(
@@ -64,19 +69,18 @@ def train(session, run_dir, checkpoints) -> None:
         reference=start_params(session) if config.loss.kl_coef else None,
         mesh=setting.mesh,
     )
-    state = first_state(session, run_dir, optimizer)
-    restored = checkpoint.restore(checkpoints, state)
-    state = state if restored is None else restored
+    restored = checkpoint.restore(checkpoints, state_shapes(session, optimizer))
+    state = first_state(session, run_dir, optimizer) if restored is None else restored
     start = int(state.step)
 
-    with Records(run_dir, train.steps, resume_step=-1 if restored is None else start) as records:
+    with Records(run_dir, plan.steps, resume_step=-1 if restored is None else start) as records:
         if restored is None:
             records.log(0, evaluate_now(state.params, session))
-        for step in range(start, train.steps):
+        for step in range(start, plan.steps):
             ids = batch_indices(
                 config.seed,
                 step,
-                batch_size=train.prompts_per_step,
+                batch_size=plan.prompts_per_step,
                 size=len(session.train_set.problems),
             )
             graded = roll_out(
@@ -99,11 +103,11 @@ def train(session, run_dir, checkpoints) -> None:
             metrics = reward_metrics(graded, estimate) | merge_updates(outcomes)
             metrics["time/update_s"] = time.perf_counter() - started
             done = step + 1
-            if done == train.steps or (config.eval.every and done % config.eval.every == 0):
+            if done == plan.steps or (config.eval.every and done % config.eval.every == 0):
                 metrics |= evaluate_now(state.params, session)
-            records.samples(done, sample_rows(session, graded, estimate, train.log_samples))
+            records.samples(done, shown_rows(session, graded, estimate, plan.log_samples))
             records.log(done, metrics)
-            if done == train.steps or done % config.checkpoint.every == 0:
+            if done == plan.steps or done % config.checkpoint.every == 0:
                 checkpoint.save(checkpoints, state, dataclasses.asdict(config))
 
 
@@ -120,13 +124,25 @@ def first_state(session, run_dir, optimizer):
     )
 
 
+def state_shapes(session, optimizer):
+    """What a checkpoint is restored into: no weights are read and no table is made for it."""
+    return abstract_state(
+        optimizer,
+        estimator_state_shapes(session),
+        architecture=session.setting.model,
+        mesh=session.setting.mesh,
+    )
+
+
 def start_params(session):
     """The model folder's weights: where training starts, and what a KL term refers to."""
     return hf.load_params(session.folder, session.setting.model, session.setting.mesh)
 
 
 def evaluate_now(params, session) -> dict[str, float]:
-    """Held-out accuracy, and the seconds it took."""
+    """Held-out accuracy, and the seconds it took; nothing where eval.sets is empty."""
+    if not session.held_out:
+        return {}
     started = time.perf_counter()
     config = session.config
     metrics = evaluate(
@@ -135,7 +151,7 @@ def evaluate_now(params, session) -> dict[str, float]:
     return metrics | {"time/eval_s": time.perf_counter() - started}
 
 
-def sample_rows(session, graded, estimate, count) -> list[dict]:
+def shown_rows(session, graded, estimate, count) -> list[dict]:
     """The first ``count`` rollouts of the step, for a person to look at."""
     problems = session.train_set.problems
     return [

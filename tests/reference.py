@@ -57,7 +57,8 @@ def basis_published_losses(rewards, successes, trials, rows, variant="unb", beta
 
 
 def basis_robust_losses(rewards, successes, trials, rows, folds, fold, variant, betas):
-    """For one fold: the guarded loss of every beta on the rows of all other folds."""
+    """For one fold: the guarded loss of every beta on the rows of all other folds, those outside
+    the active set by their fallback."""
     fold_of = {row: j % folds for j, row in enumerate(rows)}
     score_rows = [i for i in rows if fold_of[i] != fold]
     mixed = sum(1 for i in score_rows if 0 < successes[i] < trials[i])
@@ -73,8 +74,15 @@ def basis_robust_losses(rewards, successes, trials, rows, folds, fold, variant, 
             fit_rows = [j for j in members if fold_of[j] != fold_of[i]]
             w = basis_weights(values, [i, *fit_rows], variant)
             errors.append((rewards[i] - sum(w[i, j] * rewards[j] for j in fit_rows)) ** 2)
+        for i in set(score_rows) - set(members):
+            errors.append((rewards[i] - jeffreys_tilted(successes[i], trials[i], beta)) ** 2)
         losses.append(sum(errors) / len(errors))
     return losses
+
+
+def jeffreys_tilted(successes, trials, beta):
+    p = (successes + 0.5) / (trials + 1)
+    return 1 / (1 + (1 - p) / p * math.exp(-1 / beta))
 
 
 def basis_robust_baseline(rewards, successes, trials, rows, i, beta, variant="unb"):
@@ -84,8 +92,7 @@ def basis_robust_baseline(rewards, successes, trials, rows, i, beta, variant="un
     if i in members and len(members) > 1:
         w = basis_weights(values, members, variant)
         return min(1.0, max(0.0, sum(w[i, j] * rewards[j] for j in members)))
-    p = (successes[i] + 0.5) / (trials[i] + 1)
-    return 1 / (1 + (1 - p) / p * math.exp(-1 / beta))
+    return jeffreys_tilted(successes[i], trials[i], beta)
 
 
 # ------------------------------------------------------------------------------ batch and groups

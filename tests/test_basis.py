@@ -76,7 +76,7 @@ def test_published_beta_minimises_equation_6_over_all_grid_points(variant, rows)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("folds", [2, 8])
+@pytest.mark.parametrize("folds", [3, 8])
 @SETTINGS
 @given(rows=batches())
 def test_robust_rule_cross_fits_beta_with_guard_and_fallback(variant, folds, rows):
@@ -88,7 +88,7 @@ def test_robust_rule_cross_fits_beta_with_guard_and_fallback(variant, folds, row
     for fold in range(min(folds, len(live))):
         losses = reference.basis_robust_losses(*batch, live, folds, fold, variant, FEW_BETAS)
         near = [b for b, x in zip(FEW_BETAS, losses, strict=True) if x <= min(losses) + 1e-5]
-        near = near if min(losses) < np.inf else [max(FEW_BETAS)]
+        near = near if min(losses) < np.inf and len(live) > 2 else [max(FEW_BETAS)]
         own = live[fold::folds]
         candidates = [
             [reference.basis_robust_baseline(*batch, live, i, beta, variant) for i in own]
@@ -195,6 +195,20 @@ def test_jit_and_vmap_over_seeds_agree_with_eager(rule):
     np.testing.assert_allclose(compiled, eager, rtol=2e-6, atol=1e-6)
     stacked = jax.jit(jax.vmap(f))(*(jnp.asarray(np.stack(x)) for x in zip(*seeds, strict=True)))
     np.testing.assert_allclose(stacked.values, eager, rtol=2e-6, atol=1e-6)
+
+
+def test_prompts_that_were_never_solved_have_a_say_in_beta():
+    """Pass rates that pile up at 0, and a policy that has not moved: scored on active prompts alone
+    a small beta looks good, since one factor mends their values, and lifts the fallback of the
+    others from 0 to 1 (error .070; on all rows .005, bounded here at .015)."""
+    rng = np.random.default_rng(0)
+    errors = []
+    for _ in range(40):
+        truth = rng.beta(0.25, 0.5, 64)
+        rewards = (rng.random(64) < truth).astype(np.float32)
+        e = jitted(rewards, rng.binomial(64, truth), np.full(64, 64))
+        errors.append(np.mean((np.asarray(e.values) - truth) ** 2))
+    assert np.mean(errors) < 0.015
 
 
 # ----------------------------------------------------------------------------------- limits
@@ -309,8 +323,8 @@ def test_misuse_is_a_sentence():
         estimators.basis(r, k, n, variant="blue")
     with pytest.raises(ValueError, match="robust, published"):
         estimators.basis(r, k, n, rule="paper")
-    with pytest.raises(ValueError, match="folds=1"):
-        estimators.basis(r, k, n, folds=1)
+    with pytest.raises(ValueError, match="folds=2"):
+        estimators.basis(r, k, n, folds=2)
 
 
 @pytest.mark.slow

@@ -61,8 +61,20 @@ def test_a_missing_config_file_is_named_with_those_that_exist():
 
 def test_a_file_without_config_function_is_refused(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.raises(ValueError, match=r"has no function config\(\)"):
-        command_line.load_config(tmp_path / "empty.py")
+    for text, words in [
+        ("x = 1\n", "no attribute 'config'"),
+        ("def config(:\n", "SyntaxError"),
+        ("def config():\n    return 3\n", "returns a int"),
+        ("def config():\n    return missing\n", "NameError"),
+    ]:
+        (tmp_path / "empty.py").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            command_line.load_config(tmp_path / "empty.py")
+
+
+def test_an_estimators_option_as_a_field_is_told_how_to_be_given():
+    with pytest.raises(ValueError, match="write --estimator.options rule VALUE"):
+        parse("--estimator.options.rule", "published")
 
 
 def test_our_errors_end_a_script_with_their_sentence_and_others_keep_their_traceback(tmp_path):
@@ -72,8 +84,14 @@ def test_our_errors_end_a_script_with_their_sentence_and_others_keep_their_trace
     def others():
         int("x")
 
+    def unwritable():
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder").write_text("")
+
     with pytest.raises(SystemExit, match="error: no config file"):
         command_line.run(ours)
+    with pytest.raises(SystemExit, match="error: .*Is a directory"):
+        command_line.run(unwritable)
     with pytest.raises(ValueError, match="invalid literal"):
         command_line.run(others)
 

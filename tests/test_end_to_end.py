@@ -192,13 +192,16 @@ def test_prompt_features_need_no_rollouts_and_survive_a_kill(folder, problems, t
 
 @pytest.mark.slow
 def test_a_finished_run_started_again_only_tells_its_result(reference_run, folder, problems):
+    """What the checkpoint holds is not made again: no reference table."""
     run_dir, output = reference_run
+    (run_dir / "reference.npz").unlink()
     before = (run_dir / "metrics.jsonl").read_text()
     arguments = small(folder, problems, run_dir, **{"train.minibatch-rollouts": 4})
     again = run("train.py", "quickstart.py", *arguments)
     assert again.returncode == 0, again.stderr
     assert (run_dir / "metrics.jsonl").read_text() == before
     assert output.splitlines()[-7:] == again.stdout.splitlines()[-7:]
+    assert not (run_dir / "reference.npz").exists()
 
 
 @pytest.mark.slow
@@ -256,7 +259,7 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
     ("arguments", "sentence"),
     [
         (["--estimator.name", "bassis"], "unknown estimator 'bassis'"),
-        (["--estimator.name", "grpo"], "group_size"),
+        (["--estimator.name", "grpo"], "sampling.group_size is 1; give 2 or more"),
         (["--estimator.features", "4"], "basis takes no features"),
         (["--estimator.table-samples", "0"], "basis needs a reference table"),
         (
@@ -281,7 +284,15 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
         (["--loss.objective", "gspo"], "set it to sequence_mean"),
         (["--loss.dual-clip", "0.5"], "loss.dual_clip is 0.5"),
         (["--model.compute-dtype", "float8"], "float8"),
-        (["--train.steps", "0"], "train.steps"),
+        (["--train.steps", "0"], "train.steps is 0; give 1 or more"),
+        (["--seed", "-1"], "seed is -1; give 0 or more"),
+        (["--checkpoint.keep", "0"], "checkpoint.keep is 0; give 1 or more"),
+        (["--loss.logprob-chunk", "0"], "loss.logprob_chunk is 0"),
+        (["--train.sample-rollouts", "0"], "train.sample_rollouts is 0"),
+        (["--eval.samples", "0"], "eval.samples is 0"),
+        (["--sampling.max-new-tokens", "0"], "sampling.max_new_tokens is 0"),
+        (["--optim.lr", "-1e-3"], "optim.lr is -0.001"),
+        (["--eval.temperature", "-1"], "eval.temperature is -1"),
         (["--optim.learning-rate", "1"], "unknown config field --optim.learning-rate"),
     ],
 )

@@ -17,18 +17,18 @@ import pytest
 
 from basis_jax import records
 from basis_jax.config import Config, EstimatorSection, MeshSection, OptimSection, TrainSection
-from basis_jax.records import Records, open_run, read_metrics
+from basis_jax.records import Records, lock_run, open_run, read_metrics
 
 ROOT = Path(__file__).parent.parent
 
 RUN = """
 import sys
 from pathlib import Path
-from basis_jax.records import Records
+from basis_jax.records import Records, lock_run
 folder, total = Path(sys.argv[1]), int(sys.argv[2])
 saved = folder / "checkpoint"
 start = int(saved.read_text()) if saved.exists() else -1
-with Records(folder, total, resume_step=start) as run:
+with lock_run(folder), Records(folder, total, resume_step=start) as run:
     for step in range(start + 1, total + 1):
         run.samples(step, [{"row": row} for row in range(3)])
         run.log(step, {"reward/mean": step / 7})
@@ -147,10 +147,12 @@ def test_a_folder_in_use_is_refused(folder):
         assert run.poll() is None
         time.sleep(0.01)
     with pytest.raises(ValueError, match="another process is writing to the run folder"):
-        Records(folder, 10)
+        with lock_run(folder):
+            pass
     run.kill()
     run.wait()
-    Records(folder, 10, stream=io.StringIO()).close()
+    with lock_run(folder) as held:
+        assert held == folder
 
 
 def test_off_a_terminal_one_plain_line_a_step(folder):
@@ -222,27 +224,35 @@ def config(folder, **sections):
     return dataclasses.replace(Config(run_dir=str(folder)), **sections)
 
 
+def begun(folder, **sections):
+    """A run folder with a checkpoint in it."""
+    (folder / "checkpoints" / "10").mkdir(parents=True)
+    open_run(config(folder, **sections), devices=[], identity={"data.path": "abc"})
+    return folder
+
+
 def test_the_run_folder_says_what_ran(tmp_path):
-    folder = open_run(config(tmp_path / "a" / "run"), devices=["cpu:0"])
+    folder = begun(tmp_path)
     record = json.loads((folder / "config.json").read_text())
-    assert record["config"]["optim"]["lr"] == 1e-6
+    assert record["config"]["optim"]["lr"] == 1e-6 and record["identity"] == {"data.path": "abc"}
     (first,) = record["starts"]
-    assert first["devices"] == ["cpu:0"] and first["versions"]["jax"] == records._versions()["jax"]
+    assert first["devices"] == [] and first["versions"]["jax"] == records._versions()["jax"]
     assert first.keys() == {"commit", "uncommitted_changes", "versions", "devices"}
-    open_run(config(folder), devices=["cpu:0"])
-    open_run(config(folder), devices=["gpu:0"])
+    for devices in (["cpu:0"], ["cpu:0"], ["gpu:0"]):
+        open_run(config(folder), devices=devices, identity={"data.path": "abc"})
     starts = json.loads((folder / "config.json").read_text())["starts"]
-    assert [start["devices"] for start in starts] == [["cpu:0"], ["gpu:0"]]
+    assert [start["devices"] for start in starts] == [[], ["cpu:0"], ["gpu:0"]]
 
 
 def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
-    folder = open_run(config(tmp_path), devices=[])
+    folder = begun(tmp_path)
     before = (folder / "config.json").read_text()
     estimator = EstimatorSection(name="rloo", options={"group_size": 4})
     with pytest.raises(ValueError) as error:
         open_run(config(folder, seed=3, estimator=estimator), devices=[])
     assert str(error.value) == (
         f"run folder {folder} holds a run of another configuration: "
+        'contents of.data.path is "abc" there and absent here; '
         'estimator.name is "basis" there and "rloo" here; '
         "estimator.options.group_size is absent there and 4 here; seed is 0 there and 3 here; "
         "take the values that are there, or give another --run-dir"
@@ -250,24 +260,38 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
     assert (folder / "config.json").read_text() == before
 
 
+def test_other_problems_behind_the_same_path_are_refused(tmp_path):
+    folder = begun(tmp_path)
+    with pytest.raises(ValueError, match='contents of.data.path is "abc" there and "abd" here'):
+        open_run(config(folder), devices=[], identity={"data.path": "abd"})
+
+
+def test_a_run_without_a_checkpoint_may_start_with_another_configuration(tmp_path):
+    """It starts anew: after a crash in the first steps the mended command needs no new folder."""
+    open_run(config(tmp_path), devices=[])
+    open_run(config(tmp_path, seed=3), devices=[])
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["config"]["seed"] == 3 and len(record["starts"]) == 1
+
+
 def test_fields_that_change_no_number_may_differ(tmp_path):
     train = TrainSection(steps=7, log_samples=0, sample_rollouts=2, microbatch_rollouts=2)
-    open_run(config(tmp_path), devices=[])
-    folder = open_run(config(tmp_path, train=train, mesh=MeshSection(fsdp=2)), devices=[])
+    folder = begun(tmp_path)
+    now = config(folder, train=train, mesh=MeshSection(fsdp=2))
+    open_run(now, devices=[], identity={"data.path": "abc"})
     record = json.loads((folder / "config.json").read_text())
     assert record["config"]["train"]["steps"] == 7
 
 
 def test_a_run_folder_may_be_moved(tmp_path):
-    folder = open_run(config(tmp_path / "here"), devices=[])
-    moved = folder.rename(tmp_path / "there")
-    assert open_run(config(moved), devices=[]) == moved
+    moved = begun(tmp_path / "here").rename(tmp_path / "there")
+    open_run(config(moved), devices=[], identity={"data.path": "abc"})
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_decaying_schedule_fixes_the_number_of_steps(tmp_path, schedule):
     optim = OptimSection(schedule=schedule)
-    open_run(config(tmp_path, optim=optim), devices=[])
+    begun(tmp_path, optim=optim)
     with pytest.raises(ValueError, match="train.steps is 100 there and 7 here"):
         open_run(config(tmp_path, optim=optim, train=TrainSection(steps=7)), devices=[])
 
@@ -280,8 +304,9 @@ def test_every_field_that_may_differ_exists():
 
 def test_what_is_no_run_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file; give another --run-dir"):
-        open_run(config(tmp_path / "file"), devices=[])
+    with pytest.raises(ValueError, match="cannot be made .File exists.; give another --run-dir"):
+        with lock_run(tmp_path / "file"):
+            pass
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="is not a run's config.json"):
         open_run(config(tmp_path), devices=[])

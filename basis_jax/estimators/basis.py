@@ -48,6 +48,7 @@ class Batch(NamedTuple):
     rewards: Float[Array, " N"]
     valid: Bool[Array, " N"]
     odds: Float[Array, " N"]  # k / (n - k); 0 stands for p = 0, p = 1 and n = 0: never active
+    smoothed: Float[Array, " N"]  # logit of Jeffreys' (k + 1/2) / (n + 1)
 
 
 class Tilted(NamedTuple):
@@ -85,12 +86,14 @@ def basis(
     an active prompt, on this very batch, so that b_i depends on r_i through beta; prompts outside
     the active set (p in {0, 1}, trials 0) and a sole active prompt have b = 0; b may exceed 1.
 
-    ``rule="robust"``: (1) only a beta with at least max(2, half of #{0 < p < 1}) active prompts
-    counts; (2) a prompt outside the active set, or alone in it, has b = sigmoid(logit p' + 1/beta)
-    with Jeffreys' p' = (k + 1/2) / (n + 1); (3) beta is cross-fitted: the j-th valid row is in
-    fold j mod ``folds``, and a fold's beta is scored on the other folds' rewards alone, each of
-    them predicted from those that remain, so that b_i is exactly independent of r_i (fewer rows
-    than folds: folds of one); (4) b is clipped to [0, 1]. Where no beta counts, it is the largest.
+    ``rule="robust"``: (1) for a fold, only a beta with at least max(2, half of #{0 < p < 1})
+    active prompts in the other folds counts; (2) a prompt outside the active set, or alone in it,
+    has b = sigmoid(logit p' + 1/beta) with Jeffreys' p' = (k + 1/2) / (n + 1), and every beta is
+    scored on these prompts too: on all valid rows; (3) beta is cross-fitted: the j-th valid row is
+    in fold j mod ``folds`` (3 or more), and the beta of fold f is scored on the other folds'
+    rewards alone, those of fold g predicted from the folds that are neither f nor g, so that b_i
+    is exactly independent of r_i (fewer rows than folds: folds of one); (4) b is clipped to
+    [0, 1]. Where no beta counts, or fewer than 3 rows are valid, it is the largest.
 
     Info: ``beta`` (mean over rows), ``active_fraction``, ``fallback_share`` (rows whose baseline
     is the Jeffreys value, or the published 0), ``zero_share`` (rows with advantage 0).
@@ -100,14 +103,14 @@ def basis(
     betas = jnp.asarray(BETAS if betas is None else betas, jnp.float32)
     trials = jnp.asarray(trials, jnp.float32)
     successes = jnp.clip(jnp.asarray(successes, jnp.float32), 0, trials)
-    batch = Batch(rewards, valid, divide(successes, trials - successes))
+    smoothed = jnp.log(successes + 0.5) - jnp.log(trials - successes + 0.5)
+    batch = Batch(rewards, valid, divide(successes, trials - successes), smoothed)
     if rule == "published":
         row_beta, fit = _published(batch, betas, VARIANTS[variant])
         baseline = fit.baseline
     else:
         row_beta, fit = _cross_fitted(batch, betas, VARIANTS[variant], folds)
-        logit = jnp.log(successes + 0.5) - jnp.log(trials - successes + 0.5)
-        fallback = jax.nn.sigmoid(logit + 1 / row_beta)
+        fallback = jax.nn.sigmoid(smoothed + 1 / row_beta)
         baseline = jnp.where(fit.fitted, jnp.clip(fit.baseline, 0, 1), fallback)
     info = {
         "beta": masked_mean(row_beta, valid),
@@ -122,8 +125,8 @@ def _check(variant: str, rule: str, folds: int) -> None:
         raise ValueError(f"basis got variant {variant!r}; choose one of {', '.join(VARIANTS)}")
     if rule not in RULES:
         raise ValueError(f"basis got rule {rule!r}; choose one of {', '.join(RULES)}")
-    if folds < 2:
-        raise ValueError(f"basis got folds={folds}; cross-fitting needs 2 folds or more")
+    if folds < 3:
+        raise ValueError(f"basis got folds={folds}; cross-fitting twice needs 3 folds or more")
 
 
 def _tilt(batch: Batch, variant: Variant, beta: Float[Array, ""]) -> Tilted:
@@ -163,6 +166,7 @@ def _cross_fitted(
     fold = (jnp.cumsum(batch.valid.astype(jnp.int32)) - 1) % folds
     in_fold = jax.nn.one_hot(fold, folds)
     losses = jax.vmap(lambda beta: _losses_without_fold(batch, in_fold, variant, beta))(betas)
+    losses = jnp.where(jnp.sum(batch.valid) > 2, losses, jnp.inf)
     fold_betas = jax.vmap(lambda loss: _best(betas, loss), in_axes=1)(losses)
     fits = jax.vmap(lambda beta: _fit(batch, variant, beta))(fold_betas)
     own = jnp.arange(fold.size)
@@ -173,20 +177,25 @@ def _losses_without_fold(
     batch: Batch, in_fold: Float[Array, "N F"], variant: Variant, beta: Float[Array, ""]
 ) -> Float[Array, " F"]:
     """For every fold f: mean squared error on the other folds g, where b_j = c V_j with c from
-    the folds that are neither f nor g; inf where too few prompts of the other folds are active."""
+    the folds that are neither f nor g, or the fallback where j is not active; inf where too few
+    prompts of the other folds are active."""
     t, r = _tilt(batch, variant, beta), batch.rewards
     active, mixed = jnp.float32(t.active), jnp.float32(batch.valid & (batch.odds > 0))
-    columns = (t.a * r, t.d, active * r**2, t.values * r, t.values**2, active, mixed)
-    sums = jnp.matmul(jnp.stack(columns), in_fold, precision="highest")  # [7, F]
+    fallback = jax.nn.sigmoid(batch.smoothed + 1 / beta)
+    missed = jnp.where(batch.valid & ~t.active, (r - fallback) ** 2, 0)
+    valid = jnp.float32(batch.valid)
+    columns = (t.a * r, t.d, active * r**2, t.values * r, t.values**2, active, mixed, missed, valid)
+    sums = jnp.matmul(jnp.stack(columns), in_fold, precision="highest")  # [9, F]
     other = 1 - jnp.eye(in_fold.shape[1])  # [f, g]: g is not f
     neither = other[:, None] * other[None]  # [f, g, h]: h is neither f nor g
     ar, d = jnp.einsum("fgh,xh->xfg", neither, sums[:2], precision="highest")
     c = divide(ar, variant.constant + d)
     rr, rv, vv = sums[2:5, None]
     error = rr - 2 * c * rv + c**2 * vv
-    active, mixed = jnp.einsum("fg,xg->xf", other, sums[5:], precision="highest")
+    others = jnp.einsum("fg,xg->xf", other, sums[5:], precision="highest")
+    active, mixed, missed, valid = others
     counts = active >= jnp.maximum(2, mixed / 2)
-    return jnp.where(counts, divide(jnp.sum(other * error, 1), active), jnp.inf)
+    return jnp.where(counts, divide(jnp.sum(other * error, 1) + missed, valid), jnp.inf)
 
 
 def _best(betas: Float[Array, " K"], losses: Float[Array, " K"]) -> Float[Array, ""]:
