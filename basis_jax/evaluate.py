@@ -76,8 +76,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy at the evaluation temperature and greedily: the average over sets with its 95 %
     interval (``eval/accuracy``, ``eval/greedy_accuracy``), and each set's own where there are
-    several."""
-    metrics = {}
+    several. ``eval/invalid``: the share of all completions without a verdict, which no accuracy
+    counts."""
+    metrics, valid = {}, []
     passes = [("", section.samples, section.temperature), ("greedy_", 1, 0.0)]
     for prefix, samples, temperature in passes:
         found = {}
@@ -90,6 +91,7 @@ def evaluate(
                 samples=samples,
                 sampling=dataclasses.replace(sampling, temperature=temperature),
             )
+            valid.append(graded.valid)
             found[name] = problem_scores(graded.rewards, graded.valid, samples)
             if len(sets) > 1:
                 metrics[f"eval/{name}/{prefix}accuracy"] = float(found[name].mean())
@@ -97,7 +99,7 @@ def evaluate(
         metrics[f"eval/{prefix}accuracy"] = float(np.mean([s.mean() for s in found.values()]))
         metrics[f"eval/{prefix}accuracy_low"] = low
         metrics[f"eval/{prefix}accuracy_high"] = high
-    return metrics
+    return metrics | {"eval/invalid": 1.0 - float(np.concatenate(valid).mean())}
 
 
 @dataclass(frozen=True)
