@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from basis_jax import hf, scores, verify, weights
 from basis_jax.config import Config, EvalSection, SamplingSection
+from basis_jax.config_check import check_evaluation
 from basis_jax.data import EncodedProblems, encode_prompts, load_held_out
 from basis_jax.model import ModelConfig
 from basis_jax.rollouts import Graded, Setting, roll_out
 from basis_jax.scores import bootstrap_interval
 from basis_jax.session import stop_ids
-from basis_jax.sharding import check_divides, make_mesh
+from basis_jax.sharding import make_mesh
 
 
 def problem_scores(rewards: np.ndarray, valid: np.ndarray, samples: int) -> np.ndarray:
@@ -126,7 +126,7 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print):
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     folder = hf.resolve_folder(config.model.path)
     architecture = hf.model_config(folder, compute_dtype=config.model.compute_dtype)
-    check(config, architecture, mesh)
+    check_evaluation(config, architecture, mesh)
     tokenizer = hf.load_tokenizer(folder)
     sets = {}
     for name in config.eval.sets:
@@ -152,42 +152,6 @@ def check_out(out: str) -> Path:
     if not out or Path(out).is_file():
         raise ValueError(f"the evaluation's folder is --out {out or '(missing)'}; give a folder")
     return Path(out)
-
-
-def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
-    """Raise a ValueError for numbers that make no evaluation and sizes that do not divide."""
-    section = config.eval
-    if not section.sets:
-        raise ValueError("eval.sets is empty; name at least one set with --eval.sets")
-    if section.samples < 1 or section.temperature < 0:
-        raise ValueError(
-            f"eval.samples is {section.samples} and eval.temperature {section.temperature}; give "
-            "at least 1 sample and a temperature of 0 or more"
-        )
-    if section.temperature == 0 and section.samples > 1:
-        raise ValueError(
-            f"eval.temperature 0 is greedy and eval.samples is {section.samples}: they would be "
-            "the same; set eval.samples to 1 or raise the temperature"
-        )
-    if config.train.sample_rollouts < 1:
-        raise ValueError(
-            f"train.sample_rollouts is {config.train.sample_rollouts}; give the completions to "
-            "decode at once, at least 1"
-        )
-    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
-    if longest > architecture.max_positions:
-        raise ValueError(
-            f"data.max_prompt_tokens + sampling.max_new_tokens is {longest} but the model has "
-            f"{architecture.max_positions} positions; lower one of them"
-        )
-    sizes = {
-        "the model's key heads": (architecture.kv_heads, "kv_heads"),
-        "the model's heads": (architecture.heads, "heads"),
-        "the model's feed-forward width": (architecture.mlp, "mlp"),
-        "the model's vocabulary": (architecture.vocab_size, "vocab"),
-        "the model's embedding width": (architecture.embed, "embed"),
-    }
-    check_divides(mesh, sizes)
 
 
 def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from basis_jax import estimators, hf, prompt_features
 from basis_jax.config import Config, EstimatorSection
+from basis_jax.config_check import check
 from basis_jax.data import (
     EncodedProblems,
     batch_indices,
@@ -22,7 +23,6 @@ from basis_jax.reference_table import ReferenceTable, build, load, made_by, rows
 from basis_jax.rollouts import Setting
 from basis_jax.sampling import check_trainable
 from basis_jax.sharding import make_mesh
-from basis_jax.train import check
 from basis_jax.verify import make_verifier
 
 

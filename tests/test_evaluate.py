@@ -22,10 +22,10 @@ from test_reference_table import SAMPLING, SIZE, problems, setting  # noqa: F401
 
 from basis_jax import completions
 from basis_jax.config import Config, EvalSection
+from basis_jax.config_check import check_evaluation
 from basis_jax.evaluate import (
     Evaluation,
     bootstrap_interval,
-    check,
     check_out,
     evaluate,
     problem_scores,
@@ -380,22 +380,26 @@ def test_the_report_shows_every_problem_with_right_and_wrong_completions(evaluat
     [
         (EvalSection(temperature=0.0, samples=4), "eval.temperature 0 is greedy"),
         (EvalSection(samples=0), "eval.samples is 0"),
-        (EvalSection(temperature=-1.0), "eval.temperature -1.0"),
+        (EvalSection(temperature=-1.0), "eval.temperature is -1.0"),
         (EvalSection(sets=()), "eval.sets is empty"),
     ],
 )
 def test_settings_that_make_no_evaluation_are_refused(section, sentence):
     with pytest.raises(ValueError, match=sentence):
-        check(Config(run_dir="", eval=section), tiny.TINY, make_mesh(devices=jax.devices()[:1]))
+        check_evaluation(
+            Config(run_dir="", eval=section), tiny.TINY, make_mesh(devices=jax.devices()[:1])
+        )
 
 
 def test_lengths_and_folders_that_do_not_fit_are_refused(tmp_path):
     long = dataclasses.replace(SAMPLING, max_new_tokens=250)
     with pytest.raises(ValueError, match="is 314 but the model has 256 positions"):
-        check(Config(run_dir="", sampling=long), tiny.TINY, make_mesh(devices=jax.devices()[:1]))
+        check_evaluation(
+            Config(run_dir="", sampling=long), tiny.TINY, make_mesh(devices=jax.devices()[:1])
+        )
     four = make_mesh(data=1, fsdp=1, tensor=4)
     with pytest.raises(ValueError, match="key heads = 2 does not divide over 4 devices"):
-        check(Config(run_dir=""), tiny.TINY, four)
+        check_evaluation(Config(run_dir=""), tiny.TINY, four)
     (tmp_path / "file").touch()
     for out in ("", str(tmp_path / "file")):
         with pytest.raises(ValueError, match="folder is --out .*; give a folder"):

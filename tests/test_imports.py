@@ -16,7 +16,7 @@ LAYERS = (
     {"pytree", "types", "masked"},
     {"estimators", "losses", "config"},
     {"sharding", "model", "weights", "hf", "gguf", "data", "scores", "verify", "tasks"},
-    {"sampling", "rollouts", "prompt_features", "checkpoint", "trained"},
+    {"config_check", "sampling", "rollouts", "prompt_features", "checkpoint", "trained"},
     {
         "train",
         "reference_table",
@@ -38,7 +38,7 @@ BESIDE = {
     "gguf": {"weights"},
     "data": {"tasks", "verify"},
     "rollouts": {"sampling"},
-    "session": {"train", "reference_table"},
+    "session": {"reference_table"},
     "evaluate": {"session"},
     "completions": {"evaluate"},
     "plots": {"records"},

@@ -11,10 +11,10 @@ import tiny
 
 from basis_jax import estimators, model
 from basis_jax.config import Config, LossSection, OptimSection, SamplingSection, TrainSection
+from basis_jax.config_check import check
 from basis_jax.rollouts import Graded
 from basis_jax.sharding import make_mesh, named_tree
 from basis_jax.train import (
-    check,
     make_batches,
     make_estimate,
     make_optimizer,

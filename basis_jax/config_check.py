@@ -1,0 +1,116 @@
+"""What a config may say, as far as it can be told before weights are read."""
+
+import functools
+
+from jax.sharding import Mesh
+
+from basis_jax.config import Config, LossSection
+from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
+from basis_jax.model import ModelConfig
+from basis_jax.sharding import batch_shards, check_divides
+
+SCHEDULES = ("constant", "linear", "cosine")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
+    """Raise a ValueError for unknown words and sizes that do not divide, before reading weights."""
+    train, group = config.train, config.sampling.group_size
+    check_ranges(config)
+    for name, value, allowed in (
+        ("optim.schedule", config.optim.schedule, SCHEDULES),
+        ("loss.aggregation", config.loss.aggregation, AGGREGATIONS),
+        ("loss.objective", config.loss.objective, OBJECTIVES),
+        ("loss.kl", config.loss.kl, KL_FORMS),
+        ("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+    check_loss(config.loss)
+    check_fit(config, architecture, mesh)
+    rollouts = train.prompts_per_step * group
+    shards = batch_shards(mesh)
+    for larger, smaller, sizes in (
+        ("rollouts per step", "train.minibatch_rollouts", (rollouts, train.minibatch_rollouts)),
+        (
+            "train.minibatch_rollouts",
+            "train.microbatch_rollouts",
+            (train.minibatch_rollouts, train.microbatch_rollouts),
+        ),
+        ("train.microbatch_rollouts", "the batch's devices", (train.microbatch_rollouts, shards)),
+    ):
+        if min(sizes) < 1 or sizes[0] % sizes[1]:
+            raise ValueError(
+                f"{larger} = {sizes[0]} is not a multiple of {smaller} = {sizes[1]}; "
+                f"choose sizes that divide"
+            )
+
+
+def check_evaluation(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
+    """Raise a ValueError for numbers that make no evaluation and a model that does not fit."""
+    check_ranges(config)
+    section = config.eval
+    if not section.sets:
+        raise ValueError("eval.sets is empty; name at least one set with --eval.sets")
+    if section.temperature == 0 and section.samples > 1:
+        raise ValueError(
+            f"eval.temperature 0 is greedy and eval.samples is {section.samples}: they would be "
+            "the same; set eval.samples to 1 or raise the temperature"
+        )
+    check_fit(config, architecture, mesh)
+
+
+def check_fit(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
+    """Raise a ValueError where rows are longer than the model's positions, or the mesh does not
+    divide the model."""
+    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    if longest > architecture.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens + sampling.max_new_tokens is {longest} but the model has "
+            f"{architecture.max_positions} positions; lower one of them"
+        )
+    check_divides(
+        mesh,
+        {
+            "the model's key heads": (architecture.kv_heads, "kv_heads"),
+            "the model's heads": (architecture.heads, "heads"),
+            "the model's feed-forward width": (architecture.mlp, "mlp"),
+            "the model's vocabulary": (architecture.vocab_size, "vocab"),
+            "the model's embedding width": (architecture.embed, "embed"),
+        },
+    )
+
+
+AT_LEAST = {
+    1: "train.steps train.sample_rollouts checkpoint.every checkpoint.keep "
+    "eval.samples loss.logprob_chunk sampling.group_size sampling.max_new_tokens "
+    "data.max_prompt_tokens",
+    0: "seed data.size eval.size eval.every eval.temperature train.log_samples optim.lr optim.eps "
+    "optim.warmup_steps optim.weight_decay optim.max_grad_norm",
+}
+
+
+def check_ranges(config: Config) -> None:
+    """Raise a ValueError for the first number below what it can mean."""
+    for least, names in AT_LEAST.items():
+        for name in names.split():
+            value = functools.reduce(getattr, name.split("."), config)
+            if value < least:
+                raise ValueError(f"{name} is {value}; give {least} or more")
+
+
+def check_loss(loss: LossSection) -> None:
+    """Raise a ValueError for bounds that bound nothing and denominators that do not fit."""
+    for name, value, fits, allowed in (
+        ("clip_low", loss.clip_low, 0 <= loss.clip_low <= 1, "0 to 1"),
+        ("clip_high", loss.clip_high, loss.clip_high >= 0, "0 or more"),
+        ("dual_clip", loss.dual_clip, not loss.dual_clip or loss.dual_clip > 1, "0 or above 1"),
+        ("kl_coef", loss.kl_coef, loss.kl_coef >= 0, "0 or more"),
+    ):
+        if not fits:
+            raise ValueError(f"loss.{name} is {value}; give {allowed}")
+    if loss.objective == "gspo" and loss.aggregation != "sequence_mean":
+        raise ValueError(
+            f"loss.objective gspo is a mean over sequences, loss.aggregation is "
+            f"{loss.aggregation!r}; set it to sequence_mean"
+        )
