@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from basis_jax import estimators
 from basis_jax.estimators import Estimator, Signals
-from basis_jax.estimators.basis import BETAS
 from basis_jax.estimators.rows import estimate
 from basis_jax.estimators.table import init_table
 
@@ -97,8 +96,6 @@ def methods(
     found += [Method("table alone", bare_table(), n) for n in tables]
     found += [Method("basis published", make("basis", rule="published"), n) for n in tables]
     found += [Method("basis robust", make("basis"), n) for n in tables]
-    least = make("basis", betas=BETAS[BETAS > 0.195])
-    found += [Method("basis robust, beta >= 0.2", least, n) for n in tables]
     found += [Method("value_filter", make("value_filter"), n) for n in trials]
     if moved:
         told = make("value_filter", drift=1.0)

@@ -32,7 +32,6 @@ DRAWN = (
     ("basis published", 64, 1),
     ("basis robust", 64, 1),
     ("basis robust", 8, 1),
-    ("basis robust, beta >= 0.2", 64, 1),
     ("value_filter", 64, 1),
     ("value_filter", 8, 1),
     ("value_filter", 0, 1),
@@ -203,13 +202,12 @@ def label(row: dict) -> str:
 
 def style(row: dict) -> dict:
     """Colour by family, line by n."""
-    families = ("reinforce_pp", "grpo", "basis robust,", "basis robust", "basis published",
-                "value_filter,", "value_filter")  # fmt: skip
+    families = ("reinforce_pp", "grpo", "basis robust", "basis published", "value_filter,", "value")
     family = next(i for i, name in enumerate(families) if row["estimator"].startswith(name))
     line = {64: "-", 32: "-.", 8: "--", 4: ":", 0: ":"}.get(row["n"], "-")
     if row["estimator"] in ("reinforce_pp", "grpo group mean"):
         line = ":" if row["G"] == 4 else "-"
-    return {"color": COLORS[(6, 4, 2, 0, 5, 3, 1)[family]], "linestyle": line}
+    return {"color": COLORS[(6, 4, 0, 5, 3, 1)[family]], "linestyle": line}
 
 
 def draw_overall(axes: Axes, part: Part, rows: Sequence[dict]) -> None:
