@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--out", metavar="FILE.json")
     given = parser.parse_args()
     if given.calls < 5 or min(given.sizes) < 2 or max(given.sizes) > given.problems:
-        raise ValueError(
-            f"got --calls {given.calls}, --sizes {given.sizes} and --problems {given.problems}; "
+        raise SystemExit(
+            f"error: --calls {given.calls}, --sizes {given.sizes}, --problems {given.problems}; "
             "give 5 calls or more and sizes from 2 to the problems"
         )
     rows = [row for name in CASES for row in measure(name, given)]

@@ -21,8 +21,8 @@ from basis_jax.session import open_session, reference_table
 def main() -> None:
     config, options = command_line.parse(__doc__, options=("out",))
     if not options.out or config.estimator.table:
-        raise ValueError(
-            f"the table's file is --out {options.out or '(missing)'} and --estimator.table "
+        raise SystemExit(
+            f"error: the table's file is --out {options.out or '(missing)'} and --estimator.table "
             f"{config.estimator.table or '(empty)'}; give --out FILE.npz and no --estimator.table"
         )
     with open_session(config) as session, jax.set_mesh(session.setting.mesh):
