@@ -25,6 +25,7 @@ from basis_jax.masked import masked_mean
 from basis_jax.types import Estimate
 
 BETAS = np.concatenate([np.arange(1, 201) / 100, np.arange(21, 51) / 10]).astype(np.float32)
+CHUNK = 23  # betas scored side by side: what they need of N rows stays in the cache
 EPS = 1e-6  # a prompt is active where EPS < V < 1 - EPS
 RULES = ("robust", "published")
 
@@ -165,7 +166,9 @@ def _cross_fitted(
     """(beta of every row, chosen without its fold; the row's fit under that beta)."""
     fold = (jnp.cumsum(batch.valid.astype(jnp.int32)) - 1) % folds
     in_fold = jax.nn.one_hot(fold, folds)
-    losses = jax.vmap(lambda beta: _losses_without_fold(batch, in_fold, variant, beta))(betas)
+    losses = jax.lax.map(
+        lambda beta: _losses_without_fold(batch, in_fold, variant, beta), betas, batch_size=CHUNK
+    )
     losses = jnp.where(jnp.sum(batch.valid) > 2, losses, jnp.inf)
     fold_betas = jax.vmap(lambda loss: _best(betas, loss), in_axes=1)(losses)
     fits = jax.vmap(lambda beta: _fit(batch, variant, beta))(fold_betas)
