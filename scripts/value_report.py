@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from value_methods import BINS, Method, Outcome, World, bin_name, score, slices
 
-from basis_jax import records
 from basis_jax.plots import COLORS
 
 PAPER = (
@@ -134,13 +133,13 @@ def paper_table() -> str:
 
 
 # ------------------------------------------------------------------------------------------ file
-def write(out: Path, parts: Sequence[Part], settings: dict) -> None:
-    """``out``.json and ``out``.png."""
+def write(out: Path, parts: Sequence[Part], settings: dict, provenance: dict) -> None:
+    """``out``.json and ``out``.png; ``provenance`` as it was when the study began."""
     out.parent.mkdir(parents=True, exist_ok=True)
     paper = [dict(zip(("estimator", "n", "G", "mse", "bins"), row, strict=True)) for row in PAPER]
     content = {
         "command": shlex.join(["python", "scripts/value_study.py", *sys.argv[1:]]),
-        **records.provenance(),
+        **provenance,
         "settings": settings,
         "paper_read_off_figure_3a": paper,
         "parts": [vars(part) for part in parts],

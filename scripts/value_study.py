@@ -36,7 +36,7 @@ from simulated_values import (
 from value_methods import Method, World, methods, run
 from value_report import Part, make_part, paper_table, table, write
 
-from basis_jax import command_line, hf
+from basis_jax import command_line, hf, records
 from basis_jax.prompt_features import prompt_features
 from basis_jax.session import open_session
 
@@ -279,10 +279,11 @@ COMMANDS: dict[str, Callable[..., Simulate | Real | Still]] = {
 
 def main() -> None:
     chosen = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__)
+    provenance = records.provenance()  # now: others may commit while it runs
     parts = chosen.study()
     if any(part.about.get("beside_paper") for part in parts):
         print("\n" + paper_table())
-    write(Path(chosen.out), parts, asdict(chosen))
+    write(Path(chosen.out), parts, asdict(chosen), provenance)
     print(f"\n{chosen.out}.json, {chosen.out}.png")
 
 

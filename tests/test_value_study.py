@@ -177,7 +177,7 @@ def test_table_and_json_agree(tmp_path, capsys, monkeypatch):
     world = small_world(4)
     compared = value_methods.methods((4,), (1, 2))[:4]
     part = value_study.measure("p", {"beside_paper": True}, world, compared)
-    value_report.write(tmp_path / "v", [part], {"seed": 0})
+    value_report.write(tmp_path / "v", [part], {"seed": 0}, {"commit": "abc"})
     content = json.loads((tmp_path / "v.json").read_text())
     assert content["command"] == "python scripts/value_study.py simulate"
     rows = content["parts"][0]["rows"]
