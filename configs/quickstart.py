@@ -2,9 +2,9 @@
 
 Command:   python scripts/train.py --config configs/quickstart.py
 Hardware:  2 CPU cores, no accelerator, no network
-Wall time: 3.1 to 3.3 minutes (5 seeds), the reference table's 16,480 rollouts included
-Result:    held-out accuracy at temperature 1 from 45.8-49.3 % to 80.3-82.4 %, greedy from 60.1 %
-           to 87.9-90.0 % (5 seeds)
+Wall time: 3.1 to 4.3 minutes, the reference table's 16,480 rollouts included
+Result:    held-out accuracy at temperature 1 from 45.8-49.3 % to 79.9-82.5 %, greedy from 60.1 %
+           to 87.3-90.0 % (5 seeds)
 """
 
 from basis_jax.config import (
