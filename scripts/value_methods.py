@@ -91,7 +91,8 @@ def methods(
     for name in ("rloo", "james_stein"):
         found += [Method(name, make(name, group_size=g), 0, g) for g in several]
     found += [Method("v05", make("v05", group_size=g), n, g) for n in tables for g in several[-1:]]
-    found += [Method(name, make(name), 0) for name in ("ema", "kae", "dbb")]
+    found += [Method(name, make(name), 0) for name in ("ema", "kae")]
+    found.append(Method("dbb (own reward inside)", make("dbb")))
     found += [Method("spo", make("spo"), n) for n in trials]
     found += [Method("table alone", bare_table(), n) for n in tables]
     found += [Method("basis published", make("basis", rule="published"), n) for n in tables]

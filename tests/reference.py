@@ -265,12 +265,14 @@ def filter_jump(y, phi, own_mean, own_variance, mean, covariance):
     return wider
 
 
-def filter_step(state, y, ids, drift, own_drift, folds):
+def filter_step(state, y, ids, drift, table_drift, own_drift, folds):
     """One step of the value filter; ``state`` is a dict of arrays and is changed in place."""
     m, v, phi = state["own_mean"], state["own_variance"], state["phi"]
     idle = state["step"] - state["last"]
     wide = v + own_drift * idle
-    covariance = state["covariance"] + drift * np.eye(len(state["mean"]))
+    widened = np.full(len(state["mean"]), drift)
+    widened[1] = table_drift
+    covariance = state["covariance"] + np.diag(widened)
     values, change = [], {}
     for n, i in enumerate(ids):
         rows = [k for k in range(len(ids)) if k % folds != n % folds]

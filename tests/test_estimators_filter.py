@@ -20,14 +20,14 @@ def signals(rewards, ids):
 
 
 def as_reference(state):
-    features = np.zeros((len(state.own_mean), 0)) if state.features is None else state.features
+    features = np.float64(state.features)
     return {
         "own_mean": np.float64(state.own_mean),
         "own_variance": np.float64(state.own_variance),
         "last": np.array(state.last),
         "mean": np.float64(state.mean),
         "covariance": np.float64(state.covariance),
-        "phi": np.concatenate([np.ones((len(features), 1)), np.float64(features)], 1),
+        "phi": np.concatenate([np.ones((len(features), 1)), features], 1),
         "step": int(state.step),
     }
 
@@ -36,7 +36,7 @@ def as_reference(state):
 def test_six_steps_equal_the_float64_loop_duplicates_included(dimension):
     rng = np.random.default_rng(dimension)
     features = rng.normal(size=(20, dimension)).astype(np.float32) if dimension else None
-    options = {"drift": 0.05, "own_drift": 0.02, "folds": 3}
+    options = {"drift": 0.05, "table_drift": 0.2, "own_drift": 0.02, "folds": 3}
     est = estimators.make("value_filter", features=features, **options)
     trials = rng.integers(0, 9, 20)
     state = est.init(rng.binomial(trials, 0.7), trials)
@@ -66,11 +66,11 @@ def test_a_sudden_collapse_is_followed_and_not_overshot():
         np.zeros(size),
         before["phi"],
         before["own_mean"],
-        before["own_variance"] + 0.01 * (before["step"] - before["last"]),
+        before["own_variance"] + 0.02 * (before["step"] - before["last"]),
         before["mean"],
     )
     mode, _ = reference.filter_fit(
-        *given, reference.filter_jump(*given, before["covariance"] + 0.003)
+        *given, reference.filter_jump(*given, before["covariance"] + np.diag([0.003, 0.01]))
     )
     assert before["mean"][0] > 5 and mode[0] < -1
     np.testing.assert_allclose(state.mean, mode, atol=0.05)
@@ -88,6 +88,27 @@ def test_a_jump_of_the_policy_is_followed_within_the_step():
         rewards = (rng.random(256) < truth).astype(np.float32)
         state, e = est.update(state, signals(rewards, np.arange(256)))
     assert np.mean((np.asarray(e.values) - truth) ** 2) < 0.01  # without: .1
+
+
+def test_a_table_that_no_longer_holds_is_left():
+    """The difficulties are dealt anew between table and training: after half of the problems the
+    filter has the error of one that never had the table (twelve other seeds: 1.01 +- .013 of it;
+    1.9 +- .16 with a table_drift of 0)."""
+    rng = np.random.default_rng(2)
+    rates = reference.sigmoid(rng.normal(0.5, 1.5, (2, 1024)))
+    ids = rng.permutation(1024).reshape(8, 128)
+    rewards = rng.binomial(1, rates[1])[ids]
+    est = estimators.make("value_filter")
+    errors = []
+    for trials in (64, 0):
+        state = est.init(rng.binomial(trials, rates[0]), np.full(1024, trials))
+        _, values = jax.lax.scan(
+            lambda s, b: (lambda s, e: (s, e.values))(*est.update(s, signals(*b))),
+            state,
+            (rewards, ids),
+        )
+        errors.append(np.mean((values[4:] - rates[1][ids[4:]]) ** 2))
+    assert errors[0] < 1.2 * errors[1]
 
 
 def test_the_own_reward_is_in_no_value_with_features():
@@ -156,7 +177,8 @@ def test_without_trials_the_start_is_the_prior():
     state = estimators.make("value_filter", own_variance=1.7).init(np.zeros(9), np.zeros(9))
     np.testing.assert_allclose(state.own_mean, 0, atol=1e-6)
     np.testing.assert_allclose(state.own_variance, 1.7, rtol=1e-6)
-    np.testing.assert_allclose(state.covariance, [[2.5]], rtol=1e-6)
+    np.testing.assert_allclose(state.covariance[0, 0], 2.5, rtol=1e-6)
+    np.testing.assert_array_equal(state.features, 0)  # no table, no logit of it
 
 
 # ------------------------------------------------------------------------------------- truth
@@ -183,8 +205,8 @@ def simulated_error(estimator, trials, *, problems=1024, rows=128, epochs=5, see
 def test_eight_offline_rollouts_a_problem_give_the_filter_the_error_of_a_group_of_eight():
     """filter < robust BASIS < batch mean; the filter is below the error of fresh groups of 8.
 
-    Over ten other seeds the ratios were .75 +- .025 (filter / group), .66 +- .034 (filter /
-    robust) and .38 +- .036 (robust / batch): every bound is 6 sd or more away.
+    Over ten other seeds the ratios were .77 +- .023 (filter / group), .67 +- .024 (filter /
+    robust) and .39 +- .031 (robust / batch): every bound is 6 sd or more away.
     """
     by_filter, group = simulated_error(estimators.make("value_filter"), 8)
     by_basis, _ = simulated_error(estimators.make("basis"), 8)

@@ -1,11 +1,14 @@
 """A filter of every problem's value over batch, history and prompt features; no paper behind it.
 
 The success rate of problem i is sigmoid(z_i), z_i = u_i + phi_i . w: its own difficulty u_i ~
-N(m_i, v_i), and features phi_i = (1, features_i) times the policy's state w ~ N(mu, S), shared by
-all problems and drifting. A step reads the values *before* its rewards enter:
+N(m_i, v_i), and phi_i = (1, t_i, features_i) times the policy's state w ~ N(mu, S), shared by all
+problems and drifting. t_i is the logit that the offline table gave: its weight starts at 0 and
+falls towards minus the scale of t where the table no longer holds, which one number can tell of
+all problems at once. A step reads the values *before* its rewards enter:
 
-1. widen: v_i by ``own_drift`` per step since the last visit, S by ``drift`` times the identity, and
-   its intercept by more where the batch's mean residual says that the policy jumped;
+1. widen: v_i by ``own_drift`` per step since the last visit, S by ``drift`` (``table_drift`` for
+   t) on its diagonal, and its intercept by more where the batch's mean residual says that the
+   policy jumped;
 2. fit w on the batch (Newton on the logistic posterior, u_i integrated out), for every fold on the
    rows of the other folds. The value of row i is E sigmoid(N(a, s)), nearly sigmoid(a / sqrt(1 +
    pi s / 8)), with a = m_i + phi_i . w and s = v_i + phi_i . S phi_i under the w of its fold: it
@@ -13,7 +16,7 @@ all problems and drifting. A step reads the values *before* its rewards enter:
 3. update u_i by its reward under that same w (assumed-density step), and w on all rows.
 
 Rewards in [low, high] enter as y = (r - low) / (high - low) through the quasi-likelihood
-y log p + (1 - y) log(1 - p). O(N d^2) a step, three numbers a problem besides its features.
+y log p + (1 - y) log(1 - p). O(N d^2) a step, four numbers a problem besides its features.
 """
 
 import dataclasses
@@ -36,6 +39,7 @@ NEWTON_STEPS = 8  # at most; a step that moves no logit by more than ENOUGH is t
 ENOUGH = 0.01  # what is left after it is of the order of its square
 SURPRISE = 2.5  # standard deviations of the batch's mean residual, beyond which the policy jumped
 LARGEST_JUMP = 4.0  # variance that a jump adds to the intercept, at most
+TABLE_DOUBT = 1e-4  # variance of the table's weight at the start: it is of the first policy
 LARGEST_MOVE = 4.0  # of any logit in a Newton step: far from the optimum full steps oscillate
 EM_STEPS = 40
 NODES = 15  # of the quadrature over a logit
@@ -50,7 +54,7 @@ class FilterState:
     last: Int[Array, " M"]
     mean: Float[Array, " d"]
     covariance: Float[Array, "d d"]
-    features: Float[Array, "M e"] | None  # d = 1 + e, without features 1
+    features: Float[Array, "M e"]  # the table's logit, then those given; d = 1 + e
     step: Int[Array, ""]
 
 
@@ -85,17 +89,15 @@ def value_filter_init(
     reference policy, a few dozen principal or random directions). Successes may be fractional.
     """
     table = init_table(successes, trials)
-    if features is not None:
-        features = jnp.asarray(features, jnp.float32)
-        if features.ndim != 2 or features.shape[0] != table.trials.size:
-            raise ValueError(
-                f"got features {features.shape} for {table.trials.size} problems; give one row a "
-                "problem"
-            )
-        features = features - jnp.mean(features, 0, keepdims=True)
-        norm = jnp.sqrt(jnp.mean(jnp.sum(features**2, 1)))
-        features = features / jnp.where(norm > 0, norm, 1)
-    phi = _phi(features, jnp.arange(table.trials.size))
+    size = table.trials.size
+    if features is None:
+        features = jnp.zeros((size, 0))
+    features = jnp.asarray(features, jnp.float32)
+    if features.ndim != 2 or features.shape[0] != size:
+        raise ValueError(
+            f"got features {features.shape} for {size} problems; give one row a problem"
+        )
+    phi = jnp.concatenate([jnp.ones((size, 1)), _scaled(features)], 1)
     ridge = jnp.eye(phi.shape[1]) / shared_variance
 
     def em_step(_, guess):
@@ -112,15 +114,25 @@ def value_filter_init(
     mean, own = jax.lax.fori_loop(0, EM_STEPS, em_step, start)
     z, variance = _moments(table.successes, table.trials, phi @ mean, own)
     told = (1 - variance / own) / own  # information of the counts of i about w
+    covariance = jnp.linalg.inv(jnp.matmul(phi.T * told[None], phi, precision="highest") + ridge)
+    weights = 1 + phi.shape[1]
+    given = jnp.asarray([0, *range(2, weights)])  # all but the table's
     return FilterState(
         own_mean=z - phi @ mean,
         own_variance=variance,
         last=jnp.zeros(z.shape, jnp.int32),
-        mean=mean,
-        covariance=jnp.linalg.inv(jnp.matmul(phi.T * told[None], phi, precision="highest") + ridge),
-        features=features,
+        mean=jnp.zeros(weights).at[given].set(mean),
+        covariance=(TABLE_DOUBT * jnp.eye(weights)).at[jnp.ix_(given, given)].set(covariance),
+        features=jnp.concatenate([_scaled(z[:, None]), phi[:, 1:]], 1),
         step=jnp.zeros((), jnp.int32),
     )
+
+
+def _scaled(features: Float[Array, "M e"]) -> Float[Array, "M e"]:
+    """Centred, of mean squared norm 1; 0 where all rows are alike."""
+    features = features - jnp.mean(features, 0, keepdims=True)
+    norm = jnp.sqrt(jnp.mean(jnp.sum(features**2, 1)))
+    return jnp.where(norm > 1e-6, features / jnp.where(norm > 0, norm, 1), 0)
 
 
 def _moments(
@@ -170,7 +182,8 @@ def value_filter_update(
     *,
     folds: int = 8,
     drift: float = 0.003,
-    own_drift: float = 0.01,
+    table_drift: float = 0.01,
+    own_drift: float = 0.02,
     low: float = 0.0,
     high: float = 1.0,
 ) -> tuple[FilterState, Estimate]:
@@ -178,7 +191,8 @@ def value_filter_update(
 
     The j-th valid row is in fold j mod ``folds`` (ValueError for folds < 2). Several rows of one
     problem share its old value; their updates add up as natural parameters, in any order. Invalid
-    rows change nothing. Info: ``shared`` (w's intercept), ``own_sd`` (mean sd of u_i).
+    rows change nothing. Info: ``shared`` (w's intercept), ``table_weight`` (t's; 0 at the start) and
+    ``own_sd`` (mean sd of u_i).
     """
     if folds < 2:
         raise ValueError(f"value_filter got folds={folds}; cross-fitting needs 2 folds or more")
@@ -189,12 +203,12 @@ def value_filter_update(
     idle = (state.step - state.last[ids]).astype(jnp.float32)
     rows = Rows(
         y=jnp.where(valid, (rewards - low) / (high - low), 0.5),
-        phi=_phi(state.features, ids),
+        phi=jnp.concatenate([jnp.ones((ids.size, 1)), state.features[ids]], 1),
         own_mean=state.own_mean[ids],
         own_variance=state.own_variance[ids] + own_drift * idle,
     )
-    eye = jnp.eye(state.mean.size)
-    prior = Shared(state.mean, state.covariance + drift * eye)
+    widened = jnp.full(state.mean.size, drift).at[1].set(table_drift)
+    prior = Shared(state.mean, state.covariance + jnp.diag(widened))
     fold = (jnp.cumsum(valid.astype(jnp.int32)) - 1) % folds
     used = valid[None, :] & (fold[None, :] != jnp.arange(folds + 1)[:, None])  # the last: all rows
     fits = jax.vmap(lambda live: _fit(rows, live, _jumped(rows, live, prior)))(used)
@@ -209,13 +223,9 @@ def value_filter_update(
         values,
         valid,
         shared=new.mean[0],
+        table_weight=new.mean[1],
         own_sd=masked_mean(jnp.sqrt(rows.own_variance), valid),
     )
-
-
-def _phi(features: Float[Array, "M e"] | None, ids: Int[Array, " N"]) -> Float[Array, "N d"]:
-    ones = jnp.ones((ids.size, 1))
-    return ones if features is None else jnp.concatenate([ones, features[ids]], 1)
 
 
 def _shrink(variance: Float[Array, " N"]) -> Float[Array, " N"]:
