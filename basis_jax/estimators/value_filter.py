@@ -191,7 +191,7 @@ def value_filter_update(
 
     The j-th valid row is in fold j mod ``folds`` (ValueError for folds < 2). Several rows of one
     problem share its old value; their updates add up as natural parameters, in any order. Invalid
-    rows change nothing. Info: ``shared`` (w's intercept), ``table_weight`` (t's; 0 at the start) and
+    rows change nothing. Info: ``shared`` (w's intercept), ``table_weight`` (t's; 0 at the start),
     ``own_sd`` (mean sd of u_i).
     """
     if folds < 2:
