@@ -79,7 +79,7 @@ def methods(
     """Every method at the offline trials and group sizes that it takes; reinforce_pp comes first.
 
     ``moved``: the policy has left the one of the table before the first step, with no step between
-    to follow it by; a filter that is told so (``drift`` 1) is added.
+    to follow it by; a filter that is told so (both drifts 1) is added.
     """
     make = estimators.make
     tables = [n for n in trials if n]
@@ -99,7 +99,7 @@ def methods(
     found += [Method("basis robust", make("basis"), n) for n in tables]
     found += [Method("value_filter", make("value_filter"), n) for n in trials]
     if moved:
-        told = make("value_filter", drift=1.0)
+        told = make("value_filter", drift=1.0, table_drift=1.0)
         found += [Method("value_filter, drift 1", told, n) for n in tables]
     if features is not None:
         name = f"value_filter, {features.shape[1]} features"
