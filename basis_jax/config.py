@@ -20,7 +20,8 @@ class ModelSection:
 @dataclass(frozen=True)
 class DataSection:
     path: str = "task:number_words"
-    """``task:<name>`` (made here), a .json/.jsonl/.parquet file, a folder, or a hub id."""
+    """``task:<name>`` (made here; ``task:gym/<name>?size=1000``: by reasoning-gym), a .json, .jsonl
+    or .parquet file, a folder, or a hub id."""
     split: str = "train"
     """Split of a hub data set or folder."""
     problem_field: str = ""
@@ -44,7 +45,8 @@ class DataSection:
     """Longer prompts are left out and counted, never cut."""
     verifier: str = "exact"
     """``exact`` (the completion is the answer), ``math`` (equivalent answers, in a box, after
-    ``####`` or in a sentence) or ``math_strict`` (not in a sentence)."""
+    ``####`` or in a sentence), ``math_strict`` (not in a sentence) or ``gym`` (the scorer of a
+    ``task:gym/...``)."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a config may say, as far as it can be told before weights are read."""
 
 import functools
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
@@ -27,6 +28,7 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
     check_loss(config.loss)
+    check_scorers(config.data.verifier, (config.data.path, *config.eval.sets))
     check_fit(config, architecture, mesh)
     rollouts = train.prompts_per_step * group
     shards = batch_shards(mesh)
@@ -46,6 +48,16 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
             )
 
 
+def check_scorers(verifier: str, paths: Sequence[str]) -> None:
+    """Problems of reasoning-gym are graded by their own scorers, and nothing else is."""
+    for path in paths:
+        if path.startswith("task:gym/") != (verifier == "gym"):
+            raise ValueError(
+                f"data.verifier is {verifier!r} for the problems of {path!r}; those of "
+                "task:gym/... need the verifier 'gym', and no others can have it"
+            )
+
+
 def check_evaluation(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
     """Raise a ValueError for numbers that make no evaluation and a model that does not fit."""
     check_ranges(config)
@@ -57,6 +69,7 @@ def check_evaluation(config: Config, architecture: ModelConfig, mesh: Mesh) -> N
             f"eval.temperature 0 is greedy and eval.samples is {section.samples}: they would be "
             "the same; set eval.samples to 1 or raise the temperature"
         )
+    check_scorers(config.data.verifier, section.sets)
     check_fit(config, architecture, mesh)
 
 

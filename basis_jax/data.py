@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,12 @@ from basis_jax import tasks
 from basis_jax.config import DataSection
 from basis_jax.tasks import Problem
 from basis_jax.verify.extract import after_hashes, last_boxed
+from basis_jax.verify.gym import check_scorer
 
+TRIED = 3  # problems of reasoning-gym whose scorer is tried before a run
 FORMATS = ("chat", "text")
+OVERLAP = 13  # words, as GPT-3's check of its benchmarks (arXiv 2005.14165, appendix C)
+WORD = re.compile(r"[^\W_]+")
 LAYOUTS = (
     ("problem", "answer"),  # MATH-500, DeepScaleR, AIME
     ("problem", "solution"),  # MATH: the answer is the last box
@@ -99,7 +104,10 @@ def load(source: Source, *, held_out: bool) -> list[Problem]:
     Raises ValueError where the source cannot be read, lacks a column or holds nothing.
     """
     if source.path.startswith("task:"):
-        return tasks.problems(source.path.removeprefix("task:"), held_out=held_out)
+        made = tasks.problems(source.path.removeprefix("task:"), held_out=held_out)
+        if source.path.startswith("task:" + tasks.GYM):
+            check_scorer(source.path, [problem.answer for problem in made[:TRIED]])
+        return made
     columns = (source.problem_field, source.answer_field)
     seen: dict[Problem, Problem] = {}
     found = []
@@ -297,6 +305,37 @@ def encode_prompts(
     for i, (_, row) in enumerate(kept):
         tokens[i, : len(row)] = row
     return EncodedProblems(tuple(p for p, _ in kept), tokens, lengths, counts)
+
+
+def overlapping(
+    held_out: Sequence[Problem], training: Sequence[Problem]
+) -> list[tuple[Problem, Problem]]:
+    """Held-out problems with the first training problem that shares ``OVERLAP`` words in a row.
+
+    Words are runs of letters and digits, in lower case; a text of fewer must be equal, case and
+    spaces aside. Memory goes with the held-out side, time with the training side: a minute or two
+    a million.
+    """
+    owners: dict[tuple[str, ...], list[int]] = {}
+    for i, problem in enumerate(held_out):
+        for run in word_runs(problem):
+            owners.setdefault(run, []).append(i)
+    found: dict[int, Problem] = {}
+    for problem in training:
+        for run in word_runs(problem):
+            for i in owners.get(run, ()):
+                found.setdefault(i, problem)
+    return [(held_out[i], found[i]) for i in sorted(found)]
+
+
+def word_runs(problem: Problem) -> set[tuple[str, ...]]:
+    """Every ``OVERLAP`` words in a row of the prompt; a shorter text is one run, signs included."""
+    messages = problem.prompt if isinstance(problem.prompt, tuple) else (("", problem.prompt),)
+    text = " ".join(content for _, content in messages).lower()
+    words = WORD.findall(text)
+    if len(words) < OVERLAP:
+        return {tuple(text.split())}
+    return {tuple(words[i : i + OVERLAP]) for i in range(len(words) - OVERLAP + 1)}
 
 
 def batch_indices(

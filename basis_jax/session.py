@@ -13,11 +13,13 @@ from basis_jax import estimators, hf, prompt_features
 from basis_jax.config import Config, EstimatorSection
 from basis_jax.config_check import check
 from basis_jax.data import (
+    OVERLAP,
     EncodedProblems,
     batch_indices,
     encode_prompts,
     load_held_out,
     load_training,
+    overlapping,
 )
 from basis_jax.reference_table import ReferenceTable, build, load, made_by, rows_for
 from basis_jax.rollouts import Setting
@@ -97,6 +99,11 @@ def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Est
     return estimator
 
 
+def shortened(problem) -> str:
+    text = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1][1]
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def stop_ids(config: Config, tokenizer) -> tuple[int, ...]:
     """Token ids of ``sampling.stop_tokens``. Raises ValueError where one is not one token."""
     ids = []
@@ -130,6 +137,13 @@ def load_sets(
         shared = sum(p.uid in known for p in held_out[name].problems)
         if shared:
             report(f"warning: {shared} held-out problems of {name} are also training problems")
+        alike = overlapping(held_out[name].problems, train_set.problems)
+        if alike:
+            report(
+                f"warning: {len(alike)} of {len(held_out[name].problems)} held-out problems of "
+                f"{name} share {OVERLAP} words in a row, or all of a shorter text, with a training "
+                f"problem, such as {shortened(alike[0][0])!r} with {shortened(alike[0][1])!r}"
+            )
     return train_set, held_out
 
 

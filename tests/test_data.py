@@ -264,6 +264,26 @@ def test_wrong_settings_are_sentences(tokenizer):
         load("task:sums")
 
 
+def test_held_out_problems_that_repeat_a_training_text_are_found():
+    """13 words in a row, whatever their case and punctuation; shorter texts as a whole."""
+    words = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    training = [
+        Problem(prompt=f"Here is {words} and more", answer="1"),
+        Problem(prompt=(("system", "think"), ("user", "7 + 4 = ?")), answer="11"),
+        Problem(prompt="what is  2 * 3", answer="6"),
+    ]
+    held_out = [
+        Problem(prompt=f"Now: {words.upper()}, then", answer="2"),
+        Problem(prompt=words.removesuffix(" thirteen") + " fourteen of them", answer="3"),
+        Problem(prompt="think 7 + 4 = ?", answer="11"),
+        Problem(prompt="think 7 - 4 = ?", answer="3"),
+        Problem(prompt="What is 2 * 3", answer="6"),
+        Problem(prompt="What is 2 * 3 + 1", answer="7"),
+    ]
+    found = data.overlapping(held_out, training)
+    assert found == [(held_out[i], training[j]) for i, j in ((0, 0), (2, 1), (4, 2))]
+
+
 def test_a_task_is_read_by_name():
     found = load("task:arithmetic"), data.load_held_out("task:arithmetic")
     assert found == tuple(tasks.problems("arithmetic", held_out=h) for h in (False, True))

@@ -264,7 +264,7 @@ def test_a_file_called_sympy_in_the_working_folder_is_not_sympy(tmp_path, monkey
 
 @pytest.mark.slow
 def test_an_endless_job_ends_by_itself_where_nobody_is_left_to_kill_it():
-    command = [sys.executable, "-m", "basis_jax.verify.worker", "1", "512"]
+    command = [sys.executable, "-m", "basis_jax.verify.worker", "math", "1", "512"]
     worker = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with worker:
         assert json.loads(worker.stdout.readline()) == ["ready", ""]

@@ -1,7 +1,7 @@
-"""Problems that are made here, by name. Standard library only.
+"""Problems that are made and not read, by name. Standard library only, but for ``gym``.
 
 A task is a module with ``problems(*, held_out: bool) -> list[Problem]``; the two calls return
-disjoint sets, split by content and not by position.
+disjoint sets, split by content and not by position. ``gym/NAME`` is a task of reasoning-gym.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 
 TASKS = ("arithmetic", "number_words")
+GYM = "gym/"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ def content_hash(text: str) -> int:
 
 def problems(name: str, *, held_out: bool) -> list[Problem]:
     """The training or the held-out problems of a task. Raises ValueError for an unknown name."""
+    if name.startswith(GYM):
+        from basis_jax.tasks import gym
+
+        return gym.problems(name.removeprefix(GYM), held_out=held_out)
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; allowed are {', '.join(TASKS)}")
+        raise ValueError(
+            f"unknown task {name!r}; allowed are {', '.join(TASKS)} and {GYM}NAME (reasoning-gym)"
+        )
     return importlib.import_module(f"basis_jax.tasks.{name}").problems(held_out=held_out)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-VERIFIERS = ("exact", "math", "math_strict")
+VERIFIERS = ("exact", "math", "math_strict", "gym")
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,16 @@ class ExactVerifier(Verifier):
 def make_verifier(name: str, **options) -> Verifier:
     """The verifier called ``name``: ``exact``; ``math``, which finds and compares mathematical
     answers (``MathVerifier`` has the options); ``math_strict``, which takes only boxed answers and
-    those after ``####``. Raises ValueError for an unknown name."""
+    those after ``####``; ``gym``, the scorers of reasoning-gym. Raises ValueError for an unknown
+    name."""
     if name not in VERIFIERS:
         raise ValueError(f"data.verifier is {name!r}; allowed are {', '.join(VERIFIERS)}")
     if name == "exact":
         return ExactVerifier(**options)
+    if name == "gym":
+        from basis_jax.verify.gym import GymVerifier
+
+        return GymVerifier(**options)
     from basis_jax.verify.mathematics import MathVerifier
 
     return MathVerifier(mode="strict" if name == "math_strict" else "lenient", **options)

@@ -39,7 +39,13 @@ class MathVerifier(Verifier):
         self.mode = mode
         self.seconds = seconds
         workers = workers or min(os.cpu_count() or 1, 8)
-        self.pool = Pool(workers=workers, seconds=seconds, memory_mb=memory_mb)
+        self.pool = Pool(
+            kind="math",
+            package="math-verify, which is in the extra [llm]",
+            workers=workers,
+            seconds=seconds,
+            memory_mb=memory_mb,
+        )
         self.remembered: dict[tuple[str, str], Verdict] = {}
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:

@@ -71,11 +71,13 @@ class Worker:
 class Pool:
     """``run`` pairs of right answer and answer through up to ``workers`` processes.
 
-    ``seconds`` is wall-clock time for one pair, ``memory_mb`` what a worker may use beyond its own
-    code. One call at a time; a second thread waits.
+    ``kind`` is what grades them (``worker.KINDS``), ``package`` where that comes from. ``seconds``
+    is wall-clock time for one pair, ``memory_mb`` what a worker may use beyond its own code. One
+    call at a time; a second thread waits.
     """
 
-    def __init__(self, *, workers: int, seconds: float, memory_mb: int):
+    def __init__(self, *, kind: str, package: str, workers: int, seconds: float, memory_mb: int):
+        self.kind, self.package = kind, package
         self.size, self.seconds, self.memory_mb = workers, seconds, memory_mb
         self.workers: list[Worker] = []
         self.failed_starts = 0
@@ -113,7 +115,8 @@ class Pool:
         root = str(Path(__file__).parent.parent.parent)
         seconds, memory = str(int(self.seconds) + 1), str(self.memory_mb)
         # -P: a sympy.py in the working folder is not sympy
-        command = [sys.executable, "-P", "-m", "basis_jax.verify.worker", seconds, memory]
+        command = [sys.executable, "-P", "-m", "basis_jax.verify.worker"]
+        command += [self.kind, seconds, memory]
         return Worker(command, os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"})
 
     def _heard(self) -> list[tuple[Worker, bool]]:
@@ -147,8 +150,8 @@ class Pool:
         worker.ready, worker.job = True, None
         if self.failed_starts >= START_ATTEMPTS:
             raise RuntimeError(
-                f"no process to grade answers could start ({reply[1]}); the verifier 'math' needs "
-                "math-verify, which is in the extra [llm]"
+                f"no process to grade answers could start ({reply[1]}); the verifier "
+                f"{self.kind!r} needs {self.package}"
             )
 
     def _drop(self, worker: Worker) -> None:

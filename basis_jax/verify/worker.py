@@ -1,8 +1,8 @@
-"""The process that does the algebra: a line of JSON in, a line of JSON out, until its input ends.
+"""The process that grades: a line of JSON in, a line of JSON out, until its input ends.
 
-It is started with ``python -m basis_jax.verify.worker SECONDS MEGABYTES`` and expects to be killed
-from outside. What it reads was written by a model, so after start-up nothing in it can compile
-text, start a process, open a socket or a file, or take memory or time without end.
+It is started with ``python -m basis_jax.verify.worker KIND SECONDS MEGABYTES`` and expects to be
+killed from outside. What it reads was written by a model, so after start-up nothing in it can
+compile text, start a process, open a socket or a file, or take memory or time without end.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 
 REFUSED = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "urllib.", "pty.")
 HARMLESS = ("os.listdir", "os.scandir")
@@ -24,43 +25,77 @@ WARM_UP = (
 """What makes sympy load and make what it loads and makes late."""
 
 
+Judge = Callable[[str, str], list[str]]  # (gold, answer) -> [right, wrong or error; why]
+Kind = tuple[Judge, str]  # and the folder whose files it may read: "" for none
+
+
 def main() -> None:
     """Say ``["ready", ""]``, then to each job ``[gold, answer]`` right, wrong or error, and why."""
-    seconds, megabytes = int(sys.argv[1]), int(sys.argv[2])
+    kind, seconds, megabytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, who ends our input
     output = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # nothing else can write between the lines
     try:
-        import logging
-
-        from basis_jax.verify.compare import equivalent
-        from basis_jax.verify.symbolic import Unreadable, same_scalars
+        judge, readable = KINDS[kind]()
     except ImportError as error:
         print(json.dumps(["error", str(error)]), file=output, flush=True)
         return
-    logging.disable()
-    for pair in WARM_UP:
-        same_scalars(*pair)
-    refusals = confine(megabytes)
+    refusals = confine(megabytes, readable)
     print(json.dumps(["ready", ""]), file=output, flush=True)
     for line in sys.stdin:
         limit_cpu(seconds)
         refusals.clear()
         try:
-            right = equivalent(*json.loads(line), same_scalars)
-            reply = ["right", "equal"] if right else ["wrong", "differs"]
-        except Unreadable as error:
-            reply = ["error", str(error)]
-        except Exception as error:  # whatever algebra raises on hostile input is one row's matter
+            reply = judge(*json.loads(line))
+        except Exception as error:  # whatever it raises on hostile input is one row's matter
             reply = ["error", f"{type(error).__name__} in the comparison"]
-        if refusals and reply[0] == "wrong":  # math-verify catches every exception
+        if refusals and reply[0] == "wrong":  # math-verify and some scorers catch every exception
             reply = ["error", f"the comparison needed {refusals[0]}, which is refused"]
         print(json.dumps(reply), file=output, flush=True)
 
 
-def confine(megabytes: int) -> list[str]:
-    """No more memory than ``megabytes`` beyond the present, no files, nothing compiled or run.
-    What has been refused since is noted in the list returned."""
+def mathematics() -> Kind:
+    """Equivalence of mathematical answers, by math-verify and sympy."""
+    import logging
+
+    from basis_jax.verify.compare import equivalent
+    from basis_jax.verify.symbolic import Unreadable, same_scalars
+
+    logging.disable()
+    for pair in WARM_UP:
+        same_scalars(*pair)
+
+    def judge(gold, answer):
+        try:
+            right = equivalent(gold, answer, same_scalars)
+        except Unreadable as error:
+            return ["error", str(error)]
+        return ["right", "equal"] if right else ["wrong", "differs"]
+
+    return judge, ""
+
+
+def gym() -> Kind:
+    """The scorers of reasoning-gym, which read its word lists; the right answer is the whole
+    problem, as JSON."""
+    import reasoning_gym
+
+    def judge(gold, answer):
+        entry = json.loads(gold)
+        name = entry["metadata"]["source_dataset"]
+        score = reasoning_gym.get_score_answer_fn(name)(answer, entry)
+        return ["right" if score >= 1 else "wrong", f"scored {score:g}"]
+
+    return judge, os.path.join(os.path.dirname(reasoning_gym.__file__), "data")
+
+
+KINDS = {"math": mathematics, "gym": gym}
+
+
+def confine(megabytes: int, readable: str = "") -> list[str]:
+    """No more memory than ``megabytes`` beyond the present, no files but those in the folder
+    ``readable`` to read, nothing compiled or run. What has been refused since is noted in the list
+    returned."""
     if sys.platform == "linux":  # elsewhere address space is not counted so
         with open("/proc/self/statm") as file:
             present = int(file.read().split()[0]) * resource.getpagesize()
@@ -70,7 +105,7 @@ def confine(megabytes: int) -> list[str]:
     refusals: list[str] = []
 
     def hook(event: str, arguments: tuple) -> None:
-        if not is_allowed(event, arguments):
+        if not is_allowed(event, arguments, readable):
             refusals.append(event)
             raise PermissionError(f"a grading process does no {event}")
 
@@ -78,12 +113,15 @@ def confine(megabytes: int) -> list[str]:
     return refusals
 
 
-def is_allowed(event: str, arguments: tuple) -> bool:
+def is_allowed(event: str, arguments: tuple, readable: str) -> bool:
     """Audit events (PEP 578): sympy may import its modules late, and write itself functions that
     multiply monomials, whose text holds nothing of the answer; no more."""
     if event == "open":
         path, mode, _ = arguments
-        return isinstance(path, str) and path.endswith(MODULES) and mode in ("r", "rb", None)
+        known = isinstance(path, str) and path.endswith(MODULES)
+        if readable and isinstance(path, str | os.PathLike):
+            known = known or os.path.realpath(path).startswith(readable + os.sep)
+        return known and mode in ("r", "rb", None)
     if event == "compile":
         source, name = arguments
         head = source[:13] if isinstance(source, str | bytes) else None

@@ -1,0 +1,67 @@
+"""The verifier for problems of reasoning-gym (``tasks.gym``): their own scorers.
+
+A scorer is code written for trusted answers, and some compile them; so it runs in the confined
+worker processes that do the algebra of ``mathematics``, where that ends in an error.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+
+from basis_jax.verify import Verdict, Verifier
+from basis_jax.verify.extract import TAIL, extract_answer
+from basis_jax.verify.pool import Pool
+
+TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+
+
+class GymVerifier(Verifier):
+    """Right where the problem's scorer gives 1: partial credit is wrong.
+
+    The answer is what the last ``<answer>`` tags hold, else what a mark gives (``extract``), else
+    the whole completion. ``answers`` are the problems' entries as JSON. Limits as ``MathVerifier``.
+    """
+
+    def __init__(self, *, workers: int = 0, seconds: float = 5.0, memory_mb: int = 512):
+        self.pool = Pool(
+            kind="gym",
+            package="reasoning-gym, which is in the extra [tasks]",
+            workers=workers or min(os.cpu_count() or 1, 8),
+            seconds=seconds,
+            memory_mb=memory_mb,
+        )
+
+    def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        """A verdict for each completion; those alike for one problem are scored once."""
+        pairs = [(a, given(c)) for c, a in zip(completions, answers, strict=True)]
+        different = list(dict.fromkeys(pairs))
+        replies = dict(zip(different, self.pool.run(different), strict=True))
+        return [
+            Verdict(float(status == "right"), status != "error", reason)
+            for status, reason in (replies[pair] for pair in pairs)
+        ]
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+def check_scorer(path: str, answers: Sequence[str]) -> None:
+    """Raise ValueError unless the confined scorer finds the entries' own answers right."""
+    with GymVerifier(workers=1) as verifier:
+        right = [f"<answer>{json.loads(answer)['answer']}</answer>" for answer in answers]
+        wrong = [verdict for verdict in verifier.grade(right, answers) if not verdict.reward]
+    if wrong:
+        raise ValueError(
+            f"{path} cannot be graded: its scorer says of a right answer {wrong[0].reason!r}; "
+            "scorers that compile the answer, read files or need more than JSON holds are refused, "
+            "choose another task"
+        )
+
+
+def given(completion: str) -> str:
+    """The answer in a completion."""
+    tagged = TAGS.findall(completion[-TAIL:])
+    if tagged:
+        return tagged[-1].strip()
+    return extract_answer(completion, "lenient") or completion[-TAIL:].strip()
