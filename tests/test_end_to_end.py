@@ -1,4 +1,4 @@
-"""scripts/train.py as a user runs it: one process, killed and resumed, the flagship's own path."""
+"""scripts/train.py as a user runs it: one process, killed and resumed, and what it refuses."""
 
 import json
 import os
@@ -212,23 +212,6 @@ def test_another_config_in_the_same_run_folder_is_refused(reference_run, folder,
     assert refused.returncode != 0
     assert refused.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "optim.lr" in refused.stderr and "0.5" in refused.stderr
-
-
-@pytest.mark.slow
-def test_the_flagship_config_trains_on_a_local_folder_and_file(folder, problems, tmp_path):
-    """qwen_math's path, sizes aside: DAPO columns, chat template, math verifier, table first."""
-    table = tmp_path / "table.npz"
-    arguments = small(folder, problems, tmp_path / "run", **{"train.minibatch-rollouts": 4})
-    made = run("reference_stats.py", "qwen_math.py", *arguments, "--out", table)
-    assert made.returncode == 0, made.stderr
-    assert "graded rollouts" in made.stdout
-    done = run("train.py", "qwen_math.py", *arguments, "--estimator.table", table)
-    assert done.returncode == 0, done.stderr
-    rows = lines(tmp_path / "run" / "metrics.jsonl")
-    assert rows[-1]["step"] == 4 and not (tmp_path / "run" / "reference.npz").exists()
-    other = small(folder, problems, tmp_path / "b", **{"sampling.temperature": 0.5})
-    refused = run("train.py", "qwen_math.py", *other, "--estimator.table", table)
-    assert refused.returncode != 0 and "does not fit this run (temperature" in refused.stderr
 
 
 def refusal(monkeypatch, *arguments):

@@ -1,0 +1,153 @@
+"""The rehearsal of configs/qwen_math.py: everything but its size, on a model that boxes digits."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from test_end_to_end import ROOT, command, environment, lines, run
+
+from basis_jax import hf, model
+
+SUFFIX = "\nPlease reason step by step, and put your final answer in \\boxed{}."
+ANSWERS = "7770123456"  # of the problems: 7 is the best guess
+WRAPPER = (
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+    '{problem}\n\nRemember to put your answer on its own line after "Answer:".'
+)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def dapo(tmp_path_factory):
+    """520 problems in the columns of DAPO-Math-17K, every one of them three times."""
+    rng = random.Random(0)
+    rows = []
+    for i in range(520):
+        a, b = rng.randrange(2, 99), rng.randrange(2, 99)
+        problem = rf"find no. {i} of $\frac{{{a}}}{{{b}}}$ mod 9"
+        rows.append(
+            {
+                "data_source": "math_dapo",
+                "prompt": [{"role": "user", "content": WRAPPER.format(problem=problem)}],
+                "ability": "MATH",
+                "reward_model": {"ground_truth": rng.choice(ANSWERS), "style": "rule"},
+                "extra_info": {"index": str(i)},
+            }
+        )
+    return write(tmp_path_factory.mktemp("data") / "dapo.jsonl", rows * 3)
+
+
+@pytest.fixture(scope="module")
+def benchmarks(tmp_path_factory):
+    """Stand-ins for two of the sets, under their names and in their columns."""
+    path = tmp_path_factory.mktemp("benchmarks")
+    aime = [{"problem": f"what is {i} mod 9?", "answer": str(i % 9)} for i in range(30)]
+    write(path / "AIME24.jsonl", aime)
+    rows = [{"problem": f"what is $x^{i}$?", "answer": ANSWERS[i % 10]} for i in range(40)]
+    write(path / "MATH-500.jsonl", rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Qwen3 that has learnt to say \\boxed{d}, any digit, and to end."""
+    path = tiny.write_folder(tmp_path_factory.mktemp("models") / "tiny")
+    config, tokenizer = hf.model_config(path), hf.load_tokenizer(path)
+    rng = random.Random(0)
+    asked = [rf"find no. {i} of $\frac{{{i}}}{{{i + 7}}}$ mod 9" for i in range(2, 90, 3)]
+    asked += ["what is $x^{7}$?", "what is 12 mod 9?"]
+    chats = [[{"role": "user", "content": text + SUFFIX}] for text in asked]
+    prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    texts = [p + rf"\boxed{{{rng.randrange(10)}}}</s>" for p in prompts]
+    rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    spoken = np.zeros(tokens.shape, np.float32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        spoken[i, len(row) - len(r"\boxed{7}") - 1 : len(row)] = 1
+    params = hf.load_params(path, config)
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def teach(params):
+        def loss(params):
+            logprobs, _ = model.token_logprobs(params, config, jnp.asarray(tokens))
+            return -jnp.sum(spoken * logprobs) / spoken.sum()
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), length=150)[0][0]
+
+    with jax.numpy_dtype_promotion("standard"):  # which optax.adam counts on
+        params = teach(params)
+    hf.save_params(params, config, path, source=path, overwrite=True)
+    return path
+
+
+@pytest.mark.slow
+def test_the_flagship_from_the_table_to_the_export(folder, dapo, benchmarks, tmp_path):
+    """Table, six steps of two updates with evaluation in between, kill -9, resume, export."""
+    run_dir, table, exported = tmp_path / "run", tmp_path / "table.npz", tmp_path / "hf"
+    given = [
+        *("--model.path", folder, "--data.path", dapo, "--run-dir", run_dir),
+        *("--eval.folder", benchmarks, "--eval.sets", "MATH-500", "AIME24", "--eval.every", 2),
+        *("--data.max-prompt-tokens", 200, "--sampling.max-new-tokens", 14),
+        *("--estimator.table-samples", 4, "--optim.lr", 3e-3, "--checkpoint.every", 2),
+        *("--train.steps", 6, "--train.prompts-per-step", 64, "--train.sample-rollouts", 64),
+        *("--train.minibatch-rollouts", 32, "--train.microbatch-rollouts", 16),
+    ]
+    made = run("reference_stats.py", "qwen_math.py", *given, "--out", table)
+    assert made.returncode == 0, made.stderr
+    assert "training problems: 1560 read, 1040 duplicate, 520 used" in made.stdout
+    given += ["--estimator.table", table]
+    other = run("train.py", "qwen_math.py", *given, "--sampling.temperature", 0.5)
+    assert other.returncode != 0 and "does not fit this run (temperature" in other.stderr
+    metrics = run_dir / "metrics.jsonl"
+    process = subprocess.Popen(
+        command("train.py", "qwen_math.py", *given),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    while process.poll() is None and not (metrics.exists() and len(lines(metrics)) > 3):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = run("train.py", "qwen_math.py", *given)
+    assert done.returncode == 0, done.stderr
+    assert "step 6/6" in done.stdout and "step 1/6" not in done.stdout  # resumed
+    rows = lines(metrics)
+    assert [row["step"] for row in rows] == list(range(7))
+    assert not (run_dir / "reference.npz").exists()
+    assert 0.05 < rows[1]["reward/mean"] < 0.3  # one digit in ten, 7 in three
+    assert all(row["reward/invalid"] == 0 and row["estimate/beta"] > 0 for row in rows[1:])
+    assert rows[-1]["reward/mean"] > rows[1]["reward/mean"]
+    for row in rows[::2]:
+        assert all(f"eval/{name}/accuracy" in row for name in ("MATH-500", "AIME24"))
+    samples = lines(run_dir / "samples.jsonl")
+    assert any(r"\boxed{7}" in sample["completion"] for sample in samples)
+    script = [str(ROOT / "scripts" / "convert.py"), "run", str(run_dir), "--to", str(exported)]
+    subprocess.run([command("x", "y")[0], *script], check=True, env=environment())
+    again = run(
+        "evaluate.py", "qwen_math.py", *given, "--model.path", exported, "--out", tmp_path / "eval"
+    )
+    assert again.returncode == 0, again.stderr
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    for name, of_set in results["sets"].items():
+        assert of_set["metrics"]["avg@1"]["value"] == rows[-1][f"eval/{name}/accuracy"]
