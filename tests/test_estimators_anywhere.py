@@ -1,5 +1,7 @@
 """Every estimator of the registry under jit, under vmap over seeds, with its rows over devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,3 +76,28 @@ def test_vmap_over_seeds_and_rows_over_devices_change_nothing(name):
         run(successes, trials, split),
         alone[0],
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(estimators.ESTIMATORS))
+def test_a_step_without_a_valid_row_teaches_and_changes_nothing(name):
+    """Advantages and values 0, every number finite; of the state only the clock may go on."""
+    successes, trials, (signals, _) = one_seed(name, 0)
+    none = dataclasses.replace(
+        signals,
+        rewards=jnp.full(ROWS, jnp.nan, jnp.float32),
+        valid=jnp.zeros(ROWS, bool),
+    )
+    estimator = make(name)
+    state = estimator.init(successes, trials)
+    after, estimate = jax.jit(estimator.update)(state, none)
+    assert not np.any(estimate.advantages) and not np.any(estimate.values)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((after, estimate.info)))
+    if name != "value_filter":  # whose uncertainty grows with the clock
+        for path, old in jax.tree.leaves_with_path(state):
+            if "step" not in jax.tree_util.keystr(path):
+                new = dict(jax.tree.leaves_with_path(after))[path]
+                np.testing.assert_array_equal(new, old, err_msg=jax.tree_util.keystr(path))
+    else:
+        np.testing.assert_allclose(after.own_mean, state.own_mean)
+        np.testing.assert_allclose(after.mean, state.mean, atol=1e-6)

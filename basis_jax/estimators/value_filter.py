@@ -15,8 +15,9 @@ all problems at once. A step reads the values *before* its rewards enter:
    is exactly independent of reward i;
 3. update u_i by its reward under that same w (assumed-density step), and w on all rows.
 
-Rewards in [low, high] enter as y = (r - low) / (high - low) through the quasi-likelihood
-y log p + (1 - y) log(1 - p). O(N d^2) a step, four numbers a problem besides its features.
+Rewards in [low, high] enter as y = (r - low) / (high - low), clipped into [0, 1] (only y: A keeps
+the reward), through the quasi-likelihood y log p + (1 - y) log(1 - p). O(N d^2) a step, four
+numbers a problem besides its features.
 """
 
 import dataclasses
@@ -202,7 +203,7 @@ def value_filter_update(
     ids = signals.problem_ids
     idle = (state.step - state.last[ids]).astype(jnp.float32)
     rows = Rows(
-        y=jnp.where(valid, (rewards - low) / (high - low), 0.5),
+        y=jnp.where(valid, jnp.clip((rewards - low) / (high - low), 0, 1), 0.5),
         phi=jnp.concatenate([jnp.ones((ids.size, 1)), state.features[ids]], 1),
         own_mean=state.own_mean[ids],
         own_variance=state.own_variance[ids] + own_drift * idle,
