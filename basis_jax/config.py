@@ -126,7 +126,7 @@ class TrainSection:
     microbatch_rollouts: int = 64
     """Rollouts per forward and backward pass; gradients are summed over microbatches."""
     sample_rollouts: int = 512
-    """Rollouts decoded at once (rounded down to what a step has)."""
+    """Rollouts decoded at once; where there are more, they take the places of those that end."""
     log_samples: int = 8
     """Completions written to samples.jsonl each step."""
 

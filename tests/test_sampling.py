@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from basis_jax import model
+from basis_jax import sampling as sampler
 from basis_jax.config import SamplingSection
 from basis_jax.masked import completion_mask
 from basis_jax.sampling import check_trainable, row_keys, sample, sample_rows, truncate
@@ -130,6 +131,33 @@ def test_draws_do_not_depend_on_order_batch_split_or_devices():
                 rows_at_once=rows_at_once,
             )
         assert completions(rollouts) == expected
+
+
+@pytest.mark.parametrize(("size", "tensor"), [(3, 1), (40, 1), (32, 2)])
+def test_refilled_slots_give_the_rollouts_of_one_batch(size, tensor):
+    """150 rows of 1 to 90 tokens, mean 16: the slots are refilled, then halved (40 -> 20)."""
+    prompts, limit = tiny.prompts(rows=150, width=40), SamplingSection(max_new_tokens=90)
+    expected = run(prompts, sampling=limit)
+    lengths = np.asarray(expected.completion_lengths)
+    assert lengths.max() > 4 * lengths.mean() and not expected.terminated.all()
+    mesh = make_mesh(data=1, fsdp=tensor, tensor=tensor, devices=jax.devices()[: tensor**2])
+    before = (sampler.admit._cache_size(), sampler.advance._cache_size())
+    with jax.set_mesh(mesh):
+        rollouts = sample_rows(
+            jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY))),
+            tiny.TINY,
+            prompts,
+            sampling=limit,
+            eos_ids=(1, 2),
+            keys=keys_for(prompts),
+            mesh=mesh,
+            rows_at_once=size,
+        )
+    for name in ("tokens", "prompt_lengths", "completion_lengths", "terminated", "problem_ids"):
+        np.testing.assert_array_equal(getattr(rollouts, name), getattr(expected, name))
+    np.testing.assert_allclose(rollouts.sampler_logprobs, expected.sampler_logprobs, atol=1e-5)
+    assert sampler.admit._cache_size() - before[0] <= 12
+    assert sampler.advance._cache_size() - before[1] <= 6  # room 64, 128, all; slots and half
 
 
 def test_rows_end_with_their_first_eos_or_at_the_limit():
