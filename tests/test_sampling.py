@@ -135,11 +135,11 @@ def test_draws_do_not_depend_on_order_batch_split_or_devices():
 
 @pytest.mark.parametrize(("size", "tensor"), [(3, 1), (40, 1), (32, 2)])
 def test_refilled_slots_give_the_rollouts_of_one_batch(size, tensor):
-    """150 rows of 1 to 90 tokens, mean 16: the slots are refilled, then halved (40 -> 20)."""
-    prompts, limit = tiny.prompts(rows=150, width=40), SamplingSection(max_new_tokens=90)
+    """150 rows of 1 to 60 tokens, mean 16: the slots are refilled, then halved (40 -> 20)."""
+    prompts, limit = tiny.prompts(rows=150, width=40), SamplingSection(max_new_tokens=60)
     expected = run(prompts, sampling=limit)
     lengths = np.asarray(expected.completion_lengths)
-    assert lengths.max() > 4 * lengths.mean() and not expected.terminated.all()
+    assert lengths.max() > 3 * lengths.mean() and not expected.terminated.all()
     mesh = make_mesh(data=1, fsdp=tensor, tensor=tensor, devices=jax.devices()[: tensor**2])
     before = (sampler.admit._cache_size(), sampler.advance._cache_size())
     with jax.set_mesh(mesh):
