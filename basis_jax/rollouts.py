@@ -13,7 +13,8 @@ from jaxtyping import PyTree
 from basis_jax.config import SamplingSection
 from basis_jax.data import EncodedProblems
 from basis_jax.model import ModelConfig
-from basis_jax.sampling import row_keys, sample_rows
+from basis_jax.refill import sample_rows
+from basis_jax.sampling import row_keys
 from basis_jax.types import Prompts, Rollouts
 
 

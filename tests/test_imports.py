@@ -16,7 +16,7 @@ LAYERS = (
     {"pytree", "types", "masked"},
     {"estimators", "losses", "config"},
     {"sharding", "model", "weights", "hf", "gguf", "data", "scores", "verify", "tasks"},
-    {"config_check", "sampling", "rollouts", "prompt_features", "checkpoint", "trained"},
+    {"config_check", "sampling", "refill", "rollouts", "prompt_features", "checkpoint", "trained"},
     {
         "train",
         "reference_table",
@@ -37,7 +37,8 @@ BESIDE = {
     "hf": {"sharding", "model", "weights"},
     "gguf": {"weights"},
     "data": {"tasks", "verify"},
-    "rollouts": {"sampling"},
+    "refill": {"sampling"},
+    "rollouts": {"sampling", "refill"},
     "session": {"reference_table"},
     "evaluate": {"session"},
     "completions": {"evaluate"},

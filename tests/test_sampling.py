@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from basis_jax import model
-from basis_jax import sampling as sampler
+from basis_jax import model, refill
 from basis_jax.config import SamplingSection
 from basis_jax.masked import completion_mask
-from basis_jax.sampling import check_trainable, row_keys, sample, sample_rows, truncate
+from basis_jax.refill import sample_rows
+from basis_jax.sampling import check_trainable, row_keys, sample, truncate
 from basis_jax.sharding import make_mesh, named_tree
 
 SAMPLING = SamplingSection(max_new_tokens=9)
@@ -141,7 +141,7 @@ def test_refilled_slots_give_the_rollouts_of_one_batch(size, tensor):
     lengths = np.asarray(expected.completion_lengths)
     assert lengths.max() > 3 * lengths.mean() and not expected.terminated.all()
     mesh = make_mesh(data=1, fsdp=tensor, tensor=tensor, devices=jax.devices()[: tensor**2])
-    before = (sampler.admit._cache_size(), sampler.advance._cache_size())
+    before = (refill.admit._cache_size(), refill.advance._cache_size())
     with jax.set_mesh(mesh):
         rollouts = sample_rows(
             jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY))),
@@ -156,8 +156,8 @@ def test_refilled_slots_give_the_rollouts_of_one_batch(size, tensor):
     for name in ("tokens", "prompt_lengths", "completion_lengths", "terminated", "problem_ids"):
         np.testing.assert_array_equal(getattr(rollouts, name), getattr(expected, name))
     np.testing.assert_allclose(rollouts.sampler_logprobs, expected.sampler_logprobs, atol=1e-5)
-    assert sampler.admit._cache_size() - before[0] <= 12
-    assert sampler.advance._cache_size() - before[1] <= 6  # room 64, 128, all; slots and half
+    assert refill.admit._cache_size() - before[0] <= 12
+    assert refill.advance._cache_size() - before[1] <= 6  # room 64, 128, all; slots and half
 
 
 def test_rows_end_with_their_first_eos_or_at_the_limit():

@@ -1,0 +1,184 @@
+"""Tokens a second of the sampler, beside transformers' generate on the same model and prompts.
+
+    python scripts/bench_sampling.py --model models/smollm2
+    python scripts/bench_sampling.py --model FOLDER --rows 256 --slots 64 --new 256 --stop . , the
+
+Two settings. ``equal``: nothing stops, every row gets ``--new`` tokens, all rows in one batch.
+``mixed``: a row ends at the first of the ``--stop`` tokens, so lengths differ widely; ``--rows``
+prompts go through ``--slots`` slots at a time, refilled as rows end (ours) or batch after batch
+(ours without refilling; transformers, which knows no other way). Median of ``--repeats`` runs in
+turn, the first call of each apart (compilation). Random prompts, float32. Without torch ours alone.
+"""
+
+import argparse
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from basis_jax import command_line, hf
+from basis_jax.config import SamplingSection
+from basis_jax.records import provenance
+from basis_jax.refill import sample_rows
+from basis_jax.sampling import row_keys
+from basis_jax.sharding import make_mesh
+from basis_jax.types import Prompts
+
+
+def main() -> None:
+    given = parse()
+    folder = hf.resolve_folder(given.model)
+    tokenizer = hf.load_tokenizer(folder)
+    stop = tuple(tokenizer.encode(s, add_special_tokens=False)[0] for s in given.stop)
+    settings = [("equal", n, n, (tokenizer.vocab_size + 10**6,)) for n in given.equal]
+    settings.append(("mixed", given.rows, given.slots, stop))
+    ours, theirs = our_sampler(folder, given), transformers_sampler(folder, given)
+    rows = []
+    for name, count, slots, eos_ids in settings:
+        prompts = random_prompts(count, given.prompt, tokenizer.vocab_size)
+        samplers = {"ours": partial(ours, prompts, slots, eos_ids)}
+        if count > slots:
+            samplers["ours, not refilled"] = partial(by_batches, ours, prompts, slots, eos_ids)
+        if theirs is not None:
+            samplers["transformers"] = partial(by_batches, theirs, prompts, slots, eos_ids)
+        rows += measure(name, count, slots, samplers, given.repeats)
+    print_table(rows)
+    if given.out:
+        about = {"model": str(given.model), "device": str(jax.devices()[0])}
+        about |= {"cores": os.cpu_count(), **vars(given), **provenance()}
+        Path(given.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+        print(given.out)
+
+
+def parse() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--model", default="embedded:quickstart", metavar="FOLDER")
+    parser.add_argument("--equal", type=int, nargs="*", default=[16, 64], metavar="ROWS")
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=64, help="most tokens of a completion")
+    parser.add_argument("--stop", nargs="+", default=["."], help="each stands for its first token")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", metavar="FILE.json")
+    given = parser.parse_args()
+    if min(given.repeats, given.new, given.prompt, given.slots, *given.equal) < 1:
+        raise SystemExit("error: every number of bench_sampling.py is 1 or more")
+    return given
+
+
+def random_prompts(rows: int, width: int, vocabulary: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, vocabulary, (rows, width)).astype(np.int32)
+
+
+def our_sampler(folder: Path, given):
+    config = hf.model_config(folder)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    params = hf.load_params(folder, config, mesh)
+    sampling = SamplingSection(max_new_tokens=given.new)
+
+    def run(tokens, slots, eos_ids) -> np.ndarray:
+        ids = np.arange(len(tokens), dtype=np.int32)
+        lengths = np.full(len(tokens), tokens.shape[1], np.int32)
+        with jax.set_mesh(mesh):
+            rollouts = sample_rows(
+                params,
+                config,
+                Prompts(tokens=tokens, lengths=lengths, problem_ids=ids),
+                sampling=sampling,
+                eos_ids=eos_ids,
+                keys=row_keys(
+                    0, "train", 0, problem_ids=jnp.asarray(ids), samples=jnp.asarray(ids)
+                ),
+                mesh=mesh,
+                rows_at_once=slots,
+            )
+        return rollouts.completion_lengths
+
+    return run
+
+
+def transformers_sampler(folder: Path, given):
+    try:
+        import torch
+    except ImportError:
+        return None
+    import transformers
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def run(tokens, slots, eos_ids) -> np.ndarray:
+        stops = [i for i in eos_ids if i < loaded.config.vocab_size]
+        with torch.inference_mode():
+            made = loaded.generate(
+                torch.tensor(tokens.astype(np.int64)),
+                attention_mask=torch.ones(tokens.shape, dtype=torch.int64),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=given.new,
+                eos_token_id=stops or -1,
+                pad_token_id=0,
+            )[:, tokens.shape[1] :].numpy()
+        ended = np.isin(made, stops)
+        first = np.where(ended.any(1), ended.argmax(1) + 1, made.shape[1])
+        return first
+
+    return run
+
+
+def by_batches(sampler, tokens, slots, eos_ids) -> np.ndarray:
+    parts = [tokens[i : i + slots] for i in range(0, len(tokens), slots)]
+    return np.concatenate([sampler(part, slots, eos_ids) for part in parts])
+
+
+def measure(setting: str, count: int, slots: int, samplers: dict, repeats: int) -> list[dict]:
+    """One row a sampler; they take turns, so that a slow minute of the machine hits all."""
+    first, rates, lengths = {}, {name: [] for name in samplers}, {}
+    for name, sampler in samplers.items():
+        started = time.perf_counter()
+        sampler()
+        first[name] = time.perf_counter() - started
+    for _ in range(repeats):
+        for name, sampler in samplers.items():
+            started = time.perf_counter()
+            lengths[name] = sampler()
+            rates[name].append(float(lengths[name].sum()) / (time.perf_counter() - started))
+    return [
+        {
+            "setting": setting,
+            "rows": count,
+            "slots": slots,
+            "sampler": name,
+            "tokens_per_s": float(np.median(rates[name])),
+            "all": rates[name],
+            "first_call_s": first[name],
+            "length_mean": float(lengths[name].mean()),
+            "length_max": int(lengths[name].max()),
+        }
+        for name in samplers
+    ]
+
+
+def print_table(rows: list[dict]) -> None:
+    print(f"{'':8}{'rows':>6}{'slots':>6}  {'sampler':20}{'tokens/s':>10}{'ratio':>7}  lengths")
+    for row in rows:
+        same = [r for r in rows if (r["setting"], r["rows"]) == (row["setting"], row["rows"])]
+        ratio = row["tokens_per_s"] / same[-1]["tokens_per_s"]
+        print(
+            f"{row['setting']:8}{row['rows']:6}{row['slots']:6}  {row['sampler']:20}"
+            f"{row['tokens_per_s']:10.0f}{ratio:7.2f}  mean {row['length_mean']:.1f}, longest "
+            f"{row['length_max']}; first call {row['first_call_s']:.1f} s"
+        )
+
+
+if __name__ == "__main__":
+    command_line.run(main)
