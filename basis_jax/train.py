@@ -19,7 +19,7 @@ from basis_jax.masked import completion_mask, masked_max, masked_sum
 from basis_jax.model import ModelConfig
 from basis_jax.rollouts import Graded
 from basis_jax.sharding import constrain, named_tree, put_rows
-from basis_jax.types import Batch, Estimate, Signals, TrainState
+from basis_jax.types import Batch, Estimate, Rollouts, Signals, TrainState
 
 
 def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTransformation:
@@ -140,16 +140,15 @@ def make_batches(
     the KL term of ``loss.kl_coef`` refers to.
     """
     rollouts, rows = graded.rollouts, config.train.minibatch_rollouts
+    width = batch_width(rollouts)
     mask = completion_mask(
-        jnp.asarray(rollouts.prompt_lengths),
-        jnp.asarray(rollouts.completion_lengths),
-        rollouts.tokens.shape[1],
+        jnp.asarray(rollouts.prompt_lengths), jnp.asarray(rollouts.completion_lengths), width
     )
     mask = mask & jnp.asarray(graded.valid)[:, None]
     batches = []
     for start in range(0, len(graded.valid), rows):
         part = slice(start, start + rows)
-        tokens = put_rows(mesh, rollouts.tokens[part])
+        tokens = put_rows(mesh, rollouts.tokens[part, :width])
         weights = loss_weights(
             mask[part], config.loss.aggregation, max_length=config.sampling.max_new_tokens
         )
@@ -159,11 +158,18 @@ def make_batches(
             loss_weights=weights,
             advantages=estimate.advantages[part],
             old_logprobs=score(params, tokens) if updates_per_step(config) > 1 else None,
-            sampler_logprobs=rollouts.sampler_logprobs[part],
+            sampler_logprobs=rollouts.sampler_logprobs[part, :width],
             ref_logprobs=None if reference is None else score(reference, tokens),
         )
         batches.append(put_rows(mesh, batch))
     return batches
+
+
+def batch_width(rollouts: Rollouts) -> int:
+    """Positions that a step's update runs over: those of its longest row, rounded up to a power of
+    two (64 or more), so that few programs are compiled; at most all that there is room for."""
+    longest = int(np.max(rollouts.prompt_lengths + rollouts.completion_lengths))
+    return min(rollouts.tokens.shape[1], max(64, 1 << (longest - 1).bit_length()))
 
 
 def finish_step(state: TrainState, estimator_state: PyTree) -> TrainState:

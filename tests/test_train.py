@@ -15,6 +15,7 @@ from basis_jax.config_check import check
 from basis_jax.rollouts import Graded
 from basis_jax.sharding import make_mesh, named_tree
 from basis_jax.train import (
+    batch_width,
     make_batches,
     make_estimate,
     make_optimizer,
@@ -132,6 +133,24 @@ def test_the_gradient_is_that_of_the_weighted_sum(whole):
     expected = jax.tree.map(jnp.subtract, tiny.params(), gradient)
     assert_same(whole[0], expected)
     assert optax.tree.norm(gradient) > 0.1
+
+
+def test_positions_that_no_row_reached_are_left_out_and_change_nothing(whole):
+    data = graded()
+    wide = {
+        name: np.pad(getattr(data.rollouts, name), ((0, 0), (0, 289)))
+        for name in ("tokens", "sampler_logprobs")
+    }
+    rollouts = dataclasses.replace(data.rollouts, **wide)
+    assert rollouts.tokens.shape[1] == 300 and batch_width(rollouts) == 64
+    assert batch_width(data.rollouts) == 11
+    longer = dataclasses.replace(rollouts, prompt_lengths=rollouts.prompt_lengths + 60)
+    assert batch_width(longer) == 128
+    params, metrics = one_update(data=dataclasses.replace(data, rollouts=rollouts))
+    assert_same(params, whole[0])
+    assert metrics.keys() == whole[1].keys()
+    for name, value in metrics.items():
+        assert value == pytest.approx(whole[1][name], abs=1e-5), name
 
 
 @pytest.mark.parametrize("microbatch", [2, 4])
