@@ -19,9 +19,10 @@ from jaxtyping import PyTree
 from basis_jax import scores, weights
 from basis_jax.data import EncodedProblems
 from basis_jax.evaluate import Evaluation, complete, sha256
-from basis_jax.rollouts import Graded
+from basis_jax.rollouts import ROUNDS, Graded
 from basis_jax.verify.compare import simplify, unwrapped, without_name
 from basis_jax.verify.extract import extract_answer
+from basis_jax.verify.gym import given
 from basis_jax.verify.mathematics import unfit
 from basis_jax.verify.notation import canonical, number
 
@@ -75,7 +76,7 @@ def chunks(params, evaluation, name, problems, done, report) -> Iterator[tuple[i
     ``done`` rollouts. Batches have one shape: the last is filled up with its first rollout."""
     samples = evaluation.config.eval.samples
     total = len(problems.problems) * samples
-    size = min(evaluation.setting.rows_at_once, total)
+    size = min(ROUNDS * evaluation.setting.rows_at_once, total)
     reported = time.monotonic()
     for start in range(0, total, size):
         count = min(size, total - start)
@@ -132,17 +133,19 @@ def extracted(completion: str, verifier: str) -> str | None:
     """The answer that the verifier finds in a completion; None where it finds none."""
     if verifier == "exact":
         return completion.strip() or None
+    if verifier == "gym":
+        return given(completion) or None
     return extract_answer(completion, "strict" if verifier == "math_strict" else "lenient")
 
 
 def vote(answer: str | None, verifier: str) -> str | None:
     """What an answer counts for in a majority: answers with the same normalised text agree.
 
-    ``exact``: the text. Mathematics: canonical notation without the name of what is computed, plain
-    numbers as exact fractions, so 0.5, 1/2 and x = \\frac12 agree. No algebra is done, and the
-    right answer is not looked at.
+    ``exact`` and ``gym``: the text. Mathematics: canonical notation without the name of what is
+    computed, plain numbers as exact fractions, so 0.5, 1/2 and x = \\frac12 agree. No algebra is
+    done, and the right answer is not looked at.
     """
-    if answer is None or verifier == "exact" or unfit(answer):
+    if answer is None or verifier in ("exact", "gym") or unfit(answer):
         return answer
     text = without_name(simplify(canonical(answer)))
     value = number(text)

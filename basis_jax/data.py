@@ -19,7 +19,7 @@ from basis_jax.verify.gym import check_scorer
 
 TRIED = 3  # problems of reasoning-gym whose scorer is tried before a run
 FORMATS = ("chat", "text")
-OVERLAP = 13  # words, as GPT-3's check of its benchmarks (arXiv 2005.14165, appendix C)
+OVERLAP, COMMON = 13, 10  # as GPT-3's check of its benchmarks (arXiv 2005.14165, appendix C)
 WORD = re.compile(r"[^\W_]+")
 LAYOUTS = (
     ("problem", "answer"),  # MATH-500, DeepScaleR, AIME
@@ -309,23 +309,28 @@ def encode_prompts(
 
 def overlapping(
     held_out: Sequence[Problem], training: Sequence[Problem]
-) -> list[tuple[Problem, Problem]]:
-    """Held-out problems with the first training problem that shares ``OVERLAP`` words in a row.
+) -> list[tuple[Problem, Problem, str]]:
+    """Held-out problems with the first training problem that shares ``OVERLAP`` words in a row, and
+    those words; runs of words in more than ``COMMON`` training problems are a template's.
 
     Words are runs of letters and digits, in lower case; a text of fewer must be equal, case and
-    spaces aside. Memory goes with the held-out side, time with the training side: a minute or two
-    a million.
+    spaces aside. Memory goes with the held-out side, time with both: a minute or two for a million
+    training problems.
     """
-    owners: dict[tuple[str, ...], list[int]] = {}
-    for i, problem in enumerate(held_out):
-        for run in word_runs(problem):
-            owners.setdefault(run, []).append(i)
-    found: dict[int, Problem] = {}
+    runs = [word_runs(problem) for problem in held_out]
+    wanted = set().union(*runs)
+    counts: dict[tuple[str, ...], int] = {}
+    first: dict[tuple[str, ...], Problem] = {}
     for problem in training:
-        for run in word_runs(problem):
-            for i in owners.get(run, ()):
-                found.setdefault(i, problem)
-    return [(held_out[i], found[i]) for i in sorted(found)]
+        for run in word_runs(problem) & wanted:
+            counts[run] = counts.get(run, 0) + 1
+            first.setdefault(run, problem)
+    found = []
+    for problem, own in zip(held_out, runs, strict=True):
+        shared = sorted(run for run in own if 0 < counts.get(run, 0) <= COMMON)
+        if shared:
+            found.append((problem, first[shared[0]], " ".join(shared[0])))
+    return found
 
 
 def word_runs(problem: Problem) -> set[tuple[str, ...]]:

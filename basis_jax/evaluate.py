@@ -206,6 +206,7 @@ def verifier_version(name: str) -> dict[str, str]:
     digest = hashlib.sha256()
     for path in sorted(Path(verify.__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    packages = () if name == "exact" else ("math-verify", "latex2sympy2-extended", "sympy")
+    mathematics = ("math-verify", "latex2sympy2-extended", "sympy")
+    packages = {"exact": (), "gym": ("reasoning-gym",)}.get(name, mathematics)
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {"name": name, "source_sha256": digest.hexdigest(), **versions}

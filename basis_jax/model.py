@@ -53,6 +53,9 @@ class ModelConfig:
     remat: bool = False
 
 
+CACHE_AXES = ("layers", "batch", "time", "kv_heads", "head_dim")
+
+
 @pytree
 class Cache:
     """Keys and values by layer. Slot s of a row holds its token at position s."""
@@ -270,8 +273,7 @@ def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
     """An empty cache of ``length`` slots a row, in the compute dtype."""
     shape = (config.layers, rows, length, config.kv_heads, config.head_dim)
     zeros = jnp.zeros(shape, config.compute_dtype)
-    axes = ("layers", "batch", "time", "kv_heads", "head_dim")
-    return Cache(keys=constrain(zeros, axes), values=constrain(zeros, axes))
+    return Cache(keys=constrain(zeros, CACHE_AXES), values=constrain(zeros, CACHE_AXES))
 
 
 def forward(

@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 from basis_jax.config import SamplingSection
 from basis_jax.data import EncodedProblems
 from basis_jax.prompt_features import prompt_features
-from basis_jax.rollouts import Setting, roll_out
+from basis_jax.rollouts import ROUNDS, Setting, roll_out
 
 SAVE_EVERY_S = 10.0
 
@@ -166,7 +166,7 @@ def build(
     saved = time.monotonic()
     while table.position < size * samples:
         units = np.arange(
-            table.position, min(table.position + setting.rows_at_once, size * samples)
+            table.position, min(table.position + ROUNDS * setting.rows_at_once, size * samples)
         )
         table = counted(params, setting, problems, table, sampling=sampling, units=units)
         done = table.position == size * samples

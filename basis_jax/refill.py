@@ -18,11 +18,12 @@ from basis_jax import model
 from basis_jax.config import SamplingSection
 from basis_jax.model import ModelConfig
 from basis_jax.sampling import Slots, decode, prefill, sample
-from basis_jax.sharding import batch_shards, put_rows
+from basis_jax.sharding import batch_shards, constrain, put_rows
 from basis_jax.types import Prompts, Rollouts
 
 LEAST = 16  # slots after halving, and prompt positions
 ROOM = 64  # least cache positions that a call decodes over
+WORTH_IT = 32  # tokens: below, compiling costs more than rows that wait for the longest
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "length"))
@@ -93,10 +94,12 @@ def advance(
 
 @jax.jit
 def chosen(slots: Slots, index: Int[Array, " K"]) -> Slots:
-    """The slots of these numbers."""
+    """The slots of these numbers, split over the mesh as the others were."""
 
     def take(path, x):
-        return x[:, index] if path[0].name == "cache" else x[index]
+        if path[0].name == "cache":
+            return constrain(x[:, index], model.CACHE_AXES)
+        return constrain(x[index], ("batch",) + (None,) * (x.ndim - 1))
 
     return jax.tree.map_with_path(take, slots)
 
@@ -114,13 +117,14 @@ def sample_rows(
 ) -> Rollouts:
     """A completion for any number of prompts, as host arrays.
 
-    Up to ``rows_at_once`` rows (rounded up to the batch's devices) are one call of ``sample``; more
-    are decoded in that many slots, refilled as rows end. The draws do not depend on it.
+    Up to ``rows_at_once`` rows (rounded up to the batch's devices) are one call of ``sample``. More
+    are decoded in that many slots, refilled as rows end, or call after call where completions are
+    shorter than ``WORTH_IT`` tokens. The draws do not depend on it.
     """
     rows = prompts.tokens.shape[0]
     shards = batch_shards(mesh)
     size = -(-min(rows_at_once, rows) // shards) * shards
-    if rows > size:
+    if rows > size and sampling.max_new_tokens >= WORTH_IT:
         return refill(
             params,
             config,
@@ -131,10 +135,14 @@ def sample_rows(
             mesh=mesh,
             size=size,
         )
-    index = np.arange(size) % rows  # the last rows are copies
-    part = put_rows(mesh, jax.tree.map(lambda x: np.asarray(x)[index], prompts))
-    part = sample(params, config, part, sampling=sampling, eos_ids=eos_ids, keys=keys[index])
-    return jax.tree.map(lambda x: x[:rows], jax.device_get(part))
+    parts = []
+    for start in range(0, rows, size):
+        index = np.arange(start, start + size)
+        index = np.where(index < rows, index, start)  # one shape: the last call has copies
+        part = put_rows(mesh, jax.tree.map(lambda x, i=index: np.asarray(x)[i], prompts))
+        part = sample(params, config, part, sampling=sampling, eos_ids=eos_ids, keys=keys[index])
+        parts.append(jax.device_get(part))
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[:rows], *parts)
 
 
 def refill(
@@ -155,7 +163,8 @@ def refill(
     the cache in use. So few shapes occur, whatever the lengths: a prefill has an eighth, a quarter,
     half or all of the slots and a quarter, half or all of the width (12 programs at most); the part
     of the cache grows in powers of two from ``ROOM``, the slots are halved down to ``LEAST``.
-    Memory: the cache of all slots at full length, and a copy of the part in use.
+    Memory a device: its slots' cache at full length, and once more the part of it in use, or while
+    slots are halved the half.
     """
     prompts, shards = jax.tree.map(np.asarray, prompts), batch_shards(mesh)
     rows, width = prompts.tokens.shape

@@ -17,6 +17,8 @@ from basis_jax.refill import sample_rows
 from basis_jax.sampling import row_keys
 from basis_jax.types import Prompts, Rollouts
 
+ROUNDS = 8  # times ``rows_at_once`` that a table or an evaluation asks for: slots can be refilled
+
 
 @dataclass(frozen=True)
 class Setting:

@@ -99,11 +99,6 @@ def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Est
     return estimator
 
 
-def shortened(problem) -> str:
-    text = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1][1]
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def stop_ids(config: Config, tokenizer) -> tuple[int, ...]:
     """Token ids of ``sampling.stop_tokens``. Raises ValueError where one is not one token."""
     ids = []
@@ -142,7 +137,7 @@ def load_sets(
             report(
                 f"warning: {len(alike)} of {len(held_out[name].problems)} held-out problems of "
                 f"{name} share {OVERLAP} words in a row, or all of a shorter text, with a training "
-                f"problem, such as {shortened(alike[0][0])!r} with {shortened(alike[0][1])!r}"
+                f"problem, such as {alike[0][2]!r}"
             )
     return train_set, held_out
 

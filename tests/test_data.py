@@ -280,8 +280,12 @@ def test_held_out_problems_that_repeat_a_training_text_are_found():
         Problem(prompt="What is 2 * 3", answer="6"),
         Problem(prompt="What is 2 * 3 + 1", answer="7"),
     ]
-    found = data.overlapping(held_out, training)
+    found = [(a, b) for a, b, _ in data.overlapping(held_out, training)]
     assert found == [(held_out[i], training[j]) for i, j in ((0, 0), (2, 1), (4, 2))]
+    assert data.overlapping(held_out, training)[0][2] == words
+    template = [Problem(prompt=f"{words} is {i}", answer="1") for i in range(11)]
+    assert data.overlapping(template[:1], template[1:])
+    assert not data.overlapping([Problem(prompt=f"{words} or 99", answer="1")], template)
 
 
 def test_a_task_is_read_by_name():

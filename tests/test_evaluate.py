@@ -94,6 +94,12 @@ SAMPLES = 6
 METRICS = ["avg@6", "pass@1", "pass@2", "pass@4", "maj@6"]
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """As many batches as there are rows, and not one."""
+    monkeypatch.setattr(completions, "ROUNDS", 1)
+
+
 @pytest.fixture
 def evaluation(setting, problems):  # noqa: F811
     """Two sets of five problems, six completions each in batches of four; the verifier fails on the

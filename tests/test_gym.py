@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from basis_jax import data, tasks
+from basis_jax import completions, data, tasks
 from basis_jax.config import DataSection
 from basis_jax.config_check import check_scorers
 from basis_jax.verify import make_verifier
@@ -45,10 +45,9 @@ def test_problems_are_made_split_by_content_and_graded_by_their_own_scorer():
     spec = "gym/spell_backward?size=60&max_word_len=6"
     train, held = (tasks.problems(spec, held_out=h) for h in (False, True))
     assert train == tasks.problems(spec, held_out=False)
-    assert len(train) + len(held) == 60 and 3 < len(held) < 25
+    assert len(train) + len(held) == 60 and 3 < len(held) < 25  # of 60 different words
     assert not {p.prompt for p in train} & {p.prompt for p in held}
-    entries = [json.loads(p.answer) for p in train[:4]]
-    right = [e["answer"] for e in entries]
+    right = [json.loads(p.answer)["entry"]["answer"] for p in train[:4]]
     with make_verifier("gym", workers=1) as verifier:
         answers = [p.answer for p in train[:4]]
         assert [v.reward for v in verifier.grade(right, answers)] == [1] * 4
@@ -64,7 +63,28 @@ def test_what_cannot_be_made_or_graded_is_refused():
         ("chain_sums", "has no task 'chain_sums'; it has .*chain_sum,"),
         ("chain_sum?min_terms=9&max_terms=2", "refuses its options"),
         ("chain_sum?colour=red", "refuses its options"),
-        ("number_sorting?size=5", "cannot be graded: .*compile, which is refused"),
+        ("chain_sum?size", "refuses its options"),
+        ("number_sorting?size=20", "cannot be graded: .*its own .*compile, which is refused"),
+        ("spiral_matrix?size=20", "cannot be graded: .*another .*compile, which is refused"),
     ):
         with pytest.raises(ValueError, match=words):
             data.load(data.Source(f"task:gym/{spec}"), held_out=False)
+
+
+@pytest.mark.slow
+def test_a_question_that_comes_twice_is_one_problem_and_options_reach_the_scorer():
+    pytest.importorskip("reasoning_gym")
+    few = tasks.problems("gym/count_bits?size=200&max_n=9", held_out=False)
+    assert 0 < len(few) == len({p.prompt for p in few}) < 12
+    spec = "gym/decimal_arithmetic?size=20&max_num_decimal_places=8"
+    problem = tasks.problems(spec, held_out=False)[0]
+    with make_verifier("gym", workers=1) as verifier:
+        answer = json.loads(problem.answer)["entry"]["answer"]
+        near = str(float(answer) + 5e-4)  # equal to three places, the scorer's default
+        verdicts = verifier.grade([answer, near], [problem.answer] * 2)
+    assert [v.reward for v in verdicts] == [1, 0]
+
+
+def test_a_majority_of_gym_answers_is_over_their_texts():
+    for completion in ("so <answer>41 b</answer>", "41 b"):
+        assert completions.vote(completions.extracted(completion, "gym"), "gym") == "41 b"

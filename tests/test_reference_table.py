@@ -95,6 +95,7 @@ def test_an_interrupted_table_is_finished_with_the_same_counts(
 ):
     whole = build(tmp_path / "whole.npz", setting, problems, wanted)
     monkeypatch.setattr(tables, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(tables, "ROUNDS", 1)
     done = []
 
     def stop(text):

@@ -160,6 +160,17 @@ def test_refilled_slots_give_the_rollouts_of_one_batch(size, tensor):
     assert refill.advance._cache_size() - before[1] <= 6  # room 64, 128, all; slots and half
 
 
+def test_halved_slots_stay_split_over_the_devices():
+    mesh = make_mesh(data=1, fsdp=4, tensor=1, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        slots = refill.empty_slots(tiny.TINY, rows=32, length=8)
+        halved = refill.chosen(slots, np.arange(3, 19))
+    for name in ("cache", "tokens", "logits"):
+        for leaf in jax.tree.leaves(getattr(halved, name)):
+            rows = leaf.addressable_shards[0].data.shape[1 if leaf.ndim == 5 else 0]
+            assert rows == 4, name
+
+
 def test_rows_end_with_their_first_eos_or_at_the_limit():
     rollouts = run(tiny.prompts(rows=64), eos_ids=(5, 6, 7))
     ended = 0

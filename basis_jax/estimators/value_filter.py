@@ -2,9 +2,10 @@
 
 The success rate of problem i is sigmoid(z_i), z_i = u_i + phi_i . w: its own difficulty u_i ~
 N(m_i, v_i), and phi_i = (1, t_i, features_i) times the policy's state w ~ N(mu, S), shared by all
-problems and drifting. t_i is the logit that the offline table gave: its weight starts at 0 and
-falls towards minus the scale of t where the table no longer holds, which one number can tell of
-all problems at once. A step reads the values *before* its rewards enter:
+problems and drifting. t_i is the logit that the offline table gave: its weight starts at 0, falls
+towards minus the scale of t where the table no longer holds, which one number can tell of all
+problems at once, and may rise where differences grow; nothing pulls it back. A step reads the
+values *before* its rewards enter:
 
 1. widen: v_i by ``own_drift`` per step since the last visit, S by ``drift`` (``table_drift`` for
    t) on its diagonal, and its intercept by more where the batch's mean residual says that the

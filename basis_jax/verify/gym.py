@@ -20,7 +20,8 @@ class GymVerifier(Verifier):
     """Right where the problem's scorer gives 1: partial credit is wrong.
 
     The answer is what the last ``<answer>`` tags hold, else what a mark gives (``extract``), else
-    the whole completion. ``answers`` are the problems' entries as JSON. Limits as ``MathVerifier``.
+    the whole completion. ``answers`` are task, options and problem as JSON. Limits as those of
+    ``MathVerifier``.
     """
 
     def __init__(self, *, workers: int = 0, seconds: float = 5.0, memory_mb: int = 512):
@@ -47,16 +48,22 @@ class GymVerifier(Verifier):
 
 
 def check_scorer(path: str, answers: Sequence[str]) -> None:
-    """Raise ValueError unless the confined scorer finds the entries' own answers right."""
+    """Raise ValueError unless the confined scorer finds the problems' own answers right, and says
+    of each other's whether they are."""
     with GymVerifier(workers=1) as verifier:
-        right = [f"<answer>{json.loads(answer)['answer']}</answer>" for answer in answers]
-        wrong = [verdict for verdict in verifier.grade(right, answers) if not verdict.reward]
-    if wrong:
-        raise ValueError(
-            f"{path} cannot be graded: its scorer says of a right answer {wrong[0].reason!r}; "
-            "scorers that compile the answer, read files or need more than JSON holds are refused, "
-            "choose another task"
-        )
+        right = [f"<answer>{json.loads(answer)['entry']['answer']}</answer>" for answer in answers]
+        own = verifier.grade(right, answers)
+        others = verifier.grade(right[1:] + right[:1], answers)
+    for kind, trouble in (
+        ("its own", [v for v in own if not v.reward]),
+        ("another", [v for v in others if not v.valid]),
+    ):
+        if trouble:
+            raise ValueError(
+                f"{path} cannot be graded: its scorer says of {kind} answer "
+                f"{trouble[0].reason!r}; scorers that compile the answer, read files or need more "
+                "than JSON holds are refused, choose another task"
+            )
 
 
 def given(completion: str) -> str:

@@ -5,6 +5,7 @@ killed from outside. What it reads was written by a model, so after start-up not
 compile text, start a process, open a socket or a file, or take memory or time without end.
 """
 
+import functools
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable
 
 REFUSED = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "urllib.", "pty.")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 HARMLESS = ("os.listdir", "os.scandir")
 MODULES = (".py", ".pyc", ".so")
 WARM_UP = (
@@ -76,17 +78,24 @@ def mathematics() -> Kind:
 
 
 def gym() -> Kind:
-    """The scorers of reasoning-gym, which read its word lists; the right answer is the whole
-    problem, as JSON."""
+    """The scorers of reasoning-gym, which read its word lists; the right answer is the task, its
+    options and the problem, as JSON. What a scorer cannot read is wrong."""
     import reasoning_gym
 
+    @functools.lru_cache(maxsize=8)
+    def scorer(task, options):
+        return reasoning_gym.create_dataset(task, **json.loads(options)).score_answer
+
     def judge(gold, answer):
-        entry = json.loads(gold)
-        name = entry["metadata"]["source_dataset"]
-        score = reasoning_gym.get_score_answer_fn(name)(answer, entry)
+        given = json.loads(gold)
+        score_answer = scorer(given["task"], json.dumps(given["options"]))
+        try:
+            score = score_answer(answer, given["entry"])
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            return ["wrong", f"{type(error).__name__} in the scorer"]
         return ["right" if score >= 1 else "wrong", f"scored {score:g}"]
 
-    return judge, os.path.join(os.path.dirname(reasoning_gym.__file__), "data")
+    return judge, os.path.realpath(os.path.join(os.path.dirname(reasoning_gym.__file__), "data"))
 
 
 KINDS = {"math": mathematics, "gym": gym}
@@ -117,11 +126,11 @@ def is_allowed(event: str, arguments: tuple, readable: str) -> bool:
     """Audit events (PEP 578): sympy may import its modules late, and write itself functions that
     multiply monomials, whose text holds nothing of the answer; no more."""
     if event == "open":
-        path, mode, _ = arguments
+        path, mode, flags = arguments
         known = isinstance(path, str) and path.endswith(MODULES)
         if readable and isinstance(path, str | os.PathLike):
             known = known or os.path.realpath(path).startswith(readable + os.sep)
-        return known and mode in ("r", "rb", None)
+        return known and mode in ("r", "rb", None) and not flags & WRITING
     if event == "compile":
         source, name = arguments
         head = source[:13] if isinstance(source, str | bytes) else None
