@@ -76,6 +76,7 @@ def test_a_sudden_collapse_is_followed_and_not_overshot():
     np.testing.assert_allclose(state.mean, mode, atol=0.05)
 
 
+@pytest.mark.slow
 def test_a_jump_of_the_policy_is_followed_within_the_step():
     """All problems gain 2 logits between two steps, with a drift of none: the other rows tell."""
     rng = np.random.default_rng(5)
@@ -166,6 +167,7 @@ def test_empirical_bayes_recovers_the_spread_of_difficulties(mean, sd):
     assert np.mean((values - rates) ** 2) < 0.95 * np.mean((successes / 8 - rates) ** 2)
 
 
+@pytest.mark.slow
 def test_features_enter_the_start_and_reach_problems_without_trials():
     """Half of the problems have no trials; features explain most of their logits."""
     rng = np.random.default_rng(1)

@@ -133,6 +133,7 @@ def test_draws_do_not_depend_on_order_batch_split_or_devices():
         assert completions(rollouts) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "tensor"), [(3, 1), (40, 1), (32, 2)])
 def test_refilled_slots_give_the_rollouts_of_one_batch(size, tensor):
     """150 rows of 1 to 60 tokens, mean 16: the slots are refilled, then halved (40 -> 20)."""

@@ -261,6 +261,7 @@ def test_exact_values_are_the_sum_over_the_completions_that_are_right(eos):
     np.testing.assert_allclose(values, tree, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_tiny_run_goes_through_and_its_checkpoints_are_told_apart(tmp_path, monkeypatch, capsys):
     """Two policies, step 0 and a saved one: real values, rollouts beside them, both tables."""
     folder = tiny.write_folder(tmp_path / "model")
