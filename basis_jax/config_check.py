@@ -9,6 +9,7 @@ from basis_jax.config import Config, LossSection
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
 from basis_jax.model import ModelConfig
 from basis_jax.sharding import batch_shards, check_divides
+from basis_jax.tasks import GYM
 
 SCHEDULES = ("constant", "linear", "cosine")
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -51,7 +52,7 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
 def check_scorers(verifier: str, paths: Sequence[str]) -> None:
     """Problems of reasoning-gym are graded by their own scorers, and nothing else is."""
     for path in paths:
-        if path.startswith("task:gym/") != (verifier == "gym"):
+        if path.startswith("task:" + GYM) != (verifier == "gym"):
             raise ValueError(
                 f"data.verifier is {verifier!r} for the problems of {path!r}; those of "
                 "task:gym/... need the verifier 'gym', and no others can have it"

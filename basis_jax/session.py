@@ -124,22 +124,32 @@ def load_sets(
         return encoded
 
     train_set = encode("training", load_training(config.data), config.data.size)
-    known = {p.uid for p in train_set.problems}
     held_out = {}
     for name in config.eval.sets:
         problems = load_held_out(name, config.eval.folder)
         held_out[name] = encode(f"held-out {name}", problems, config.eval.size)
-        shared = sum(p.uid in known for p in held_out[name].problems)
-        if shared:
-            report(f"warning: {shared} held-out problems of {name} are also training problems")
-        alike = overlapping(held_out[name].problems, train_set.problems)
+    report_overlap(train_set, held_out, report)
+    return train_set, held_out
+
+
+def report_overlap(
+    train_set: EncodedProblems, held_out: dict[str, EncodedProblems], report
+) -> None:
+    """Warn of every held-out set that shares problems or texts with the training problems."""
+    known = {p.uid for p in train_set.problems}
+    asked = [p for problems in held_out.values() for p in problems.problems]
+    words = {p: shared for p, _, shared in overlapping(asked, train_set.problems)}
+    for name, problems in held_out.items():
+        same = sum(p.uid in known for p in problems.problems)
+        if same:
+            report(f"warning: {same} held-out problems of {name} are also training problems")
+        alike = [p for p in problems.problems if p in words]
         if alike:
             report(
-                f"warning: {len(alike)} of {len(held_out[name].problems)} held-out problems of "
+                f"warning: {len(alike)} of {len(problems.problems)} held-out problems of "
                 f"{name} share {OVERLAP} words in a row, or all of a shorter text, with a training "
-                f"problem, such as {alike[0][2]!r}"
+                f"problem, such as {words[alike[0]]!r}"
             )
-    return train_set, held_out
 
 
 def reference_table(session: Session, params: PyTree, path: Path, report=print) -> ReferenceTable:

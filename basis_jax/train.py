@@ -17,6 +17,7 @@ from basis_jax.estimators import Estimator
 from basis_jax.losses import kl_loss, loss_weights, policy_loss
 from basis_jax.masked import completion_mask, masked_max, masked_sum
 from basis_jax.model import ModelConfig
+from basis_jax.refill import round_up
 from basis_jax.rollouts import Graded
 from basis_jax.sharding import constrain, named_tree, put_rows
 from basis_jax.types import Batch, Estimate, Rollouts, Signals, TrainState
@@ -169,7 +170,7 @@ def batch_width(rollouts: Rollouts) -> int:
     """Positions that a step's update runs over: those of its longest row, rounded up to a power of
     two (64 or more), so that few programs are compiled; at most all that there is room for."""
     longest = int(np.max(rollouts.prompt_lengths + rollouts.completion_lengths))
-    return min(rollouts.tokens.shape[1], max(64, 1 << (longest - 1).bit_length()))
+    return min(rollouts.tokens.shape[1], round_up(longest, 64))
 
 
 def finish_step(state: TrainState, estimator_state: PyTree) -> TrainState:

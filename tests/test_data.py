@@ -13,6 +13,7 @@ import transformers
 
 from basis_jax import data, tasks
 from basis_jax.config import DataSection
+from basis_jax.session import report_overlap
 from basis_jax.tasks import Problem
 from basis_jax.verify.notation import number
 
@@ -286,6 +287,28 @@ def test_held_out_problems_that_repeat_a_training_text_are_found():
     template = [Problem(prompt=f"{words} is {i}", answer="1") for i in range(11)]
     assert data.overlapping(template[:1], template[1:])
     assert not data.overlapping([Problem(prompt=f"{words} or 99", answer="1")], template)
+
+
+def test_a_run_tells_of_every_set_that_repeats_training_problems():
+    def encoded(*prompts):
+        made = tuple(Problem(prompt=p, answer="1") for p in prompts)
+        size = len(made)
+        return data.EncodedProblems(
+            made, np.zeros((size, 1), np.int32), np.ones(size, np.int32), {}
+        )
+
+    told = []
+    report_overlap(
+        encoded("two plus two", "six", "seven"),
+        {"a": encoded("Two plus two", "eight"), "b": encoded("nine"), "c": encoded("six")},
+        told.append,
+    )
+    assert [line.split(",")[0] for line in told] == [
+        "warning: 1 of 2 held-out problems of a share 13 words in a row",
+        "warning: 1 held-out problems of c are also training problems",
+        "warning: 1 of 1 held-out problems of c share 13 words in a row",
+    ]
+    assert "'two plus two'" in told[0]
 
 
 def test_a_task_is_read_by_name():

@@ -43,6 +43,23 @@ def run(script, config, *arguments, cwd=None):
     )
 
 
+def run_killed(script, config, *arguments, written, wanted, linger=0.0):
+    """kill -9, ``linger`` seconds after a file has ``wanted`` lines or the process has ended."""
+    process = subprocess.Popen(
+        command(script, config, *arguments),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    while process.poll() is None:
+        if written.exists() and written.read_bytes().count(b"\n") >= wanted:
+            break
+        time.sleep(0.01)
+    time.sleep(linger)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -146,29 +163,15 @@ def test_killed_at_any_moment_and_started_again_it_continues_bit_for_bit(
     expected, _ = reference_run
     arguments = small(folder, problems, tmp_path / "run", **{"train.minibatch-rollouts": 4})
     for _ in range(3):
-        process = subprocess.Popen(
-            command("train.py", "quickstart.py", *arguments),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment(),
+        run_killed(
+            *("train.py", "quickstart.py", *arguments),
+            written=tmp_path / "run" / "metrics.jsonl",
+            wanted=rng.randrange(0, 5),
+            linger=rng.random() / 2,
         )
-        wait_for_some_progress(process, tmp_path / "run", rng)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
     done = run("train.py", "quickstart.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", expected)
-
-
-def wait_for_some_progress(process, run_dir, rng):
-    """Until a random number of metrics lines stands there, then up to half a second more."""
-    wanted = rng.randrange(0, 5)
-    metrics = run_dir / "metrics.jsonl"
-    while process.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= wanted:
-            break
-        time.sleep(0.02)
-    time.sleep(rng.random() / 2)
 
 
 @pytest.mark.slow
@@ -181,10 +184,13 @@ def test_prompt_features_need_no_rollouts_and_survive_a_kill(folder, problems, t
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "whole" / "reference.npz") as table:
         assert table["features"].shape == (42, 4) and not table["trials"].any()
-    process = subprocess.Popen(command("train.py", "quickstart.py", *killed), env=environment())
-    wait_for_some_progress(process, tmp_path / "killed", random.Random(1))
-    process.kill()
-    process.wait()
+    rng = random.Random(1)
+    run_killed(
+        *("train.py", "quickstart.py", *killed),
+        written=tmp_path / "killed" / "metrics.jsonl",
+        wanted=rng.randrange(0, 5),
+        linger=rng.random() / 2,
+    )
     done = run("train.py", "quickstart.py", *killed)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "killed", tmp_path / "whole")

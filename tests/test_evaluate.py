@@ -6,7 +6,6 @@ import json
 import math
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_end_to_end import command, environment, lines, run, small
+from test_end_to_end import environment, lines, run, run_killed, small
 from test_reference_table import SAMPLING, SIZE, problems, setting  # noqa: F401
 
 from basis_jax import completions
@@ -451,19 +450,12 @@ def test_an_evaluation_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, held_o
     given = arguments(folder, held_out, tmp_path / "killed")
     written = tmp_path / "killed" / "completions.jsonl"
     for lines_wanted in (1, 60):
-        process = subprocess.Popen(
-            command("evaluate.py", "qwen_math.py", *given),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment(),
+        run_killed(
+            *("evaluate.py", "qwen_math.py", *given),
+            written=written,
+            wanted=lines_wanted,
+            linger=rng.random() / 20,
         )
-        while process.poll() is None:
-            if written.exists() and written.read_bytes().count(b"\n") >= lines_wanted:
-                break
-            time.sleep(0.01)
-        time.sleep(rng.random() / 20)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
     done = run("evaluate.py", "qwen_math.py", *given)
     assert done.returncode == 0, done.stderr
     assert written.read_bytes() == (tmp_path / "whole" / "completions.jsonl").read_bytes()

@@ -2,9 +2,8 @@
 
 import json
 import random
-import signal
 import subprocess
-import time
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +11,13 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from test_end_to_end import ROOT, command, environment, lines, run
+from test_data import WRAPPER, write_lines
+from test_end_to_end import ROOT, environment, lines, run, run_killed
 
 from basis_jax import hf, model
+from basis_jax.command_line import load_config
 
-SUFFIX = "\nPlease reason step by step, and put your final answer in \\boxed{}."
 ANSWERS = "7770123456"  # of the problems, equally often
-WRAPPER = (
-    "Solve the following math problem step by step. The last line of your response should be of "
-    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
-    '{problem}\n\nRemember to put your answer on its own line after "Answer:".'
-)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +37,7 @@ def dapo(tmp_path_factory):
                 "extra_info": {"index": str(i)},
             }
         )
-    return write(tmp_path_factory.mktemp("data") / "dapo.jsonl", rows * 3)
+    return write_lines(tmp_path_factory.mktemp("data") / "dapo.jsonl", rows * 3)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +45,9 @@ def benchmarks(tmp_path_factory):
     """Stand-ins for two of the sets, under their names and in their columns."""
     path = tmp_path_factory.mktemp("benchmarks")
     aime = [{"problem": f"what is {i} mod 9?", "answer": str(i % 9)} for i in range(30)]
-    write(path / "AIME24.jsonl", aime)
+    write_lines(path / "AIME24.jsonl", aime)
     rows = [{"problem": f"what is $x^{i}$?", "answer": ANSWERS[i % 10]} for i in range(40)]
-    write(path / "MATH-500.jsonl", rows)
+    write_lines(path / "MATH-500.jsonl", rows)
     return path
 
 
@@ -69,7 +59,8 @@ def folder(tmp_path_factory):
     rng = random.Random(0)
     asked = [rf"find no. {i} of $\frac{{{i}}}{{{i + 7}}}$ mod 9" for i in range(2, 90, 3)]
     asked += ["what is $x^{7}$?", "what is 12 mod 9?"]
-    chats = [[{"role": "user", "content": text + SUFFIX}] for text in asked]
+    suffix = load_config(ROOT / "configs" / "qwen_math.py").data.problem_suffix
+    chats = [[{"role": "user", "content": text + suffix}] for text in asked]
     prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     texts = [p + rf"\boxed{{{rng.randrange(10)}}}</s>" for p in prompts]
     rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
@@ -119,18 +110,7 @@ def test_the_flagship_from_the_table_to_the_export(folder, dapo, benchmarks, tmp
     other = run("train.py", "qwen_math.py", *given, "--sampling.temperature", 0.5)
     assert other.returncode != 0 and "does not fit this run (temperature" in other.stderr
     metrics = run_dir / "metrics.jsonl"
-    process = subprocess.Popen(
-        command("train.py", "qwen_math.py", *given),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(),
-    )
-    while process.poll() is None:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") > 3:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run_killed("train.py", "qwen_math.py", *given, written=metrics, wanted=4)
     done = run("train.py", "qwen_math.py", *given)
     assert done.returncode == 0, done.stderr
     assert "step 6/6" in done.stdout and "step 1/6" not in done.stdout  # resumed
@@ -145,7 +125,7 @@ def test_the_flagship_from_the_table_to_the_export(folder, dapo, benchmarks, tmp
     samples = lines(run_dir / "samples.jsonl")
     assert any(r"\boxed{" in sample["completion"] for sample in samples)
     script = [str(ROOT / "scripts" / "convert.py"), "run", str(run_dir), "--to", str(exported)]
-    subprocess.run([command("x", "y")[0], *script], check=True, env=environment())
+    subprocess.run([sys.executable, *script], check=True, env=environment())
     again = run(
         "evaluate.py", "qwen_math.py", *given, "--model.path", exported, "--out", tmp_path / "eval"
     )

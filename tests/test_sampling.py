@@ -35,6 +35,20 @@ def run(prompts, *, sampling=SAMPLING, eos_ids=(1, 2), config=tiny.TINY, **noise
     )
 
 
+def run_on(mesh, prompts, *, sampling=SAMPLING, rows_at_once):
+    with jax.set_mesh(mesh):
+        return sample_rows(
+            jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY))),
+            tiny.TINY,
+            prompts,
+            sampling=sampling,
+            eos_ids=(1, 2),
+            keys=keys_for(prompts),
+            mesh=mesh,
+            rows_at_once=rows_at_once,
+        )
+
+
 def completions(rollouts):
     return [
         tuple(np.asarray(row[p : p + n]).tolist())
@@ -119,17 +133,7 @@ def test_draws_do_not_depend_on_order_batch_split_or_devices():
     for sizes, rows_at_once in (((1, 1, 1), 3), ((1, 2, 2), 4)):
         devices = jax.devices()[: math.prod(sizes)]
         mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2], devices=devices)
-        with jax.set_mesh(mesh):
-            rollouts = sample_rows(
-                jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY))),
-                tiny.TINY,
-                prompts,
-                sampling=SAMPLING,
-                eos_ids=(1, 2),
-                keys=keys_for(prompts),
-                mesh=mesh,
-                rows_at_once=rows_at_once,
-            )
+        rollouts = run_on(mesh, prompts, rows_at_once=rows_at_once)
         assert completions(rollouts) == expected
 
 
@@ -143,17 +147,7 @@ def test_refilled_slots_give_the_rollouts_of_one_batch(size, tensor):
     assert lengths.max() > 3 * lengths.mean() and not expected.terminated.all()
     mesh = make_mesh(data=1, fsdp=tensor, tensor=tensor, devices=jax.devices()[: tensor**2])
     before = (refill.admit._cache_size(), refill.advance._cache_size())
-    with jax.set_mesh(mesh):
-        rollouts = sample_rows(
-            jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY))),
-            tiny.TINY,
-            prompts,
-            sampling=limit,
-            eos_ids=(1, 2),
-            keys=keys_for(prompts),
-            mesh=mesh,
-            rows_at_once=size,
-        )
+    rollouts = run_on(mesh, prompts, sampling=limit, rows_at_once=size)
     for name in ("tokens", "prompt_lengths", "completion_lengths", "terminated", "problem_ids"):
         np.testing.assert_array_equal(getattr(rollouts, name), getattr(expected, name))
     np.testing.assert_allclose(rollouts.sampler_logprobs, expected.sampler_logprobs, atol=1e-5)
