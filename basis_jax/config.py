@@ -61,6 +61,9 @@ class SamplingSection:
     """Length limit of a completion."""
     stop_tokens: tuple[str, ...] = ()
     """Extra strings that end a completion; each must be one token."""
+    dtype: str = ""
+    """What rollouts are decoded in, ``bfloat16`` or ``float32`` (empty: ``model.compute_dtype``).
+    Where it is coarser than the trainer's, watch ``sampler/logprob_gap_mean``."""
     group_size: int = 1
     """Rollouts per prompt. BASIS needs one; group estimators need two or more."""
 

@@ -25,6 +25,7 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
         ("loss.objective", config.loss.objective, OBJECTIVES),
         ("loss.kl", config.loss.kl, KL_FORMS),
         ("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES),
+        ("sampling.dtype", config.sampling.dtype or COMPUTE_DTYPES[0], COMPUTE_DTYPES),
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")

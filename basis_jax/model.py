@@ -53,15 +53,12 @@ class ModelConfig:
     remat: bool = False
 
 
-CACHE_AXES = ("layers", "batch", "time", "kv_heads", "head_dim")
-
-
 @pytree
-class Cache:
-    """Keys and values by layer. Slot s of a row holds its token at position s."""
+class KeyValues:
+    """Rotated keys, and values, by layer and position."""
 
-    keys: Float[Array, "L N S K Dh"]
-    values: Float[Array, "L N S K Dh"]
+    keys: Float[Array, "*L N T K Dh"]
+    values: Float[Array, "*L N T K Dh"]
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
@@ -102,9 +99,10 @@ def rms_norm(x: Float[Array, "*s D"], scale: Float[Array, " D"], eps: float):
 
 
 class Block(nn.Module):
-    """One decoder layer. Carries (hidden, cache); reads and writes its own cache layer."""
+    """One decoder layer: (hidden, keys and values of a prefix) -> hidden, and its own if kept."""
 
     config: ModelConfig
+    keep: bool = False
 
     def weight(self, name, shape, axes, *, bias=False):
         if bias:
@@ -119,15 +117,14 @@ class Block(nn.Module):
         return self.param(name, initial, (size,), jnp.float32)
 
     @nn.compact
-    def __call__(self, carry, layer, positions):
-        x, cache = carry
+    def __call__(self, x, prefix, positions):
         c = self.config
         normed = rms_norm(x, self.scale("attention_norm", c.embed, "activation_embed"), c.norm_eps)
-        attended, cache = self.attention(normed, cache, layer, positions)
+        attended, keys, values = self.attention(normed, prefix, positions)
         x = constrain(x + attended, ("batch", "time", "activation_embed"))
         normed = rms_norm(x, self.scale("mlp_norm", c.embed, "activation_embed"), c.norm_eps)
         x = constrain(x + self.feed_forward(normed), ("batch", "time", "activation_embed"))
-        return (x, cache), None
+        return x, KeyValues(keys=keys, values=values) if self.keep else None
 
     def project(self, name, x, heads, axis):
         c = self.config
@@ -139,27 +136,23 @@ class Block(nn.Module):
             y = rms_norm(y, self.scale(f"{name}_norm", c.head_dim, "head_dim"), c.norm_eps)
         return y
 
-    def attention(self, x, cache, layer, positions):
+    def attention(self, x, prefix, positions):
         c = self.config
         queries = rotate(self.project("q", x, c.heads, "heads"), positions, c)
         keys = rotate(self.project("k", x, c.kv_heads, "kv_heads"), positions, c)
         values = self.project("v", x, c.kv_heads, "kv_heads")
-        decoding = cache is not None and x.shape[1] == 1
-        if cache is not None:
-            cache = write_cache(cache, keys, values, layer=layer, positions=positions)
-        if decoding:
-            keys, values = cache.keys[layer], cache.values[layer]
-            mask = (jnp.arange(keys.shape[1])[None] <= positions)[:, None]
-        else:
-            steps = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-            mask = steps[:, None, :] <= steps[:, :, None]
-        mixed = attend(queries, keys, values, mask)
+        seen, mixable = keys, values
+        if prefix is not None:
+            seen, mixable = after(prefix.keys, keys), after(prefix.values, values)
+        steps, before = x.shape[1], seen.shape[1] - x.shape[1]
+        mask = jnp.arange(before + steps)[None, None] <= before + jnp.arange(steps)[None, :, None]
+        mixed = attend(queries, seen, mixable, mask)
         out = self.weight("o_proj", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"))
         mixed = jnp.einsum("nthk,hkd->ntd", mixed, out)
         if c.output_bias:
             bias = self.weight("o_bias", (c.embed,), ("activation_embed",), bias=True)
             mixed = mixed + bias[None, None]
-        return mixed, cache
+        return mixed, keys, values
 
     def feed_forward(self, x):
         c = self.config
@@ -193,27 +186,20 @@ def attend(
     return jnp.einsum("nkgts,nskd->ntkgd", weights, values).reshape(rows, steps, heads, size)
 
 
-def write_cache(cache: Cache, keys, values, *, layer, positions) -> Cache:
-    """Put new keys and values [N T K Dh] into one layer: T > 1 fills slots 0..T-1 (prefill), T = 1
-    writes each row's slot ``positions`` (decode)."""
-
-    def write(store, new):
-        new = new.astype(store.dtype)
-        if new.shape[1] > 1:
-            return jax.lax.dynamic_update_slice(store, new[None], (layer, 0, 0, 0, 0))
-        rows = jnp.arange(new.shape[0])
-        return store.at[layer, rows, positions[:, 0]].set(new[:, 0])
-
-    return Cache(keys=write(cache.keys, keys), values=write(cache.values, values))
+def after(prefix: Float[Array, "1 P K Dh"], own: Float[Array, "N T K Dh"]):
+    """A shared prefix in front of every row."""
+    shape = (own.shape[0], *prefix.shape[1:])
+    return jnp.concatenate([jnp.broadcast_to(prefix, shape), own], axis=1)
 
 
 class Decoder(nn.Module):
     """Embedding, the layer stack as one scan, final norm; the output layer is ``logits``."""
 
     config: ModelConfig
+    keep: bool = False
 
     @nn.compact
-    def __call__(self, tokens, positions, cache):
+    def __call__(self, tokens, positions, prefix):
         c = self.config
         initial = nn.initializers.normal(0.02)
         axes = nn.with_logical_partitioning(initial, ("vocab", "embed"))
@@ -233,10 +219,9 @@ class Decoder(nn.Module):
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        layers = jnp.arange(c.layers, dtype=jnp.int32)
-        (x, cache), _ = stack(c, name="layers")((x, cache), layers, positions)
+        x, kept = stack(c, self.keep, name="layers")(x, prefix, positions)
         norm = nn.with_logical_partitioning(nn.initializers.ones, ("activation_embed",))
-        return rms_norm(x, self.param("norm", norm, (c.embed,), jnp.float32), c.norm_eps), cache
+        return rms_norm(x, self.param("norm", norm, (c.embed,), jnp.float32), c.norm_eps), kept
 
 
 def _init_boxed(config: ModelConfig, key):
@@ -269,30 +254,23 @@ def param_axes(config: ModelConfig) -> PyTree:
     return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
 
 
-def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
-    """An empty cache of ``length`` slots a row, in the compute dtype."""
-    shape = (config.layers, rows, length, config.kv_heads, config.head_dim)
-    zeros = jnp.zeros(shape, config.compute_dtype)
-    return Cache(keys=constrain(zeros, CACHE_AXES), values=constrain(zeros, CACHE_AXES))
-
-
 def forward(
     params: PyTree,
     config: ModelConfig,
     tokens: Int[Array, "N T"],
     *,
-    positions: Int[Array, "N T"] | None = None,
-    cache: Cache | None = None,
-) -> tuple[Float[Array, "N T D"], Cache | None]:
-    """Final hidden states and the new cache.
+    prefix: KeyValues | None = None,
+    keep: bool = False,
+) -> tuple[Float[Array, "N T D"], KeyValues | None]:
+    """Final hidden states, and with ``keep`` the keys and values of the positions of ``tokens``.
 
-    Without a cache, or with one and T > 1 (prefill into slots 0..T-1), rows start at position 0.
-    With a cache and T = 1 every row is extended at its own ``positions`` (decode).
+    Rows start at position 0, or behind ``prefix``: what a pass over one row [1 P], common to all,
+    kept. Decoding goes on from what is kept: ``decoding.decode_step``.
     """
-    if positions is None:
-        steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        positions = jnp.broadcast_to(steps[None], tokens.shape)
-    return Decoder(config).apply({"params": params}, tokens, positions, cache)
+    before = 0 if prefix is None else prefix.keys.shape[2]
+    steps = before + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    positions = jnp.broadcast_to(steps[None], tokens.shape)
+    return Decoder(config, keep).apply({"params": params}, tokens, positions, prefix)
 
 
 def logits(

@@ -7,6 +7,7 @@ back to it. No order depends on time: the same rows give the same calls.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +17,20 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from basis_jax import model
 from basis_jax.config import SamplingSection
-from basis_jax.model import ModelConfig
+from basis_jax.decoding import CACHE_AXES, DecodeWeights, decode_weights, empty_cache, resized
+from basis_jax.model import KeyValues, ModelConfig
 from basis_jax.sampling import Slots, decode, prefill, sample
 from basis_jax.sharding import batch_shards, constrain, put_rows
 from basis_jax.types import Prompts, Rollouts
 
 LEAST = 16  # slots after halving, and prompt positions
-ROOM = 64  # least cache positions that a call decodes over
+ROOM = 64  # least cache positions
 WORTH_IT = 32  # tokens: below, compiling costs more than rows that wait for the longest
+SHARED = 32  # prefixes are shared in multiples of so many tokens: few programs
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rows", "length"))
-def empty_slots(config: ModelConfig, *, rows: int, length: int) -> Slots:
+@functools.partial(jax.jit, static_argnames=("config", "rows", "length", "room"))
+def empty_slots(config: ModelConfig, *, rows: int, length: int, room: int) -> Slots:
     nothing = jnp.zeros(rows, jnp.int32)
     return Slots(
         tokens=jnp.zeros((rows, length), jnp.int32),
@@ -36,72 +39,91 @@ def empty_slots(config: ModelConfig, *, rows: int, length: int) -> Slots:
         lengths=nothing,
         alive=jnp.zeros(rows, bool),
         terminated=jnp.zeros(rows, bool),
-        logits=jnp.zeros((rows, config.vocab_size), jnp.float32),
+        next_token=nothing,
+        next_logprob=jnp.zeros(rows, jnp.float32),
         keys=jax.random.split(jax.random.key(0), rows),
-        cache=model.init_cache(config, rows, length),
+        cache=empty_cache(config, rows, room),
     )
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="slots")
 def admit(
     params: PyTree,
     slots: Slots,
     prompts: Prompts,
     keys: Key[Array, " P"],
     into: Int[Array, " P"],
+    prefix: KeyValues | None,
     *,
     config: ModelConfig,
+    sampling: SamplingSection,
 ) -> Slots:
     """Prefill prompts and put them into the slots ``into`` (beyond the last: nowhere)."""
     width = prompts.tokens.shape[1]
-    new = prefill(params, config, prompts, keys, length=width)
+    new = prefill(params, config, prompts, keys, sampling=sampling, length=width, prefix=prefix)
 
-    def put(path, old, row):
-        if path[0].name == "cache":
-            return old.at[:, into, :width].set(row, mode="drop")
-        if old.ndim == 2 and path[0].name != "logits":
-            row = jnp.pad(row, ((0, 0), (0, old.shape[1] - width)))
-        return old.at[into].set(row, mode="drop")
+    def put(old, row):
+        inside = tuple(slice(0, size) for size in row.shape[1:])
+        return old.at[(into, *inside)].set(row, mode="drop")
 
-    return jax.tree.map_with_path(put, slots, new)
+    behind = ((0, 0), (0, slots.tokens.shape[1] - width))
+    new = dataclasses.replace(
+        new, tokens=jnp.pad(new.tokens, behind), logprobs=jnp.pad(new.logprobs, behind)
+    )
+    return laid_out(jax.tree.map(put, slots, new))
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("config", "sampling", "eos_ids", "room"),
-    donate_argnames="slots",
+    jax.jit, static_argnames=("config", "sampling", "eos_ids"), donate_argnames="slots"
 )
 def advance(
-    params: PyTree,
+    weights: DecodeWeights,
     slots: Slots,
     enough: Int[Array, ""],
     *,
     config: ModelConfig,
     sampling: SamplingSection,
     eos_ids: tuple[int, ...],
-    room: int,
 ) -> Slots:
-    """``decode`` over the first ``room`` positions of the cache."""
-    cache = slots.cache
-    part = jax.tree.map(lambda x: x[:, :, :room], cache)
-    slots = dataclasses.replace(slots, cache=part)
-    slots = decode(params, config, slots, sampling=sampling, eos_ids=eos_ids, enough=enough)
-    whole = jax.tree.map(
-        lambda x, y: jax.lax.dynamic_update_slice(x, y, (0,) * 5), cache, slots.cache
-    )
-    return dataclasses.replace(slots, cache=whole)
+    slots = decode(weights, config, slots, sampling=sampling, eos_ids=eos_ids, enough=enough)
+    return laid_out(slots)
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def make_room(slots: Slots, *, room: int) -> Slots:
+    """Slots whose cache has ``room`` positions."""
+    return laid_out(dataclasses.replace(slots, cache=resized(slots.cache, room)))
 
 
 @jax.jit
 def chosen(slots: Slots, index: Int[Array, " K"]) -> Slots:
-    """The slots of these numbers, split over the mesh as the others were."""
+    """The slots of these numbers."""
+    return laid_out(jax.tree.map(lambda x: x[index], slots))
 
-    def take(path, x):
-        if path[0].name == "cache":
-            return constrain(x[:, index], model.CACHE_AXES)
-        return constrain(x[index], ("batch",) + (None,) * (x.ndim - 1))
 
-    return jax.tree.map_with_path(take, slots)
+def laid_out(slots: Slots) -> Slots:
+    """Split over the mesh in one way, whichever call they come from: one program serves them."""
+
+    def lay(path, x):
+        of_cache = path[0].name == "cache"
+        axes = CACHE_AXES[path[1].name] if of_cache else ("batch",) + (None,) * (x.ndim - 1)
+        return constrain(x, axes)
+
+    return jax.tree.map_with_path(lay, slots)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def read_prefix(params: PyTree, tokens: Int[Array, "N P"], *, config: ModelConfig) -> KeyValues:
+    """Keys and values of the first row."""
+    _, kept = model.forward(params, config, tokens, keep=True)
+    return jax.tree.map(lambda x: x[:, :1], kept)
+
+
+def shared_prefix(prompts: Prompts) -> int:
+    """How many tokens all prompts begin with, in multiples of ``SHARED``; one or more is left."""
+    first, shortest = prompts.tokens[:1], int(prompts.lengths.min())
+    alike = np.all(prompts.tokens == first, axis=0)[: shortest - 1]
+    return int(np.argmin(np.append(alike, False))) // SHARED * SHARED
 
 
 def sample_rows(
@@ -114,92 +136,105 @@ def sample_rows(
     keys: Key[Array, " N"],
     mesh: Mesh,
     rows_at_once: int,
+    ended: Callable[[Rollouts, np.ndarray], None] | None = None,
 ) -> Rollouts:
     """A completion for any number of prompts, as host arrays.
 
-    Up to ``rows_at_once`` rows (rounded up to the batch's devices) are one call of ``sample``. More
-    are decoded in that many slots, refilled as rows end, or call after call where completions are
-    shorter than ``WORTH_IT`` tokens. The draws do not depend on it.
+    At most ``rows_at_once`` rows (rounded up to the batch's devices) are decoded at once, in slots
+    that are refilled as rows end; completions shorter than ``WORTH_IT`` tokens go call after call
+    of ``sample`` instead. The draws do not depend on it. ``ended(rollouts, rows)`` is called with
+    the numbers of rows that are complete, while the device goes on with others.
     """
-    rows = prompts.tokens.shape[0]
-    shards = batch_shards(mesh)
-    size = -(-min(rows_at_once, rows) // shards) * shards
-    if rows > size and sampling.max_new_tokens >= WORTH_IT:
-        return refill(
-            params,
-            config,
-            prompts,
-            sampling=sampling,
-            eos_ids=eos_ids,
-            keys=keys,
-            mesh=mesh,
-            size=size,
-        )
-    parts = []
+    config = dataclasses.replace(config, compute_dtype=sampling.dtype or config.compute_dtype)
+    prompts, shards = jax.tree.map(np.asarray, prompts), batch_shards(mesh)
+    size = -(-min(rows_at_once, len(prompts.lengths)) // shards) * shards
+    found = nothing_yet(prompts, prompts.tokens.shape[1] + sampling.max_new_tokens)
+    common = {"sampling": sampling, "eos_ids": eos_ids, "keys": keys, "mesh": mesh, "size": size}
+    way = refill if sampling.max_new_tokens >= WORTH_IT else by_batches
+    for rows in way(params, config, prompts, found, **common):
+        if ended is not None:
+            ended(found, rows)
+    return found
+
+
+def by_batches(params, config, prompts, found, *, sampling, eos_ids, keys, mesh, size):
+    """``sample`` for ``size`` rows after the other; yields the rows that have been written."""
+    rows = len(prompts.lengths)
+    under_way = []
     for start in range(0, rows, size):
         index = np.arange(start, start + size)
         index = np.where(index < rows, index, start)  # one shape: the last call has copies
-        part = put_rows(mesh, jax.tree.map(lambda x, i=index: np.asarray(x)[i], prompts))
+        part = put_rows(mesh, jax.tree.map(lambda x, i=index: x[i], prompts))
         part = sample(params, config, part, sampling=sampling, eos_ids=eos_ids, keys=keys[index])
-        parts.append(jax.device_get(part))
-    return jax.tree.map(lambda *xs: np.concatenate(xs)[:rows], *parts)
+        under_way.append((np.arange(start, min(start + size, rows)), part))
+        if len(under_way) == 2:  # the device has the next before the host looks at this one
+            yield fetch(found, *under_way.pop(0))
+    yield fetch(found, *under_way.pop())
 
 
-def refill(
-    params: PyTree,
-    config: ModelConfig,
-    prompts: Prompts,
-    *,
-    sampling: SamplingSection,
-    eos_ids: tuple[int, ...],
-    keys: Key[Array, " N"],
-    mesh: Mesh,
-    size: int,
-) -> Rollouts:
+def fetch(found: Rollouts, rows: np.ndarray, part: Rollouts) -> np.ndarray:
+    """Write a batch of finished rows into ``found``; which rows they are."""
+
+    def write(whole, new):
+        whole[rows] = new[: rows.size]
+
+    jax.tree.map(write, found, jax.device_get(part))
+    return rows
+
+
+def refill(params, config, prompts, found, *, sampling, eos_ids, keys, mesh, size):
     """``sample`` in ``size`` slots: rows that ended leave, prompts that wait take their places.
+    Yields the rows that have been written into ``found``.
 
     A call of ``advance`` ends when an eighth of its slots is free (while prompts wait), when half
-    are (afterwards: the rest moves into half as many slots), or when a row has filled the part of
-    the cache in use. So few shapes occur, whatever the lengths: a prefill has an eighth, a quarter,
-    half or all of the slots and a quarter, half or all of the width (12 programs at most); the part
-    of the cache grows in powers of two from ``ROOM``, the slots are halved down to ``LEAST``.
-    Memory a device: its slots' cache at full length, and once more the part of it in use, or while
-    slots are halved the half.
+    are (afterwards: the rest moves into half as many slots), or when a row has filled the cache.
+    So few shapes occur, whatever the lengths: a prefill has an eighth, a quarter, half or all of
+    the slots and a quarter, half or all of the width (12 programs at most for a length of cache);
+    the cache grows in powers of two from ``ROOM`` and is cut when half would do, and the slots are
+    halved down to ``LEAST``. What all prompts begin with is read once.
+    Memory a device: a copy of the weights; the slots' cache at the length in use, and once more
+    while it grows; tokens and log-probabilities at full length.
     """
-    prompts, shards = jax.tree.map(np.asarray, prompts), batch_shards(mesh)
-    rows, width = prompts.tokens.shape
-    length = width + sampling.max_new_tokens
-    found = nothing_yet(prompts, length)
-    slots = empty_slots(config, rows=size, length=length)
+    shards, waiting = batch_shards(mesh), 0  # the first row that has had no slot yet
+    rows, length = found.tokens.shape
+    weights, prefix = decode_weights(params, config), None
+    if shared := shared_prefix(prompts):
+        tokens = put_rows(mesh, np.repeat(prompts.tokens[:1, :shared], shards, axis=0))
+        prefix = read_prefix(params, tokens, config=config)
+    slots = empty_slots(config, rows=size, length=length, room=min(length, ROOM))
     owner = np.full(size, -1)  # the row in each slot; -1: free
-    waiting = 0  # the first row that has had no slot yet
     while waiting < rows or np.any(owner >= 0):
         free = np.flatnonzero(owner < 0)[: rows - waiting]
+        new = np.arange(waiting, waiting + free.size)
+        owner[free], waiting = new, waiting + free.size
+        reached = (prompts.lengths + found.completion_lengths)[owner[owner >= 0]]
+        room = min(length, round_up(int(reached.max()) + LEAST, ROOM))
+        if room > slots.cache.length or 2 * room <= slots.cache.length:
+            slots = make_room(slots, room=room)
         if free.size:
-            new = np.arange(waiting, waiting + free.size)
             index, into = seats(new, free, size, shards)
-            part = put_rows(mesh, take_prompts(prompts, index))
-            slots = admit(params, slots, part, keys[index], into, config=config)
-            owner[free], waiting = new, waiting + free.size
+            part = put_rows(mesh, take_prompts(prompts, index, slots.cache.length))
+            given = {"config": config, "sampling": sampling}
+            slots = admit(params, slots, part, keys[index], into, prefix, **given)
         halves = waiting == rows and size // 2 >= LEAST and size // 2 % shards == 0
         enough = size - -(-size // 8) if waiting < rows else size // 2 if halves else 0
-        reached = (prompts.lengths + found.completion_lengths)[owner[owner >= 0]]
         slots = advance(
-            params,
+            weights,
             slots,
             np.int32(min(enough, reached.size - 1)),
             config=config,
             sampling=sampling,
             eos_ids=eos_ids,
-            room=min(length, round_up(int(reached.max()) + LEAST, ROOM)),
         )
-        owner = collect(found, slots, owner)
+        ended = collect(found, slots, owner)
+        if ended.any():
+            yield owner[ended]
+        owner = np.where(ended, -1, owner)
         left = np.flatnonzero(owner >= 0)
         if halves and 0 < left.size <= size // 2:
             size //= 2
             index = np.append(left, np.flatnonzero(owner < 0))[:size]
             slots, owner = chosen(slots, index), owner[index]
-    return found
 
 
 def nothing_yet(prompts: Prompts, length: int) -> Rollouts:
@@ -207,11 +242,11 @@ def nothing_yet(prompts: Prompts, length: int) -> Rollouts:
     rows = len(prompts.lengths)
     return Rollouts(
         tokens=np.zeros((rows, length), np.int32),
-        prompt_lengths=prompts.lengths,
+        prompt_lengths=prompts.lengths.copy(),
         completion_lengths=np.zeros(rows, np.int32),
         sampler_logprobs=np.zeros((rows, length), np.float32),
         terminated=np.zeros(rows, bool),
-        problem_ids=prompts.problem_ids,
+        problem_ids=prompts.problem_ids.copy(),
     )
 
 
@@ -224,16 +259,16 @@ def seats(new: np.ndarray, free: np.ndarray, size: int, shards: int) -> tuple[np
     return np.resize(new, count), into
 
 
-def take_prompts(prompts: Prompts, index: np.ndarray) -> Prompts:
+def take_prompts(prompts: Prompts, index: np.ndarray, room: int) -> Prompts:
     """Prompts of these rows, as wide as the longest needs, in few different widths."""
     part = jax.tree.map(lambda x: x[index], prompts)
-    width = prompts.tokens.shape[1]
+    width = min(room, prompts.tokens.shape[1])
     wide = min(width, round_up(int(part.lengths.max()), max(LEAST, -(-width // 4))))
     return dataclasses.replace(part, tokens=part.tokens[:, :wide])
 
 
 def collect(found: Rollouts, slots: Slots, owner: np.ndarray) -> np.ndarray:
-    """Write what the slots hold of the rows that ended into ``found``; the owners that are left."""
+    """Write what the slots hold of the rows that ended into ``found``; which slots these are."""
     lengths, alive, terminated = jax.device_get((slots.lengths, slots.alive, slots.terminated))
     busy = owner >= 0
     found.completion_lengths[owner[busy]] = lengths[busy]
@@ -243,7 +278,7 @@ def collect(found: Rollouts, slots: Slots, owner: np.ndarray) -> np.ndarray:
         found.tokens[owner[ended]] = tokens[ended]
         found.sampler_logprobs[owner[ended]] = logprobs[ended]
         found.terminated[owner[ended]] = terminated[ended]
-    return np.where(ended, -1, owner)
+    return ended
 
 
 def round_up(number: int, least: int) -> int:

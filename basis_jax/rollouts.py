@@ -2,9 +2,11 @@
 reference table share."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -43,7 +45,7 @@ class Graded:
     valid: np.ndarray  # [N] bool: False where the verifier failed
     reasons: list[str]
     sample_seconds: float
-    verify_seconds: float
+    verify_seconds: float  # that grading took beyond sampling
 
     @property
     def tokens(self) -> int:
@@ -69,19 +71,30 @@ def roll_out(
     keys = row_keys(
         setting.seed, stream, step, problem_ids=jnp.asarray(ids), samples=jnp.asarray(samples)
     )
-    rollouts = sample_rows(
-        params,
-        setting.model,
-        prompts,
-        sampling=sampling,
-        eos_ids=setting.eos_ids,
-        keys=keys,
-        mesh=setting.mesh,
-        rows_at_once=setting.rows_at_once,
-    )
-    sampled = time.perf_counter()
-    completions = decode(rollouts, setting.tokenizer)
-    verdicts = setting.verifier.grade(completions, [problems.problems[i].answer for i in ids])
+    completions, verdicts = [""] * len(ids), [None] * len(ids)
+
+    def grade(rollouts, rows):
+        texts = decode(jax.tree.map(lambda x: x[rows], rollouts), setting.tokenizer)
+        found = setting.verifier.grade(texts, [problems.problems[i].answer for i in ids[rows]])
+        for row, text, verdict in zip(rows, texts, found, strict=True):
+            completions[row], verdicts[row] = text, verdict
+
+    with ThreadPoolExecutor(1) as grader:  # texts and verdicts while the device works
+        under_way = []
+        rollouts = sample_rows(
+            params,
+            setting.model,
+            prompts,
+            sampling=sampling,
+            eos_ids=setting.eos_ids,
+            keys=keys,
+            mesh=setting.mesh,
+            rows_at_once=setting.rows_at_once,
+            ended=lambda found, rows: under_way.append(grader.submit(grade, found, rows)),
+        )
+        sampled = time.perf_counter()
+        for part in under_way:
+            part.result()
     return Graded(
         rollouts=rollouts,
         completions=completions,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from basis_jax import model
+from basis_jax import decoding, model
 from basis_jax.sharding import RULES, make_mesh, named_tree, put_rows
 
 EVERYTHING = dataclasses.replace(  # every optional part at once
@@ -24,7 +24,8 @@ EVERYTHING = dataclasses.replace(  # every optional part at once
     rope_scaling=model.RopeScaling(8.0, 1.0, 4.0, 64),
 )
 CONFIGS = pytest.mark.parametrize("config", [tiny.TINY, EVERYTHING], ids=["plain", "everything"])
-forward = jax.jit(model.forward, static_argnums=1)
+forward = jax.jit(model.forward, static_argnums=1, static_argnames="keep")
+decode_step = jax.jit(decoding.decode_step, static_argnums=1)
 
 
 def tokens_of(shape, vocab=tiny.TINY.vocab_size):
@@ -51,15 +52,15 @@ def test_prefill_and_decode_equal_the_full_pass(config):
     full = np.asarray(forward(params, config, tokens)[0])
     rows = np.arange(4)
     prompts = np.where(np.arange(5) < lengths[:, None], tokens[:, :5], 9)
-    hidden, cache = forward(params, config, prompts, cache=model.init_cache(config, 4, 12))
+    hidden, kept = forward(params, config, prompts, keep=True)
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(np.asarray(hidden)[row, :length], full[row, :length], atol=1e-5)
+    weights, cache = decoding.decode_weights(params, config), decoding.filled_cache(kept, 12)
+    expected = np.asarray(model.logits(params, config, jnp.asarray(full)))
     for step in range(7):
         at = lengths + step
-        hidden, cache = forward(
-            params, config, tokens[rows, at][:, None], positions=at[:, None], cache=cache
-        )
-        np.testing.assert_allclose(np.asarray(hidden)[:, 0], full[rows, at], atol=1e-5)
+        logits, cache = decode_step(weights, config, tokens[rows, at], at, cache)
+        np.testing.assert_allclose(np.asarray(logits).T, expected[rows, at], atol=1e-5)
 
 
 def test_a_token_changes_itself_and_what_follows_and_nothing_before():
@@ -223,8 +224,11 @@ def test_bfloat16_compute_keeps_float32_parameters_logits_and_gradients():
     """bfloat16 has 8 bits: log-probabilities are near float32's, and not equal."""
     half, tokens = dataclasses.replace(EVERYTHING, compute_dtype="bfloat16"), tokens_of((4, 12))
     params = random_params(EVERYTHING)
-    hidden, cache = forward(params, half, tokens, cache=model.init_cache(half, 4, 12))
-    assert {x.dtype for x in (hidden, cache.keys, cache.values)} == {jnp.dtype("bfloat16")}
+    hidden, kept = forward(params, half, tokens, keep=True)
+    weights, cache = decoding.decode_weights(params, half), decoding.filled_cache(kept, 13)
+    logits, cache = decode_step(weights, half, tokens[:, 0], np.full(4, 12, np.int32), cache)
+    arrays = [hidden, kept.keys, cache.keys[0], cache.values[1], weights.layers[0]["q_proj"]]
+    assert {x.dtype for x in arrays} == {jnp.dtype("bfloat16")} and logits.dtype == jnp.float32
     assert model.logits(params, half, hidden).dtype == jnp.float32
     gradients, logprobs = gradient(params, half, tokens, 4)
     gap = np.abs(logprobs - gradient(params, EVERYTHING, tokens, 4)[1])

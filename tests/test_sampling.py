@@ -152,18 +152,16 @@ def test_refilled_slots_give_the_rollouts_of_one_batch(size, tensor):
         np.testing.assert_array_equal(getattr(rollouts, name), getattr(expected, name))
     np.testing.assert_allclose(rollouts.sampler_logprobs, expected.sampler_logprobs, atol=1e-5)
     assert refill.admit._cache_size() - before[0] <= 12
-    assert refill.advance._cache_size() - before[1] <= 6  # room 64, 128, all; slots and half
+    assert refill.advance._cache_size() - before[1] <= 4  # room 64, all; slots and half
 
 
 def test_halved_slots_stay_split_over_the_devices():
     mesh = make_mesh(data=1, fsdp=4, tensor=1, devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
-        slots = refill.empty_slots(tiny.TINY, rows=32, length=8)
+        slots = refill.empty_slots(tiny.TINY, rows=32, length=8, room=8)
         halved = refill.chosen(slots, np.arange(3, 19))
-    for name in ("cache", "tokens", "logits"):
-        for leaf in jax.tree.leaves(getattr(halved, name)):
-            rows = leaf.addressable_shards[0].data.shape[1 if leaf.ndim == 5 else 0]
-            assert rows == 4, name
+    for leaf in jax.tree.leaves(halved):
+        assert leaf.addressable_shards[0].data.shape[0] == 4
 
 
 def test_rows_end_with_their_first_eos_or_at_the_limit():
