@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from basis_jax import checkpoint, command_line, hf, plots
+from basis_jax.config_check import check_memory
 from basis_jax.data import batch_indices
 from basis_jax.evaluate import evaluate
 from basis_jax.records import Records, lock_run, open_run, read_metrics
@@ -38,6 +39,14 @@ from basis_jax.train import (
 def main() -> None:
     config, _ = command_line.parse(__doc__)
     with open_session(config) as session, lock_run(config.run_dir) as run_dir:
+        check_memory(
+            config,
+            session.setting.model,
+            session.setting.mesh,
+            prompt_width=session.train_set.tokens.shape[1],
+            rows=config.train.prompts_per_step * config.sampling.group_size,
+            training=True,
+        )
         identity = {
             "model.path": hf.fingerprint(session.folder),
             "data.path": session.train_set.fingerprint(),

@@ -15,7 +15,7 @@ SOURCES = sorted(path for folder in (PACKAGE, ROOT / "scripts", ROOT / "configs"
 LAYERS = (
     {"pytree", "types", "masked"},
     {"estimators", "losses", "config"},
-    {"sharding", "model", "weights", "hf", "gguf", "data", "scores", "verify", "tasks"},
+    {"sharding", "model", "costs", "weights", "hf", "gguf", "data", "scores", "verify", "tasks"},
     {"config_check", "sampling", "refill", "rollouts", "prompt_features", "checkpoint", "trained"},
     {
         "train",
@@ -33,6 +33,7 @@ LAYERS = (
 BESIDE = {
     "types": {"pytree"},
     "model": {"sharding"},
+    "costs": {"sharding", "model"},
     "weights": {"model"},
     "hf": {"sharding", "model", "weights"},
     "gguf": {"weights"},
