@@ -15,7 +15,19 @@ SOURCES = sorted(path for folder in (PACKAGE, ROOT / "scripts", ROOT / "configs"
 LAYERS = (
     {"pytree", "types", "masked"},
     {"estimators", "losses", "config"},
-    {"sharding", "model", "costs", "weights", "hf", "gguf", "data", "scores", "verify", "tasks"},
+    {
+        "sharding",
+        "model",
+        "costs",
+        "compiles",
+        "weights",
+        "hf",
+        "gguf",
+        "data",
+        "scores",
+        "verify",
+        "tasks",
+    },
     {"config_check", "sampling", "refill", "rollouts", "prompt_features", "checkpoint", "trained"},
     {
         "train",
