@@ -1,10 +1,12 @@
 """What a config may say, as far as it can be told before weights are read."""
 
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 
 from jax.sharding import Mesh
 
+from basis_jax import costs
 from basis_jax.config import Config, LossSection
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
 from basis_jax.model import ModelConfig
@@ -94,6 +96,72 @@ def check_fit(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
             "the model's embedding width": (architecture.embed, "embed"),
         },
     )
+
+
+def check_memory(
+    config: Config,
+    architecture: ModelConfig,
+    mesh: Mesh,
+    *,
+    prompt_width: int,
+    rows: int,
+    training: bool = False,
+) -> None:
+    """Raise a ValueError where sampling ``rows`` rollouts after prompts of this width does not fit
+    the devices; with ``training`` beside the optimizer's moments, and an update whose rows are as
+    long as they may be. Refilling's second cache, the sum of several microbatches' gradients and
+    what XLA needs besides are not counted: what is refused has no chance.
+    """
+    train, length = config.train, prompt_width + config.sampling.max_new_tokens
+    weights = costs.parameter_bytes(architecture, mesh)
+    moments = {"moments": 2 * weights} if training else {}
+    reference = {"a KL term's reference": weights} if training and config.loss.kl_coef else {}
+    slots = min(train.sample_rollouts, rows)
+    parts = costs.sampling_memory(
+        architecture, mesh, slots=slots, length=length, width=prompt_width
+    )
+    _check_fits(
+        f"sampling {slots} rollouts of {length} tokens at once",
+        parts | moments | reference,
+        mesh,
+        "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.fsdp",
+    )
+    if training:
+        count = train.microbatch_rollouts
+        parts = costs.update_memory(
+            architecture, mesh, rows=count, width=length, chunk=config.loss.logprob_chunk
+        )
+        remat = "" if costs.recomputes(architecture) else "set model.remat, "
+        _check_fits(
+            f"an update over microbatches of {count} rollouts of {length} tokens",
+            parts | reference,
+            mesh,
+            "lower train.microbatch_rollouts, loss.logprob_chunk or sampling.max_new_tokens, "
+            f"{remat}or raise mesh.fsdp",
+        )
+
+
+def _check_fits(what: str, parts: Mapping[str, int], mesh: Mesh, advice: str) -> None:
+    needed, there = sum(parts.values()), device_memory(mesh.devices.ravel())
+    if needed > there:
+        biggest = sorted(parts.items(), key=lambda part: -part[1])[:3]
+        named = ", ".join(f"{name} {gigabytes(size)}" for name, size in biggest if size)
+        raise ValueError(
+            f"{what} needs {gigabytes(needed)} a device ({named}) and there are "
+            f"{gigabytes(there)}; {advice}"
+        )
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def device_memory(devices: Sequence) -> int:
+    """Bytes that one of these devices may hold; where the backend does not say (CPU), an equal
+    share of the machine's memory."""
+    stats = devices[0].memory_stats() or {}
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return stats.get("bytes_limit") or machine // len(devices)
 
 
 AT_LEAST = {

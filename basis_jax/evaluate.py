@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 
 from basis_jax import hf, scores, verify, weights
 from basis_jax.config import Config, EvalSection, SamplingSection
-from basis_jax.config_check import check_evaluation
+from basis_jax.config_check import check_evaluation, check_memory
 from basis_jax.data import EncodedProblems, encode_prompts, load_held_out
 from basis_jax.model import ModelConfig
 from basis_jax.rollouts import Graded, Setting, roll_out
@@ -134,6 +134,13 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print):
         sets[name] = encode_prompts(problems, config.data, tokenizer, size=config.eval.size)
         counts = ", ".join(f"{v} {k}" for k, v in sets[name].counts.items() if v)
         report(f"{name} problems: {counts}")
+        check_memory(
+            config,
+            architecture,
+            mesh,
+            prompt_width=sets[name].tokens.shape[1],
+            rows=len(sets[name].problems) * config.eval.samples,
+        )
     with verify.make_verifier(config.data.verifier) as verifier:
         setting = Setting(
             model=architecture,

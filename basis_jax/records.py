@@ -3,9 +3,9 @@
 ``metrics.jsonl`` has one line a step, ``{"step": 3, "reward/mean": 0.41, ...}``, in rising order.
 Resuming cuts both .jsonl files back to the checkpoint's step, so a run that was killed at any
 moment and started again has every step once, as long as a step is logged before its checkpoint is
-saved. All keys then repeat bit for bit except wall times: those under ``time/`` and
-``throughput/``. Values that are not finite are written as null. TensorBoard is a view of the same
-numbers; a kill may cost it the last second.
+saved. All keys then repeat bit for bit except wall times and what was compiled: those under
+``time/``, ``throughput/`` and ``compile/``. Values that are not finite are written as null.
+TensorBoard is a view of the same numbers; a kill may cost it the last second.
 """
 
 import fcntl

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from basis_jax import estimators, hf, prompt_features
 from basis_jax.config import Config, EstimatorSection
-from basis_jax.config_check import check
+from basis_jax.config_check import check, check_memory
 from basis_jax.data import (
     OVERLAP,
     EncodedProblems,
@@ -56,6 +56,13 @@ def open_session(config: Config, report=print):
     train_set, held_out = load_sets(config, tokenizer, report)
     size = len(train_set.problems)
     batch_indices(config.seed, 0, batch_size=config.train.prompts_per_step, size=size)  # fits?
+    check_memory(
+        config,
+        architecture,
+        mesh,
+        prompt_width=train_set.tokens.shape[1],
+        rows=config.train.prompts_per_step * config.sampling.group_size,
+    )
     if config.estimator.features:
         prompt_features.check_size(config.estimator.features, train_set, architecture)
     with make_verifier(config.data.verifier) as verifier:

@@ -72,19 +72,29 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
 
 
+def shards(mesh: Mesh, axis: str | None) -> int:
+    """Devices that an axis of this meaning is split over."""
+    return math.prod(mesh.shape[name] for name in mesh_axes(axis))
+
+
+def mesh_axes(axis: str | None) -> tuple[str, ...]:
+    """The mesh axes that an axis of this meaning lies on."""
+    found = RULES[axis]
+    return (found,) if isinstance(found, str) else found or ()
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Devices that the batch is split over."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return shards(mesh, "batch")
 
 
 def check_divides(mesh: Mesh, sizes: dict[str, tuple[int, str]]) -> None:
     """Raise a ValueError for the first of ``{name: (size, axis)}`` that does not divide."""
     for name, (size, axis) in sizes.items():
-        mesh_axes = RULES[axis]
-        mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
-        shards = math.prod(mesh.shape[a] for a in mesh_axes)
-        if size % shards:
+        count = shards(mesh, axis)
+        if size % count:
             raise ValueError(
-                f"{name} = {size} does not divide over {shards} devices ({' x '.join(mesh_axes)} "
-                f"of the mesh); give a multiple of {shards} or a smaller mesh axis"
+                f"{name} = {size} does not divide over {count} devices "
+                f"({' x '.join(mesh_axes(axis))} of the mesh); give a multiple of {count} or a "
+                "smaller mesh axis"
             )

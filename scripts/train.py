@@ -15,6 +15,8 @@ import jax
 import numpy as np
 
 from basis_jax import checkpoint, command_line, hf, plots
+from basis_jax.compiles import counted
+from basis_jax.config_check import check_memory
 from basis_jax.data import batch_indices
 from basis_jax.evaluate import evaluate
 from basis_jax.records import Records, lock_run, open_run, read_metrics
@@ -38,6 +40,14 @@ from basis_jax.train import (
 def main() -> None:
     config, _ = command_line.parse(__doc__)
     with open_session(config) as session, lock_run(config.run_dir) as run_dir:
+        check_memory(
+            config,
+            session.setting.model,
+            session.setting.mesh,
+            prompt_width=session.train_set.tokens.shape[1],
+            rows=config.train.prompts_per_step * config.sampling.group_size,
+            training=True,
+        )
         identity = {
             "model.path": hf.fingerprint(session.folder),
             "data.path": session.train_set.fingerprint(),
@@ -73,9 +83,10 @@ def train(session, run_dir, checkpoints) -> None:
     state = first_state(session, run_dir, optimizer) if restored is None else restored
     start = int(state.step)
 
-    with Records(run_dir, plan.steps, resume_step=-1 if restored is None else start) as records:
+    resume_step = -1 if restored is None else start
+    with counted() as compiled, Records(run_dir, plan.steps, resume_step) as records:
         if restored is None:
-            records.log(0, evaluate_now(state.params, session))
+            records.log(0, evaluate_now(state.params, session) | compiled.take())
         for step in range(start, plan.steps):
             ids = batch_indices(
                 config.seed,
@@ -106,7 +117,7 @@ def train(session, run_dir, checkpoints) -> None:
             if done == plan.steps or (config.eval.every and done % config.eval.every == 0):
                 metrics |= evaluate_now(state.params, session)
             records.samples(done, shown_rows(session, graded, estimate, plan.log_samples))
-            records.log(done, metrics)
+            records.log(done, metrics | compiled.take())
             if done == plan.steps or done % config.checkpoint.every == 0:
                 checkpoint.save(checkpoints, state, dataclasses.asdict(config))
 

@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 ROOT = Path(__file__).parents[1]
-WALL = ("time/", "throughput/")  # differ between any two runs
+WALL = ("time/", "throughput/", "compile/")  # differ between any two runs
 
 
 def command(script, config, *arguments):
@@ -148,6 +148,8 @@ def test_a_run_writes_its_records_and_says_where_they_are(reference_run):
     for name in ("reward/mean", "sampler/logprob_gap_max", "estimate/beta", "policy/entropy"):
         assert all(name in row for row in rows[1:]), name
     assert all(row["sampler/logprob_gap_max"] < 1e-4 for row in rows[1:])
+    compiled = [row["compile/programs"] for row in rows]
+    assert compiled[1] > 0 and compiled[2:] == [0, 0, 0]
     for name in ("metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints"):
         assert (run_dir / name).exists() and str(run_dir / name) in output
     assert "held-out accuracy before" in output and "held-out accuracy after" in output

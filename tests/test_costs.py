@@ -1,0 +1,246 @@
+"""What costs.py says of parameters, FLOPs and memory is what the model and XLA say."""
+
+import dataclasses
+import functools
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from basis_jax import costs, model, train
+from basis_jax.config import (
+    Config,
+    LossSection,
+    OptimSection,
+    SamplingSection,
+    TrainSection,
+)
+from basis_jax.config_check import check_memory, device_memory
+from basis_jax.sampling import sample
+from basis_jax.sharding import make_mesh
+from basis_jax.types import Batch, Prompts
+from tests.tiny import TINY
+
+SMALL = model.ModelConfig(
+    architecture="qwen3",
+    vocab_size=512,
+    embed=64,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    mlp=192,
+    max_positions=1024,
+    tied=True,
+    qk_norm=True,
+)
+SMOLLM2 = model.ModelConfig(
+    architecture="llama",
+    vocab_size=49152,
+    embed=576,
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    mlp=1536,
+    max_positions=8192,
+    tied=True,
+)
+BAND = (0.75, 1.25)  # estimate / XLA's figure
+
+
+def shape(size, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(size, dtype)
+
+
+def one_device():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+@functools.cache
+def compiled_update(architecture, rows, width, microbatch):
+    optimizer = train.make_optimizer(OptimSection(), updates=9)
+    update = train.make_update(
+        architecture, optimizer, loss=LossSection(), temperature=1.0, microbatch=microbatch
+    )
+    state = train.abstract_state(optimizer, {}, architecture=architecture, mesh=one_device())
+    numbers = np.zeros((rows, width), np.float32)
+    batch = Batch(
+        tokens=numbers.astype(np.int32),
+        completion_mask=numbers > 0,
+        loss_weights=numbers,
+        advantages=numbers[:, 0],
+        old_logprobs=None,
+        sampler_logprobs=numbers,
+    )
+    return jax.jit(update, donate_argnums=0).lower(state, batch).compile()
+
+
+def compiled_sample(architecture, rows, width, new):
+    zeros = np.zeros(rows, np.int32)
+    return sample.lower(
+        model.param_shapes(architecture),
+        architecture,
+        Prompts(tokens=np.zeros((rows, width), np.int32), lengths=zeros, problem_ids=zeros),
+        sampling=SamplingSection(max_new_tokens=new),
+        eos_ids=(0,),
+        keys=jax.random.split(jax.random.key(0), rows),
+    ).compile()
+
+
+def held(compiled):
+    """Bytes of arguments, results and what lies between, shared ones once."""
+    found = compiled.memory_analysis()
+    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return total - found.alias_size_in_bytes
+
+
+def flops(function, *args):
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        TINY,
+        SMOLLM2,
+        dataclasses.replace(SMALL, tied=False, qkv_bias=True, qk_norm=False),
+        dataclasses.replace(SMALL, output_bias=True, mlp_bias=True),
+    ],
+)
+def test_parameters_are_those_of_the_model(architecture):
+    leaves = jax.tree.leaves(model.param_shapes(architecture))
+    assert costs.parameters(architecture) == sum(leaf.size for leaf in leaves)
+    assert costs.parameter_bytes(architecture, one_device()) == 4 * costs.parameters(architecture)
+
+
+@pytest.mark.parametrize("context", [8, 1000])
+def test_a_decode_steps_flops_are_those_xla_counts(context):
+    """One layer: XLA counts the body of a loop once. At 1000 positions attention is the most."""
+    one = dataclasses.replace(SMALL, layers=1)
+    rows = 16
+    cache = jax.eval_shape(lambda: model.init_cache(one, rows, context))
+
+    def step(params, tokens, positions, cache):
+        hidden, cache = model.forward(params, one, tokens, positions=positions, cache=cache)
+        return model.logits(params, one, hidden), cache
+
+    places = shape((rows, 1), jnp.int32)
+    counted = flops(step, model.param_shapes(one), places, places, cache)
+    said = costs.decode_step(one, rows=rows, context=context)
+    assert BAND[0] < said.flops / counted < BAND[1]
+
+
+def test_a_prefills_flops_are_those_xla_counts():
+    """Short rows: XLA computes the attention that the mask then takes away, we do not count it."""
+    one, rows, width = dataclasses.replace(SMALL, layers=1), 16, 16
+
+    def first(params, tokens):
+        hidden, _ = model.forward(params, one, tokens)
+        return model.logits(params, one, hidden[:, -1])
+
+    counted = flops(first, model.param_shapes(one), shape((rows, width), jnp.int32))
+    assert BAND[0] < costs.prefill(one, rows=rows, width=width).flops / counted < BAND[1]
+
+
+def test_an_updates_flops_are_those_xla_counts():
+    one, rows, width = dataclasses.replace(SMALL, layers=1), 16, 16
+    counted = compiled_update(one, rows, width, rows).cost_analysis()["flops"]
+    said = costs.update(one, rows=rows, width=width).flops
+    assert BAND[0] < said / counted < BAND[1]
+    again = costs.update(dataclasses.replace(one, remat=True), rows=rows, width=width).flops
+    layer = costs.prefill(one, rows=rows, width=width).flops - 2 * rows * 512 * 64
+    assert again - said == pytest.approx(layer)
+
+
+def test_a_decode_step_moves_weights_and_cache_once():
+    half = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    cache = jax.eval_shape(lambda: model.init_cache(half, 16, 101))
+    products = costs.layer_products(half) * 4 + 512 * 64
+    assert costs.decode_step(half, rows=16, context=100).bytes == (
+        2 * products + 2 * (cache.keys.size + cache.values.size) + 16 * 512 * 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("remat", "rows", "width", "least"), [(False, 4, 128, BAND[0]), (True, 8, 16, 0.9)]
+)
+def test_an_updates_memory_is_what_xla_plans(remat, rows, width, least):
+    """In one microbatch and in two: then the sum of the gradients is one more copy of them, without
+    which the estimate would be .86 of XLA's."""
+    architecture = dataclasses.replace(SMALL, remat=remat)
+    compiled = compiled_update(architecture, rows, width, 4)
+    parts = costs.update_memory(
+        architecture, one_device(), rows=4, width=width, chunk=512, microbatches=rows // 4
+    )
+    assert least < sum(parts.values()) / held(compiled) < BAND[1]
+
+
+def test_samplings_memory_is_what_xla_plans():
+    parts = costs.sampling_memory(SMALL, one_device(), slots=64, length=128, width=32)
+    planned = held(compiled_sample(SMALL, 64, 32, 96))
+    assert BAND[0] < sum(parts.values()) / planned < BAND[1]
+
+
+def test_what_a_mesh_splits_is_divided():
+    whole = one_device()
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
+    sizes = {"slots": 64, "length": 128, "width": 32}
+    at_one = costs.sampling_memory(SMALL, whole, **sizes)
+    at_four = costs.sampling_memory(SMALL, mesh, **sizes)
+    assert at_four["key-value cache"] * 4 == at_one["key-value cache"]
+    assert at_four["logits"] * 4 == at_one["logits"]
+    shardings = train.abstract_state(
+        train.make_optimizer(OptimSection(), updates=1), {}, architecture=SMALL, mesh=mesh
+    ).params
+    shares = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(shardings)]
+    assert at_four["weights"] == sum(4 * math.prod(share) for share in shares)
+
+
+LARGE = Config(
+    run_dir="",
+    sampling=SamplingSection(max_new_tokens=4096),
+    train=TrainSection(sample_rollouts=512, microbatch_rollouts=64),
+)
+
+
+def with_memory(monkeypatch, size):
+    monkeypatch.setattr("basis_jax.config_check.device_memory", lambda devices: size)
+
+
+def test_slots_and_lengths_that_do_not_fit_are_refused_with_the_bytes(monkeypatch):
+    with_memory(monkeypatch, 24 * 10**9)
+    sentence = (
+        r"sampling 512 rollouts of 4160 tokens at once needs 99.7 GB a device \(key-value "
+        r"cache 98\.1 GB, .*there are 24 GB; lower train\.sample_rollouts"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        check_memory(LARGE, SMOLLM2, one_device(), prompt_width=64, rows=512)
+    check_memory(LARGE, SMOLLM2, one_device(), prompt_width=64, rows=32)  # no more than there are
+    check_memory(LARGE, SMOLLM2, make_mesh(fsdp=-1, data=1), prompt_width=64, rows=256)
+
+
+def check_training(config, architecture):
+    check_memory(config, architecture, one_device(), prompt_width=64, rows=4, training=True)
+
+
+def test_an_update_that_does_not_fit_is_refused_with_the_bytes(monkeypatch):
+    with_memory(monkeypatch, 24 * 10**9)
+    few = dataclasses.replace(LARGE, train=TrainSection(sample_rollouts=4, microbatch_rollouts=4))
+    with pytest.raises(ValueError, match=r"microbatches of 4 rollouts of 4160 tokens .*activation"):
+        check_training(few, SMOLLM2)
+    remat = dataclasses.replace(SMOLLM2, remat=True)
+    check_training(few, remat)
+    with_memory(monkeypatch, 4 * 540 * 10**6)  # weights, moments, gradients: 4 x 538 MB
+    with pytest.raises(ValueError, match="weights 0.538 GB"):
+        check_training(few, remat)
+
+
+def test_a_devices_memory_is_what_it_says_or_its_share_of_the_machine():
+    told = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 7})
+    silent = SimpleNamespace(memory_stats=lambda: None)
+    assert device_memory([told, told]) == 7
+    assert 10**8 < device_memory([silent] * 4) == device_memory([silent]) // 4
