@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from basis_jax import costs, model, train
+from basis_jax import costs, decoding, model, train
 from basis_jax.config import (
     Config,
     LossSection,
@@ -19,7 +19,7 @@ from basis_jax.config import (
     TrainSection,
 )
 from basis_jax.config_check import check_memory, device_memory
-from basis_jax.sampling import sample
+from basis_jax.sampling import sample_with
 from basis_jax.sharding import make_mesh
 from basis_jax.types import Batch, Prompts
 from tests.tiny import TINY
@@ -81,14 +81,26 @@ def compiled_update(architecture, rows, width, microbatch):
 
 def compiled_sample(architecture, rows, width, new):
     zeros = np.zeros(rows, np.int32)
-    return sample.lower(
+    return sample_with.lower(
         model.param_shapes(architecture),
-        architecture,
+        weight_shapes(architecture),
         Prompts(tokens=np.zeros((rows, width), np.int32), lengths=zeros, problem_ids=zeros),
+        jax.random.split(jax.random.key(0), rows),
+        config=architecture,
         sampling=SamplingSection(max_new_tokens=new),
         eos_ids=(0,),
-        keys=jax.random.split(jax.random.key(0), rows),
     ).compile()
+
+
+def weight_shapes(architecture):
+    return jax.eval_shape(
+        lambda params: decoding.decode_weights(params, architecture),
+        model.param_shapes(architecture),
+    )
+
+
+def cache_shapes(architecture, rows, length):
+    return jax.eval_shape(lambda: decoding.empty_cache(architecture, rows, length))
 
 
 def held(compiled):
@@ -122,14 +134,12 @@ def test_a_decode_steps_flops_are_those_xla_counts(context):
     """One layer: XLA counts the body of a loop once. At 1000 positions attention is the most."""
     one = dataclasses.replace(SMALL, layers=1)
     rows = 16
-    cache = jax.eval_shape(lambda: model.init_cache(one, rows, context))
 
-    def step(params, tokens, positions, cache):
-        hidden, cache = model.forward(params, one, tokens, positions=positions, cache=cache)
-        return model.logits(params, one, hidden), cache
+    def step(weights, tokens, positions, cache):
+        return decoding.decode_step(weights, one, tokens, positions, cache)
 
-    places = shape((rows, 1), jnp.int32)
-    counted = flops(step, model.param_shapes(one), places, places, cache)
+    places = shape((rows,), jnp.int32)
+    counted = flops(step, weight_shapes(one), places, places, cache_shapes(one, rows, context))
     said = costs.decode_step(one, rows=rows, context=context)
     assert BAND[0] < said.flops / counted < BAND[1]
 
@@ -158,10 +168,10 @@ def test_an_updates_flops_are_those_xla_counts():
 
 def test_a_decode_step_moves_weights_and_cache_once():
     half = dataclasses.replace(SMALL, compute_dtype="bfloat16")
-    cache = jax.eval_shape(lambda: model.init_cache(half, 16, 101))
+    cache = jax.tree.leaves(cache_shapes(half, 16, 101))
     products = costs.layer_products(half) * 4 + 512 * 64
     assert costs.decode_step(half, rows=16, context=100).bytes == (
-        2 * products + 2 * (cache.keys.size + cache.values.size) + 16 * 512 * 4
+        2 * products + 2 * sum(x.size for x in cache) + 16 * 512 * 4
     )
 
 
@@ -214,7 +224,7 @@ def with_memory(monkeypatch, size):
 def test_slots_and_lengths_that_do_not_fit_are_refused_with_the_bytes(monkeypatch):
     with_memory(monkeypatch, 24 * 10**9)
     sentence = (
-        r"sampling 512 rollouts of 4160 tokens at once needs 99.7 GB a device \(key-value "
+        r"sampling 512 rollouts of 4160 tokens at once needs 100 GB a device \(key-value "
         r"cache 98\.1 GB, .*there are 24 GB; lower train\.sample_rollouts"
     )
     with pytest.raises(ValueError, match=sentence):
