@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from basis_jax import model
 from basis_jax.config import Config, LossSection, OptimSection
 from basis_jax.estimators import Estimator
+from basis_jax.logprobs import token_logprobs
 from basis_jax.losses import kl_loss, loss_weights, policy_loss
 from basis_jax.masked import completion_mask, masked_max, masked_sum
 from basis_jax.model import ModelConfig
@@ -128,7 +129,7 @@ def make_batches(
     estimate: Estimate,
     *,
     config: Config,
-    score: Callable[[PyTree, jax.Array], jax.Array],
+    score: Callable[[PyTree, jax.Array, jax.Array], jax.Array],
     params: PyTree,
     reference: PyTree | None = None,
     mesh: Mesh,
@@ -153,14 +154,15 @@ def make_batches(
         weights = loss_weights(
             mask[part], config.loss.aggregation, max_length=config.sampling.max_new_tokens
         )
+        scored = functools.partial(score, tokens=tokens, mask=mask[part])
         batch = Batch(
             tokens=tokens,
             completion_mask=mask[part],
             loss_weights=weights,
             advantages=estimate.advantages[part],
-            old_logprobs=score(params, tokens) if updates_per_step(config) > 1 else None,
+            old_logprobs=scored(params) if updates_per_step(config) > 1 else None,
             sampler_logprobs=rollouts.sampler_logprobs[part, :width],
-            ref_logprobs=None if reference is None else score(reference, tokens),
+            ref_logprobs=None if reference is None else scored(reference),
         )
         batches.append(put_rows(mesh, batch))
     return batches
@@ -210,17 +212,23 @@ def split_micro(tree: PyTree, rows: int) -> PyTree:
 
 def make_score(
     architecture: ModelConfig, *, loss: LossSection, temperature: float, microbatch: int
-) -> Callable[[PyTree, jax.Array], jax.Array]:
-    """jitted (params, tokens [N T]) -> log-probabilities [N T] of the trainer's policy."""
+) -> Callable[[PyTree, jax.Array, jax.Array], jax.Array]:
+    """jitted (params, tokens [N T], mask [N T]) -> log-probabilities [N T] of the trainer's policy
+    where mask, 0 elsewhere."""
 
     @jax.jit
-    def score(params, tokens):
+    def score(params, tokens, mask):
         def one(part):
-            return model.token_logprobs(
-                params, architecture, part, temperature=temperature, chunk=loss.logprob_chunk
+            return token_logprobs(
+                params,
+                architecture,
+                part[0],
+                mask=part[1],
+                temperature=temperature,
+                chunk=loss.logprob_chunk,
             )[0]
 
-        parts = jax.lax.map(one, split_micro(tokens, microbatch))
+        parts = jax.lax.map(one, split_micro((tokens, mask), microbatch))
         return parts.swapaxes(0, 1).reshape(tokens.shape)
 
     return score
@@ -235,8 +243,13 @@ def policy_objective(
     temperature: float,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
     """The microbatch's share of the loss; its sums over tokens, and its largest log-prob gap."""
-    logprobs, entropy = model.token_logprobs(
-        params, architecture, batch.tokens, temperature=temperature, chunk=loss.logprob_chunk
+    logprobs, entropy = token_logprobs(
+        params,
+        architecture,
+        batch.tokens,
+        mask=batch.completion_mask,
+        temperature=temperature,
+        chunk=loss.logprob_chunk,
     )
     value, clipped = policy_loss(
         logprobs,

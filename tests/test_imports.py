@@ -16,7 +16,16 @@ LAYERS = (
     {"pytree", "types", "masked"},
     {"estimators", "losses", "config"},
     {"sharding", "model", "weights", "hf", "gguf", "data", "scores", "verify", "tasks"},
-    {"config_check", "sampling", "refill", "rollouts", "prompt_features", "checkpoint", "trained"},
+    {
+        "config_check",
+        "logprobs",
+        "sampling",
+        "refill",
+        "rollouts",
+        "prompt_features",
+        "checkpoint",
+        "trained",
+    },
     {
         "train",
         "reference_table",

@@ -12,6 +12,7 @@ import tiny
 from basis_jax import estimators, model
 from basis_jax.config import Config, LossSection, OptimSection, SamplingSection, TrainSection
 from basis_jax.config_check import check
+from basis_jax.logprobs import token_logprobs
 from basis_jax.rollouts import Graded
 from basis_jax.sharding import make_mesh, named_tree
 from basis_jax.train import (
@@ -122,7 +123,7 @@ def test_the_gradient_is_that_of_the_weighted_sum(whole):
     tokens = int(r.completion_lengths[data.valid].sum())
 
     def loss(params):
-        logprobs, _ = model.token_logprobs(params, tiny.TINY, jnp.asarray(r.tokens))
+        logprobs, _ = token_logprobs(params, tiny.TINY, jnp.asarray(r.tokens))
         total = 0.0
         for i in np.flatnonzero(data.valid):
             start, stop = r.prompt_lengths[i], r.prompt_lengths[i] + r.completion_lengths[i]
