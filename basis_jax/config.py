@@ -13,8 +13,10 @@ class ModelSection:
     """Hugging Face folder, hub id, or ``embedded:quickstart`` (the model in this package)."""
     compute_dtype: str = "float32"
     """``float32`` or ``bfloat16``; parameters and optimizer stay float32."""
-    remat: bool = False
-    """Recompute layer activations in the backward pass: less memory, about 1.3x the time."""
+    remat: str = "none"
+    """What the backward pass computes again of a layer: ``none``, ``dots`` (all but the products
+    with weights: attention and elementwise work) or ``full`` (everything: the least memory, about
+    1.3x the time)."""
 
 
 @dataclass(frozen=True)

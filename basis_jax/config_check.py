@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from basis_jax.config import Config, LossSection
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
-from basis_jax.model import ModelConfig
+from basis_jax.model import REMAT, ModelConfig
 from basis_jax.sharding import batch_shards, check_divides
 from basis_jax.tasks import GYM
 
@@ -25,6 +25,7 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
         ("loss.objective", config.loss.objective, OBJECTIVES),
         ("loss.kl", config.loss.kl, KL_FORMS),
         ("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES),
+        ("model.remat", config.model.remat, tuple(REMAT)),
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")

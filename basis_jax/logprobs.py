@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -48,49 +49,67 @@ def score_targets(
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     """log softmax(hidden weight^T / temperature) at the targets, and the entropy of the softmax.
 
-    Chunks of positions in which no row has one that counts are skipped: 0, without a gradient.
+    Where there are several chunks, those in which no row has a position that counts are skipped:
+    0, without a gradient.
     Products are taken in the dtype of ``hidden``, sums and softmax in float32. The backward pass
-    makes each chunk's logits z again, with p = softmax(z / temperature) and H its entropy:
+    makes each chunk's logits z again (a single chunk's are kept, as it follows at once), with
+    p = softmax(z / temperature) and H its entropy:
     dz = (dlogp (onehot - p) - dH p (log p + H)) / temperature.
     """
-    return _scores(temperature, chunk, hidden, weight, targets, counts)[:2]
+    return _scores(temperature, chunk, hidden, weight, targets, counts)[0][:2]
 
 
 def _scores(temperature, chunk, hidden, weight, targets, counts):
-    """(log-probabilities, entropies, log sum exp of the scaled logits), each [N T]."""
-    weight = weight.astype(hidden.dtype)
+    """(log-probabilities, entropies, log sum exp of the scaled logits), each [N T], and the scaled
+    logits where there is one chunk."""
+    weight, steps = weight.astype(hidden.dtype), targets.shape[1]
 
     def score(part, target):
-        scaled = _scaled_logits(part, weight, temperature)
-        lse = jax.nn.logsumexp(scaled, axis=-1)
-        picked = jnp.take_along_axis(scaled, target[..., None], axis=-1)[..., 0] - lse
-        mean = jnp.sum(jnp.exp(scaled - lse[..., None]) * scaled, axis=-1)
-        return picked, lse - mean, lse
+        return _statistics(_scaled_logits(part, weight, temperature), target)
 
     def one(_, parts):
         part, target, count = parts
         nothing = (jnp.zeros(target.shape, jnp.float32),) * 3
         return None, jax.lax.cond(jnp.any(count), score, lambda *_: nothing, part, target)
 
-    steps = targets.shape[1]
+    if steps <= chunk:
+        scaled = _scaled_logits(hidden, weight, temperature)
+        return _statistics(scaled, targets), scaled
     parts = [_split(x, chunk) for x in (hidden, targets, counts)]
-    return tuple(_join(x, steps) for x in jax.lax.scan(one, None, parts)[1])
+    return tuple(_join(x, steps) for x in jax.lax.scan(one, None, parts)[1]), None
+
+
+def _statistics(scaled, targets):
+    """Log-probabilities, entropies and log sum exp of scaled logits z [N C V], with
+    H = lse - sum p z; both sums over the vocabulary in one pass."""
+    top = jnp.max(scaled, axis=-1)
+    powers, zero = jnp.exp(scaled - top[..., None]), np.float32(0)
+    total, moment = jax.lax.reduce(
+        (powers, powers * scaled),
+        (zero, zero),
+        lambda x, y: (x[0] + y[0], x[1] + y[1]),
+        (scaled.ndim - 1,),
+    )
+    lse = top + jnp.log(total)
+    picked = jnp.take_along_axis(scaled, targets[..., None], axis=-1)[..., 0] - lse
+    return picked, lse - moment / total, lse
 
 
 def _scores_forward(temperature, chunk, hidden, weight, targets, counts):
     given = [x.value for x in (hidden, weight, targets, counts)]
-    logprobs, entropy, lse = _scores(temperature, chunk, *given)
-    return (logprobs, entropy), (*given, entropy, lse)
+    (logprobs, entropy, lse), scaled = _scores(temperature, chunk, *given)
+    return (logprobs, entropy), (*given, entropy, lse, scaled)
 
 
 def _scores_backward(temperature, chunk, kept, slopes):
-    hidden, weight, targets, counts, entropy, lse = kept
+    hidden, weight, targets, counts, entropy, lse, whole = kept
     slope, entropy_slope = (None if isinstance(x, SymbolicZero) else x for x in slopes)
     low = weight.astype(hidden.dtype)
 
-    def push(part, target, lse, entropy, slope, entropy_slope):
+    def push(part, target, lse, entropy, slope, entropy_slope, scaled=None):
         """d hidden [N C D] and d weight [V D] of one chunk."""
-        scaled = _scaled_logits(part, low, temperature)
+        if scaled is None:
+            scaled = _scaled_logits(part, low, temperature)
         logp = scaled - lse[..., None]
         back = jnp.zeros_like(lse)[..., None]
         if slope is not None:
@@ -116,8 +135,11 @@ def _scores_backward(temperature, chunk, kept, slopes):
         skip = lambda total: (total, jnp.zeros_like(given[0]))  # noqa: E731
         return jax.lax.cond(jnp.any(count), add, skip, total)
 
-    given = (hidden, targets, lse, entropy, slope, entropy_slope, counts)
-    parts = jax.tree.map(lambda x: _split(x, chunk), given)
+    given = (hidden, targets, lse, entropy, slope, entropy_slope)
+    if whole is not None:
+        of_hidden, of_weight = push(*given, whole)
+        return of_hidden, of_weight.astype(weight.dtype), None, None
+    parts = jax.tree.map(lambda x: _split(x, chunk), (*given, counts))
     total = constrain(jnp.zeros(weight.shape, jnp.float32), ("vocab", "embed"))
     of_weight, of_hidden = jax.lax.scan(one, total, parts)
     of_hidden = _join(of_hidden, targets.shape[1])

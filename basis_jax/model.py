@@ -50,8 +50,16 @@ class ModelConfig:
     mlp_bias: bool = False  # Llama with mlp_bias
     qk_norm: bool = False  # Qwen3
     compute_dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"  # of a layer: a key of REMAT
 
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass finds saved of a layer: all it needs, the weights' products, or nothing
+but the layer's input."""
 
 CACHE_AXES = ("layers", "batch", "time", "kv_heads", "head_dim")
 
@@ -163,17 +171,18 @@ class Block(nn.Module):
 
     def feed_forward(self, x):
         c = self.config
+        flat = x.reshape(-1, c.embed)  # [N T, D]: on CPUs 1.2x as fast as [N, T, D]
 
         def dense(name, y, sizes, axes):
-            y = jnp.einsum("nti,io->nto", y, self.weight(f"{name}_proj", sizes, axes))
+            y = y @ self.weight(f"{name}_proj", sizes, axes)
             if c.mlp_bias:
-                bias = self.weight(f"{name}_bias", sizes[1:], axes[1:], bias=True)
-                y = y + bias[None, None]
+                y = y + self.weight(f"{name}_bias", sizes[1:], axes[1:], bias=True)[None]
             return y
 
-        gate = dense("gate", x, (c.embed, c.mlp), ("embed", "mlp"))
-        up = dense("up", x, (c.embed, c.mlp), ("embed", "mlp"))
-        return dense("down", jax.nn.silu(gate) * up, (c.mlp, c.embed), ("mlp", "embed"))
+        gate = dense("gate", flat, (c.embed, c.mlp), ("embed", "mlp"))
+        up = dense("up", flat, (c.embed, c.mlp), ("embed", "mlp"))
+        down = dense("down", jax.nn.silu(gate) * up, (c.mlp, c.embed), ("mlp", "embed"))
+        return down.reshape(x.shape)
 
 
 def attend(
@@ -223,8 +232,8 @@ class Decoder(nn.Module):
         x = jnp.take(embedding, tokens, axis=0).astype(c.compute_dtype)
         x = constrain(x, ("batch", "time", "activation_embed"))
         block = Block
-        if c.remat:
-            block = nn.remat(Block, prevent_cse=False)
+        if c.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
         stack = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -43,12 +43,13 @@ def test_one_token_has_no_logprob():
     np.testing.assert_array_equal(entropy, np.zeros((3, 1)))
 
 
-def test_chunks_and_remat_do_not_change_the_gradient():
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_chunks_and_remat_do_not_change_the_gradient(remat):
     tokens = tokens_of((3, 12))
     whole, _ = gradient(random_params(tiny.TINY), tiny.TINY, tokens, 512)
     assert_same_gradient(gradient(random_params(tiny.TINY), tiny.TINY, tokens, 4)[0], whole)
-    remat = dataclasses.replace(tiny.TINY, remat=True)
-    assert_same_gradient(gradient(random_params(tiny.TINY), remat, tokens, 512)[0], whole)
+    config = dataclasses.replace(tiny.TINY, remat=remat)
+    assert_same_gradient(gradient(random_params(tiny.TINY), config, tokens, 512)[0], whole)
 
 
 def sizes_in(jaxpr):
@@ -200,3 +201,16 @@ def test_an_unused_entropy_costs_nothing_in_the_backward_pass():
         return sum(1 for _, shape in sizes if shape == (3, 4, 20))
 
     assert arrays(slopes[:1]) < arrays(slopes)
+
+
+def test_remat_keeps_less_of_a_layer():
+    """Memory of a gradient: all of the layers' intermediates, the products' results, the input."""
+    tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+
+    def needed(remat):
+        config = dataclasses.replace(tiny.TINY, layers=8, remat=remat)
+        run = lambda params, tokens: jax.grad(score_sum, has_aux=True)(params, config, tokens, 4)  # noqa: E731
+        return compiled_bytes(run, model.param_shapes(config), tokens)
+
+    everything, dots, full = needed("none"), needed("dots"), needed("full")
+    assert full < 0.7 * dots and dots < 0.7 * everything
