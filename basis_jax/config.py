@@ -93,6 +93,9 @@ class LossSection:
     clip_high: float = 0.2
     dual_clip: float = 0.0
     """Bound on the ratio where the advantage is negative, above 1 (0: off; often 3)."""
+    tis_cap: float = 0.0
+    """Each token is weighted by p_trainer / p_sampler of the policy that sampled, at most this
+    (0: off; often 2): for a sampler of lower precision. Apart from the ratio that is clipped."""
     kl: str = "k3+"
     """Estimate of KL(policy || starting policy): ``k1``, ``k2``, ``k3``, or ``k3+`` (value of k3,
     gradient of k2)."""
@@ -101,7 +104,8 @@ class LossSection:
     aggregation: str = "token_mean"
     """``token_mean`` (DAPO), ``sequence_mean`` (GRPO), ``constant_length`` (Dr. GRPO)."""
     logprob_chunk: int = 512
-    """Positions of a row whose logits exist at once; memory is rows x chunk x vocabulary."""
+    """Positions whose logits exist at once, of ``train.microbatch_rollouts`` rows; memory is
+    rows x chunk x vocabulary, also where a microbatch has more and shorter rows."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,8 @@ class TrainSection:
     minibatch_rollouts: int = 512
     """Rollouts per optimizer update; updates a step = rollouts / this."""
     microbatch_rollouts: int = 64
-    """Rollouts per forward and backward pass; gradients are summed over microbatches."""
+    """Rollouts per forward and backward pass at full width; a pass over shorter ones takes a power
+    of two times as many. Gradients are summed over the passes."""
     sample_rollouts: int = 512
     """Rollouts decoded at once; where there are more, they take the places of those that end."""
     log_samples: int = 8

@@ -120,6 +120,7 @@ def check_loss(loss: LossSection) -> None:
         ("clip_low", loss.clip_low, 0 <= loss.clip_low <= 1, "0 to 1"),
         ("clip_high", loss.clip_high, loss.clip_high >= 0, "0 or more"),
         ("dual_clip", loss.dual_clip, not loss.dual_clip or loss.dual_clip > 1, "0 or above 1"),
+        ("tis_cap", loss.tis_cap, loss.tis_cap >= 0, "0 or more"),
         ("kl_coef", loss.kl_coef, loss.kl_coef >= 0, "0 or more"),
     ):
         if not fits:

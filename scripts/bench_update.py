@@ -24,11 +24,12 @@ import numpy as np
 import optax
 
 from basis_jax import command_line, hf
+from basis_jax.batches import make_batches
 from basis_jax.config import Config, SamplingSection, TrainSection
 from basis_jax.records import provenance
 from basis_jax.rollouts import Graded
 from basis_jax.sharding import make_mesh
-from basis_jax.train import make_batches, make_score, make_state, make_update
+from basis_jax.train import make_score, make_state, make_update
 from basis_jax.types import Estimate, Rollouts
 
 
@@ -125,10 +126,10 @@ def our_gradient(folder: Path, given):
             verify_seconds=0.0,
         )
         with jax.set_mesh(mesh):
-            (batch,) = make_batches(
+            (microbatches,) = make_batches(
                 graded, estimate, config=config, score=score, params=state[0].params, mesh=mesh
             )
-            state[0], metrics = update(state[0], batch)
+            state[0], metrics = update(state[0], microbatches)
             jax.block_until_ready((state[0].params, metrics))
 
     return run

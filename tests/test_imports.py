@@ -27,6 +27,7 @@ LAYERS = (
         "trained",
     },
     {
+        "batches",
         "train",
         "reference_table",
         "evaluate",
