@@ -13,8 +13,10 @@ class ModelSection:
     """Hugging Face folder, hub id, or ``embedded:quickstart`` (the model in this package)."""
     compute_dtype: str = "float32"
     """``float32`` or ``bfloat16``; parameters and optimizer stay float32."""
-    remat: bool = False
-    """Recompute layer activations in the backward pass: less memory, about 1.3x the time."""
+    remat: str = "none"
+    """What the backward pass computes again of a layer: ``none``, ``dots`` (all but the products
+    with weights: attention and elementwise work) or ``full`` (everything: the least memory, about
+    1.3x the time)."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ class LossSection:
     clip_high: float = 0.2
     dual_clip: float = 0.0
     """Bound on the ratio where the advantage is negative, above 1 (0: off; often 3)."""
+    tis_cap: float = 0.0
+    """Each token is weighted by p_trainer / p_sampler of the policy that sampled, at most this
+    (0: off; often 2): for a sampler of lower precision. Apart from the ratio that is clipped."""
     kl: str = "k3+"
     """Estimate of KL(policy || starting policy): ``k1``, ``k2``, ``k3``, or ``k3+`` (value of k3,
     gradient of k2)."""
@@ -102,7 +107,8 @@ class LossSection:
     aggregation: str = "token_mean"
     """``token_mean`` (DAPO), ``sequence_mean`` (GRPO), ``constant_length`` (Dr. GRPO)."""
     logprob_chunk: int = 512
-    """Positions of a row whose logits exist at once; memory is rows x chunk x vocabulary."""
+    """Positions whose logits exist at once, of ``train.microbatch_rollouts`` rows; memory is
+    rows x chunk x vocabulary, also where a microbatch has more and shorter rows."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,8 @@ class TrainSection:
     minibatch_rollouts: int = 512
     """Rollouts per optimizer update; updates a step = rollouts / this."""
     microbatch_rollouts: int = 64
-    """Rollouts per forward and backward pass; gradients are summed over microbatches."""
+    """Rollouts per forward and backward pass at full width; a pass over shorter ones takes a power
+    of two times as many. Gradients are summed over the passes."""
     sample_rollouts: int = 512
     """Rollouts decoded at once; where there are more, they take the places of those that end."""
     log_samples: int = 8

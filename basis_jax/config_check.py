@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from basis_jax import costs
 from basis_jax.config import Config, LossSection
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
-from basis_jax.model import ModelConfig
+from basis_jax.model import REMAT, ModelConfig
 from basis_jax.sharding import batch_shards, check_divides
 from basis_jax.tasks import GYM
 
@@ -28,6 +28,7 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
         ("loss.kl", config.loss.kl, KL_FORMS),
         ("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES),
         ("sampling.dtype", config.sampling.dtype or COMPUTE_DTYPES[0], COMPUTE_DTYPES),
+        ("model.remat", config.model.remat, tuple(REMAT)),
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
@@ -188,6 +189,7 @@ def check_loss(loss: LossSection) -> None:
         ("clip_low", loss.clip_low, 0 <= loss.clip_low <= 1, "0 to 1"),
         ("clip_high", loss.clip_high, loss.clip_high >= 0, "0 or more"),
         ("dual_clip", loss.dual_clip, not loss.dual_clip or loss.dual_clip > 1, "0 or above 1"),
+        ("tis_cap", loss.tis_cap, loss.tis_cap >= 0, "0 or more"),
         ("kl_coef", loss.kl_coef, loss.kl_coef >= 0, "0 or more"),
     ):
         if not fits:

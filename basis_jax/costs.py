@@ -105,9 +105,7 @@ def update(config: ModelConfig, *, rows: int, width: int) -> Work:
     )
 
 
-def parameter_bytes(
-    config: ModelConfig, mesh, *, itemsize: int = 4, gathered: bool = False
-) -> int:
+def parameter_bytes(config: ModelConfig, mesh, *, itemsize: int = 4, gathered: bool = False) -> int:
     """The parameters' share of one device; ``gathered``: over ``fsdp``, as decoding has them."""
 
     def here(size, axis):

@@ -154,7 +154,7 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def model_config(
-    folder: str | Path, *, compute_dtype: str = "float32", remat: bool = False
+    folder: str | Path, *, compute_dtype: str = "float32", remat: str = "none"
 ) -> ModelConfig:
     """The decoder that ``config.json`` describes, written by transformers 4 or 5.
 
@@ -244,7 +244,7 @@ def save_params(
         stored = {name: DTYPES.get(tensor.get_dtype()) for name, tensor in tensors.items()}
     else:
         raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype or "float32"
-    if _parse(raw) != replace(config, compute_dtype="float32", remat=False):
+    if _parse(raw) != replace(config, compute_dtype="float32", remat="none"):
         raise ValueError(
             f"config.json of {source or config.architecture} cannot stand for {config}; "
             "give as source the folder that the parameters were loaded from"

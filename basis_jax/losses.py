@@ -44,6 +44,7 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     dual_clip: float = 0.0,
+    tis_cap: float = 0.0,
 ) -> tuple[Float[Array, ""], Bool[Array, "N T"]]:
     """sum of w x over tokens, x a function of A, logp = logprobs and rho = exp(logp - old).
 
@@ -57,8 +58,9 @@ def policy_loss(
     - ``gpg``: -A logp (arXiv 2504.02546); the scaling of A is the estimator's.
 
     Exponents are held in [-20, 20]. Without ``old_logprobs`` the update is strictly on-policy: rho
-    is 1 in value and its gradient that of logp, and all four have the gradient -w A. Returns the
-    loss and the tokens whose clipped branch was active. ValueError for another objective.
+    is 1 in value and its gradient that of logp, and all four have the gradient -w A. ``tis_cap``
+    above 0: every token's term is multiplied by ``sampler_weights`` too. Returns the loss and the
+    tokens whose clipped branch was active. ValueError for another objective.
     """
     mask, a = batch.completion_mask, batch.advantages[:, None]
     logprobs = jnp.where(mask, logprobs, 0.0)
@@ -83,7 +85,25 @@ def policy_loss(
         terms, clipped = -a * logprobs, jnp.zeros_like(mask)
     else:
         raise ValueError(f"loss.objective is {objective!r}; allowed are {', '.join(OBJECTIVES)}")
+    if tis_cap:
+        terms = terms * sampler_weights(fixed, batch, cap=tis_cap)
     return jnp.sum(batch.loss_weights * terms), mask & clipped
+
+
+def sampler_weights(
+    logprobs: Float[Array, "N T"], batch: Batch, *, cap: float
+) -> Float[Array, "N T"]:
+    """min(exp(old - sampler), cap) where the mask counts, 1 elsewhere: truncated importance weights
+    for a sampler whose probabilities are not quite the trainer's (TIS, Yao et al. 2025).
+
+    old is the trainer's own log-prob of the policy that sampled (``logprobs`` where the update is
+    strictly on-policy), so that the ratio policy / old of the objectives counts nothing twice.
+    Without a gradient; the exponent is held in [-20, 20].
+    """
+    old = logprobs if batch.old_logprobs is None else batch.old_logprobs
+    gap = jnp.where(batch.completion_mask, old - batch.sampler_logprobs, 0.0)
+    weights = jnp.minimum(jnp.exp(jnp.clip(gap, -20.0, 20.0)), cap)
+    return jax.lax.stop_gradient(jnp.where(batch.completion_mask, weights, 1.0))
 
 
 def kl_loss(

@@ -1,8 +1,8 @@
 """The decoder of Qwen2, Qwen3 and Llama, defined once in Flax Linen and used as pure functions.
 
 The sampler and the trainer run the same ``forward``; the only shift between tokens and their
-log-probabilities is in ``token_logprobs``. Sequences start at position 0 and are padded on the
-right, so the causal mask is the only mask: what stands behind a row's end is never attended to.
+log-probabilities is in ``logprobs.token_logprobs``. Sequences start at position 0 and are padded on
+the right, so the causal mask is the only mask: what stands behind a row's end is never attended to.
 """
 
 import functools
@@ -50,7 +50,16 @@ class ModelConfig:
     mlp_bias: bool = False  # Llama with mlp_bias
     qk_norm: bool = False  # Qwen3
     compute_dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"  # of a layer: a key of REMAT
+
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass finds saved of a layer: all it needs, the weights' products, or nothing
+but the layer's input."""
 
 
 @pytree
@@ -156,17 +165,18 @@ class Block(nn.Module):
 
     def feed_forward(self, x):
         c = self.config
+        flat = x.reshape(-1, c.embed)  # [N T, D]: on CPUs 1.2x as fast as [N, T, D]
 
         def dense(name, y, sizes, axes):
-            y = jnp.einsum("nti,io->nto", y, self.weight(f"{name}_proj", sizes, axes))
+            y = y @ self.weight(f"{name}_proj", sizes, axes)
             if c.mlp_bias:
-                bias = self.weight(f"{name}_bias", sizes[1:], axes[1:], bias=True)
-                y = y + bias[None, None]
+                y = y + self.weight(f"{name}_bias", sizes[1:], axes[1:], bias=True)[None]
             return y
 
-        gate = dense("gate", x, (c.embed, c.mlp), ("embed", "mlp"))
-        up = dense("up", x, (c.embed, c.mlp), ("embed", "mlp"))
-        return dense("down", jax.nn.silu(gate) * up, (c.mlp, c.embed), ("mlp", "embed"))
+        gate = dense("gate", flat, (c.embed, c.mlp), ("embed", "mlp"))
+        up = dense("up", flat, (c.embed, c.mlp), ("embed", "mlp"))
+        down = dense("down", jax.nn.silu(gate) * up, (c.mlp, c.embed), ("mlp", "embed"))
+        return down.reshape(x.shape)
 
 
 def attend(
@@ -209,8 +219,8 @@ class Decoder(nn.Module):
         x = jnp.take(embedding, tokens, axis=0).astype(c.compute_dtype)
         x = constrain(x, ("batch", "time", "activation_embed"))
         block = Block
-        if c.remat:
-            block = nn.remat(Block, prevent_cse=False)
+        if c.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -273,53 +283,14 @@ def forward(
     return Decoder(config, keep).apply({"params": params}, tokens, positions, prefix)
 
 
+def output_weight(params: PyTree, config: ModelConfig) -> Float[Array, "V D"]:
+    """The output layer's parameter: the embedding where they are tied."""
+    return params["embedding" if config.tied else "output"]
+
+
 def logits(
     params: PyTree, config: ModelConfig, hidden: Float[Array, "*s D"]
 ) -> Float[Array, "*s V"]:
     """Output layer; products in the compute dtype, sums and result in float32."""
-    weight = params["embedding" if config.tied else "output"].astype(config.compute_dtype)
+    weight = output_weight(params, config).astype(config.compute_dtype)
     return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
-
-
-def token_logprobs(
-    params: PyTree,
-    config: ModelConfig,
-    tokens: Int[Array, "N T"],
-    *,
-    temperature: float = 1.0,
-    chunk: int = 512,
-) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
-    """log p(token t | tokens before t) at ``temperature``, and the entropy (nats) of that draw.
-
-    Token-aligned: column 0 is 0 (nothing predicts it). Logits exist for ``chunk`` positions at a
-    time, forward and backward: N x chunk x V float32, never N x T x V.
-    """
-    hidden, _ = forward(params, config, tokens)
-    rows, steps = tokens.shape
-    hidden, targets = hidden[:, :-1], tokens[:, 1:]
-    chunk = min(chunk, max(1, steps - 1))
-    pad = -(steps - 1) % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, pad)))
-
-    @jax.checkpoint
-    def score(part, target):
-        scaled = logits(params, config, part) / temperature
-        logprobs = jax.nn.log_softmax(scaled, axis=-1)
-        picked = jnp.take_along_axis(logprobs, target[..., None], axis=-1)[..., 0]
-        return picked, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-
-    def split(x):  # [N, chunks * C, ...] -> [chunks, N, C, ...]
-        return jnp.moveaxis(x.reshape((rows, -1, chunk) + x.shape[2:]), 1, 0)
-
-    parts = split(hidden), split(targets)
-    if parts[1].shape[0] == 1:
-        picked, entropy = jax.tree.map(lambda x: x[None], score(parts[0][0], parts[1][0]))
-    else:
-        picked, entropy = jax.lax.map(lambda part: score(*part), parts)
-
-    def join(x):
-        flat = jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, : steps - 1]
-        return jnp.pad(flat, ((0, 0), (1, 0)))
-
-    return join(picked), join(entropy)

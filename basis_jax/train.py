@@ -1,4 +1,4 @@
-"""The training step: state, batches, the jitted update. ``scripts/train.py`` is the story."""
+"""The training step: state, the jitted update, metrics. ``scripts/train.py`` is the story."""
 
 import functools
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from basis_jax import model
-from basis_jax.config import Config, LossSection, OptimSection
+from basis_jax.config import LossSection, OptimSection
 from basis_jax.estimators import Estimator
-from basis_jax.losses import kl_loss, loss_weights, policy_loss
-from basis_jax.masked import completion_mask, masked_max, masked_sum
+from basis_jax.logprobs import token_logprobs
+from basis_jax.losses import kl_loss, policy_loss, sampler_weights
+from basis_jax.masked import masked_max, masked_sum
 from basis_jax.model import ModelConfig
-from basis_jax.refill import round_up
 from basis_jax.rollouts import Graded
-from basis_jax.sharding import constrain, named_tree, put_rows
-from basis_jax.types import Batch, Estimate, Rollouts, Signals, TrainState
+from basis_jax.sharding import constrain, named_tree
+from basis_jax.types import Batch, Estimate, Signals, TrainState
 
 
 def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTransformation:
@@ -117,62 +117,6 @@ def make_estimate(estimator: Estimator) -> Callable[..., tuple[PyTree, Estimate]
     return estimate
 
 
-def updates_per_step(config: Config) -> int:
-    """Optimizer updates that one step's rollouts are split into."""
-    rollouts = config.train.prompts_per_step * config.sampling.group_size
-    return rollouts // config.train.minibatch_rollouts
-
-
-def make_batches(
-    graded: Graded,
-    estimate: Estimate,
-    *,
-    config: Config,
-    score: Callable[[PyTree, jax.Array], jax.Array],
-    params: PyTree,
-    reference: PyTree | None = None,
-    mesh: Mesh,
-) -> list[Batch]:
-    """One ``Batch`` per optimizer update, rollouts in order, split over the mesh.
-
-    Rollouts that the verifier failed on leave the loss and its denominators. With one update a
-    step the policy is still the one that sampled, and ``old_logprobs`` need no pass of their own;
-    with several they are all scored before the first update. ``reference``: the parameters that
-    the KL term of ``loss.kl_coef`` refers to.
-    """
-    rollouts, rows = graded.rollouts, config.train.minibatch_rollouts
-    width = batch_width(rollouts)
-    mask = completion_mask(
-        jnp.asarray(rollouts.prompt_lengths), jnp.asarray(rollouts.completion_lengths), width
-    )
-    mask = mask & jnp.asarray(graded.valid)[:, None]
-    batches = []
-    for start in range(0, len(graded.valid), rows):
-        part = slice(start, start + rows)
-        tokens = put_rows(mesh, rollouts.tokens[part, :width])
-        weights = loss_weights(
-            mask[part], config.loss.aggregation, max_length=config.sampling.max_new_tokens
-        )
-        batch = Batch(
-            tokens=tokens,
-            completion_mask=mask[part],
-            loss_weights=weights,
-            advantages=estimate.advantages[part],
-            old_logprobs=score(params, tokens) if updates_per_step(config) > 1 else None,
-            sampler_logprobs=rollouts.sampler_logprobs[part, :width],
-            ref_logprobs=None if reference is None else score(reference, tokens),
-        )
-        batches.append(put_rows(mesh, batch))
-    return batches
-
-
-def batch_width(rollouts: Rollouts) -> int:
-    """Positions that a step's update runs over: those of its longest row, rounded up to a power of
-    two (64 or more), so that few programs are compiled; at most all that there is room for."""
-    longest = int(np.max(rollouts.prompt_lengths + rollouts.completion_lengths))
-    return min(rollouts.tokens.shape[1], round_up(longest, 64))
-
-
 def finish_step(state: TrainState, estimator_state: PyTree) -> TrainState:
     """The state after all updates of a step."""
     return replace(state, step=state.step + 1, estimator_state=estimator_state)
@@ -197,33 +141,36 @@ def merge_updates(outcomes: list[dict[str, jax.Array]]) -> dict[str, float]:
     return merged
 
 
-def split_micro(tree: PyTree, rows: int) -> PyTree:
-    """[N ...] -> [N / rows, rows ...]; microbatch m holds rows m, m + N/rows, ..., so that every
-    device keeps the rows it has."""
-
-    def split(x):
-        x = x.reshape((rows, -1) + x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, (None, "batch") + (None,) * (x.ndim - 2))
-
-    return jax.tree.map(split, tree)
-
-
 def make_score(
     architecture: ModelConfig, *, loss: LossSection, temperature: float, microbatch: int
-) -> Callable[[PyTree, jax.Array], jax.Array]:
-    """jitted (params, tokens [N T]) -> log-probabilities [N T] of the trainer's policy."""
+) -> Callable[[PyTree, jax.Array, jax.Array], jax.Array]:
+    """jitted (params, tokens [N T], mask [N T]) -> log-probabilities [N T] of the trainer's policy
+    where mask, 0 elsewhere, for one microbatch."""
+    options = {"loss": loss, "temperature": temperature, "microbatch": microbatch}
 
     @jax.jit
-    def score(params, tokens):
-        def one(part):
-            return model.token_logprobs(
-                params, architecture, part, temperature=temperature, chunk=loss.logprob_chunk
-            )[0]
-
-        parts = jax.lax.map(one, split_micro(tokens, microbatch))
-        return parts.swapaxes(0, 1).reshape(tokens.shape)
+    def score(params, tokens, mask):
+        return micro_logprobs(params, architecture, tokens, mask, **options)[0]
 
     return score
+
+
+def micro_logprobs(
+    params: PyTree,
+    architecture: ModelConfig,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    loss: LossSection,
+    temperature: float,
+    microbatch: int,
+) -> tuple[jax.Array, jax.Array]:
+    """``token_logprobs`` in chunks of microbatch x logprob_chunk tokens, of fewer positions where a
+    microbatch has more rows."""
+    chunk = max(1, loss.logprob_chunk * microbatch // tokens.shape[0])
+    return token_logprobs(
+        params, architecture, tokens, mask=mask, temperature=temperature, chunk=chunk
+    )
 
 
 def policy_objective(
@@ -233,10 +180,17 @@ def policy_objective(
     architecture: ModelConfig,
     loss: LossSection,
     temperature: float,
+    microbatch: int,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
     """The microbatch's share of the loss; its sums over tokens, and its largest log-prob gap."""
-    logprobs, entropy = model.token_logprobs(
-        params, architecture, batch.tokens, temperature=temperature, chunk=loss.logprob_chunk
+    logprobs, entropy = micro_logprobs(
+        params,
+        architecture,
+        batch.tokens,
+        batch.completion_mask,
+        loss=loss,
+        temperature=temperature,
+        microbatch=microbatch,
     )
     value, clipped = policy_loss(
         logprobs,
@@ -245,6 +199,7 @@ def policy_objective(
         clip_low=loss.clip_low,
         clip_high=loss.clip_high,
         dual_clip=loss.dual_clip,
+        tis_cap=loss.tis_cap,
     )
     old = logprobs if batch.old_logprobs is None else batch.old_logprobs
     mask = batch.completion_mask
@@ -257,6 +212,11 @@ def policy_objective(
         "policy/kl_old": masked_sum(old - logprobs, mask),
         "sampler/logprob_gap_mean": masked_sum(gap, mask),
     }
+    if loss.tis_cap:
+        weights = sampler_weights(logprobs, batch, cap=loss.tis_cap)
+        capped = mask & (weights >= loss.tis_cap)
+        sums["sampler/weight_mean"] = masked_sum(weights, mask)
+        sums["sampler/weight_capped"] = jnp.sum(capped).astype(jnp.float32)
     if loss.kl_coef:
         penalty, kl = kl_loss(logprobs, batch, loss.kl)
         value += loss.kl_coef * penalty
@@ -271,38 +231,59 @@ def make_update(
     loss: LossSection,
     temperature: float,
     microbatch: int,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """jitted (state, batch) -> state, metrics: microbatches by scan, then one optimizer update.
+) -> Callable[[TrainState, list[Batch]], tuple[TrainState, dict[str, jax.Array]]]:
+    """(state, microbatches) -> state, metrics: gradients added up, then one optimizer update.
 
-    The batch's ``loss_weights`` hold the global denominators, so the summed microbatch gradients
-    are the gradient of the whole update whatever the split. Parameters and moments are donated;
-    ``step`` and the estimator's state pass through.
+    The microbatches' ``loss_weights`` hold the global denominators, so the summed gradients are the
+    gradient of the whole update whatever the split. Each shape of microbatch is a program; the sums
+    stay in one donated buffer, laid out as the parameters, and nothing comes back to the host until
+    the metrics are read. Parameters and moments are donated; ``step`` and the estimator's state
+    pass through.
     """
-
     objective = functools.partial(
-        policy_objective, architecture=architecture, loss=loss, temperature=temperature
+        policy_objective,
+        architecture=architecture,
+        loss=loss,
+        temperature=temperature,
+        microbatch=microbatch,
     )
+    gradient = jax.grad(objective, has_aux=True)
+    axes = model.param_axes(architecture)
+
+    def laid_out(gradients):
+        return jax.tree.map(constrain, gradients, axes)
+
+    @jax.jit
+    def start(params, micro):
+        shapes = jax.eval_shape(gradient, params, micro)
+        gradients, aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return laid_out(gradients), aux
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def accumulate(params, total, micro):
+        gradients, (sums, gap) = total
+        new, (new_sums, new_gap) = gradient(params, micro)
+        sums = jax.tree.map(jnp.add, sums, new_sums)
+        gradients = laid_out(jax.tree.map(jnp.add, gradients, new))
+        return gradients, (sums, jnp.maximum(gap, new_gap))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, batch):
-        def accumulate(gradients, micro):
-            new, aux = jax.grad(objective, has_aux=True)(params, micro)
-            return jax.tree.map(jnp.add, gradients, new), aux
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        gradients, (sums, gaps) = jax.lax.scan(accumulate, zeros, split_micro(batch, microbatch))
+    def apply(params, opt_state, total):
+        gradients, (metrics, gap) = total
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its counts with floats
             changes, opt_state = optimizer.update(gradients, opt_state, params)
-        metrics = jax.tree.map(jnp.sum, sums)
         tokens = jnp.maximum(metrics.pop("tokens"), 1.0)
         metrics = {k: v if k == "policy/loss" else v / tokens for k, v in metrics.items()}
-        metrics["sampler/logprob_gap_max"] = jnp.max(gaps)
+        metrics["sampler/logprob_gap_max"] = gap
         metrics["policy/grad_norm"] = optax.tree.norm(gradients)
         metrics["policy/update_norm"] = optax.tree.norm(changes)
         return optax.apply_updates(params, changes), opt_state, metrics
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        params, opt_state, metrics = step(state.params, state.opt_state, batch)
+    def update(state: TrainState, micros: list[Batch]) -> tuple[TrainState, dict[str, jax.Array]]:
+        total = start(state.params, micros[0])
+        for micro in micros:
+            total = accumulate(state.params, total, micro)
+        params, opt_state, metrics = apply(state.params, state.opt_state, total)
         return replace(state, params=params, opt_state=opt_state), metrics
 
     return update

@@ -58,7 +58,7 @@ class Estimate:
 
 @pytree
 class Batch:
-    """One optimizer update's rows. ``loss_weights`` carry every denominator of the loss."""
+    """One microbatch. ``loss_weights`` carry every denominator of the loss, those of its update."""
 
     tokens: Int[Array, "N T"]
     completion_mask: Bool[Array, "N T"]

@@ -27,7 +27,7 @@ from basis_jax.config import (
 def config() -> Config:
     return Config(
         run_dir="runs/qwen_math",
-        model=ModelSection(path="Qwen/Qwen3-4B", compute_dtype="bfloat16", remat=True),
+        model=ModelSection(path="Qwen/Qwen3-4B", compute_dtype="bfloat16", remat="full"),
         data=DataSection(
             path="BytedTsinghua-SIA/DAPO-Math-17k",
             problem_wrapper=(

@@ -33,6 +33,7 @@ import optax
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from basis_jax import hf, model
+from basis_jax.logprobs import token_logprobs
 from basis_jax.tasks import number_words
 from basis_jax.tasks.number_words import Question
 
@@ -145,7 +146,7 @@ def write_lines(generator: random.Random, *, textbook: bool) -> list[tuple[Quest
 @functools.partial(jax.jit, static_argnums=1)
 def pass_probability(params, config, tokens, mask):
     """P(answer, EOS | question), exactly: [N]."""
-    logprobs, _ = model.token_logprobs(params, config, tokens)
+    logprobs, _ = token_logprobs(params, config, tokens)
     return jnp.exp(jnp.sum(jnp.where(mask > 0, logprobs, 0.0), axis=1))
 
 
@@ -175,7 +176,7 @@ def train(config: model.ModelConfig, tokenizer: Tokenizer):
     )
 
     def negative(params, tokens, mask):
-        logprobs, _ = model.token_logprobs(params, config, tokens)
+        logprobs, _ = token_logprobs(params, config, tokens)
         return -jnp.sum(logprobs * mask) / jnp.sum(mask)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from basis_jax import checkpoint, command_line, hf, plots
+from basis_jax.batches import make_batches, updates_per_step
 from basis_jax.compiles import counted
 from basis_jax.config_check import check_memory
 from basis_jax.data import batch_indices
@@ -25,7 +26,6 @@ from basis_jax.session import estimator_state_shapes, first_estimator_state, ope
 from basis_jax.train import (
     abstract_state,
     finish_step,
-    make_batches,
     make_estimate,
     make_optimizer,
     make_score,
@@ -33,7 +33,6 @@ from basis_jax.train import (
     make_update,
     merge_updates,
     reward_metrics,
-    updates_per_step,
 )
 
 
@@ -107,8 +106,8 @@ def train(session, run_dir, checkpoints) -> None:
             started = time.perf_counter()
             estimator_state, estimate = estimate_values(state.estimator_state, graded)
             outcomes = []
-            for batch in batches_of(graded, estimate, params=state.params):
-                state, outcome = update(state, batch)
+            for microbatches in batches_of(graded, estimate, params=state.params):
+                state, outcome = update(state, microbatches)
                 outcomes.append(outcome)
             state = finish_step(state, estimator_state)
             metrics = reward_metrics(graded, estimate) | merge_updates(outcomes)

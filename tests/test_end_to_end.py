@@ -274,6 +274,8 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
         (["--loss.objective", "ppo"], "loss.objective is 'ppo'"),
         (["--loss.objective", "gspo"], "set it to sequence_mean"),
         (["--loss.dual-clip", "0.5"], "loss.dual_clip is 0.5"),
+        (["--loss.tis-cap", "-1"], "loss.tis_cap is -1"),
+        (["--model.remat", "some"], "model.remat is 'some'; allowed are none, dots, full"),
         (["--model.compute-dtype", "float8"], "float8"),
         (["--train.steps", "0"], "train.steps is 0; give 1 or more"),
         (["--seed", "-1"], "seed is -1; give 0 or more"),

@@ -14,8 +14,9 @@ import tiny
 from test_data import WRAPPER, write_lines
 from test_end_to_end import ROOT, environment, lines, run, run_killed
 
-from basis_jax import hf, model
+from basis_jax import hf
 from basis_jax.command_line import load_config
+from basis_jax.logprobs import token_logprobs
 
 ANSWERS = "7770123456"  # of the problems, equally often
 
@@ -75,7 +76,7 @@ def folder(tmp_path_factory):
     @jax.jit
     def teach(params):
         def loss(params):
-            logprobs, _ = model.token_logprobs(params, config, jnp.asarray(tokens))
+            logprobs, _ = token_logprobs(params, config, jnp.asarray(tokens))
             return -jnp.sum(spoken * logprobs) / spoken.sum()
 
         def step(carry, _):

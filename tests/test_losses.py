@@ -1,11 +1,13 @@
 """Losses: worked numbers, and denominators that no split can change."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from basis_jax.losses import kl_loss, loss_weights, policy_loss
+from basis_jax.losses import kl_loss, loss_weights, policy_loss, sampler_weights
 from basis_jax.types import Batch
 
 MASK = np.array([[0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]], bool)
@@ -123,6 +125,50 @@ def test_gspo_by_token_has_the_gradient_of_the_ratio_of_sequences():
     np.testing.assert_allclose(
         jax.grad(by_token)(logprobs), jax.grad(of_rows)(logprobs), rtol=1e-4, atol=1e-7
     )
+
+
+@pytest.mark.parametrize(("objective", "low", "high", "dual"), CASES)
+def test_sampler_weights_multiply_every_token_of_every_objective_once(objective, low, high, dual):
+    """Of two updates in a step, so that policy / old is counted in the ratio and old / sampler in
+    the weight: the loop's loss and gradient with each token's weight by hand, some at the cap."""
+    rng = np.random.default_rng(2)
+    mask = rng.random((6, 7)) < 0.6
+    b = batch(rng.normal(size=6), rng.normal(size=(6, 7)), mask, "sequence_mean")
+    sampler = np.asarray(b.old_logprobs) + 0.5 * rng.normal(size=(6, 7))
+    sampler = np.where(mask, sampler, np.nan).astype(np.float32)
+    b = dataclasses.replace(b, sampler_logprobs=sampler)
+    logprobs = jnp.asarray(np.asarray(b.old_logprobs) + rng.normal(size=(6, 7)) * 0.5, jnp.float32)
+    weights = np.ones(mask.shape)
+    for i, t in zip(*np.nonzero(mask), strict=True):
+        weights[i, t] = min(np.exp(float(b.old_logprobs[i, t]) - float(sampler[i, t])), 1.3)
+    assert 3 < np.sum(weights == 1.3) < mask.sum() - 3
+    np.testing.assert_allclose(sampler_weights(logprobs, b, cap=1.3), weights, rtol=1e-5)
+    weighted = dataclasses.replace(b, loss_weights=np.float32(b.loss_weights * weights))
+    expected, slope, count = oracle(logprobs, weighted, objective, low, high, dual)
+
+    def loss(x):
+        bounds = {"clip_low": low, "clip_high": high, "dual_clip": dual}
+        return policy_loss(x, b, objective, **bounds, tis_cap=1.3)
+
+    (value, clipped), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-7)
+    assert int(clipped.sum()) == count
+
+
+@pytest.mark.parametrize("objective", ["ppo_clip", "gspo", "cispo", "gpg"])
+def test_strictly_on_policy_the_weight_is_that_of_the_present_policy_without_its_gradient(
+    objective,
+):
+    """Worked: A = .5, -2; p = 2 q, q / 2, 4 q, q of the sampler's q with a cap of 3."""
+    mask = np.array([[1, 1, 1], [0, 1, 0]], bool)
+    b = batch([0.5, -2.0], None, mask)
+    b = dataclasses.replace(b, sampler_logprobs=np.full(mask.shape, -2, np.float32))
+    logprobs = jnp.asarray(-2 + np.log([[2, 0.5, 4], [7, 1, 7]]), jnp.float32)
+    gradient = jax.grad(
+        lambda x: policy_loss(x, b, objective, clip_low=0.2, clip_high=0.2, tis_cap=3.0)[0]
+    )(logprobs)
+    np.testing.assert_allclose(gradient, [[-0.25, -0.0625, -0.375], [0, 0.5, 0]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["ppo_clip", "gspo", "cispo", "gpg"])

@@ -1,47 +1,21 @@
 """The decoder: causal, and exact with caches, chunks, recomputation and meshes."""
 
 import dataclasses
-import functools
 import math
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tiny import EVERYTHING, assert_same_gradient, gradient, random_params, tokens_of
 
 from basis_jax import decoding, model
 from basis_jax.sharding import RULES, make_mesh, named_tree, put_rows
 
-EVERYTHING = dataclasses.replace(  # every optional part at once
-    tiny.TINY,
-    tied=False,
-    qkv_bias=True,
-    output_bias=True,
-    mlp_bias=True,
-    rope_theta=500.0,
-    rope_scaling=model.RopeScaling(8.0, 1.0, 4.0, 64),
-)
 CONFIGS = pytest.mark.parametrize("config", [tiny.TINY, EVERYTHING], ids=["plain", "everything"])
 forward = jax.jit(model.forward, static_argnums=1, static_argnames="keep")
 decode_step = jax.jit(decoding.decode_step, static_argnums=1)
-
-
-def tokens_of(shape, vocab=tiny.TINY.vocab_size):
-    return np.random.default_rng(1).integers(0, vocab, shape).astype(np.int32)
-
-
-@functools.cache
-def random_params(config):
-    """Parameters in which biases and norms too differ from what they are initialised to."""
-    random = np.random.default_rng(0)
-
-    def make(path, leaf):
-        centre = 1.0 if "norm" in path[-1].key else 0.0
-        return jnp.asarray(random.normal(centre, 0.15, leaf.shape).astype(np.float32))
-
-    return jax.tree_util.tree_map_with_path(make, model.param_shapes(config))
 
 
 @CONFIGS
@@ -70,89 +44,6 @@ def test_a_token_changes_itself_and_what_follows_and_nothing_before():
     other, _ = forward(params, EVERYTHING, changed)
     np.testing.assert_array_equal(hidden[:, :6], other[:, :6])
     assert np.abs(hidden[:, 6:] - other[:, 6:]).max(axis=-1).min() > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("chunk", "temperature"), [(1, 1.0), (4, 0.6), (5, 1.0), (11, 0.6), (512, 1.0)]
-)
-def test_token_logprobs_score_each_token_by_the_logits_before_it(chunk, temperature):
-    """Entry t is log softmax(logits at t - 1)[token t]; so is the entropy; chunks do not matter."""
-    tokens = tokens_of((3, 12))
-    logits = (
-        np.float64(tiny.next_token_logits(random_params(tiny.TINY), tiny.TINY, tokens))
-        / temperature
-    )
-    logits -= logits.max(axis=-1, keepdims=True)
-    expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    logprobs, entropy = tiny.token_logprobs(
-        random_params(tiny.TINY), tiny.TINY, tokens, temperature=temperature, chunk=chunk
-    )
-    assert logprobs.shape == entropy.shape == tokens.shape
-    assert not np.any(logprobs[:, 0]) and not np.any(entropy[:, 0])
-    for row, t in np.ndindex(3, 11):
-        before = expected[row, t]
-        assert abs(logprobs[row, t + 1] - before[tokens[row, t + 1]]) < 1e-5
-        assert abs(entropy[row, t + 1] + np.sum(np.exp(before) * before)) < 1e-5
-
-
-def test_one_token_has_no_logprob():
-    logprobs, entropy = tiny.token_logprobs(random_params(tiny.TINY), tiny.TINY, tokens_of((3, 1)))
-    np.testing.assert_array_equal(logprobs, np.zeros((3, 1)))
-    np.testing.assert_array_equal(entropy, np.zeros((3, 1)))
-
-
-def score_sum(params, config, tokens, chunk):
-    """Something that both outputs of token_logprobs flow into, and the log-probabilities."""
-    logprobs, entropy = model.token_logprobs(params, config, tokens, chunk=chunk)
-    return jnp.sum(logprobs * jnp.cos(logprobs)) + 0.3 * jnp.sum(entropy), logprobs
-
-
-gradient = jax.jit(jax.grad(score_sum, has_aux=True), static_argnums=(1, 3))
-
-
-def assert_same_gradient(found, expected, *, scale=1e-5):
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=scale * float(jnp.abs(y).max()))
-
-
-def test_chunks_and_remat_do_not_change_the_gradient():
-    tokens = tokens_of((3, 12))
-    whole, _ = gradient(random_params(tiny.TINY), tiny.TINY, tokens, 512)
-    assert_same_gradient(gradient(random_params(tiny.TINY), tiny.TINY, tokens, 4)[0], whole)
-    remat = dataclasses.replace(tiny.TINY, remat=True)
-    assert_same_gradient(gradient(random_params(tiny.TINY), remat, tokens, 512)[0], whole)
-
-
-def sizes_in(jaxpr):
-    """(size, shape) of every intermediate of a jaxpr and the jaxprs inside it."""
-    for equation in jaxpr.eqns:
-        yield from ((v.aval.size, v.aval.shape) for v in equation.outvars if v.aval.shape)
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from sizes_in(inner)
-
-
-def compiled_bytes(function, *args):
-    return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
-
-
-def test_logits_exist_for_one_chunk_at_a_time():
-    """Forward and backward: no array with N x T x V numbers is written down, none is allocated."""
-    rows, steps, vocab, chunk = 2, 129, 16384, 8
-    config = dataclasses.replace(tiny.TINY, vocab_size=vocab, embed=8, layers=1)
-    params, tokens = model.param_shapes(config), jax.ShapeDtypeStruct((rows, steps), jnp.int32)
-    whole = rows * (steps - 1) * vocab
-
-    for function in (score_sum, jax.grad(score_sum, has_aux=True)):
-
-        def run(params, tokens, chunk=chunk, function=function):
-            return function(params, config, tokens, chunk)
-
-        sizes = list(sizes_in(jax.make_jaxpr(run)(params, tokens).jaxpr))
-        largest, shape = max(s for s in sizes if vocab in s[1])
-        assert largest == rows * chunk * vocab, shape
-        assert compiled_bytes(run, params, tokens) < 0.5 * 4 * whole
-        unchunked = lambda params, tokens, run=run: run(params, tokens, chunk=steps)  # noqa: E731
-        assert compiled_bytes(unchunked, params, tokens) > 4 * whole  # the measure can tell
 
 
 def test_llama3_frequencies_equal_the_published_rule():

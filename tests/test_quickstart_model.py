@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from basis_jax import hf, model
+from basis_jax import hf
 from basis_jax.config import DataSection
 from basis_jax.data import encode_prompts
+from basis_jax.logprobs import token_logprobs
 from basis_jax.tasks import number_words
 
 FOLDER = hf.resolve_folder("embedded:quickstart")
@@ -50,7 +51,7 @@ def exact_pass_rates(params, tokenizer, *, held_out):
     at = np.arange(width)[None]
     ends = np.array([len(row) for row in rows])[:, None]
     answered = (at >= prompts.lengths[:, None]) & (at < ends)
-    score = jax.jit(model.token_logprobs, static_argnums=1)
+    score = jax.jit(token_logprobs, static_argnums=1)
     logprobs, _ = score(params, hf.model_config(FOLDER), jnp.asarray(tokens))
     return np.exp(np.where(answered, np.asarray(logprobs), 0.0).sum(axis=1)), prompts.problems
 

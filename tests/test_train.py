@@ -10,13 +10,13 @@ import pytest
 import tiny
 
 from basis_jax import estimators, model
+from basis_jax.batches import cut_rows, make_batches
 from basis_jax.config import Config, LossSection, OptimSection, SamplingSection, TrainSection
 from basis_jax.config_check import check
+from basis_jax.logprobs import token_logprobs
 from basis_jax.rollouts import Graded
 from basis_jax.sharding import make_mesh, named_tree
 from basis_jax.train import (
-    batch_width,
-    make_batches,
     make_estimate,
     make_optimizer,
     make_score,
@@ -81,6 +81,8 @@ def one_update(*, sizes=(1, 1, 1), microbatch=8, config=CONFIG, data=None, learn
         params = jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY)))
         params = jax.tree.map(jnp.copy, params)  # the update donates them
         state = make_state(params, optimizer, (), architecture=tiny.TINY, mesh=mesh)
+        train = dataclasses.replace(config.train, microbatch_rollouts=microbatch)
+        config = dataclasses.replace(config, train=train)
         options = {"loss": config.loss, "temperature": 1.0, "microbatch": microbatch}
         _, estimate = make_estimate(estimators.make("reinforce"))((), data)
         estimate = dataclasses.replace(
@@ -90,7 +92,7 @@ def one_update(*, sizes=(1, 1, 1), microbatch=8, config=CONFIG, data=None, learn
         update = make_update(tiny.TINY, optimizer, **options)
         outcomes = []
         reference = jax.tree.map(lambda x: x * 0.5, params) if config.loss.kl_coef else None
-        for batch in make_batches(
+        for microbatches in make_batches(
             data,
             estimate,
             config=config,
@@ -99,7 +101,7 @@ def one_update(*, sizes=(1, 1, 1), microbatch=8, config=CONFIG, data=None, learn
             reference=reference,
             mesh=mesh,
         ):
-            state, outcome = update(state, batch)
+            state, outcome = update(state, microbatches)
             outcomes.append(outcome)
     return jax.device_get(state.params), merge_updates(outcomes)
 
@@ -122,7 +124,7 @@ def test_the_gradient_is_that_of_the_weighted_sum(whole):
     tokens = int(r.completion_lengths[data.valid].sum())
 
     def loss(params):
-        logprobs, _ = model.token_logprobs(params, tiny.TINY, jnp.asarray(r.tokens))
+        logprobs, _ = token_logprobs(params, tiny.TINY, jnp.asarray(r.tokens))
         total = 0.0
         for i in np.flatnonzero(data.valid):
             start, stop = r.prompt_lengths[i], r.prompt_lengths[i] + r.completion_lengths[i]
@@ -135,38 +137,106 @@ def test_the_gradient_is_that_of_the_weighted_sum(whole):
     assert optax.tree.norm(gradient) > 0.1
 
 
-def test_positions_that_no_row_reached_are_left_out_and_change_nothing(whole):
+def check_same(found, whole):
+    assert_same(found[0], whole[0])
+    assert found[1].keys() == whole[1].keys()
+    for name, value in found[1].items():
+        assert value == pytest.approx(whole[1][name], abs=1e-5), name
+
+
+def test_positions_that_no_row_reached_change_nothing(whole):
     data = graded()
     wide = {
         name: np.pad(getattr(data.rollouts, name), ((0, 0), (0, 289)))
         for name in ("tokens", "sampler_logprobs")
     }
     rollouts = dataclasses.replace(data.rollouts, **wide)
-    assert rollouts.tokens.shape[1] == 300 and batch_width(rollouts) == 64
-    assert batch_width(data.rollouts) == 11
-    longer = dataclasses.replace(rollouts, prompt_lengths=rollouts.prompt_lengths + 60)
-    assert batch_width(longer) == 128
-    params, metrics = one_update(data=dataclasses.replace(data, rollouts=rollouts))
-    assert_same(params, whole[0])
-    assert metrics.keys() == whole[1].keys()
-    for name, value in metrics.items():
-        assert value == pytest.approx(whole[1][name], abs=1e-5), name
+    check_same(one_update(data=dataclasses.replace(data, rollouts=rollouts)), whole)
+
+
+def long_tailed(rows=16, room=256):
+    """Rollouts of 2 to 255 tokens, most of them short, in no order; one has no verdict."""
+    rng = np.random.default_rng(5)
+    lengths = np.array([255, 200, 129, 97, 90, *rng.integers(2, 60, rows - 5)], np.int32)
+    lengths = rng.permutation(lengths)
+    prompts = np.maximum(1, lengths // 3)
+    inside = np.arange(room)[None] < lengths[:, None]
+    data = graded(rows)
+    rollouts = Rollouts(
+        tokens=np.where(inside, rng.integers(3, 32, inside.shape), 0).astype(np.int32),
+        prompt_lengths=prompts,
+        completion_lengths=lengths - prompts,
+        sampler_logprobs=np.where(inside, -rng.random(inside.shape), 0).astype(np.float32),
+        terminated=np.ones(rows, bool),
+        problem_ids=np.arange(rows, dtype=np.int32),
+    )
+    return dataclasses.replace(data, rollouts=rollouts)
+
+
+BUCKETS = dataclasses.replace(
+    CONFIG,
+    loss=LossSection(kl_coef=0.5, kl="k2", aggregation="sequence_mean", logprob_chunk=16),
+    sampling=SamplingSection(max_new_tokens=256),
+    train=dataclasses.replace(CONFIG.train, prompts_per_step=16, minibatch_rollouts=16),
+)
+
+
+@pytest.fixture(scope="module")
+def one_width():
+    """All rows of the long-tailed data in one pass."""
+    return one_update(config=BUCKETS, data=long_tailed(), microbatch=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("microbatch", "sizes"), [(4, (1, 1, 1)), (8, (1, 1, 1)), (4, (2, 1, 1)), (4, (1, 4, 1))]
+)
+def test_rows_sorted_into_passes_of_several_widths_have_the_gradient_of_one_pass(
+    one_width, microbatch, sizes
+):
+    """1, 2 and more microbatches on 1, 2 and 4 devices, with scores of a reference in the loss."""
+    found = one_update(config=BUCKETS, data=long_tailed(), microbatch=microbatch, sizes=sizes)
+    check_same(found, one_width)
+    assert found[1]["policy/kl_ref"] > 1e-3
+
+
+def test_rows_are_cut_by_length_and_the_tokens_of_a_pass_are_bounded():
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.lognormal(5, 1.2, 512).astype(int), 4000)
+    lengths[rng.random(512) < 0.1] = 0
+    room, rows = 4000, 8
+    cuts = cut_rows(lengths, rows=rows, room=room)
+    index = np.concatenate([index for index, _ in cuts])
+    assert len(set(index)) == len(index) and set(index) >= set(np.flatnonzero(lengths))
+    assert (np.diff(lengths[index]) <= 0).all()
+    for index, width in cuts:
+        longest, count = lengths[index].max(), len(index)
+        assert longest <= width <= room and count * width <= rows * room
+        assert width == 64 or width == room or longest > width * 2 / 3
+        assert width == room or width / 64 in 2 ** np.arange(8.0) or width / 96 in 2 ** np.arange(8)
+        assert count % rows == 0 and (count // rows).bit_count() == 1
+        assert count == rows or 2 * lengths[index[count // 2]] > width
+    positions = sum(len(index) * width for index, width in cuts)
+    assert positions < 1.6 * lengths.sum() < 0.25 * 512 * room
+    assert len({(len(index), width) for index, width in cuts}) <= 16
+
+
+def test_microbatches_without_a_verdict_are_left_out_unless_there_is_nothing_else():
+    lengths = np.zeros(16, int)
+    assert [len(index) for index, _ in cut_rows(lengths, rows=4, room=64)] == [4]
+    lengths[[3, 9]] = 5, 60
+    (index, width), *others = cut_rows(lengths, rows=4, room=256)
+    assert {3, 9} <= set(index.tolist()) and len(index) == 4 and width == 64 and not others
 
 
 @pytest.mark.parametrize("microbatch", [2, 4])
 def test_microbatches_do_not_change_the_gradient(whole, microbatch):
-    params, metrics = one_update(microbatch=microbatch)
-    assert_same(params, whole[0])
-    for name, value in metrics.items():
-        assert value == pytest.approx(whole[1][name], abs=1e-5), name
+    check_same(one_update(microbatch=microbatch), whole)
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 2), (2, 2, 1)])
 def test_devices_do_not_change_the_gradient(whole, sizes):
-    params, metrics = one_update(sizes=sizes, microbatch=4)
-    assert_same(params, whole[0])
-    for name, value in metrics.items():
-        assert value == pytest.approx(whole[1][name], abs=1e-5), name
+    check_same(one_update(sizes=sizes, microbatch=4), whole)
 
 
 def test_the_kl_term_is_the_same_over_microbatches_and_devices():
@@ -203,6 +273,31 @@ def test_the_log_prob_gap_is_that_of_the_sampler_and_the_trainer(whole):
     ]
     assert whole[1]["sampler/logprob_gap_max"] == pytest.approx(max(gaps), rel=1e-4)
     assert whole[1]["sampler/logprob_gap_mean"] == pytest.approx(np.mean(gaps), rel=1e-4)
+
+
+def test_weights_for_the_sampler_and_their_metrics(whole):
+    """The gradient of one update is that of the terms times min(p / sampler's, cap) by hand."""
+    loss = LossSection(tis_cap=1.5)
+    data, cap = graded(), 1.5
+    r = data.rollouts
+    tokens, mask = jnp.asarray(r.tokens), np.zeros(r.tokens.shape, bool)
+    for i in np.flatnonzero(data.valid):
+        mask[i, r.prompt_lengths[i] : r.prompt_lengths[i] + r.completion_lengths[i]] = True
+    scored, _ = tiny.token_logprobs(tiny.params(), tiny.TINY, tokens)
+    weights = np.minimum(np.exp(np.asarray(scored) - r.sampler_logprobs), cap)[mask]
+    params, metrics = one_update(config=dataclasses.replace(CONFIG, loss=loss), data=data)
+    assert metrics["sampler/weight_mean"] == pytest.approx(weights.mean(), rel=1e-4)
+    assert metrics["sampler/weight_capped"] == pytest.approx(np.mean(weights == cap), rel=1e-4)
+    assert 0 < metrics["sampler/weight_capped"] < 1
+    advantages = (data.rewards - 0.4) * data.valid
+    per_token = np.zeros(mask.shape, np.float32)
+    per_token[mask] = weights
+    per_token = jnp.asarray(per_token * advantages[:, None] / mask.sum(), jnp.float32)
+    gradient = jax.jit(
+        jax.grad(lambda p: -jnp.sum(per_token * token_logprobs(p, tiny.TINY, tokens)[0]))
+    )(tiny.params())
+    assert_same(params, jax.tree.map(jnp.subtract, tiny.params(), gradient))
+    assert "sampler/weight_mean" not in whole[1]
 
 
 def test_a_second_update_is_off_policy_and_scored_before_the_first():

@@ -5,8 +5,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from basis_jax import hf, model
+from basis_jax import hf, logprobs, model
 from basis_jax.types import Prompts
 
 TINY = model.ModelConfig(
@@ -21,6 +22,15 @@ TINY = model.ModelConfig(
     max_positions=256,
     tied=True,
     qk_norm=True,
+)
+EVERYTHING = dataclasses.replace(  # every optional part at once
+    TINY,
+    tied=False,
+    qkv_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    rope_theta=500.0,
+    rope_scaling=model.RopeScaling(8.0, 1.0, 4.0, 64),
 )
 
 
@@ -51,8 +61,39 @@ def next_token_logits(params, config, tokens):
 
 
 token_logprobs = jax.jit(
-    model.token_logprobs, static_argnums=1, static_argnames=("temperature", "chunk")
+    logprobs.token_logprobs, static_argnums=1, static_argnames=("temperature", "chunk")
 )
+
+
+def tokens_of(shape, vocab=TINY.vocab_size):
+    return np.random.default_rng(1).integers(0, vocab, shape).astype(np.int32)
+
+
+@functools.cache
+def random_params(config):
+    """Parameters in which biases and norms too differ from what they are initialised to."""
+    random = np.random.default_rng(0)
+
+    def make(path, leaf):
+        centre = 1.0 if "norm" in path[-1].key else 0.0
+        return jnp.asarray(random.normal(centre, 0.15, leaf.shape).astype(np.float32))
+
+    return jax.tree_util.tree_map_with_path(make, model.param_shapes(config))
+
+
+def score_sum(params, config, tokens, chunk):
+    """Something that both outputs of token_logprobs flow into, and the log-probabilities."""
+    found, entropy = logprobs.token_logprobs(params, config, tokens, chunk=chunk)
+    return jnp.sum(found * jnp.cos(found)) + 0.3 * jnp.sum(entropy), found
+
+
+gradient = jax.jit(jax.grad(score_sum, has_aux=True), static_argnums=(1, 3))
+
+
+def assert_same_gradient(found, expected, *, scale=1e-5):
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=scale * float(jnp.abs(y).max()))
+
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz .,?+-*/=()^{}$\\\n"
 TEMPLATE = (

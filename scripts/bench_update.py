@@ -1,0 +1,207 @@
+"""Tokens a second of the update's forward and backward pass, beside torch's on the same model.
+
+    python scripts/bench_update.py --model models/smollm2
+    python scripts/bench_update.py --model FOLDER --rows 32 --width 256 --microbatch 8
+
+Two settings. ``equal``: every row fills the width. ``mixed``: lengths are long-tailed (log-normal,
+median a quarter of the width). Ours is the gradient of ``train``'s objective as ``make_update``
+computes it, at learning rate 0; torch's is transformers' forward pass, log-softmax of
+the targets and backward, the rows in the same order, each microbatch padded to its longest row.
+Half of a row is prompt. Medians of ``--repeats`` runs in turn, the first call of each apart
+(compilation); tokens are those of the rows, padding not counted. Float32. Without torch ours alone.
+"""
+
+import argparse
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from basis_jax import command_line, hf
+from basis_jax.batches import make_batches
+from basis_jax.config import Config, SamplingSection, TrainSection
+from basis_jax.records import provenance
+from basis_jax.rollouts import Graded
+from basis_jax.sharding import make_mesh
+from basis_jax.train import make_score, make_state, make_update
+from basis_jax.types import Estimate, Rollouts
+
+
+def main() -> None:
+    given = parse()
+    folder = hf.resolve_folder(given.model)
+    vocabulary = hf.model_config(folder).vocab_size
+    ours, theirs = our_gradient(folder, given), torch_gradient(folder, given)
+    rows = []
+    for name, lengths in row_lengths(given).items():
+        rollouts = random_rollouts(lengths, given.width, vocabulary)
+        runs = {"ours": lambda r=rollouts: ours(r)}
+        if theirs is not None:
+            runs["torch"] = lambda r=rollouts: theirs(r)
+        rows += measure(name, lengths, runs, given.repeats)
+    print_table(rows)
+    if given.out:
+        about = {"model": str(given.model), "device": str(jax.devices()[0])}
+        about |= {"cores": os.cpu_count(), **vars(given), **provenance()}
+        about["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        Path(given.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+        print(given.out)
+
+
+def parse() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--model", default="embedded:quickstart", metavar="FOLDER")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--width", type=int, default=128, help="positions of the longest row")
+    parser.add_argument("--microbatch", type=int, default=8, help="rows of a pass at full width")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", metavar="FILE.json")
+    given = parser.parse_args()
+    if min(given.repeats, given.rows, given.microbatch) < 1 or given.width < 8:
+        raise SystemExit("error: every number of bench_update.py is 1 or more, --width 8 or more")
+    if given.rows % given.microbatch:
+        raise SystemExit("error: --rows is not a multiple of --microbatch")
+    return given
+
+
+def row_lengths(given) -> dict[str, np.ndarray]:
+    """Tokens of every row, prompt and completion together."""
+    tail = np.random.default_rng(0).lognormal(np.log(given.width / 4), 0.8, given.rows)
+    mixed = np.clip(tail.astype(np.int32), 8, given.width)
+    mixed[given.rows // 2] = given.width
+    return {"equal": np.full(given.rows, given.width, np.int32), "mixed": mixed}
+
+
+def random_rollouts(lengths: np.ndarray, width: int, vocabulary: int) -> Rollouts:
+    rng = np.random.default_rng(1)
+    inside = np.arange(width)[None] < lengths[:, None]
+    prompts = lengths // 2
+    return Rollouts(
+        tokens=np.where(inside, rng.integers(0, vocabulary, inside.shape), 0).astype(np.int32),
+        prompt_lengths=prompts,
+        completion_lengths=lengths - prompts,
+        sampler_logprobs=np.full(inside.shape, -10, np.float32),
+        terminated=np.ones(len(lengths), bool),
+        problem_ids=np.arange(len(lengths), dtype=np.int32),
+    )
+
+
+def our_gradient(folder: Path, given):
+    architecture = hf.model_config(folder)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    config = Config(
+        run_dir="",
+        sampling=SamplingSection(max_new_tokens=given.width),
+        train=TrainSection(
+            prompts_per_step=given.rows,
+            minibatch_rollouts=given.rows,
+            microbatch_rollouts=given.microbatch,
+        ),
+    )
+    options = {"loss": config.loss, "temperature": 1.0, "microbatch": given.microbatch}
+    optimizer = optax.sgd(0.0)
+    update = make_update(architecture, optimizer, **options)
+    score = make_score(architecture, **options)
+    advantages = jnp.asarray(np.random.default_rng(2).normal(size=given.rows), jnp.float32)
+    estimate = Estimate(advantages=advantages, values=advantages, info={})
+    with jax.set_mesh(mesh):
+        params = hf.load_params(folder, architecture, mesh)
+        state = [make_state(params, optimizer, (), architecture=architecture, mesh=mesh)]
+
+    def run(rollouts) -> None:
+        graded = Graded(
+            rollouts=rollouts,
+            completions=[],
+            rewards=np.zeros(given.rows, np.float32),
+            valid=np.ones(given.rows, bool),
+            reasons=[],
+            sample_seconds=1.0,
+            verify_seconds=0.0,
+        )
+        with jax.set_mesh(mesh):
+            (microbatches,) = make_batches(
+                graded, estimate, config=config, score=score, params=state[0].params, mesh=mesh
+            )
+            state[0], metrics = update(state[0], microbatches)
+            jax.block_until_ready((state[0].params, metrics))
+
+    return run
+
+
+def torch_gradient(folder: Path, given):
+    try:
+        import torch
+    except ImportError:
+        return None
+    import transformers
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    transformers.logging.set_verbosity_error()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def run(rollouts) -> None:
+        ends = rollouts.prompt_lengths + rollouts.completion_lengths
+        total = float(rollouts.completion_lengths.sum())
+        for start in range(0, given.rows, given.microbatch):
+            part = slice(start, start + given.microbatch)
+            width = int(ends[part].max())
+            tokens = torch.tensor(rollouts.tokens[part, :width].astype(np.int64))
+            steps = np.arange(width)[None]
+            counts = (steps >= rollouts.prompt_lengths[part, None]) & (steps < ends[part, None])
+            logits = loaded(tokens, use_cache=False).logits[:, :-1].float()
+            logp = torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, 1:, None])[..., 0]
+            (-(logp * torch.tensor(counts[:, 1:])).sum() / total).backward()
+        loaded.zero_grad(set_to_none=True)
+
+    return run
+
+
+def measure(setting: str, lengths: np.ndarray, runs: dict, repeats: int) -> list[dict]:
+    """One row a library; they take turns, so that a slow minute of the machine hits all."""
+    first, seconds = {}, {name: [] for name in runs}
+    for name, run in runs.items():
+        started = time.perf_counter()
+        run()
+        first[name] = time.perf_counter() - started
+    for _ in range(repeats):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return [
+        {
+            "setting": setting,
+            "library": name,
+            "rows": len(lengths),
+            "tokens": int(lengths.sum()),
+            "length_mean": float(lengths.mean()),
+            "length_max": int(lengths.max()),
+            "tokens_per_s": float(lengths.sum() / np.median(seconds[name])),
+            "seconds": seconds[name],
+            "first_call_s": first[name],
+        }
+        for name in runs
+    ]
+
+
+def print_table(rows: list[dict]) -> None:
+    print(f"{'':8}{'rows':>6}{'tokens':>8}  {'':6}{'tokens/s':>10}{'ratio':>7}")
+    for row in rows:
+        last = [r for r in rows if r["setting"] == row["setting"]][-1]
+        ratio = np.median(np.array(last["seconds"]) / np.array(row["seconds"]))
+        print(
+            f"{row['setting']:8}{row['rows']:6}{row['tokens']:8}  {row['library']:6}"
+            f"{row['tokens_per_s']:10.0f}{ratio:7.2f}  lengths: mean {row['length_mean']:.1f}, "
+            f"longest {row['length_max']}; first call {row['first_call_s']:.1f} s"
+        )
+
+
+if __name__ == "__main__":
+    command_line.run(main)
