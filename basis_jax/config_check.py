@@ -110,8 +110,8 @@ def check_memory(
 ) -> None:
     """Raise a ValueError where sampling ``rows`` rollouts after prompts of this width does not fit
     the devices; with ``training`` beside the optimizer's moments, and an update whose rows are as
-    long as they may be. Refilling's second cache, the sum of several microbatches' gradients and
-    what XLA needs besides are not counted: what is refused has no chance.
+    long as they may be. A cache that is growing and what XLA needs besides are not counted: what
+    is refused has no chance.
     """
     train, length = config.train, prompt_width + config.sampling.max_new_tokens
     weights = costs.parameter_bytes(architecture, mesh)
@@ -132,7 +132,7 @@ def check_memory(
         parts = costs.update_memory(
             architecture, mesh, rows=count, width=length, chunk=config.loss.logprob_chunk
         )
-        remat = "" if costs.recomputes(architecture) else "set model.remat, "
+        remat = "" if costs.recomputes(architecture) else "set model.remat to full, "
         _check_fits(
             f"an update over microbatches of {count} rollouts of {length} tokens",
             parts | reference,

@@ -51,7 +51,7 @@ def compute_bytes(config: ModelConfig) -> int:
 
 def recomputes(config: ModelConfig) -> bool:
     """Whether the backward pass makes a layer's activations again."""
-    return config.remat not in (False, "none")
+    return config.remat != "none"
 
 
 def cache_numbers(config: ModelConfig, *, slots: int, length: int) -> int:
@@ -168,10 +168,10 @@ def sampling_memory(
 
 
 def update_memory(
-    config: ModelConfig, mesh, *, rows: int, width: int, chunk: int, microbatches: int = 1
+    config: ModelConfig, mesh, *, rows: int, width: int, chunk: int
 ) -> dict[str, int]:
     """Bytes on one device during an update over microbatches of ``rows`` x ``width`` tokens, by
-    part; with several microbatches, the gradients of one and their sum.
+    part; the gradients are those of one microbatch and the sum so far.
 
     The backward pass keeps the layers' weights in the compute dtype too, unless it recomputes.
     """
@@ -181,7 +181,7 @@ def update_memory(
         "weights": weights,
         f"weights in {config.compute_dtype}": 0 if recomputes(config) else copy_bytes(config, mesh),
         "moments": 2 * weights,
-        "gradients": weights * (2 if microbatches > 1 else 1),
+        "gradients": 2 * weights,
         "activations": activation_bytes(config, mesh, rows=rows, width=width),
         "logits": int(logits / shards(mesh, "batch") / shards(mesh, "vocab")),
     }

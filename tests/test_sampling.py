@@ -14,7 +14,7 @@ from basis_jax.compiles import counted
 from basis_jax.config import SamplingSection
 from basis_jax.masked import completion_mask
 from basis_jax.refill import sample_rows
-from basis_jax.sampling import check_trainable, row_keys, sample, truncate
+from basis_jax.sampling import check_trainable, draw, pick, row_keys, sample, truncate
 from basis_jax.sharding import make_mesh, named_tree
 
 SAMPLING = SamplingSection(max_new_tokens=9)
@@ -36,7 +36,7 @@ def run(prompts, *, sampling=SAMPLING, eos_ids=(1, 2), config=tiny.TINY, **noise
     )
 
 
-def run_on(mesh, prompts, *, sampling=SAMPLING, rows_at_once):
+def run_on(mesh, prompts, *, sampling=SAMPLING, rows_at_once, ended=None):
     with jax.set_mesh(mesh):
         return sample_rows(
             jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY))),
@@ -47,6 +47,7 @@ def run_on(mesh, prompts, *, sampling=SAMPLING, rows_at_once):
             keys=keys_for(prompts),
             mesh=mesh,
             rows_at_once=rows_at_once,
+            ended=ended,
         )
 
 
@@ -104,6 +105,31 @@ def test_frequencies_are_the_models_probabilities():
     assert large.sum() >= 5
 
 
+def test_a_vocabulary_of_several_blocks_is_drawn_from_as_it_says():
+    """20,000 draws from 300 tokens of which a third has no probability, the last block not full;
+    chi-square below its 1 - 1e-6 quantile (df <= 199)."""
+    random = np.random.default_rng(0)
+    logits = np.where(np.arange(300) % 3 == 1, -np.inf, random.normal(0, 2, 300))
+    rows = jnp.asarray(np.repeat(logits[:, None], 20_000, axis=1), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    tokens, logprobs = jax.jit(draw, static_argnums=2)(rows, keys, SAMPLING)
+    probability = np.exp(logits - np.log(np.sum(np.exp(logits))))
+    np.testing.assert_allclose(np.exp(logprobs), probability[np.asarray(tokens)], rtol=1e-4)
+    counts, expected = np.bincount(tokens, minlength=300), 20_000 * probability
+    assert not counts[1::3].any() and counts[256:].sum() > 1000
+    large = expected >= 5
+    counts = np.append(counts[large], counts[~large].sum())
+    expected = np.append(expected[large], expected[~large].sum())
+    assert np.sum((counts - expected) ** 2 / expected) < 310 and 80 < large.sum() < 200
+
+
+def test_what_has_no_weight_is_not_picked_at_either_end():
+    weights = jnp.array([[0.0, 2.0, 0.0, 6.0, 0.0]] * 4)
+    noise = jnp.array([0.0, 0.2499, 0.25, 1 - 2.0**-24], jnp.float32)
+    assert pick(weights, noise).tolist() == [1, 1, 3, 3]
+    assert pick(jnp.array([[0.0, 0.0, 1e-30]]), noise[:1]).tolist() == [2]
+
+
 def test_noise_differs_between_steps_samples_streams_and_seeds():
     prompts = tiny.prompts()
     draws = [
@@ -153,6 +179,61 @@ def test_refilled_slots_give_the_rollouts_of_one_batch(size, tensor):
         np.testing.assert_array_equal(getattr(rollouts, name), getattr(expected, name))
     np.testing.assert_allclose(rollouts.sampler_logprobs, expected.sampler_logprobs, atol=1e-5)
     assert compiled.take()["compile/programs"] < 40
+
+
+def long_prompts(rows=20):
+    """Prompts that begin with the same 40 tokens."""
+    prompts = tiny.prompts(rows=rows, width=50)
+    tokens = jnp.where(jnp.arange(50)[None] < 40, prompts.tokens[:1], prompts.tokens)
+    lengths = jnp.maximum(prompts.lengths, 41 + jnp.arange(rows, dtype=jnp.int32) % 3)
+    return dataclasses.replace(prompts, tokens=tokens, lengths=lengths)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 2)])
+def test_what_all_prompts_begin_with_is_read_once_and_changes_nothing(sizes, monkeypatch):
+    prompts, limit = long_prompts(), SamplingSection(max_new_tokens=40)
+    mesh = make_mesh(
+        data=sizes[0], fsdp=sizes[1], tensor=sizes[2], devices=jax.devices()[: math.prod(sizes)]
+    )
+    assert refill.shared_prefix(jax.tree.map(np.asarray, prompts)) == 32
+    assert refill.shared_prefix(jax.tree.map(np.asarray, tiny.prompts())) == 0
+    read = []
+    whole = refill.read_prefix
+    monkeypatch.setattr(refill, "read_prefix", lambda *a, **k: read.append(1) or whole(*a, **k))
+    shared = run_on(mesh, prompts, sampling=limit, rows_at_once=8)
+    assert len(read) == 1
+    expected = run(prompts, sampling=limit)
+    np.testing.assert_array_equal(shared.tokens, expected.tokens)
+    np.testing.assert_allclose(shared.sampler_logprobs, expected.sampler_logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("new", [9, 40])
+def test_rows_are_handed_on_as_they_end(new):
+    """Each once and complete, before the last of them is there."""
+    prompts, limit = tiny.prompts(rows=20), SamplingSection(max_new_tokens=new)
+    parts = []
+
+    def ended(found, rows):
+        parts.append((rows, found.tokens[rows].copy(), found.completion_lengths[rows].copy()))
+
+    mesh = make_mesh(devices=jax.devices()[:1])
+    rollouts = run_on(mesh, prompts, sampling=limit, rows_at_once=8, ended=ended)
+    rows = np.concatenate([part[0] for part in parts])
+    assert sorted(rows.tolist()) == list(range(20)) and len(parts) > 2
+    for numbers, tokens, lengths in parts:
+        np.testing.assert_array_equal(rollouts.tokens[numbers], tokens)
+        np.testing.assert_array_equal(rollouts.completion_lengths[numbers], lengths)
+
+
+def test_rollouts_may_be_decoded_in_another_dtype_than_the_trainers():
+    sampling = dataclasses.replace(SAMPLING, dtype="bfloat16")
+    mesh = make_mesh(devices=jax.devices()[:1])
+    rollouts = run_on(mesh, tiny.prompts(), sampling=sampling, rows_at_once=8)
+    scored, _ = tiny.token_logprobs(tiny.params(), tiny.TINY, jnp.asarray(rollouts.tokens))
+    found = rollouts.sampler_logprobs
+    gap = np.abs(found - scored)[found != 0]
+    assert 1e-4 < gap.mean() < 0.1
 
 
 def test_halved_slots_stay_split_over_the_devices():
