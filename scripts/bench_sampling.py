@@ -3,11 +3,14 @@
     python scripts/bench_sampling.py --model models/smollm2
     python scripts/bench_sampling.py --model FOLDER --rows 256 --slots 64 --new 256 --stop . , the
 
-Two settings. ``equal``: nothing stops, every row gets ``--new`` tokens, all rows in one batch.
-``mixed``: a row ends at the first of the ``--stop`` tokens, so lengths differ widely; ``--rows``
-prompts go through ``--slots`` slots at a time, refilled as rows end (ours) or batch after batch
-(ours without refilling; transformers, which knows no other way). Median of ``--repeats`` runs in
-turn, the first call of each apart (compilation). Random prompts, float32. Without torch ours alone.
+Two settings. ``equal``: nothing stops, every row gets ``--new`` tokens, all rows in one batch; the
+time of one more token is that of ``--new`` tokens less that of one, and is held against what the
+machine can read and multiply (``costs.decode_step``, ``ceilings``). ``mixed``: a row ends at the
+first of the ``--stop`` tokens, so lengths differ widely; ``--rows`` prompts go through ``--slots``
+slots at a time, refilled as rows end (ours) or batch after batch (ours without refilling;
+transformers and Tunix, which know no other way). Median of ``--repeats`` runs in turn, the first
+call of each apart (compilation). Random prompts, float32. Rivals that are not installed are left
+out.
 """
 
 import argparse
@@ -17,11 +20,13 @@ import time
 from functools import partial
 from pathlib import Path
 
+import ceilings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rival_tunix
 
-from basis_jax import command_line, hf
+from basis_jax import command_line, costs, hf
 from basis_jax.config import SamplingSection
 from basis_jax.records import provenance
 from basis_jax.refill import sample_rows
@@ -33,24 +38,31 @@ from basis_jax.types import Prompts
 def main() -> None:
     given = parse()
     folder = hf.resolve_folder(given.model)
-    tokenizer = hf.load_tokenizer(folder)
+    config, tokenizer = hf.model_config(folder), hf.load_tokenizer(folder)
     stop = tuple(tokenizer.encode(s, add_special_tokens=False)[0] for s in given.stop)
-    settings = [("equal", n, n, (tokenizer.vocab_size + 10**6,)) for n in given.equal]
-    settings.append(("mixed", given.rows, given.slots, stop))
-    ours, theirs = our_sampler(folder, given), transformers_sampler(folder, given)
-    rows = []
+    settings = [("equal", n, n, (config.vocab_size + 10**6,)) for n in given.equal]
+    settings += [("mixed", given.rows, given.slots, stop)] * (given.rows > 0)
+    ours, ceiling, rows = our_sampler(folder), ceilings.measured("float32"), []
+    rivals = {"transformers": transformers_sampler(folder), "tunix": rival_tunix.sampler(folder)}
     for name, count, slots, eos_ids in settings:
-        prompts = random_prompts(count, given.prompt, tokenizer.vocab_size)
+        prompts = random_prompts(count, given.prompt, config.vocab_size)
         samplers = {"ours": partial(ours, prompts, slots, eos_ids)}
         if count > slots:
             samplers["ours, not refilled"] = partial(by_batches, ours, prompts, slots, eos_ids)
-        if theirs is not None:
-            samplers["transformers"] = partial(by_batches, theirs, prompts, slots, eos_ids)
-        rows += measure(name, count, slots, samplers, given.repeats)
+        for rival, sampler in rivals.items():
+            if sampler is not None:
+                samplers[rival] = partial(by_batches, sampler, prompts, slots, eos_ids)
+        rows += measure(name, count, slots, samplers, given)
+    for row in rows:
+        if row["setting"] == "equal":
+            context = given.prompt + given.new // 2
+            work = costs.decode_step(config, rows=row["rows"], context=context)
+            row["share_of_bandwidth"] = work.bytes / row["step_s"] / ceiling["bytes_per_s"]
+            row["share_of_flops"] = work.flops / row["step_s"] / ceiling["flops_per_s"]
     print_table(rows)
     if given.out:
         about = {"model": str(given.model), "device": str(jax.devices()[0])}
-        about |= {"cores": os.cpu_count(), **vars(given), **provenance()}
+        about |= {"cores": os.cpu_count(), "ceiling": ceiling, **vars(given), **provenance()}
         Path(given.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
         print(given.out)
 
@@ -60,7 +72,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--model", default="embedded:quickstart", metavar="FOLDER")
     parser.add_argument("--equal", type=int, nargs="*", default=[16, 64], metavar="ROWS")
-    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=128, help="of the mixed setting (0: without)")
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="most tokens of a completion")
@@ -68,8 +80,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", metavar="FILE.json")
     given = parser.parse_args()
-    if min(given.repeats, given.new, given.prompt, given.slots, *given.equal) < 1:
-        raise SystemExit("error: every number of bench_sampling.py is 1 or more")
+    if min(given.repeats, given.new - 1, given.prompt, given.slots, *given.equal) < 1:
+        raise SystemExit("error: every number of bench_sampling.py is 1 or more, --new 2 or more")
     return given
 
 
@@ -77,13 +89,12 @@ def random_prompts(rows: int, width: int, vocabulary: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocabulary, (rows, width)).astype(np.int32)
 
 
-def our_sampler(folder: Path, given):
+def our_sampler(folder: Path):
     config = hf.model_config(folder)
     mesh = make_mesh(devices=jax.devices()[:1])
     params = hf.load_params(folder, config, mesh)
-    sampling = SamplingSection(max_new_tokens=given.new)
 
-    def run(tokens, slots, eos_ids) -> np.ndarray:
+    def run(tokens, slots, eos_ids, new) -> np.ndarray:
         ids = np.arange(len(tokens), dtype=np.int32)
         lengths = np.full(len(tokens), tokens.shape[1], np.int32)
         with jax.set_mesh(mesh):
@@ -91,7 +102,7 @@ def our_sampler(folder: Path, given):
                 params,
                 config,
                 Prompts(tokens=tokens, lengths=lengths, problem_ids=ids),
-                sampling=sampling,
+                sampling=SamplingSection(max_new_tokens=new),
                 eos_ids=eos_ids,
                 keys=row_keys(
                     0, "train", 0, problem_ids=jnp.asarray(ids), samples=jnp.asarray(ids)
@@ -104,7 +115,7 @@ def our_sampler(folder: Path, given):
     return run
 
 
-def transformers_sampler(folder: Path, given):
+def transformers_sampler(folder: Path):
     try:
         import torch
     except ImportError:
@@ -116,7 +127,7 @@ def transformers_sampler(folder: Path, given):
     transformers.logging.set_verbosity_error()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def run(tokens, slots, eos_ids) -> np.ndarray:
+    def run(tokens, slots, eos_ids, new) -> np.ndarray:
         stops = [i for i in eos_ids if i < loaded.config.vocab_size]
         with torch.inference_mode():
             made = loaded.generate(
@@ -124,7 +135,7 @@ def transformers_sampler(folder: Path, given):
                 attention_mask=torch.ones(tokens.shape, dtype=torch.int64),
                 do_sample=True,
                 top_k=0,
-                max_new_tokens=given.new,
+                max_new_tokens=new,
                 eos_token_id=stops or -1,
                 pad_token_id=0,
             )[:, tokens.shape[1] :].numpy()
@@ -135,48 +146,72 @@ def transformers_sampler(folder: Path, given):
     return run
 
 
-def by_batches(sampler, tokens, slots, eos_ids) -> np.ndarray:
+def by_batches(sampler, tokens, slots, eos_ids, new) -> np.ndarray:
     parts = [tokens[i : i + slots] for i in range(0, len(tokens), slots)]
-    return np.concatenate([sampler(part, slots, eos_ids) for part in parts])
+    return np.concatenate([sampler(part, slots, eos_ids, new) for part in parts])
 
 
-def measure(setting: str, count: int, slots: int, samplers: dict, repeats: int) -> list[dict]:
+def measure(setting: str, count: int, slots: int, samplers: dict, given) -> list[dict]:
     """One row a sampler; they take turns, so that a slow minute of the machine hits all."""
-    first, rates, lengths = {}, {name: [] for name in samplers}, {}
+    lengths, first, whole, one = {}, {}, {name: [] for name in samplers}, {}
     for name, sampler in samplers.items():
-        started = time.perf_counter()
-        sampler()
-        first[name] = time.perf_counter() - started
-    for _ in range(repeats):
+        first[name], lengths[name] = timed(sampler, given.new)
+        one[name] = []
+        if setting == "equal":
+            timed(sampler, 1)
+    for _ in range(given.repeats):
         for name, sampler in samplers.items():
-            started = time.perf_counter()
-            lengths[name] = sampler()
-            rates[name].append(float(lengths[name].sum()) / (time.perf_counter() - started))
-    return [
-        {
+            seconds, lengths[name] = timed(sampler, given.new)
+            whole[name].append((seconds, float(lengths[name].sum())))
+            if setting == "equal":
+                one[name].append(timed(sampler, 1)[0])
+    rows = []
+    for name in samplers:
+        seconds = [part[0] for part in whole[name]]
+        row = {
             "setting": setting,
             "rows": count,
             "slots": slots,
             "sampler": name,
-            "tokens_per_s": float(np.median(rates[name])),
-            "all": rates[name],
+            "tokens_per_s": float(np.median([n / s for s, n in whole[name]])),
+            "seconds": seconds,
             "first_call_s": first[name],
             "length_mean": float(lengths[name].mean()),
             "length_max": int(lengths[name].max()),
         }
-        for name in samplers
-    ]
+        if setting == "equal":
+            more = np.median(np.array(seconds) - np.array(one[name]))
+            row["step_s"] = float(more) / (given.new - 1)
+        rows.append(row)
+    return rows
+
+
+def timed(sampler, new: int) -> tuple[float, np.ndarray]:
+    started = time.perf_counter()
+    lengths = sampler(new)
+    return time.perf_counter() - started, lengths
 
 
 def print_table(rows: list[dict]) -> None:
-    print(f"{'':8}{'rows':>6}{'slots':>6}  {'sampler':20}{'tokens/s':>10}{'ratio':>7}  lengths")
+    print(f"{'':6}{'rows':>5}{'slots':>6}  {'sampler':20}{'tokens/s':>9}{'ratio':>7}{'ms/step':>9}")
     for row in rows:
         same = [r for r in rows if (r["setting"], r["rows"]) == (row["setting"], row["rows"])]
-        ratio = row["tokens_per_s"] / same[-1]["tokens_per_s"]
+        ratio = row["tokens_per_s"] / next(
+            (r["tokens_per_s"] for r in same if r["sampler"] == "transformers"),
+            same[-1]["tokens_per_s"],
+        )
+        line = (
+            f"{row['setting']:6}{row['rows']:5}{row['slots']:6}  {row['sampler']:20}"
+            f"{row['tokens_per_s']:9.0f}{ratio:7.2f}"
+        )
+        if "step_s" in row:
+            line += (
+                f"{row['step_s'] * 1e3:9.1f}  {row['share_of_bandwidth']:.0%} of the bandwidth, "
+                f"{row['share_of_flops']:.0%} of the multiplications;"
+            )
         print(
-            f"{row['setting']:8}{row['rows']:6}{row['slots']:6}  {row['sampler']:20}"
-            f"{row['tokens_per_s']:10.0f}{ratio:7.2f}  mean {row['length_mean']:.1f}, longest "
-            f"{row['length_max']}; first call {row['first_call_s']:.1f} s"
+            f"{line}  lengths: mean {row['length_mean']:.1f}, longest {row['length_max']}; first "
+            f"call {row['first_call_s']:.1f} s"
         )
 
 
