@@ -26,7 +26,8 @@ def token_logprobs(
 
     Token-aligned: column 0 is 0 (nothing predicts it), and so is every token outside ``mask``.
     Logits exist for at most ``chunk`` positions of every row at a time, forward and backward:
-    N x chunk x V float32, never N x T x V; a chunk without a token in the mask has none.
+    N x chunk x V float32, never N x T x V. Of several chunks, one without a token in the mask (of
+    prompts or padding) has none at all.
     """
     hidden, _ = model.forward(params, config, tokens)
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask

@@ -267,17 +267,7 @@ def make_update(
         gradients = laid_out(jax.tree.map(jnp.add, gradients, new))
         return gradients, (sums, jnp.maximum(gap, new_gap))
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def apply(params, opt_state, total):
-        gradients, (metrics, gap) = total
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes its counts with floats
-            changes, opt_state = optimizer.update(gradients, opt_state, params)
-        tokens = jnp.maximum(metrics.pop("tokens"), 1.0)
-        metrics = {k: v if k == "policy/loss" else v / tokens for k, v in metrics.items()}
-        metrics["sampler/logprob_gap_max"] = gap
-        metrics["policy/grad_norm"] = optax.tree.norm(gradients)
-        metrics["policy/update_norm"] = optax.tree.norm(changes)
-        return optax.apply_updates(params, changes), opt_state, metrics
+    apply = jax.jit(functools.partial(apply_gradients, optimizer), donate_argnums=(0, 1))
 
     def update(state: TrainState, micros: list[Batch]) -> tuple[TrainState, dict[str, jax.Array]]:
         total = start(state.params, micros[0])
@@ -287,6 +277,22 @@ def make_update(
         return replace(state, params=params, opt_state=opt_state), metrics
 
     return update
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, params: PyTree, opt_state: PyTree, total: PyTree
+) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+    """Parameters and moments after one step of the optimizer; the update's metrics per token."""
+    gradients, (sums, gap) = total
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes its counts with floats
+        changes, opt_state = optimizer.update(gradients, opt_state, params)
+    tokens = jnp.maximum(sums["tokens"], 1.0)
+    metrics = {k: v if k == "policy/loss" else v / tokens for k, v in sums.items()}
+    del metrics["tokens"]
+    metrics["sampler/logprob_gap_max"] = gap
+    metrics["policy/grad_norm"] = optax.tree.norm(gradients)
+    metrics["policy/update_norm"] = optax.tree.norm(changes)
+    return optax.apply_updates(params, changes), opt_state, metrics
 
 
 def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
