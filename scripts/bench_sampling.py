@@ -24,7 +24,7 @@ import ceilings
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rival_tunix
+from rival_tunix import tunix_sampler
 
 from basis_jax import command_line, costs, hf
 from basis_jax.config import SamplingSection
@@ -43,7 +43,7 @@ def main() -> None:
     settings = [("equal", n, n, (config.vocab_size + 10**6,)) for n in given.equal]
     settings += [("mixed", given.rows, given.slots, stop)] * (given.rows > 0)
     ours, ceiling, rows = our_sampler(folder), ceilings.measured("float32"), []
-    rivals = {"transformers": transformers_sampler(folder), "tunix": rival_tunix.sampler(folder)}
+    rivals = {"transformers": transformers_sampler(folder), "tunix": tunix_sampler(folder)}
     for name, count, slots, eos_ids in settings:
         prompts = random_prompts(count, given.prompt, config.vocab_size)
         samplers = {"ours": partial(ours, prompts, slots, eos_ids)}
@@ -116,6 +116,7 @@ def our_sampler(folder: Path):
 
 
 def transformers_sampler(folder: Path):
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the others' cores
     try:
         import torch
     except ImportError:

@@ -136,6 +136,7 @@ def our_gradient(folder: Path, given):
 
 
 def torch_gradient(folder: Path, given):
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the others' cores
     try:
         import torch
     except ImportError:

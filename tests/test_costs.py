@@ -19,7 +19,9 @@ from basis_jax.config import (
     TrainSection,
 )
 from basis_jax.config_check import check_memory, device_memory
+from basis_jax.evaluate import open_evaluation
 from basis_jax.sampling import sample_with
+from basis_jax.session import open_session
 from basis_jax.sharding import make_mesh
 from basis_jax.types import Batch, Prompts
 from tests.tiny import TINY
@@ -229,6 +231,14 @@ def test_slots_and_lengths_that_do_not_fit_are_refused_with_the_bytes(monkeypatc
         check_memory(LARGE, SMOLLM2, one_device(), prompt_width=64, rows=512)
     check_memory(LARGE, SMOLLM2, one_device(), prompt_width=64, rows=32)  # no more than there are
     check_memory(LARGE, SMOLLM2, make_mesh(fsdp=-1, data=1), prompt_width=64, rows=256)
+
+
+@pytest.mark.parametrize("opened", [open_session, open_evaluation])
+def test_a_session_says_so_before_it_reads_weights(monkeypatch, opened):
+    with_memory(monkeypatch, 10**6)
+    with pytest.raises(ValueError, match="needs .* a device"):
+        with opened(Config(run_dir=""), report=lambda text: None):
+            pass
 
 
 def check_training(config, architecture):
