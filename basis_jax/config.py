@@ -17,6 +17,9 @@ class ModelSection:
     """What the backward pass computes again of a layer: ``none``, ``dots`` (all but the products
     with weights: attention and elementwise work) or ``full`` (everything: the least memory, about
     1.3x the time)."""
+    attention: str = "plain"
+    """``plain`` (all scores of a row at once: T x T) or ``cudnn`` (NVIDIA's kernel, for long rows
+    on GPUs in bfloat16)."""
 
 
 @dataclass(frozen=True)

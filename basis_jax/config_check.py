@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from basis_jax import costs
 from basis_jax.config import Config, LossSection
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
-from basis_jax.model import REMAT, ModelConfig
+from basis_jax.model import ATTENTION, REMAT, ModelConfig
 from basis_jax.sharding import batch_shards, check_divides
 from basis_jax.tasks import GYM
 
@@ -29,9 +29,18 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
         ("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES),
         ("sampling.dtype", config.sampling.dtype or COMPUTE_DTYPES[0], COMPUTE_DTYPES),
         ("model.remat", config.model.remat, tuple(REMAT)),
+        ("model.attention", config.model.attention, ATTENTION),
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+    platform = mesh.devices.ravel()[0].platform
+    if config.model.attention == "cudnn" and (
+        platform != "gpu" or config.model.compute_dtype != "bfloat16"
+    ):
+        raise ValueError(
+            "model.attention cudnn needs NVIDIA GPUs and model.compute_dtype bfloat16, and this is "
+            f"{platform} with {config.model.compute_dtype}; use plain"
+        )
     check_loss(config.loss)
     check_scorers(config.data.verifier, (config.data.path, *config.eval.sets))
     check_fit(config, architecture, mesh)

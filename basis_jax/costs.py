@@ -137,7 +137,8 @@ def activation_bytes(config: ModelConfig, mesh, *, rows: int, width: int) -> int
     size, tensor = compute_bytes(config), shards(mesh, "heads")
     stream = config.embed * (4 * 4 + 2 * size)
     split = 6 * config.mlp * size + 2 * (config.heads + config.kv_heads) * config.head_dim * size
-    split += config.heads * width * (4 + size)
+    if config.attention == "plain":
+        split += config.heads * width * (4 + size)
     split += config.qk_norm * 2 * (config.heads + config.kv_heads) * config.head_dim * 4
     layer = stream + split / tensor
     kept = config.layers * layer

@@ -154,7 +154,11 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def model_config(
-    folder: str | Path, *, compute_dtype: str = "float32", remat: str = "none"
+    folder: str | Path,
+    *,
+    compute_dtype: str = "float32",
+    remat: str = "none",
+    attention: str = "plain",
 ) -> ModelConfig:
     """The decoder that ``config.json`` describes, written by transformers 4 or 5.
 
@@ -166,7 +170,8 @@ def model_config(
     path = Path(folder) / "config.json"
     raw = read_json(path)
     try:
-        return replace(_parse(raw), compute_dtype=compute_dtype, remat=remat)
+        computed = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention}
+        return replace(_parse(raw), **computed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -244,7 +249,7 @@ def save_params(
         stored = {name: DTYPES.get(tensor.get_dtype()) for name, tensor in tensors.items()}
     else:
         raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype or "float32"
-    if _parse(raw) != replace(config, compute_dtype="float32", remat="none"):
+    if _parse(raw) != replace(config, compute_dtype="float32", remat="none", attention="plain"):
         raise ValueError(
             f"config.json of {source or config.architecture} cannot stand for {config}; "
             "give as source the folder that the parameters were loaded from"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from basis_jax.pytree import pytree
 from basis_jax.sharding import constrain
@@ -51,6 +51,7 @@ class ModelConfig:
     qk_norm: bool = False  # Qwen3
     compute_dtype: str = "float32"
     remat: str = "none"  # of a layer: a key of REMAT
+    attention: str = "plain"  # one of ATTENTION
 
 
 REMAT = {
@@ -60,6 +61,10 @@ REMAT = {
 }
 """What the backward pass finds saved of a layer: all it needs, the weights' products, or nothing
 but the layer's input."""
+
+
+ATTENTION = ("plain", "cudnn")
+"""All scores of a row at once, or NVIDIA's kernel, which never holds them (bfloat16 on GPUs)."""
 
 
 @pytree
@@ -150,12 +155,15 @@ class Block(nn.Module):
         queries = rotate(self.project("q", x, c.heads, "heads"), positions, c)
         keys = rotate(self.project("k", x, c.kv_heads, "kv_heads"), positions, c)
         values = self.project("v", x, c.kv_heads, "kv_heads")
-        seen, mixable = keys, values
         if prefix is not None:
             seen, mixable = after(prefix.keys, keys), after(prefix.values, values)
-        steps, before = x.shape[1], seen.shape[1] - x.shape[1]
-        mask = jnp.arange(before + steps)[None, None] <= before + jnp.arange(steps)[None, :, None]
-        mixed = attend(queries, seen, mixable, mask)
+            mixed = attend(queries, seen, mixable)
+        elif c.attention == "cudnn":
+            mixed = jax.nn.dot_product_attention(
+                queries, keys, values, is_causal=True, implementation="cudnn"
+            )
+        else:
+            mixed = attend(queries, keys, values)
         out = self.weight("o_proj", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"))
         mixed = jnp.einsum("nthk,hkd->ntd", mixed, out)
         if c.output_bias:
@@ -183,15 +191,17 @@ def attend(
     queries: Float[Array, "N T H Dh"],
     keys: Float[Array, "N S K Dh"],
     values: Float[Array, "N S K Dh"],
-    mask: Bool[Array, "#N T S"],
 ) -> Float[Array, "N T H Dh"]:
-    """softmax(q k / sqrt(Dh)) v over the slots where mask; H/K query heads share a key head."""
+    """softmax(q k / sqrt(Dh)) v over the positions up to the query's own, queries being the last T
+    of the S positions; H/K query heads share a key head."""
     rows, steps, heads, size = queries.shape
+    before = keys.shape[1] - steps
+    mask = jnp.arange(before + steps)[None] <= before + jnp.arange(steps)[:, None]
     grouped = queries.reshape(rows, steps, keys.shape[2], -1, size)
     scores = jnp.einsum(
         "ntkgd,nskd->nkgts", grouped, keys, preferred_element_type=jnp.float32
     ) / math.sqrt(size)
-    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    scores = jnp.where(mask[None, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("nkgts,nskd->ntkgd", weights, values).reshape(rows, steps, heads, size)
 

@@ -19,7 +19,7 @@ from basis_jax import model
 from basis_jax.config import SamplingSection
 from basis_jax.decoding import CACHE_AXES, DecodeWeights, decode_weights, empty_cache, resized
 from basis_jax.model import KeyValues, ModelConfig
-from basis_jax.sampling import Slots, decode, prefill, sample
+from basis_jax.sampling import Slots, decode, prefill, sample_with
 from basis_jax.sharding import batch_shards, constrain, put_rows
 from basis_jax.types import Prompts, Rollouts
 
@@ -159,13 +159,14 @@ def sample_rows(
 
 def by_batches(params, config, prompts, found, *, sampling, eos_ids, keys, mesh, size):
     """``sample`` for ``size`` rows after the other; yields the rows that have been written."""
-    rows = len(prompts.lengths)
-    under_way = []
+    rows, under_way = len(prompts.lengths), []
+    weights = decode_weights(params, config)
     for start in range(0, rows, size):
         index = np.arange(start, start + size)
         index = np.where(index < rows, index, start)  # one shape: the last call has copies
         part = put_rows(mesh, jax.tree.map(lambda x, i=index: x[i], prompts))
-        part = sample(params, config, part, sampling=sampling, eos_ids=eos_ids, keys=keys[index])
+        given = {"config": config, "sampling": sampling, "eos_ids": eos_ids}
+        part = sample_with(params, weights, part, keys[index], **given)
         under_way.append((np.arange(start, min(start + size, rows)), part))
         if len(under_way) == 2:  # the device has the next before the host looks at this one
             yield fetch(found, *under_way.pop(0))

@@ -49,7 +49,10 @@ def open_session(config: Config, report=print):
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     folder = hf.resolve_folder(config.model.path)
     architecture = hf.model_config(
-        folder, compute_dtype=config.model.compute_dtype, remat=config.model.remat
+        folder,
+        compute_dtype=config.model.compute_dtype,
+        remat=config.model.remat,
+        attention=config.model.attention,
     )
     check(config, architecture, mesh)
     tokenizer = hf.load_tokenizer(folder)

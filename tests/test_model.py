@@ -111,6 +111,31 @@ def test_a_mesh_does_not_change_logprobs_and_gradients(sizes):
     assert_same_gradient(found[0], expected[0])
 
 
+def test_the_attention_kernel_is_called_for_what_plain_attention_computes(monkeypatch):
+    """With XLA's implementation standing in for NVIDIA's, which this machine may lack."""
+    params, tokens = random_params(EVERYTHING), tokens_of((4, 12))
+    kernel, called = jax.nn.dot_product_attention, []
+
+    def standing_in(*args, implementation, **options):
+        called.append(implementation)
+        return kernel(*args, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", standing_in)
+    config = dataclasses.replace(EVERYTHING, attention="cudnn")
+    found = forward(params, config, tokens)[0]
+    assert set(called) == {"cudnn"}
+    np.testing.assert_allclose(found, forward(params, EVERYTHING, tokens)[0], atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_nvidias_attention_is_that_of_plain_attention():
+    half = dataclasses.replace(EVERYTHING, compute_dtype="bfloat16")
+    params, tokens = random_params(half), tokens_of((4, 64))
+    kernel = dataclasses.replace(half, attention="cudnn")
+    found, expected = (forward(params, c, tokens)[0].astype(np.float32) for c in (kernel, half))
+    assert np.abs(found - expected).mean() < 0.02 * np.abs(expected).mean()
+
+
 def test_bfloat16_compute_keeps_float32_parameters_logits_and_gradients():
     """bfloat16 has 8 bits: log-probabilities are near float32's, and not equal."""
     half, tokens = dataclasses.replace(EVERYTHING, compute_dtype="bfloat16"), tokens_of((4, 12))

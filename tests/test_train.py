@@ -363,6 +363,24 @@ def test_sizes_that_do_not_divide_are_refused(change, sentence):
         check(config, tiny.TINY, make_mesh(data=4, devices=jax.devices()[:4]))
 
 
+@pytest.mark.parametrize(
+    ("section", "change", "sentence"),
+    [
+        (
+            "model",
+            {"attention": "cudnn", "compute_dtype": "bfloat16"},
+            "NVIDIA GPUs .* is cpu with",
+        ),
+        ("model", {"attention": "flash"}, "model.attention is 'flash'; allowed are plain, cudnn"),
+        ("sampling", {"dtype": "int4"}, "sampling.dtype is 'int4'; allowed are float32, bfloat16"),
+    ],
+)
+def test_words_that_the_model_does_not_know_are_refused(section, change, sentence):
+    part = dataclasses.replace(getattr(CONFIG, section), **change)
+    with pytest.raises(ValueError, match=sentence):
+        check(dataclasses.replace(CONFIG, **{section: part}), tiny.TINY, make_mesh())
+
+
 def test_heads_that_do_not_divide_over_the_mesh_are_refused():
     mesh = make_mesh(tensor=4, devices=jax.devices()[:4])
     with pytest.raises(ValueError, match="key heads = 2 does not divide over 4 devices"):
