@@ -235,10 +235,10 @@ def make_update(
     """(state, microbatches) -> state, metrics: gradients added up, then one optimizer update.
 
     The microbatches' ``loss_weights`` hold the global denominators, so the summed gradients are the
-    gradient of the whole update whatever the split. Each shape of microbatch is a program; the sums
-    stay in one donated buffer, laid out as the parameters, and nothing comes back to the host until
-    the metrics are read. Parameters and moments are donated; ``step`` and the estimator's state
-    pass through.
+    gradient of the whole update whatever the split. Each shape of microbatch is a program (two, if
+    it comes first and later); the sums stay in one donated buffer, laid out as the parameters, and
+    nothing comes back to the host until the metrics are read. Parameters and moments are donated;
+    ``step`` and the estimator's state pass through.
     """
     objective = functools.partial(
         policy_objective,
@@ -250,27 +250,20 @@ def make_update(
     gradient = jax.grad(objective, has_aux=True)
     axes = model.param_axes(architecture)
 
-    def laid_out(gradients):
-        return jax.tree.map(constrain, gradients, axes)
-
-    @jax.jit
-    def start(params, micro):
-        shapes = jax.eval_shape(gradient, params, micro)
-        gradients, aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return laid_out(gradients), aux
-
     @functools.partial(jax.jit, donate_argnums=1)
     def accumulate(params, total, micro):
-        gradients, (sums, gap) = total
-        new, (new_sums, new_gap) = gradient(params, micro)
-        sums = jax.tree.map(jnp.add, sums, new_sums)
-        gradients = laid_out(jax.tree.map(jnp.add, gradients, new))
-        return gradients, (sums, jnp.maximum(gap, new_gap))
+        gradients, (sums, gap) = gradient(params, micro)
+        if total is not None:
+            before, (sums_before, gap_before) = total
+            gradients = jax.tree.map(jnp.add, before, gradients)
+            sums = jax.tree.map(jnp.add, sums_before, sums)
+            gap = jnp.maximum(gap_before, gap)
+        return jax.tree.map(constrain, gradients, axes), (sums, gap)
 
     apply = jax.jit(functools.partial(apply_gradients, optimizer), donate_argnums=(0, 1))
 
     def update(state: TrainState, micros: list[Batch]) -> tuple[TrainState, dict[str, jax.Array]]:
-        total = start(state.params, micros[0])
+        total = None
         for micro in micros:
             total = accumulate(state.params, total, micro)
         params, opt_state, metrics = apply(state.params, state.opt_state, total)

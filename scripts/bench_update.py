@@ -61,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--width", type=int, default=128, help="positions of the longest row")
     parser.add_argument("--microbatch", type=int, default=8, help="rows of a pass at full width")
+    parser.add_argument("--remat", default="none", help="of ours: none, dots or full")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", metavar="FILE.json")
     given = parser.parse_args()
@@ -94,7 +95,7 @@ def random_rollouts(lengths: np.ndarray, width: int, vocabulary: int) -> Rollout
 
 
 def our_gradient(folder: Path, given):
-    architecture = hf.model_config(folder)
+    architecture = hf.model_config(folder, remat=given.remat)
     mesh = make_mesh(devices=jax.devices()[:1])
     config = Config(
         run_dir="",
