@@ -1,14 +1,16 @@
-"""Tokens a second of the update's forward and backward pass, beside torch's on the same model.
+"""Tokens a second of the update, beside torch's on the same model.
 
     python scripts/bench_update.py --model models/smollm2
     python scripts/bench_update.py --model FOLDER --rows 32 --width 256 --microbatch 8
 
 Two settings. ``equal``: every row fills the width. ``mixed``: lengths are long-tailed (log-normal,
-median a quarter of the width). Ours is the gradient of ``train``'s objective as ``make_update``
-computes it, at learning rate 0; torch's is transformers' forward pass, log-softmax of
-the targets and backward, the rows in the same order, each microbatch padded to its longest row.
-Half of a row is prompt. Medians of ``--repeats`` runs in turn, the first call of each apart
-(compilation); tokens are those of the rows, padding not counted. Float32. Without torch ours alone.
+median a quarter of the width). Ours is ``make_batches`` and ``make_update``; torch's is
+transformers' forward pass, log-softmax of the targets and backward, the rows in the same order,
+each microbatch padded to its longest row. Both clip the gradient's norm and take a step of AdamW at
+learning rate 0. Half of a row is prompt. MFU: ``costs.update`` of the tokens, without padding, over
+what the machine can multiply (``ceilings``). Medians of ``--repeats`` runs in turn, the first call
+of each apart (compilation); tokens are those of the rows, padding not counted. Float32. Without
+torch ours alone.
 """
 
 import argparse
@@ -18,18 +20,18 @@ import resource
 import time
 from pathlib import Path
 
+import ceilings
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from basis_jax import command_line, hf
+from basis_jax import command_line, costs, hf
 from basis_jax.batches import make_batches
-from basis_jax.config import Config, SamplingSection, TrainSection
+from basis_jax.config import Config, OptimSection, SamplingSection, TrainSection
 from basis_jax.records import provenance
 from basis_jax.rollouts import Graded
 from basis_jax.sharding import make_mesh
-from basis_jax.train import make_score, make_state, make_update
+from basis_jax.train import make_optimizer, make_score, make_state, make_update
 from basis_jax.types import Estimate, Rollouts
 
 
@@ -45,10 +47,15 @@ def main() -> None:
         if theirs is not None:
             runs["torch"] = lambda r=rollouts: theirs(r)
         rows += measure(name, lengths, runs, given.repeats)
+    config, ceiling = hf.model_config(folder), ceilings.measured("float32")
+    for row in rows:
+        lengths = row_lengths(given)[row["setting"]]
+        flops = sum(costs.update(config, rows=1, width=int(width)).flops for width in lengths)
+        row["mfu"] = flops / np.median(row["seconds"]) / ceiling["flops_per_s"]
     print_table(rows)
     if given.out:
         about = {"model": str(given.model), "device": str(jax.devices()[0])}
-        about |= {"cores": os.cpu_count(), **vars(given), **provenance()}
+        about |= {"cores": os.cpu_count(), "ceiling": ceiling, **vars(given), **provenance()}
         about["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         Path(given.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
         print(given.out)
@@ -107,7 +114,7 @@ def our_gradient(folder: Path, given):
         ),
     )
     options = {"loss": config.loss, "temperature": 1.0, "microbatch": given.microbatch}
-    optimizer = optax.sgd(0.0)
+    optimizer = make_optimizer(OptimSection(lr=0.0), updates=10**6)
     update = make_update(architecture, optimizer, **options)
     score = make_score(architecture, **options)
     advantages = jnp.asarray(np.random.default_rng(2).normal(size=given.rows), jnp.float32)
@@ -147,6 +154,7 @@ def torch_gradient(folder: Path, given):
     torch.set_num_threads(os.cpu_count() or 1)
     transformers.logging.set_verbosity_error()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(loaded.parameters(), lr=0.0)
 
     def run(rollouts) -> None:
         ends = rollouts.prompt_lengths + rollouts.completion_lengths
@@ -160,7 +168,9 @@ def torch_gradient(folder: Path, given):
             logits = loaded(tokens, use_cache=False).logits[:, :-1].float()
             logp = torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, 1:, None])[..., 0]
             (-(logp * torch.tensor(counts[:, 1:])).sum() / total).backward()
-        loaded.zero_grad(set_to_none=True)
+        torch.nn.utils.clip_grad_norm_(loaded.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return run
 
@@ -200,8 +210,8 @@ def print_table(rows: list[dict]) -> None:
         ratio = np.median(np.array(last["seconds"]) / np.array(row["seconds"]))
         print(
             f"{row['setting']:8}{row['rows']:6}{row['tokens']:8}  {row['library']:6}"
-            f"{row['tokens_per_s']:10.0f}{ratio:7.2f}  lengths: mean {row['length_mean']:.1f}, "
-            f"longest {row['length_max']}; first call {row['first_call_s']:.1f} s"
+            f"{row['tokens_per_s']:10.0f}{ratio:7.2f}  MFU {row['mfu']:.0%}; lengths: mean "
+            f"{row['length_mean']:.1f}, longest {row['length_max']}; first call {row['first_call_s']:.1f} s"
         )
 
 
