@@ -211,7 +211,8 @@ def print_table(rows: list[dict]) -> None:
         print(
             f"{row['setting']:8}{row['rows']:6}{row['tokens']:8}  {row['library']:6}"
             f"{row['tokens_per_s']:10.0f}{ratio:7.2f}  MFU {row['mfu']:.0%}; lengths: mean "
-            f"{row['length_mean']:.1f}, longest {row['length_max']}; first call {row['first_call_s']:.1f} s"
+            f"{row['length_mean']:.1f}, longest {row['length_max']}; first call "
+            f"{row['first_call_s']:.1f} s"
         )
 
 
