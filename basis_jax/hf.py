@@ -176,7 +176,7 @@ def model_config(
         raise ValueError(f"{path}: {error}") from error
 
 
-def _describe(config: ModelConfig) -> dict[str, Any]:
+def describe(config: ModelConfig) -> dict[str, Any]:
     """config.json of a ModelConfig, in the form that transformers 4 and 5 both read."""
     raw = {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}
     raw |= {
@@ -239,7 +239,7 @@ def save_params(
     """
     if dtype not in (None, *DTYPES.values()):
         raise ValueError(f"dtype is {dtype!r}; None, {few(DTYPES.values())} are allowed")
-    raw, files, stored = _describe(config), {}, {}
+    raw, files, stored = describe(config), {}, {}
     if source is not None:
         source = Path(source)
         raw = read_json(source / "config.json")

@@ -2,6 +2,7 @@
 
     python scripts/bench_sampling.py --model models/smollm2
     python scripts/bench_sampling.py --model FOLDER --rows 256 --slots 64 --new 256 --stop . , the
+    python scripts/bench_sampling.py --model qwen3-4b --dtype bfloat16 --equal 64 256 --rows 0
 
 Two settings. ``equal``: nothing stops, every row gets ``--new`` tokens, all rows in one batch; the
 time of one more token is that of ``--new`` tokens less that of one, and is held against what the
@@ -9,7 +10,7 @@ machine can read and multiply (``costs.decode_step``, ``ceilings``). ``mixed``: 
 first of the ``--stop`` tokens, so lengths differ widely; ``--rows`` prompts go through ``--slots``
 slots at a time, refilled as rows end (ours) or batch after batch (ours without refilling;
 transformers and Tunix, which know no other way). Median of ``--repeats`` runs in turn, the first
-call of each apart (compilation). Random prompts, float32. Rivals that are not installed are left
+call of each apart (compilation). Random prompts. Rivals that are not installed are left
 out.
 """
 
@@ -20,6 +21,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import bench_models
 import ceilings
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ from rival_tunix import tunix_sampler
 
 from basis_jax import command_line, costs, hf
 from basis_jax.config import SamplingSection
+from basis_jax.model import ModelConfig
 from basis_jax.records import provenance
 from basis_jax.refill import sample_rows
 from basis_jax.sampling import row_keys
@@ -37,13 +40,17 @@ from basis_jax.types import Prompts
 
 def main() -> None:
     given = parse()
-    folder = hf.resolve_folder(given.model)
-    config, tokenizer = hf.model_config(folder), hf.load_tokenizer(folder)
-    stop = tuple(tokenizer.encode(s, add_special_tokens=False)[0] for s in given.stop)
+    config = bench_models.architecture(given.model, compute_dtype=given.dtype)
     settings = [("equal", n, n, (config.vocab_size + 10**6,)) for n in given.equal]
-    settings += [("mixed", given.rows, given.slots, stop)] * (given.rows > 0)
-    ours, ceiling, rows = our_sampler(folder), ceilings.measured("float32"), []
-    rivals = {"transformers": transformers_sampler(folder), "tunix": tunix_sampler(folder)}
+    if given.rows:
+        tokenizer = hf.load_tokenizer(hf.resolve_folder(given.model))
+        stop = tuple(tokenizer.encode(s, add_special_tokens=False)[0] for s in given.stop)
+        settings.append(("mixed", given.rows, given.slots, stop))
+    ours, ceiling, rows = our_sampler(given.model, config), ceilings.measured(given.dtype), []
+    rivals = {
+        "transformers": transformers_sampler(given.model, config),
+        "tunix": tunix_sampler(given.model, config),
+    }
     for name, count, slots, eos_ids in settings:
         prompts = random_prompts(count, given.prompt, config.vocab_size)
         samplers = {"ours": partial(ours, prompts, slots, eos_ids)}
@@ -63,6 +70,7 @@ def main() -> None:
     if given.out:
         about = {"model": str(given.model), "device": str(jax.devices()[0])}
         about |= {"cores": os.cpu_count(), "ceiling": ceiling, **vars(given), **provenance()}
+        about["peak_bytes"] = bench_models.peak_bytes()
         Path(given.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
         print(given.out)
 
@@ -70,7 +78,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--model", default="embedded:quickstart", metavar="FOLDER")
+    parser.add_argument("--model", default="embedded:quickstart", help=bench_models.MODEL_HELP)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--equal", type=int, nargs="*", default=[16, 64], metavar="ROWS")
     parser.add_argument("--rows", type=int, default=128, help="of the mixed setting (0: without)")
     parser.add_argument("--slots", type=int, default=32)
@@ -89,10 +98,9 @@ def random_prompts(rows: int, width: int, vocabulary: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocabulary, (rows, width)).astype(np.int32)
 
 
-def our_sampler(folder: Path):
-    config = hf.model_config(folder)
+def our_sampler(name: str, config: ModelConfig):
     mesh = make_mesh(devices=jax.devices()[:1])
-    params = hf.load_params(folder, config, mesh)
+    params = bench_models.our_params(name, config, mesh)
 
     def run(tokens, slots, eos_ids, new) -> np.ndarray:
         ids = np.arange(len(tokens), dtype=np.int32)
@@ -115,31 +123,31 @@ def our_sampler(folder: Path):
     return run
 
 
-def transformers_sampler(folder: Path):
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the others' cores
-    try:
-        import torch
-    except ImportError:
+def transformers_sampler(name: str, config: ModelConfig):
+    found = bench_models.torch_model(name, config)
+    if found is None:
         return None
-    import transformers
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    torch, loaded = found
+    loaded.eval()
 
     def run(tokens, slots, eos_ids, new) -> np.ndarray:
         stops = [i for i in eos_ids if i < loaded.config.vocab_size]
         with torch.inference_mode():
-            made = loaded.generate(
-                torch.tensor(tokens.astype(np.int64)),
-                attention_mask=torch.ones(tokens.shape, dtype=torch.int64),
-                do_sample=True,
-                top_k=0,
-                max_new_tokens=new,
-                eos_token_id=stops or -1,
-                pad_token_id=0,
-            )[:, tokens.shape[1] :].numpy()
+            made = (
+                loaded.generate(
+                    torch.tensor(tokens.astype(np.int64), device=loaded.device),
+                    attention_mask=torch.ones(
+                        tokens.shape, dtype=torch.int64, device=loaded.device
+                    ),
+                    do_sample=True,
+                    top_k=0,
+                    max_new_tokens=new,
+                    eos_token_id=stops or -1,
+                    pad_token_id=0,
+                )[:, tokens.shape[1] :]
+                .cpu()
+                .numpy()
+            )
         ended = np.isin(made, stops)
         first = np.where(ended.any(1), ended.argmax(1) + 1, made.shape[1])
         return first

@@ -1,7 +1,9 @@
-"""Tokens a second of the update, beside torch's on the same model.
+r"""Tokens a second of the update, beside torch's on the same model.
 
     python scripts/bench_update.py --model models/smollm2
     python scripts/bench_update.py --model FOLDER --rows 32 --width 256 --microbatch 8
+    python scripts/bench_update.py --model qwen3-0.6b --dtype bfloat16 --attention cudnn --rows 8 \
+        --width 2048
 
 Two settings. ``equal``: every row fills the width. ``mixed``: lengths are long-tailed (log-normal,
 median a quarter of the width). Ours is ``make_batches`` and ``make_update``; torch's is
@@ -9,8 +11,8 @@ transformers' forward pass, log-softmax of the targets and backward, the rows in
 each microbatch padded to its longest row. Both clip the gradient's norm and take a step of AdamW at
 learning rate 0. Half of a row is prompt. MFU: ``costs.update`` of the tokens, without padding, over
 what the machine can multiply (``ceilings``). Medians of ``--repeats`` runs in turn, the first call
-of each apart (compilation); tokens are those of the rows, padding not counted. Float32. Without
-torch ours alone.
+of each apart (compilation); tokens are those of the rows, padding not counted. Without torch ours
+alone.
 """
 
 import argparse
@@ -18,16 +20,19 @@ import json
 import os
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import bench_models
 import ceilings
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from basis_jax import command_line, costs, hf
+from basis_jax import command_line, costs
 from basis_jax.batches import make_batches
 from basis_jax.config import Config, OptimSection, SamplingSection, TrainSection
+from basis_jax.model import ATTENTION, ModelConfig
 from basis_jax.records import provenance
 from basis_jax.rollouts import Graded
 from basis_jax.sharding import make_mesh
@@ -37,25 +42,27 @@ from basis_jax.types import Estimate, Rollouts
 
 def main() -> None:
     given = parse()
-    folder = hf.resolve_folder(given.model)
-    vocabulary = hf.model_config(folder).vocab_size
-    ours, theirs = our_gradient(folder, given), torch_gradient(folder, given)
+    config = bench_models.architecture(
+        given.model, compute_dtype=given.dtype, remat=given.remat, attention=given.attention
+    )
+    ours, theirs = our_gradient(config, given), torch_gradient(config, given)
     rows = []
     for name, lengths in row_lengths(given).items():
-        rollouts = random_rollouts(lengths, given.width, vocabulary)
+        rollouts = random_rollouts(lengths, given.width, config.vocab_size)
         runs = {"ours": lambda r=rollouts: ours(r)}
         if theirs is not None:
             runs["torch"] = lambda r=rollouts: theirs(r)
         rows += measure(name, lengths, runs, given.repeats)
-    config, ceiling = hf.model_config(folder), ceilings.measured("float32")
+    ceiling, plain = ceilings.measured(given.dtype), replace(config, remat="none")
     for row in rows:
         lengths = row_lengths(given)[row["setting"]]
-        flops = sum(costs.update(config, rows=1, width=int(width)).flops for width in lengths)
+        flops = sum(costs.update(plain, rows=1, width=int(width)).flops for width in lengths)
         row["mfu"] = flops / np.median(row["seconds"]) / ceiling["flops_per_s"]
     print_table(rows)
     if given.out:
         about = {"model": str(given.model), "device": str(jax.devices()[0])}
         about |= {"cores": os.cpu_count(), "ceiling": ceiling, **vars(given), **provenance()}
+        about["peak_bytes"] = bench_models.peak_bytes()
         about["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         Path(given.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
         print(given.out)
@@ -64,7 +71,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--model", default="embedded:quickstart", metavar="FOLDER")
+    parser.add_argument("--model", default="embedded:quickstart", help=bench_models.MODEL_HELP)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--attention", default="plain", choices=ATTENTION, help="ours")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--width", type=int, default=128, help="positions of the longest row")
     parser.add_argument("--microbatch", type=int, default=8, help="rows of a pass at full width")
@@ -101,8 +110,7 @@ def random_rollouts(lengths: np.ndarray, width: int, vocabulary: int) -> Rollout
     )
 
 
-def our_gradient(folder: Path, given):
-    architecture = hf.model_config(folder, remat=given.remat)
+def our_gradient(architecture: ModelConfig, given):
     mesh = make_mesh(devices=jax.devices()[:1])
     config = Config(
         run_dir="",
@@ -120,7 +128,7 @@ def our_gradient(folder: Path, given):
     advantages = jnp.asarray(np.random.default_rng(2).normal(size=given.rows), jnp.float32)
     estimate = Estimate(advantages=advantages, values=advantages, info={})
     with jax.set_mesh(mesh):
-        params = hf.load_params(folder, architecture, mesh)
+        params = bench_models.our_params(given.model, architecture, mesh)
         state = [make_state(params, optimizer, (), architecture=architecture, mesh=mesh)]
 
     def run(rollouts) -> None:
@@ -143,17 +151,11 @@ def our_gradient(folder: Path, given):
     return run
 
 
-def torch_gradient(folder: Path, given):
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the others' cores
-    try:
-        import torch
-    except ImportError:
+def torch_gradient(config: ModelConfig, given):
+    found = bench_models.torch_model(given.model, config)
+    if found is None:
         return None
-    import transformers
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    transformers.logging.set_verbosity_error()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch, loaded = found
     optimizer = torch.optim.AdamW(loaded.parameters(), lr=0.0)
 
     def run(rollouts) -> None:
@@ -162,12 +164,14 @@ def torch_gradient(folder: Path, given):
         for start in range(0, given.rows, given.microbatch):
             part = slice(start, start + given.microbatch)
             width = int(ends[part].max())
-            tokens = torch.tensor(rollouts.tokens[part, :width].astype(np.int64))
+            tokens = torch.tensor(
+                rollouts.tokens[part, :width].astype(np.int64), device=loaded.device
+            )
             steps = np.arange(width)[None]
             counts = (steps >= rollouts.prompt_lengths[part, None]) & (steps < ends[part, None])
             logits = loaded(tokens, use_cache=False).logits[:, :-1].float()
             logp = torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, 1:, None])[..., 0]
-            (-(logp * torch.tensor(counts[:, 1:])).sum() / total).backward()
+            (-(logp * torch.tensor(counts[:, 1:], device=loaded.device)).sum() / total).backward()
         torch.nn.utils.clip_grad_norm_(loaded.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -17,9 +17,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_models import SHAPES
 
 from basis_jax import command_line, hf
 from basis_jax.config import SamplingSection
+from basis_jax.model import ModelConfig
 from basis_jax.sampling import row_keys, sample
 from basis_jax.types import Prompts
 
@@ -34,7 +36,7 @@ def main() -> None:
     tokenizer = hf.load_tokenizer(folder)
     prompt = np.array(tokenizer.encode(given.prompt), np.int32)
     tokens = np.stack([np.roll(prompt, row) for row in range(4)])
-    theirs = tunix_tokens(folder)(tokens, (-2,), given.new, greedy=True)
+    theirs = tunix_tokens(folder, hf.model_config(folder))(tokens, (-2,), given.new, greedy=True)
     ours = our_tokens(folder, tokens, given.new)
     print(repr(tokenizer.decode(ours[0])))
     if not np.array_equal(np.stack(theirs), ours):
@@ -60,12 +62,12 @@ def our_tokens(folder: Path, tokens: np.ndarray, new: int) -> np.ndarray:
     return np.asarray(rollouts.tokens)[:, tokens.shape[1] :]
 
 
-def tunix_sampler(folder: Path):
+def tunix_sampler(name: str, config: ModelConfig):
     """run(tokens [N P], slots, eos_ids, new) -> lengths [N], the end token counted; None where
-    Tunix is not installed."""
-    if importlib.util.find_spec("tunix") is None:
+    Tunix is not installed or would have to make up weights."""
+    if importlib.util.find_spec("tunix") is None or name in SHAPES:
         return None
-    generate = tunix_tokens(folder)
+    generate = tunix_tokens(hf.resolve_folder(name), config)
 
     def run(tokens, slots, eos_ids, new) -> np.ndarray:
         made = generate(tokens, eos_ids, new)
@@ -93,12 +95,11 @@ class Numbers:
         return -1  # no token of any prompt: what equals it is masked
 
 
-def tunix_tokens(folder: Path):
+def tunix_tokens(folder: Path, ours: ModelConfig):
     """generate(tokens [N P], eos_ids, new, greedy) -> rows of new tokens, up to their end token."""
     from tunix.generate.sampler import CacheConfig, Sampler
     from tunix.models.llama3 import model, params
 
-    ours = hf.model_config(folder)
     plain = dataclasses.replace(
         ours, qkv_bias=False, output_bias=False, mlp_bias=False, rope_scaling=None
     )
@@ -122,7 +123,7 @@ def tunix_tokens(folder: Path):
     model.apply_rope = functools.partial(  # 0.1.7 never hands its config's rope_theta on
         model.apply_rope, rope_theta=ours.rope_theta
     )
-    loaded = params.create_model_from_safe_tensors(str(folder), config, dtype=jnp.float32)
+    loaded = params.create_model_from_safe_tensors(str(folder), config, dtype=ours.compute_dtype)
     samplers = {}  # its jitted functions keep the end tokens and the cache they were traced with
 
     def generate(tokens, eos_ids, new, greedy=False):
