@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 from basis_jax import command_line, hf
+from basis_jax.batches import make_batches
 from basis_jax.config import (
     Config,
     DataSection,
@@ -42,7 +43,6 @@ from basis_jax.rollouts import roll_out
 from basis_jax.session import first_estimator_state, open_session
 from basis_jax.train import (
     finish_step,
-    make_batches,
     make_estimate,
     make_optimizer,
     make_score,

@@ -1,6 +1,7 @@
 """The structure of the package: imports point up only, small parts, light imports."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,17 @@ def test_imports_point_up_only():
         if module != name and layer[name] >= layer[module] and name not in BESIDE.get(module, ())
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_names_imported_from_the_package_exist(path):
+    """Scripts too, of which some are run by hand only."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("basis_jax"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
 
 
 def test_the_packages_imports_are_no_circle():
