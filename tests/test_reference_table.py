@@ -10,7 +10,7 @@ import tiny
 from basis_jax import reference_table as tables
 from basis_jax.config import SamplingSection
 from basis_jax.data import EncodedProblems
-from basis_jax.rollouts import Setting, roll_out
+from basis_jax.rollouts import Setting, decode, roll_out
 from basis_jax.sharding import make_mesh
 from basis_jax.tasks import Problem
 from basis_jax.verify import Verdict
@@ -88,6 +88,41 @@ def test_counts_are_those_of_the_rollouts_and_failures_are_no_trials(
     successes = [int(graded.rewards[ids == i].sum()) for i in range(SIZE)]
     assert table.successes.tolist() == successes and sum(successes) > 0
     assert table.trials.tolist() == [6, 6, 6, 6, 0]
+
+
+def test_verdicts_belong_to_their_rows_whatever_order_they_end_in(setting, problems):
+    """Graded part by part beside the sampler: as if all were graded in order afterwards."""
+    ids = np.tile(np.arange(SIZE, dtype=np.int32), 8)
+    graded = roll_out(
+        tiny.params(),
+        setting,
+        problems,
+        ids=ids,
+        samples=np.repeat(np.arange(8, dtype=np.int32), SIZE),
+        sampling=SamplingSection(max_new_tokens=40),
+        stream="train",
+        step=0,
+    )
+    texts = decode(graded.rollouts, Numbers())
+    verdicts = EvenLength().grade(texts, [str(i) for i in ids])
+    assert graded.completions == texts and len(set(texts)) > 20
+    assert graded.valid.tolist() == [v.valid for v in verdicts]
+    assert graded.rewards[graded.valid].tolist() == [v.reward for v in verdicts if v.valid]
+    assert 5 < graded.rewards.sum() < 30
+
+
+def test_a_verifier_that_breaks_stops_the_run(setting, problems):
+    class Broken:
+        def grade(self, completions, answers):
+            raise OSError("the verifier is gone")
+
+    broken = dataclasses.replace(setting, verifier=Broken())
+    ids = np.arange(SIZE, dtype=np.int32)
+    with pytest.raises(OSError, match="is gone"):
+        roll_out(
+            tiny.params(), broken, problems, ids=ids, samples=ids, sampling=SAMPLING,
+            stream="train", step=0,
+        )  # fmt: skip
 
 
 def test_an_interrupted_table_is_finished_with_the_same_counts(
