@@ -90,21 +90,21 @@ def cut_rows(
 ) -> list[tuple[np.ndarray, int]]:
     """(row numbers, width) of every microbatch of an update, the longest rows first.
 
-    A microbatch is as wide as the least of ``least`` 2^k and 1.5 ``least`` 2^k that holds its
+    A microbatch is as wide as the least of ``least`` 2^k (1, 1.25, 1.5 or 1.75) that holds its
     longest row, at most ``room``. At full width it has ``rows`` rows, narrower ones ``rows`` 2^k,
     as many as keep rows x width at or below ``rows`` x ``room``: the memory of a pass stays what it
     is at full width. It is halved while its shorter half would fit into half the width. Rows of
     length 0 say nothing: they come last, and a microbatch of nothing else is left out.
 
-    Every device has the same number of rows of one width, so none waits for another. There are two
-    widths an octave: 20 up to 32,768 tokens, a handful in a step; each (rows, width) is compiled
-    once a run.
+    Every device has the same number of rows of one width, so none waits for another. There are four
+    widths an octave: 37 up to 32,768 tokens, a dozen in a step; each (rows, width) is compiled once
+    a run.
     """
     order = np.argsort(-lengths, kind="stable")
     cuts, start = [], 0
     while start < len(order) and (not cuts or lengths[order[start]] > 0):
         longest = max(1, int(lengths[order[start]]))
-        width = min(room, round_up(longest, least), round_up(longest, least * 3 // 2))
+        width = min(room, *(round_up(longest, least * part // 4) for part in (4, 5, 6, 7)))
         most = min(room // width, (len(order) - start) // rows)
         count = rows * 2 ** (most.bit_length() - 1)
         while count > rows and 2 * lengths[order[start + count // 2]] <= width:
