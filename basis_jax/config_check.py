@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from basis_jax import costs
 from basis_jax.config import Config, LossSection
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
-from basis_jax.model import ATTENTION, REMAT, ModelConfig
+from basis_jax.model import ATTENTION, REMAT, ModelConfig, computed_in
 from basis_jax.sharding import batch_shards, check_divides
 from basis_jax.tasks import GYM
 
@@ -21,26 +21,13 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
     """Raise a ValueError for unknown words and sizes that do not divide, before reading weights."""
     train, group = config.train, config.sampling.group_size
     check_ranges(config)
-    for name, value, allowed in (
+    check_words(
         ("optim.schedule", config.optim.schedule, SCHEDULES),
         ("loss.aggregation", config.loss.aggregation, AGGREGATIONS),
         ("loss.objective", config.loss.objective, OBJECTIVES),
         ("loss.kl", config.loss.kl, KL_FORMS),
-        ("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES),
-        ("sampling.dtype", config.sampling.dtype or COMPUTE_DTYPES[0], COMPUTE_DTYPES),
-        ("model.remat", config.model.remat, tuple(REMAT)),
-        ("model.attention", config.model.attention, ATTENTION),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
-    platform = mesh.devices.ravel()[0].platform
-    if config.model.attention == "cudnn" and (
-        platform != "gpu" or config.model.compute_dtype != "bfloat16"
-    ):
-        raise ValueError(
-            "model.attention cudnn needs NVIDIA GPUs and model.compute_dtype bfloat16, and this is "
-            f"{platform} with {config.model.compute_dtype}; use plain"
-        )
+    )
+    check_model(config, architecture, mesh)
     check_loss(config.loss)
     check_scorers(config.data.verifier, (config.data.path, *config.eval.sets))
     check_fit(config, architecture, mesh)
@@ -62,6 +49,32 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
             )
 
 
+def check_words(*given: tuple[str, str, Sequence[str]]) -> None:
+    """Raise a ValueError for the first (name, value, allowed) whose value is not allowed."""
+    for name, value, allowed in given:
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+
+
+def check_model(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
+    """Raise a ValueError for what the model cannot be computed in on these devices."""
+    section = config.model
+    check_words(
+        ("model.compute_dtype", section.compute_dtype, COMPUTE_DTYPES),
+        ("sampling.dtype", config.sampling.dtype or COMPUTE_DTYPES[0], COMPUTE_DTYPES),
+        ("model.remat", section.remat, tuple(REMAT)),
+        ("model.attention", section.attention, ATTENTION),
+    )
+    platform, size = mesh.devices.ravel()[0].platform, architecture.head_dim
+    fits = platform == "gpu" and section.compute_dtype == "bfloat16"
+    if section.attention == "cudnn" and not (fits and size % 8 == 0 and size <= 128):
+        raise ValueError(
+            "model.attention cudnn needs NVIDIA GPUs, model.compute_dtype bfloat16 and heads of up "
+            f"to 128 in eights, and this is {platform} with {section.compute_dtype} and heads of "
+            f"{size}; use plain"
+        )
+
+
 def check_scorers(verifier: str, paths: Sequence[str]) -> None:
     """Problems of reasoning-gym are graded by their own scorers, and nothing else is."""
     for path in paths:
@@ -75,6 +88,7 @@ def check_scorers(verifier: str, paths: Sequence[str]) -> None:
 def check_evaluation(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
     """Raise a ValueError for numbers that make no evaluation and a model that does not fit."""
     check_ranges(config)
+    check_model(config, architecture, mesh)
     section = config.eval
     if not section.sets:
         raise ValueError("eval.sets is empty; name at least one set with --eval.sets")
@@ -127,9 +141,8 @@ def check_memory(
     moments = {"moments": 2 * weights} if training else {}
     reference = {"a KL term's reference": weights} if training and config.loss.kl_coef else {}
     slots = min(train.sample_rollouts, rows)
-    parts = costs.sampling_memory(
-        architecture, mesh, slots=slots, length=length, width=prompt_width
-    )
+    sampler = computed_in(architecture, config.sampling.dtype)
+    parts = costs.sampling_memory(sampler, mesh, slots=slots, length=length, width=prompt_width)
     _check_fits(
         f"sampling {slots} rollouts of {length} tokens at once",
         parts | moments | reference,
@@ -152,7 +165,7 @@ def check_memory(
 
 
 def _check_fits(what: str, parts: Mapping[str, int], mesh: Mesh, advice: str) -> None:
-    needed, there = sum(parts.values()), device_memory(mesh.devices.ravel())
+    needed, there = sum(parts.values()), device_memory(list(mesh.devices.ravel()))
     if needed > there:
         biggest = sorted(parts.items(), key=lambda part: -part[1])[:3]
         named = ", ".join(f"{name} {gigabytes(size)}" for name, size in biggest if size)
@@ -179,7 +192,7 @@ AT_LEAST = {
     "eval.samples loss.logprob_chunk sampling.group_size sampling.max_new_tokens "
     "data.max_prompt_tokens",
     0: "seed data.size eval.size eval.every eval.temperature train.log_samples optim.lr optim.eps "
-    "optim.warmup_steps optim.weight_decay optim.max_grad_norm",
+    "optim.warmup_steps optim.weight_decay optim.max_grad_norm sampling.top_k",
 }
 
 
@@ -190,6 +203,8 @@ def check_ranges(config: Config) -> None:
             value = functools.reduce(getattr, name.split("."), config)
             if value < least:
                 raise ValueError(f"{name} is {value}; give {least} or more")
+    if not 0 < config.sampling.top_p <= 1:
+        raise ValueError(f"sampling.top_p is {config.sampling.top_p}; give more than 0, at most 1")
 
 
 def check_loss(loss: LossSection) -> None:

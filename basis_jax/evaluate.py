@@ -21,7 +21,7 @@ from basis_jax import hf, scores, verify, weights
 from basis_jax.config import Config, EvalSection, SamplingSection
 from basis_jax.config_check import check_evaluation, check_memory
 from basis_jax.data import EncodedProblems, encode_prompts, load_held_out
-from basis_jax.model import ModelConfig
+from basis_jax.model import ModelConfig, computed_in
 from basis_jax.rollouts import Graded, Setting, roll_out
 from basis_jax.scores import bootstrap_interval
 from basis_jax.session import stop_ids
@@ -167,7 +167,8 @@ def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
     ``weights`` is a hash of the parameters, the same for a checkpoint and its float32 export.
     """
     config, setting, sampling = evaluation.config, evaluation.setting, evaluation.sampling
-    described = {k: v for k, v in dataclasses.asdict(setting.model).items() if k != "remat"}
+    described = dataclasses.asdict(computed_in(setting.model, sampling.dtype))
+    described = {k: v for k, v in described.items() if k not in ("remat", "attention")}
     return {
         "sets": {
             name: {

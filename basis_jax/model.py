@@ -7,7 +7,7 @@ the right, so the causal mask is the only mask: what stands behind a row's end i
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import flax.linen as nn
 import jax
@@ -61,6 +61,13 @@ REMAT = {
 }
 """What the backward pass finds saved of a layer: all it needs, the weights' products, or nothing
 but the layer's input."""
+
+
+def computed_in(config: ModelConfig, dtype: str) -> ModelConfig:
+    """The model in another compute dtype (empty: its own); NVIDIA's kernel knows bfloat16 only."""
+    dtype = dtype or config.compute_dtype
+    attention = config.attention if dtype == "bfloat16" else "plain"
+    return replace(config, compute_dtype=dtype, attention=attention)
 
 
 ATTENTION = ("plain", "cudnn")

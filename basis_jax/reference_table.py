@@ -39,7 +39,8 @@ class ReferenceTable:
 
 
 def made_by(setting: Setting, *, model: str, sampling: SamplingSection, verifier: str) -> dict:
-    """What two tables must share to count the same thing. ``model``: its fingerprint."""
+    """What two tables must share to count the same thing, the rounding of the dtype that rollouts
+    are decoded in aside. ``model``: its fingerprint."""
     return {
         "model": model,
         "verifier": verifier,

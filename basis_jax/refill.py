@@ -52,19 +52,25 @@ def admit(
     slots: Slots,
     prompts: Prompts,
     keys: Key[Array, " P"],
-    into: Int[Array, " P"],
+    into: Int[Array, "shards each"],
     prefix: KeyValues | None,
     *,
     config: ModelConfig,
     sampling: SamplingSection,
 ) -> Slots:
-    """Prefill prompts and put them into the slots ``into`` (beyond the last: nowhere)."""
+    """Prefill prompts and put them into the slots ``into``: the numbers within each device's own
+    (beyond the last: nowhere), so that no cache travels between devices."""
     width = prompts.tokens.shape[1]
     new = prefill(params, config, prompts, keys, sampling=sampling, length=width, prefix=prefix)
 
     def put(old, row):
         inside = tuple(slice(0, size) for size in row.shape[1:])
-        return old.at[(into, *inside)].set(row, mode="drop")
+
+        def on_device(old, row, into):
+            return old.at[(into, *inside)].set(row, mode="drop")
+
+        parts = by_device(old, into.shape[0]), by_device(row, into.shape[0])
+        return jax.vmap(on_device)(*parts, into).reshape(old.shape)
 
     behind = ((0, 0), (0, slots.tokens.shape[1] - width))
     new = dataclasses.replace(
@@ -96,9 +102,19 @@ def make_room(slots: Slots, *, room: int) -> Slots:
 
 
 @jax.jit
-def chosen(slots: Slots, index: Int[Array, " K"]) -> Slots:
-    """The slots of these numbers."""
-    return laid_out(jax.tree.map(lambda x: x[index], slots))
+def chosen(slots: Slots, index: Int[Array, "shards each"]) -> Slots:
+    """The slots of these numbers within each device's own."""
+
+    def take(x):
+        found = jax.vmap(lambda rows, at: rows[at])(by_device(x, index.shape[0]), index)
+        return found.reshape((index.size, *x.shape[1:]))
+
+    return laid_out(jax.tree.map(take, slots))
+
+
+def by_device(x, shards: int):
+    """[rows ...] -> [shards, rows of one, ...]."""
+    return x.reshape((shards, x.shape[0] // shards, *x.shape[1:]))
 
 
 def laid_out(slots: Slots) -> Slots:
@@ -145,7 +161,7 @@ def sample_rows(
     of ``sample`` instead. The draws do not depend on it. ``ended(rollouts, rows)`` is called with
     the numbers of rows that are complete, while the device goes on with others.
     """
-    config = dataclasses.replace(config, compute_dtype=sampling.dtype or config.compute_dtype)
+    config = model.computed_in(config, sampling.dtype)
     prompts, shards = jax.tree.map(np.asarray, prompts), batch_shards(mesh)
     size = -(-min(rows_at_once, len(prompts.lengths)) // shards) * shards
     found = nothing_yet(prompts, prompts.tokens.shape[1] + sampling.max_new_tokens)
@@ -189,31 +205,34 @@ def refill(params, config, prompts, found, *, sampling, eos_ids, keys, mesh, siz
 
     A call of ``advance`` ends when an eighth of its slots is free (while prompts wait), when half
     are (afterwards: the rest moves into half as many slots), or when a row has filled the cache.
-    So few shapes occur, whatever the lengths: a prefill has an eighth, a quarter, half or all of
-    the slots and a quarter, half or all of the width (12 programs at most for a length of cache);
-    the cache grows in powers of two from ``ROOM`` and is cut when half would do, and the slots are
-    halved down to ``LEAST``. What all prompts begin with is read once.
+    So few shapes occur, whatever the lengths: the cache grows in powers of two from ``ROOM`` and is
+    cut when half would do, the slots are halved down to ``LEAST``, and a prefill has one of two
+    counts (``seats``) and a quarter, half or all of the width. Programs: one of ``advance`` for
+    each (slots, room) that occurs, at most 6 of ``admit`` for each of them; 512 slots and 32,768
+    tokens: 60 at the very most, and a step has seen most of them when it ends.
+    What all prompts begin with is read once (with plain attention: NVIDIA's kernel has no prefix).
+    Each device has its own slots: rows do not travel.
     Memory a device: a copy of the weights; the slots' cache at the length in use, and once more
     while it grows; tokens and log-probabilities at full length.
     """
     shards, waiting = batch_shards(mesh), 0  # the first row that has had no slot yet
     rows, length = found.tokens.shape
     weights, prefix = decode_weights(params, config), None
-    if shared := shared_prefix(prompts):
+    shared = shared_prefix(prompts) if config.attention == "plain" else 0
+    if shared:
         tokens = put_rows(mesh, np.repeat(prompts.tokens[:1, :shared], shards, axis=0))
         prefix = read_prefix(params, tokens, config=config)
     slots = empty_slots(config, rows=size, length=length, room=min(length, ROOM))
     owner = np.full(size, -1)  # the row in each slot; -1: free
     while waiting < rows or np.any(owner >= 0):
-        free = np.flatnonzero(owner < 0)[: rows - waiting]
+        free = in_turn(np.flatnonzero(owner < 0), size // shards)[: rows - waiting]
         new = np.arange(waiting, waiting + free.size)
         owner[free], waiting = new, waiting + free.size
         reached = (prompts.lengths + found.completion_lengths)[owner[owner >= 0]]
         room = min(length, round_up(int(reached.max()) + LEAST, ROOM))
         if room > slots.cache.length or 2 * room <= slots.cache.length:
             slots = make_room(slots, room=room)
-        if free.size:
-            index, into = seats(new, free, size, shards)
+        for index, into in seats(new, free, size, shards):
             part = put_rows(mesh, take_prompts(prompts, index, slots.cache.length))
             given = {"config": config, "sampling": sampling}
             slots = admit(params, slots, part, keys[index], into, prefix, **given)
@@ -231,11 +250,12 @@ def refill(params, config, prompts, found, *, sampling, eos_ids, keys, mesh, siz
         if ended.any():
             yield owner[ended]
         owner = np.where(ended, -1, owner)
-        left = np.flatnonzero(owner >= 0)
-        if halves and 0 < left.size <= size // 2:
-            size //= 2
-            index = np.append(left, np.flatnonzero(owner < 0))[:size]
-            slots, owner = chosen(slots, index), owner[index]
+        if halves and np.any(owner >= 0):
+            kept = np.argsort(by_device(owner < 0, shards), axis=1, kind="stable")
+            kept = kept[:, : size // shards // 2]  # the busy ones first
+            staying = np.take_along_axis(by_device(owner, shards), kept, axis=1).ravel()
+            if np.sum(staying >= 0) == np.sum(owner >= 0):
+                slots, owner, size = chosen(slots, kept), staying, size // 2
 
 
 def nothing_yet(prompts: Prompts, length: int) -> Rollouts:
@@ -251,13 +271,31 @@ def nothing_yet(prompts: Prompts, length: int) -> Rollouts:
     )
 
 
-def seats(new: np.ndarray, free: np.ndarray, size: int, shards: int) -> tuple[np.ndarray, ...]:
-    """(rows to prefill, their slots): filled up, to few different counts, with copies whose slot is
-    beyond the last."""
-    eighth = -(-size // (8 * shards)) * shards
-    count = min(round_up(new.size, eighth), size)
-    into = np.append(free, np.full(count - new.size, size)).astype(np.int32)
-    return np.resize(new, count), into
+def in_turn(free: np.ndarray, each: int) -> np.ndarray:
+    """Free slots, one of every device (which has ``each``) after the other."""
+    device = free // each
+    rank = np.arange(free.size) - np.searchsorted(device, device)
+    return free[np.lexsort((device, rank))]
+
+
+def seats(new: np.ndarray, free: np.ndarray, size: int, shards: int):
+    """Yield (rows to prefill [shards x each], their slots within each device's own [shards, each]).
+
+    A prefill has an eighth or a quarter of the slots, or ``LEAST`` where that is more: what it
+    holds at once is bounded. It is filled up with copies of a row whose slot is beyond the last.
+    """
+    each = size // shards
+    most = min(each, max(-(-each // 4), -(-LEAST // shards)))
+    device, within = free // each, free % each
+    rank = np.array([np.sum(device[:i] == d) for i, d in enumerate(device)], int)
+    for start in range(0, int(rank.max(initial=-1)) + 1, most):
+        now = (rank >= start) & (rank < start + most)
+        needed = int(rank[now].max()) + 1 - start
+        count = most if needed > -(-most // 2) else -(-most // 2)
+        index, into = np.full((shards, count), new[now][0]), np.full((shards, count), each)
+        index[device[now], rank[now] - start] = new[now]
+        into[device[now], rank[now] - start] = within[now]
+        yield index.ravel(), into.astype(np.int32)
 
 
 def take_prompts(prompts: Prompts, index: np.ndarray, room: int) -> Prompts:

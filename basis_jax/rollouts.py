@@ -2,7 +2,7 @@
 reference table share."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,16 @@ def roll_out(
         for row, text, verdict in zip(rows, texts, found, strict=True):
             completions[row], verdicts[row] = text, verdict
 
-    with ThreadPoolExecutor(1) as grader:  # texts and verdicts while the device works
-        under_way = []
+    under_way: list[Future] = []
+
+    def ended(rollouts, rows):
+        under_way.append(grader.submit(grade, rollouts, rows))
+        for part in under_way:
+            if part.done():
+                part.result()  # what went wrong is known before the rest is sampled
+
+    grader = ThreadPoolExecutor(1)  # texts and verdicts while the device works
+    try:
         rollouts = sample_rows(
             params,
             setting.model,
@@ -90,11 +98,13 @@ def roll_out(
             keys=keys,
             mesh=setting.mesh,
             rows_at_once=setting.rows_at_once,
-            ended=lambda found, rows: under_way.append(grader.submit(grade, found, rows)),
+            ended=ended,
         )
         sampled = time.perf_counter()
         for part in under_way:
             part.result()
+    finally:
+        grader.shutdown(cancel_futures=True)
     return Graded(
         rollouts=rollouts,
         completions=completions,

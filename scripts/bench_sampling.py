@@ -5,12 +5,12 @@
     python scripts/bench_sampling.py --model qwen3-4b --dtype bfloat16 --equal 64 256 --rows 0
 
 Two settings. ``equal``: nothing stops, every row gets ``--new`` tokens, all rows in one batch; the
-time of one more token is that of ``--new`` tokens less that of one, and is held against what the
-machine can read and multiply (``costs.decode_step``, ``ceilings``). ``mixed``: a row ends at the
-first of the ``--stop`` tokens, so lengths differ widely; ``--rows`` prompts go through ``--slots``
-slots at a time, refilled as rows end (ours) or batch after batch (ours without refilling;
-transformers and Tunix, which know no other way). Median of ``--repeats`` runs in turn, the first
-call of each apart (compilation). Random prompts. Rivals that are not installed are left
+time of one more token is that of ``--new`` tokens less that of 32, over the difference, and is held
+against what the machine can read and multiply (``costs.decode_step``, ``ceilings``). ``mixed``: a
+row ends at the first of the ``--stop`` tokens, so lengths differ widely; ``--rows`` prompts go
+through ``--slots`` slots at a time, refilled as rows end (ours) or batch after batch (ours without
+refilling; transformers and Tunix, which know no other way). Median of ``--repeats`` runs in turn,
+the first call of each apart (compilation). Random prompts. Rivals that are not installed are left
 out.
 """
 
@@ -32,7 +32,7 @@ from basis_jax import command_line, costs, hf
 from basis_jax.config import SamplingSection
 from basis_jax.model import ModelConfig
 from basis_jax.records import provenance
-from basis_jax.refill import sample_rows
+from basis_jax.refill import WORTH_IT, sample_rows
 from basis_jax.sampling import row_keys
 from basis_jax.sharding import make_mesh
 from basis_jax.types import Prompts
@@ -62,7 +62,7 @@ def main() -> None:
         rows += measure(name, count, slots, samplers, given)
     for row in rows:
         if row["setting"] == "equal":
-            context = given.prompt + given.new // 2
+            context = given.prompt + (given.new + WORTH_IT) // 2
             work = costs.decode_step(config, rows=row["rows"], context=context)
             row["share_of_bandwidth"] = work.bytes / row["step_s"] / ceiling["bytes_per_s"]
             row["share_of_flops"] = work.flops / row["step_s"] / ceiling["flops_per_s"]
@@ -89,8 +89,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", metavar="FILE.json")
     given = parser.parse_args()
-    if min(given.repeats, given.new - 1, given.prompt, given.slots, *given.equal) < 1:
-        raise SystemExit("error: every number of bench_sampling.py is 1 or more, --new 2 or more")
+    if min(given.repeats, given.new - WORTH_IT, given.prompt, given.slots, *given.equal) < 1:
+        raise SystemExit("error: every number of bench_sampling.py is 1 or more, --new 33 or more")
     return given
 
 
@@ -140,7 +140,10 @@ def transformers_sampler(name: str, config: ModelConfig):
                         tokens.shape, dtype=torch.int64, device=loaded.device
                     ),
                     do_sample=True,
+                    temperature=1.0,  # whatever the folder's generation_config.json says
                     top_k=0,
+                    top_p=1.0,
+                    repetition_penalty=1.0,
                     max_new_tokens=new,
                     eos_token_id=stops or -1,
                     pad_token_id=0,
@@ -162,18 +165,20 @@ def by_batches(sampler, tokens, slots, eos_ids, new) -> np.ndarray:
 
 def measure(setting: str, count: int, slots: int, samplers: dict, given) -> list[dict]:
     """One row a sampler; they take turns, so that a slow minute of the machine hits all."""
-    lengths, first, whole, one = {}, {}, {name: [] for name in samplers}, {}
+    lengths, first, whole, fewer = {}, {}, {name: [] for name in samplers}, {}
     for name, sampler in samplers.items():
         first[name], lengths[name] = timed(sampler, given.new)
-        one[name] = []
+        fewer[name] = []
         if setting == "equal":
-            timed(sampler, 1)
+            timed(sampler, WORTH_IT)
     for _ in range(given.repeats):
         for name, sampler in samplers.items():
             seconds, lengths[name] = timed(sampler, given.new)
             whole[name].append((seconds, float(lengths[name].sum())))
             if setting == "equal":
-                one[name].append(timed(sampler, 1)[0])
+                if set(lengths[name].tolist()) != {given.new}:
+                    raise ValueError(f"{name} wrote {lengths[name]} tokens, not {given.new} each")
+                fewer[name].append(timed(sampler, WORTH_IT)[0])
     rows = []
     for name in samplers:
         seconds = [part[0] for part in whole[name]]
@@ -189,8 +194,8 @@ def measure(setting: str, count: int, slots: int, samplers: dict, given) -> list
             "length_max": int(lengths[name].max()),
         }
         if setting == "equal":
-            more = np.median(np.array(seconds) - np.array(one[name]))
-            row["step_s"] = float(more) / (given.new - 1)
+            more = np.median(np.array(seconds) - np.array(fewer[name]))
+            row["step_s"] = float(more) / (given.new - WORTH_IT)
         rows.append(row)
     return rows
 

@@ -229,6 +229,10 @@ def test_slots_and_lengths_that_do_not_fit_are_refused_with_the_bytes(monkeypatc
     )
     with pytest.raises(ValueError, match=sentence):
         check_memory(LARGE, SMOLLM2, one_device(), prompt_width=64, rows=512)
+    half = dataclasses.replace(LARGE.sampling, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"key-value cache 49\.1 GB"):
+        config = dataclasses.replace(LARGE, sampling=half)
+        check_memory(config, SMOLLM2, one_device(), prompt_width=64, rows=512)
     check_memory(LARGE, SMOLLM2, one_device(), prompt_width=64, rows=32)  # no more than there are
     check_memory(LARGE, SMOLLM2, make_mesh(fsdp=-1, data=1), prompt_width=64, rows=256)
 
