@@ -97,8 +97,8 @@ def cut_rows(
     length 0 say nothing: they come last, and a microbatch of nothing else is left out.
 
     Every device has the same number of rows of one width, so none waits for another. There are four
-    widths an octave: 37 up to 32,768 tokens, a dozen in a step, three dozen in a run; each (rows, width) is compiled when
-    it first occurs.
+    widths an octave: 37 up to 32,768 tokens, a dozen in a step, three dozen in a run; each
+    (rows, width) is compiled when it first occurs.
     """
     order = np.argsort(-lengths, kind="stable")
     cuts, start = [], 0

@@ -224,7 +224,7 @@ def with_memory(monkeypatch, size):
 def test_slots_and_lengths_that_do_not_fit_are_refused_with_the_bytes(monkeypatch):
     with_memory(monkeypatch, 24 * 10**9)
     sentence = (
-        r"sampling 512 rollouts of 4160 tokens at once needs 100 GB a device \(key-value "
+        r"sampling 512 rollouts of 4160 tokens at once needs 99.6 GB a device \(key-value "
         r"cache 98\.1 GB, .*there are 24 GB; lower train\.sample_rollouts"
     )
     with pytest.raises(ValueError, match=sentence):

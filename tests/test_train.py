@@ -369,7 +369,7 @@ def test_sizes_that_do_not_divide_are_refused(change, sentence):
         (
             "model",
             {"attention": "cudnn", "compute_dtype": "bfloat16"},
-            "NVIDIA GPUs .* is cpu with",
+            "NVIDIA GPUs, .* this is cpu with",
         ),
         ("model", {"attention": "flash"}, "model.attention is 'flash'; allowed are plain, cudnn"),
         ("sampling", {"dtype": "int4"}, "sampling.dtype is 'int4'; allowed are float32, bfloat16"),
