@@ -235,10 +235,10 @@ def make_update(
     """(state, microbatches) -> state, metrics: gradients added up, then one optimizer update.
 
     The microbatches' ``loss_weights`` hold the global denominators, so the summed gradients are the
-    gradient of the whole update whatever the split. Each shape of microbatch is a program (two, if
-    it comes first and later); the sums stay in one donated buffer, laid out as the parameters, and
-    nothing comes back to the host until the metrics are read. Parameters and moments are donated;
-    ``step`` and the estimator's state pass through.
+    gradient of the whole update whatever the split. Each shape of microbatch is a program; the
+    sum stays in one donated buffer, laid out as the parameters, and nothing comes back to the host
+    until the metrics are read. Parameters and moments are donated; ``step`` and the estimator's
+    state pass through.
     """
     objective = functools.partial(
         policy_objective,
@@ -247,25 +247,23 @@ def make_update(
         temperature=temperature,
         microbatch=microbatch,
     )
-    gradient = jax.grad(objective, has_aux=True)
     axes = model.param_axes(architecture)
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def accumulate(params, total, micro):
-        gradients, (sums, gap) = gradient(params, micro)
-        if total is not None:
-            before, (sums_before, gap_before) = total
-            gradients = jax.tree.map(jnp.add, before, gradients)
-            sums = jax.tree.map(jnp.add, sums_before, sums)
-            gap = jnp.maximum(gap_before, gap)
-        return jax.tree.map(constrain, gradients, axes), (sums, gap)
+    @jax.jit
+    def gradient(params, micro):
+        gradients, aux = jax.grad(objective, has_aux=True)(params, micro)
+        return jax.tree.map(constrain, gradients, axes), aux
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(total, new):
+        (gradients, (sums, gap)), (more, (more_sums, more_gap)) = total, new
+        gradients, sums = jax.tree.map(jnp.add, (gradients, sums), (more, more_sums))
+        return gradients, (sums, jnp.maximum(gap, more_gap))
 
     apply = jax.jit(functools.partial(apply_gradients, optimizer), donate_argnums=(0, 1))
 
     def update(state: TrainState, micros: list[Batch]) -> tuple[TrainState, dict[str, jax.Array]]:
-        total = None
-        for micro in micros:
-            total = accumulate(state.params, total, micro)
+        total = functools.reduce(add, (gradient(state.params, micro) for micro in micros))
         params, opt_state, metrics = apply(state.params, state.opt_state, total)
         return replace(state, params=params, opt_state=opt_state), metrics
 
