@@ -83,9 +83,8 @@ def roll_out(
 
     def ended(rollouts, rows):
         under_way.append(grader.submit(grade, rollouts, rows))
-        for part in under_way:
-            if part.done():
-                part.result()  # what went wrong is known before the rest is sampled
+        for part in filter(Future.done, under_way):
+            part.result()  # what went wrong is known before the rest is sampled
 
     grader = ThreadPoolExecutor(1)  # texts and verdicts while the device works
     try:
