@@ -72,10 +72,9 @@ def make_batches(
         ):
             part = put_rows(mesh, take_rows(whole, index, width))
             scored = functools.partial(score, tokens=part.tokens, mask=part.completion_mask)
-            old, ref = scored(params) if off_policy else None, reference
-            micros.append(
-                replace(part, old_logprobs=old, ref_logprobs=None if ref is None else scored(ref))
-            )
+            old = scored(params) if off_policy else None
+            ref = None if reference is None else scored(reference)
+            micros.append(replace(part, old_logprobs=old, ref_logprobs=ref))
         updates.append(micros)
     return updates
 

@@ -118,15 +118,14 @@ def filled_cache(kept: KeyValues, length: int) -> Cache:
 def resized(cache: Cache, length: int) -> Cache:
     """The cache with this many positions: cut behind, or zeros added."""
 
-    def fit(x, axis, axes):
+    def fit(x, axis):
         if length <= x.shape[axis]:
-            return constrain(jax.lax.slice_in_dim(x, 0, length, axis=axis), axes)
+            return jax.lax.slice_in_dim(x, 0, length, axis=axis)
         more = [(0, length - size if i == axis else 0) for i, size in enumerate(x.shape)]
-        return constrain(jnp.pad(x, more), axes)
+        return jnp.pad(x, more)
 
     return Cache(
-        keys=tuple(fit(x, 3, KEY_AXES) for x in cache.keys),
-        values=tuple(fit(x, 2, VALUE_AXES) for x in cache.values),
+        keys=tuple(fit(x, 3) for x in cache.keys), values=tuple(fit(x, 2) for x in cache.values)
     )
 
 
@@ -146,10 +145,10 @@ def decode_step(
             layer,
             config,
             norm(x, layer["attention_norm"], config),
-            positions,
-            visible,
-            old_keys,
-            old_values,
+            positions=positions,
+            visible=visible,
+            keys=old_keys,
+            values=old_values,
         )
         x = constrain(x + mixed, ("activation_embed", "batch"))
         x = x + feed_forward(layer, norm(x, layer["mlp_norm"], config))
@@ -161,7 +160,7 @@ def decode_step(
     return logits, Cache(keys=tuple(keys), values=tuple(values))
 
 
-def attention(layer, config, x, positions, visible, keys, values):
+def attention(layer, config, x, *, positions, visible, keys, values):
     """Attend from one position a row to the positions in ``visible`` [N S], the new one among
     them; the mixed values [D N] and the cache of this layer."""
     c = config
@@ -196,10 +195,8 @@ def dense(layer, name, x: Float[Array, "I N"]) -> Float[Array, "O N"]:
 
 
 def norm(x: Float[Array, "D N"], scale: Float[Array, " D"], config) -> Float[Array, "D N"]:
-    """``model.rms_norm`` over axis 0."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=0, keepdims=True) + config.norm_eps)
-    return (normed * scale[:, None]).astype(x.dtype)
+    """``rms_norm`` of every column."""
+    return jax.vmap(lambda row: rms_norm(row, scale, config.norm_eps), 1, 1)(x)
 
 
 def write(store, new: Float[Array, "N K Dh"], positions, *, axis: int):

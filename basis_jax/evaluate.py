@@ -125,7 +125,9 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print):
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     folder = hf.resolve_folder(config.model.path)
-    architecture = hf.model_config(folder, compute_dtype=config.model.compute_dtype)
+    architecture = hf.model_config(
+        folder, compute_dtype=config.model.compute_dtype, attention=config.model.attention
+    )
     check_evaluation(config, architecture, mesh)
     tokenizer = hf.load_tokenizer(folder)
     sets = {}

@@ -52,9 +52,9 @@ def admit(
     slots: Slots,
     prompts: Prompts,
     keys: Key[Array, " P"],
+    *,
     into: Int[Array, "shards each"],
     prefix: KeyValues | None,
-    *,
     config: ModelConfig,
     sampling: SamplingSection,
 ) -> Slots:
@@ -234,8 +234,8 @@ def refill(params, config, prompts, found, *, sampling, eos_ids, keys, mesh, siz
             slots = make_room(slots, room=room)
         for index, into in seats(new, free, size, shards):
             part = put_rows(mesh, take_prompts(prompts, index, slots.cache.length))
-            given = {"config": config, "sampling": sampling}
-            slots = admit(params, slots, part, keys[index], into, prefix, **given)
+            given = {"into": into, "prefix": prefix, "config": config, "sampling": sampling}
+            slots = admit(params, slots, part, keys[index], **given)
         halves = waiting == rows and size // 2 >= LEAST and size // 2 % shards == 0
         enough = size - -(-size // 8) if waiting < rows else size // 2 if halves else 0
         slots = advance(
@@ -274,8 +274,15 @@ def nothing_yet(prompts: Prompts, length: int) -> Rollouts:
 def in_turn(free: np.ndarray, each: int) -> np.ndarray:
     """Free slots, one of every device (which has ``each``) after the other."""
     device = free // each
-    rank = np.arange(free.size) - np.searchsorted(device, device)
-    return free[np.lexsort((device, rank))]
+    return free[np.lexsort((device, rank_on_device(device)))]
+
+
+def rank_on_device(device: np.ndarray) -> np.ndarray:
+    """The how-manieth each one is of those with the same number."""
+    order = np.argsort(device, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(order.size) - np.searchsorted(device[order], device[order])
+    return rank
 
 
 def seats(new: np.ndarray, free: np.ndarray, size: int, shards: int):
@@ -287,7 +294,7 @@ def seats(new: np.ndarray, free: np.ndarray, size: int, shards: int):
     each = size // shards
     most = min(each, max(-(-each // 4), -(-LEAST // shards)))
     device, within = free // each, free % each
-    rank = np.array([np.sum(device[:i] == d) for i, d in enumerate(device)], int)
+    rank = rank_on_device(device)
     for start in range(0, int(rank.max(initial=-1)) + 1, most):
         now = (rank >= start) & (rank < start + most)
         needed = int(rank[now].max()) + 1 - start

@@ -39,10 +39,11 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config, report=print):
+def open_session(config: Config, report=print, *, training: bool = False):
     """Yield the Session; its verifier's processes end with the block.
 
     Cheap checks come first: everything wrong with the config is said before weights are read.
+    ``training``: memory for updates is needed too.
     """
     check_trainable(config.sampling)
     estimator = make_estimator(config.estimator, config.sampling.group_size)
@@ -65,6 +66,7 @@ def open_session(config: Config, report=print):
         mesh,
         prompt_width=train_set.tokens.shape[1],
         rows=config.train.prompts_per_step * config.sampling.group_size,
+        training=training,
     )
     if config.estimator.features:
         prompt_features.check_size(config.estimator.features, train_set, architecture)

@@ -7,8 +7,6 @@ are compiled for the device that is there, nothing is run and no weights are rea
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import bench_models
 import jax
@@ -17,7 +15,6 @@ import jax.numpy as jnp
 from basis_jax import command_line, costs
 from basis_jax.config import LossSection, OptimSection
 from basis_jax.model import ATTENTION, REMAT, ModelConfig
-from basis_jax.records import provenance
 from basis_jax.sharding import make_mesh
 from basis_jax.train import abstract_state, make_optimizer, make_update
 from basis_jax.types import Batch
@@ -52,9 +49,7 @@ def main() -> None:
                 found.append({"rows": rows, "width": width, "remat": remat})
                 found[-1] |= {"planned": planned, "estimate": estimate, "parts": parts}
                 print(f"{rows:6}{width:7}  {remat:6}{planned / 1e9:11.2f}{estimate / 1e9:10.2f}")
-    if given.out:
-        about = {**vars(given), "device": str(jax.devices()[0]), **provenance()}
-        Path(given.out).write_text(json.dumps({"about": about, "rows": found}, indent=2) + "\n")
+    bench_models.write_result(given, found)
 
 
 def planned_bytes(config: ModelConfig, mesh, rows: int, width: int) -> int:

@@ -1,11 +1,14 @@
 """What benchmarks run: a Hugging Face folder, or a shape by name with random weights."""
 
+import json
 import os
+from pathlib import Path
 
 import jax
 
 from basis_jax import hf, model
 from basis_jax.model import ModelConfig
+from basis_jax.records import provenance
 from basis_jax.sharding import named_tree
 
 QWEN3 = {
@@ -61,6 +64,16 @@ def torch_model(name: str, config: ModelConfig):
     else:
         loaded = causal.from_pretrained(hf.resolve_folder(name), dtype=dtype)
     return torch, loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def write_result(given, rows: list[dict], **more) -> None:
+    """Rows with options, machine and versions into the file ``given.out``, if there is one."""
+    if not given.out:
+        return
+    about = {"device": str(jax.devices()[0]), "cores": os.cpu_count(), "peak_bytes": peak_bytes()}
+    about |= {**vars(given), **provenance(), **more}
+    Path(given.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+    print(given.out)
 
 
 def peak_bytes() -> int | None:

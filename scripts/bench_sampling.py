@@ -15,11 +15,8 @@ out.
 """
 
 import argparse
-import json
-import os
 import time
 from functools import partial
-from pathlib import Path
 
 import bench_models
 import ceilings
@@ -31,7 +28,6 @@ from rival_tunix import tunix_sampler
 from basis_jax import command_line, costs, hf
 from basis_jax.config import SamplingSection
 from basis_jax.model import ModelConfig
-from basis_jax.records import provenance
 from basis_jax.refill import WORTH_IT, sample_rows
 from basis_jax.sampling import row_keys
 from basis_jax.sharding import make_mesh
@@ -67,12 +63,7 @@ def main() -> None:
             row["share_of_bandwidth"] = work.bytes / row["step_s"] / ceiling["bytes_per_s"]
             row["share_of_flops"] = work.flops / row["step_s"] / ceiling["flops_per_s"]
     print_table(rows)
-    if given.out:
-        about = {"model": str(given.model), "device": str(jax.devices()[0])}
-        about |= {"cores": os.cpu_count(), "ceiling": ceiling, **vars(given), **provenance()}
-        about["peak_bytes"] = bench_models.peak_bytes()
-        Path(given.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
-        print(given.out)
+    bench_models.write_result(given, rows, ceiling=ceiling)
 
 
 def parse() -> argparse.Namespace:

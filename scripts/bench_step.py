@@ -15,7 +15,6 @@ products take ten times as long.
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import tempfile
 import time
@@ -24,6 +23,7 @@ from statistics import median
 
 import jax
 import numpy as np
+from bench_models import write_result
 
 from basis_jax import command_line, hf
 from basis_jax.batches import make_batches
@@ -38,7 +38,6 @@ from basis_jax.config import (
     SamplingSection,
     TrainSection,
 )
-from basis_jax.records import provenance
 from basis_jax.rollouts import roll_out
 from basis_jax.session import first_estimator_state, open_session
 from basis_jax.train import (
@@ -67,11 +66,7 @@ def main() -> None:
             seconds["ours"] = [ours() for _ in range(given.steps + 1)]
     rows = [summary(name, taken) for name, taken in seconds.items()]
     print_table(rows, given)
-    if given.out:
-        about = {"device": str(jax.devices()[0]), "cores": os.cpu_count()}
-        about |= {**vars(given), **provenance(), "trl": has_trl()}
-        Path(given.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
-        print(given.out)
+    write_result(given, rows, trl=has_trl())
 
 
 def parse() -> argparse.Namespace:

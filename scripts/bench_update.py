@@ -16,12 +16,9 @@ alone.
 """
 
 import argparse
-import json
-import os
 import resource
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import bench_models
 import ceilings
@@ -33,7 +30,6 @@ from basis_jax import command_line, costs
 from basis_jax.batches import make_batches
 from basis_jax.config import Config, OptimSection, SamplingSection, TrainSection
 from basis_jax.model import ATTENTION, ModelConfig
-from basis_jax.records import provenance
 from basis_jax.rollouts import Graded
 from basis_jax.sharding import make_mesh
 from basis_jax.train import make_optimizer, make_score, make_state, make_update
@@ -59,13 +55,8 @@ def main() -> None:
         flops = sum(costs.update(plain, rows=1, width=int(width)).flops for width in lengths)
         row["mfu"] = flops / np.median(row["seconds"]) / ceiling["flops_per_s"]
     print_table(rows)
-    if given.out:
-        about = {"model": str(given.model), "device": str(jax.devices()[0])}
-        about |= {"cores": os.cpu_count(), "ceiling": ceiling, **vars(given), **provenance()}
-        about["peak_bytes"] = bench_models.peak_bytes()
-        about["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        Path(given.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
-        print(given.out)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    bench_models.write_result(given, rows, ceiling=ceiling, peak_rss_gb=peak)
 
 
 def parse() -> argparse.Namespace:

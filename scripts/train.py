@@ -17,7 +17,6 @@ import numpy as np
 from basis_jax import checkpoint, command_line, hf, plots
 from basis_jax.batches import make_batches, updates_per_step
 from basis_jax.compiles import counted
-from basis_jax.config_check import check_memory
 from basis_jax.data import batch_indices
 from basis_jax.evaluate import evaluate
 from basis_jax.records import Records, lock_run, open_run, read_metrics
@@ -38,15 +37,8 @@ from basis_jax.train import (
 
 def main() -> None:
     config, _ = command_line.parse(__doc__)
-    with open_session(config) as session, lock_run(config.run_dir) as run_dir:
-        check_memory(
-            config,
-            session.setting.model,
-            session.setting.mesh,
-            prompt_width=session.train_set.tokens.shape[1],
-            rows=config.train.prompts_per_step * config.sampling.group_size,
-            training=True,
-        )
+    opened = open_session(config, training=True)
+    with opened as session, lock_run(config.run_dir) as run_dir:
         identity = {
             "model.path": hf.fingerprint(session.folder),
             "data.path": session.train_set.fingerprint(),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from basis_jax import costs, decoding, model, train
 from basis_jax.config import (
@@ -24,20 +25,9 @@ from basis_jax.sampling import sample_with
 from basis_jax.session import open_session
 from basis_jax.sharding import make_mesh
 from basis_jax.types import Batch, Prompts
-from tests.tiny import TINY
 
-SMALL = model.ModelConfig(
-    architecture="qwen3",
-    vocab_size=512,
-    embed=64,
-    layers=4,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    mlp=192,
-    max_positions=1024,
-    tied=True,
-    qk_norm=True,
+SMALL = dataclasses.replace(
+    tiny.TINY, vocab_size=512, embed=64, layers=4, head_dim=16, mlp=192, max_positions=1024
 )
 SMOLLM2 = model.ModelConfig(
     architecture="llama",
@@ -120,7 +110,7 @@ def flops(function, *args):
 @pytest.mark.parametrize(
     "architecture",
     [
-        TINY,
+        tiny.TINY,
         SMOLLM2,
         dataclasses.replace(SMALL, tied=False, qkv_bias=True, qk_norm=False),
         dataclasses.replace(SMALL, output_bias=True, mlp_bias=True),

@@ -70,21 +70,25 @@ def build(path, setting, problems, wanted, **changes):
     return tables.build(tiny.params(), setting, problems, **options)
 
 
+def rolled_out(setting, problems, ids, samples, sampling=SAMPLING):
+    return roll_out(
+        tiny.params(),
+        setting,
+        problems,
+        ids=ids,
+        samples=samples.astype(np.int32),
+        sampling=sampling,
+        stream="reference",
+        step=0,
+    )
+
+
 def test_counts_are_those_of_the_rollouts_and_failures_are_no_trials(
     setting, problems, wanted, tmp_path
 ):
     table = build(tmp_path / "t.npz", setting, problems, wanted)
     ids = np.repeat(np.arange(SIZE, dtype=np.int32), 6)
-    graded = roll_out(
-        tiny.params(),
-        setting,
-        problems,
-        ids=ids,
-        samples=np.tile(np.arange(6, dtype=np.int32), SIZE),
-        sampling=SAMPLING,
-        stream="reference",
-        step=0,
-    )
+    graded = rolled_out(setting, problems, ids, np.tile(np.arange(6), SIZE))
     successes = [int(graded.rewards[ids == i].sum()) for i in range(SIZE)]
     assert table.successes.tolist() == successes and sum(successes) > 0
     assert table.trials.tolist() == [6, 6, 6, 6, 0]
@@ -93,16 +97,8 @@ def test_counts_are_those_of_the_rollouts_and_failures_are_no_trials(
 def test_verdicts_belong_to_their_rows_whatever_order_they_end_in(setting, problems):
     """Graded part by part beside the sampler: as if all were graded in order afterwards."""
     ids = np.tile(np.arange(SIZE, dtype=np.int32), 8)
-    graded = roll_out(
-        tiny.params(),
-        setting,
-        problems,
-        ids=ids,
-        samples=np.repeat(np.arange(8, dtype=np.int32), SIZE),
-        sampling=SamplingSection(max_new_tokens=40),
-        stream="train",
-        step=0,
-    )
+    limit = SamplingSection(max_new_tokens=40)
+    graded = rolled_out(setting, problems, ids, np.repeat(np.arange(8), SIZE), limit)
     texts = decode(graded.rollouts, Numbers())
     verdicts = EvenLength().grade(texts, [str(i) for i in ids])
     assert graded.completions == texts and len(set(texts)) > 20
@@ -119,10 +115,7 @@ def test_a_verifier_that_breaks_stops_the_run(setting, problems):
     broken = dataclasses.replace(setting, verifier=Broken())
     ids = np.arange(SIZE, dtype=np.int32)
     with pytest.raises(OSError, match="is gone"):
-        roll_out(
-            tiny.params(), broken, problems, ids=ids, samples=ids, sampling=SAMPLING,
-            stream="train", step=0,
-        )  # fmt: skip
+        rolled_out(broken, problems, ids, ids)
 
 
 def test_an_interrupted_table_is_finished_with_the_same_counts(

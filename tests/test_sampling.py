@@ -263,7 +263,7 @@ def test_caches_stay_where_they_are(sizes):
         given = {"config": tiny.TINY, "sampling": SAMPLING}
         keys = keys_for(tiny.prompts(rows=16))
         programs = [
-            refill.admit.lower(params, slots, prompts, keys, into, None, **given),
+            refill.admit.lower(params, slots, prompts, keys, into=into, prefix=None, **given),
             refill.advance.lower(
                 decode_weights(params, tiny.TINY), slots, np.int32(0), eos_ids=(1,), **given
             ),
