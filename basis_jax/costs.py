@@ -153,15 +153,14 @@ def sampling_memory(
 ) -> dict[str, int]:
     """Bytes on one device while ``slots`` rows of ``length`` positions decode, by part.
 
-    Prompts have ``width`` and share nothing; a quarter of them, 16 at least, is read at once
-    (``refill.seats``). While it grows, the part of the cache in use is held once more.
+    Prompts have ``width`` and share nothing; a quarter of them is read at once (``refill.seats``).
+    While it grows, the part of the cache in use is held once more.
     """
     size, rows = compute_bytes(config), slots / shards(mesh, "batch")
     cache = cache_numbers(config, slots=slots, length=length) * size
     heads, mlp = config.heads / shards(mesh, "heads"), config.mlp / shards(mesh, "mlp")
     scores = heads * width * 8 if config.attention == "plain" else 0
     layer = 3 * config.embed * 4 + 2 * mlp * size + scores
-    read = max(rows / 4, min(rows, 16 / shards(mesh, "batch")))
     return {
         "weights": parameter_bytes(config, mesh),
         "weights laid out for decoding": parameter_bytes(
@@ -169,7 +168,7 @@ def sampling_memory(
         ),
         "key-value cache": int(cache / shards(mesh, "batch") / shards(mesh, "kv_heads")),
         "logits": int(2 * rows * config.vocab_size * 4 / shards(mesh, "vocab")),
-        "prefill": int(read * width * layer),
+        "prefill": int(-(-rows // 4) * width * layer),
     }
 
 

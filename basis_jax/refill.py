@@ -288,11 +288,12 @@ def rank_on_device(device: np.ndarray) -> np.ndarray:
 def seats(new: np.ndarray, free: np.ndarray, size: int, shards: int):
     """Yield (rows to prefill [shards x each], their slots within each device's own [shards, each]).
 
-    A prefill has an eighth or a quarter of the slots, or ``LEAST`` where that is more: what it
-    holds at once is bounded. It is filled up with copies of a row whose slot is beyond the last.
+    A prefill has an eighth or a quarter of the slots: what it holds at once is bounded, and rows
+    that wait for few free slots cost few. It is filled up with copies of a row whose slot is
+    beyond the last.
     """
     each = size // shards
-    most = min(each, max(-(-each // 4), -(-LEAST // shards)))
+    most = -(-each // 4)
     device, within = free // each, free % each
     rank = rank_on_device(device)
     for start in range(0, int(rank.max(initial=-1)) + 1, most):
