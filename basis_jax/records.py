@@ -360,9 +360,10 @@ def _may_differ(name: str, config: Mapping[str, Any]) -> bool:
     return any(name == field or field[-1] == "." and name.startswith(field) for field in MAY_DIFFER)
 
 
-def provenance() -> dict[str, Any]:
-    """What every written result carries: commit, uncommitted changes, versions."""
-    return {**_commit(), "versions": _versions()}
+def provenance(*more: str) -> dict[str, Any]:
+    """What every written result carries: commit, uncommitted changes, versions (of ``more``
+    packages too; None where one is not installed)."""
+    return {**_commit(), "versions": _versions(("basis-jax", *PACKAGES, *more))}
 
 
 def _commit() -> dict[str, Any]:
@@ -383,9 +384,9 @@ def _commit() -> dict[str, Any]:
     return {"commit": commit, "uncommitted_changes": bool(status)}
 
 
-def _versions() -> dict[str, str | None]:
+def _versions(packages: tuple[str, ...]) -> dict[str, str | None]:
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("basis-jax", *PACKAGES):
+    for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -71,7 +71,8 @@ def write_result(given, rows: list[dict], **more) -> None:
     if not given.out:
         return
     about = {"device": str(jax.devices()[0]), "cores": os.cpu_count(), "peak_bytes": peak_bytes()}
-    about |= {**vars(given), **provenance(), **more}
+    options = {name: value for name, value in vars(given).items() if name != "out"}
+    about |= {**options, **provenance("torch", "trl", "google-tunix"), **more}
     Path(given.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
     print(given.out)
 

@@ -66,7 +66,7 @@ def main() -> None:
             seconds["ours"] = [ours() for _ in range(given.steps + 1)]
     rows = [summary(name, taken) for name, taken in seconds.items()]
     print_table(rows, given)
-    write_result(given, rows, trl=has_trl())
+    write_result(given, rows)
 
 
 def parse() -> argparse.Namespace:
