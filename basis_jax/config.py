@@ -13,7 +13,7 @@ class ModelSection:
     """Hugging Face folder, hub id, or ``embedded:quickstart`` (the model in this package)."""
     compute_dtype: str = "float32"
     """``float32`` or ``bfloat16``; parameters and optimizer stay float32."""
-    remat: str = "none"
+    remat: str = "dots"
     """What the backward pass computes again of a layer: ``none``, ``dots`` (all but the products
     with weights: attention and elementwise work) or ``full`` (everything: the least memory, about
     1.3x the time)."""

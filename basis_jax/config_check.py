@@ -154,7 +154,7 @@ def check_memory(
         parts = costs.update_memory(
             architecture, mesh, rows=count, width=length, chunk=config.loss.logprob_chunk
         )
-        remat = "" if costs.recomputes(architecture) else "set model.remat to full, "
+        remat = "" if architecture.remat == "full" else "set model.remat to full, "
         _check_fits(
             f"an update over microbatches of {count} rollouts of {length} tokens",
             parts | reference,

@@ -50,7 +50,7 @@ def compute_bytes(config: ModelConfig) -> int:
 
 
 def recomputes(config: ModelConfig) -> bool:
-    """Whether the backward pass makes a layer's activations again."""
+    """Whether the backward pass makes activations of a layer again."""
     return config.remat != "none"
 
 
@@ -90,17 +90,18 @@ def prefill(config: ModelConfig, *, rows: int, width: int) -> Work:
 
 
 def update(config: ModelConfig, *, rows: int, width: int) -> Work:
-    """Gradient over ``rows`` x ``width`` tokens and AdamW: forward, twice that backward, and the
-    layers once more where they are recomputed. Attention as in ``prefill``.
+    """Gradient over ``rows`` x ``width`` tokens and AdamW: forward, twice that backward, and once
+    more what ``remat`` has recomputed of the layers. Attention as in ``prefill``.
 
     Bytes, a lower bound: each pass reads the weights once; the optimizer reads weights, gradients
     and both moments and writes all but the gradients, in float32.
     """
     weights, output = config.layers * layer_products(config), output_products(config)
-    layers = 2 * weights * rows * width + _attention(config, rows * width * (width + 1) // 2)
-    passes = 4 if recomputes(config) else 3
+    attention = _attention(config, rows * width * (width + 1) // 2)
+    passes = 4 if config.remat == "full" else 3
     return Work(
-        flops=passes * layers + 3 * 2 * output * rows * width,
+        flops=2 * (passes * weights + 3 * output) * rows * width
+        + (4 if recomputes(config) else 3) * attention,
         bytes=passes * (weights + output) * compute_bytes(config) + 7 * 4 * parameters(config),
     )
 
@@ -132,7 +133,9 @@ def activation_bytes(config: ModelConfig, mesh, *, rows: int, width: int) -> int
     normed input in float32, scaled in the compute dtype), six of the feed-forward (gate, up and
     their products), queries, mixed values, keys and values, and a float32 and a rounded row of
     attention weights for each head; with query and key norms these four once more. With
-    recomputation: the layer's input, and all of the above for one layer at a time.
+    recomputation: the layer's input, with ``dots`` the products of weights that the backward pass
+    needs (queries, keys, values, attention's output, gate and up), and all of the above for one
+    layer at a time.
     """
     size, tensor = compute_bytes(config), shards(mesh, "heads")
     stream = config.embed * (4 * 4 + 2 * size)
@@ -143,7 +146,11 @@ def activation_bytes(config: ModelConfig, mesh, *, rows: int, width: int) -> int
     layer = stream + split / tensor
     kept = config.layers * layer
     if recomputes(config):
-        kept = config.layers * config.embed * size + layer
+        saved = config.embed
+        if config.remat == "dots":
+            heads = (config.heads + 2 * config.kv_heads) * config.head_dim
+            saved += config.embed + (heads + 2 * config.mlp) / tensor
+        kept = config.layers * saved * size + layer
     tokens = rows * width / shards(mesh, "batch")
     return int(tokens * (kept + config.embed * (8 + size)))  # the last: the final norm
 

@@ -29,7 +29,7 @@ import numpy as np
 from basis_jax import command_line, costs
 from basis_jax.batches import make_batches
 from basis_jax.config import Config, OptimSection, SamplingSection, TrainSection
-from basis_jax.model import ATTENTION, ModelConfig
+from basis_jax.model import ATTENTION, REMAT, ModelConfig
 from basis_jax.rollouts import Graded
 from basis_jax.sharding import make_mesh
 from basis_jax.train import make_optimizer, make_score, make_state, make_update
@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--width", type=int, default=128, help="positions of the longest row")
     parser.add_argument("--microbatch", type=int, default=8, help="rows of a pass at full width")
-    parser.add_argument("--remat", default="none", help="of ours: none, dots or full")
+    parser.add_argument("--remat", default="dots", choices=list(REMAT), help="of ours")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", metavar="FILE.json")
     given = parser.parse_args()

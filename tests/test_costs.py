@@ -157,6 +157,8 @@ def test_an_updates_flops_are_those_xla_counts():
     again = costs.update(dataclasses.replace(one, remat="full"), rows=rows, width=width).flops
     layer = costs.prefill(one, rows=rows, width=width).flops - 2 * rows * 512 * 64
     assert again - said == pytest.approx(layer)
+    dots = costs.update(dataclasses.replace(one, remat="dots"), rows=rows, width=width).flops
+    assert dots - said == 4 * 64 * rows * width * (width + 1) // 2  # scores and mixing once more
 
 
 def test_a_decode_step_moves_weights_and_cache_once():
@@ -169,7 +171,8 @@ def test_a_decode_step_moves_weights_and_cache_once():
 
 
 @pytest.mark.parametrize(
-    ("remat", "rows", "width", "least"), [("none", 4, 128, BAND[0]), ("full", 8, 16, 0.9)]
+    ("remat", "rows", "width", "least"),
+    [("none", 4, 128, BAND[0]), ("dots", 4, 128, BAND[0]), ("full", 8, 16, 0.9)],
 )
 def test_an_updates_memory_is_what_xla_plans(remat, rows, width, least):
     """In one microbatch and in two: beside the gradients of one is the sum of all."""
