@@ -91,7 +91,8 @@ def prefill(config: ModelConfig, *, rows: int, width: int) -> Work:
 
 def update(config: ModelConfig, *, rows: int, width: int) -> Work:
     """Gradient over ``rows`` x ``width`` tokens and AdamW: forward, twice that backward, and once
-    more what ``remat`` has recomputed of the layers. Attention as in ``prefill``.
+    more what ``remat`` has recomputed of the layers. Attention as in ``prefill``; the output layer
+    at every position, prompts too, which ``logprobs`` mostly passes over.
 
     Bytes, a lower bound: each pass reads the weights once; the optimizer reads weights, gradients
     and both moments and writes all but the gradients, in float32.

@@ -10,7 +10,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from basis_jax import model
 from basis_jax.model import ModelConfig
-from basis_jax.sharding import constrain
+from basis_jax.sharding import batch_shards, constrain
+
+PIECES = 4  # of a single chunk
 
 
 def token_logprobs(
@@ -26,15 +28,21 @@ def token_logprobs(
 
     Token-aligned: column 0 is 0 (nothing predicts it), and so is every token outside ``mask``.
     Logits exist for at most ``chunk`` positions of every row at a time, forward and backward:
-    N x chunk x V float32, never N x T x V. Of several chunks, one without a token in the mask (of
-    prompts or padding) has none at all.
+    N x chunk x V float32, never N x T x V. Each row's tokens in the mask come first, so that the
+    output layer passes over what lies behind them in all rows: prompts and padding.
     """
     hidden, _ = model.forward(params, config, tokens)
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
     following, counts = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, mask))
+    order = jnp.argsort(~counts, axis=1, stable=True)
+    hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
+    following, counts = (jnp.take_along_axis(x, order, axis=1) for x in (following, counts))
     weight = model.output_weight(params, config)
     scores = score_targets(temperature, chunk, hidden, weight, following, counts)
-    shifted = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in scores)
+    back = jnp.argsort(order, axis=1)
+    shifted = (
+        jnp.pad(jnp.take_along_axis(x, back, axis=1)[:, :-1], ((0, 0), (1, 0))) for x in scores
+    )
     logprobs, entropy = (jnp.where(mask, x, 0.0) for x in shifted)
     return logprobs, entropy
 
@@ -50,10 +58,10 @@ def score_targets(
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     """log softmax(hidden weight^T / temperature) at the targets, and the entropy of the softmax.
 
-    Where there are several chunks, those in which no row has a position that counts are skipped:
-    0, without a gradient.
+    Positions go chunk by chunk; a chunk in which no row has a position that counts is skipped: 0,
+    without a gradient. Where one would hold all positions, it is cut (``chunk_count``).
     Products are taken in the dtype of ``hidden``, sums and softmax in float32. The backward pass
-    makes each chunk's logits z again (a single chunk's are kept, as it follows at once), with
+    makes each chunk's logits z again (those of pieces are kept, as they fit into one chunk), with
     p = softmax(z / temperature) and H its entropy:
     dz = (dlogp (onehot - p) - dH p (log p + H)) / temperature.
     """
@@ -62,22 +70,21 @@ def score_targets(
 
 def _scores(temperature, chunk, hidden, weight, targets, counts):
     """(log-probabilities, entropies, log sum exp of the scaled logits), each [N T], and the scaled
-    logits where there is one chunk."""
+    logits [chunks N C V] where one chunk would hold them."""
     weight, steps = weight.astype(hidden.dtype), targets.shape[1]
 
     def score(part, target):
-        return _statistics(_scaled_logits(part, weight, temperature), target)
+        scaled = _scaled_logits(part, weight, temperature)
+        return _statistics(scaled, target), scaled if steps <= chunk else None
 
     def one(_, parts):
-        part, target, count = parts
-        nothing = (jnp.zeros(target.shape, jnp.float32),) * 3
-        return None, jax.lax.cond(jnp.any(count), score, lambda *_: nothing, part, target)
+        *given, count = parts
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, *given))
+        return None, jax.lax.cond(jnp.any(count), score, lambda *_: nothing, *given)
 
-    if steps <= chunk:
-        scaled = _scaled_logits(hidden, weight, temperature)
-        return _statistics(scaled, targets), scaled
     parts = [_split(x, chunk) for x in (hidden, targets, counts)]
-    return tuple(_join(x, steps) for x in jax.lax.scan(one, None, parts)[1]), None
+    statistics, scaled = jax.lax.scan(one, None, parts)[1]
+    return tuple(_join(x, steps) for x in statistics), scaled
 
 
 def _statistics(scaled, targets):
@@ -103,11 +110,11 @@ def _scores_forward(temperature, chunk, hidden, weight, targets, counts):
 
 
 def _scores_backward(temperature, chunk, kept, slopes):
-    hidden, weight, targets, counts, entropy, lse, whole = kept
+    hidden, weight, targets, counts, entropy, lse, scaled = kept
     slope, entropy_slope = (None if isinstance(x, SymbolicZero) else x for x in slopes)
     low = weight.astype(hidden.dtype)
 
-    def push(part, target, lse, entropy, slope, entropy_slope, scaled=None):
+    def push(part, target, lse, entropy, slope, entropy_slope, scaled):
         """d hidden [N C D] and d weight [V D] of one chunk."""
         if scaled is None:
             scaled = _scaled_logits(part, low, temperature)
@@ -137,12 +144,9 @@ def _scores_backward(temperature, chunk, kept, slopes):
         return jax.lax.cond(jnp.any(count), add, skip, total)
 
     given = (hidden, targets, lse, entropy, slope, entropy_slope)
-    if whole is not None:
-        of_hidden, of_weight = push(*given, whole)
-        return of_hidden, of_weight.astype(weight.dtype), None, None
-    parts = jax.tree.map(lambda x: _split(x, chunk), (*given, counts))
+    parts = jax.tree.map(lambda x: _split(x, chunk), given)
     total = constrain(jnp.zeros(weight.shape, jnp.float32), ("vocab", "embed"))
-    of_weight, of_hidden = jax.lax.scan(one, total, parts)
+    of_weight, of_hidden = jax.lax.scan(one, total, (*parts, scaled, _split(counts, chunk)))
     of_hidden = _join(of_hidden, targets.shape[1])
     return of_hidden, of_weight.astype(weight.dtype), None, None
 
@@ -155,10 +159,18 @@ def _scaled_logits(hidden, weight, temperature):
     return logits / temperature
 
 
+def chunk_count(steps: int, chunk: int) -> int:
+    """Chunks of at most ``chunk`` positions; where one would do, ``PIECES`` if the batch is on one
+    device. On several, each chunk's weight gradient is summed over them: one is enough."""
+    mesh = jax.sharding.get_abstract_mesh()
+    least = PIECES if mesh.empty or batch_shards(mesh) == 1 else 1
+    return least if steps <= chunk else -(-steps // chunk)
+
+
 def _split(x, chunk):
     """[N T ...] -> [chunks, N, C, ...] with C <= chunk, the last chunk padded with zeros."""
     rows, steps = x.shape[:2]
-    chunks = -(-steps // chunk)
+    chunks = chunk_count(steps, chunk)
     size = -(-steps // chunks)
     x = jnp.pad(x, ((0, 0), (0, chunks * size - steps)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape((rows, chunks, size) + x.shape[2:]), 1, 0)

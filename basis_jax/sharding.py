@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -72,7 +72,7 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
 
 
-def shards(mesh: Mesh, axis: str | None) -> int:
+def shards(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
     """Devices that an axis of this meaning is split over."""
     return math.prod(mesh.shape[name] for name in mesh_axes(axis))
 
@@ -83,7 +83,7 @@ def mesh_axes(axis: str | None) -> tuple[str, ...]:
     return (found,) if isinstance(found, str) else found or ()
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Devices that the batch is split over."""
     return shards(mesh, "batch")
 
