@@ -172,12 +172,12 @@ def test_a_decode_step_moves_weights_and_cache_once():
 
 
 @pytest.mark.parametrize(
-    ("remat", "rows", "width", "least"),
-    [("none", 4, 128, BAND[0]), ("dots", 4, 128, BAND[0]), ("full", 8, 16, 0.9)],
+    ("remat", "layers", "rows", "width", "least"),
+    [("none", 4, 4, 128, BAND[0]), ("dots", 16, 4, 128, BAND[0]), ("full", 4, 8, 16, 0.9)],
 )
-def test_an_updates_memory_is_what_xla_plans(remat, rows, width, least):
+def test_an_updates_memory_is_what_xla_plans(remat, layers, rows, width, least):
     """In one microbatch and in two: beside the gradients of one is the sum of all."""
-    architecture = dataclasses.replace(SMALL, remat=remat)
+    architecture = dataclasses.replace(SMALL, remat=remat, layers=layers)
     compiled = compiled_update(architecture, rows, width, 4)
     parts = costs.update_memory(architecture, one_device(), rows=4, width=width, chunk=512)
     assert least < sum(parts.values()) / held(compiled) < BAND[1]
