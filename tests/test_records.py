@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from basis_jax import records
@@ -236,8 +237,9 @@ def test_the_run_folder_says_what_ran(tmp_path):
     record = json.loads((folder / "config.json").read_text())
     assert record["config"]["optim"]["lr"] == 1e-6 and record["identity"] == {"data.path": "abc"}
     (first,) = record["starts"]
-    assert first["devices"] == [] and first["versions"]["jax"] == records._versions()["jax"]
+    assert first["devices"] == [] and first["versions"]["jax"] == jax.__version__
     assert first.keys() == {"commit", "uncommitted_changes", "versions", "devices"}
+    assert records.provenance("no-such-package")["versions"]["no-such-package"] is None
     for devices in (["cpu:0"], ["cpu:0"], ["gpu:0"]):
         open_run(config(folder), devices=devices, identity={"data.path": "abc"})
     starts = json.loads((folder / "config.json").read_text())["starts"]
