@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from basis_jax import command_line, hf, trained
-from basis_jax.gguf import convert
+from basis_jax import command_line
+from basis_jax.weights import huggingface as hf
+from basis_jax.weights import trained
+from basis_jax.weights.gguf import convert
 
 
 def gguf(file: Path, /, *, to: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> None:

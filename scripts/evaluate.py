@@ -20,10 +20,12 @@ from pathlib import Path
 
 import jax
 
-from basis_jax import command_line, hf, trained
-from basis_jax.completions import read_lines, replace_file, results, write_completions
-from basis_jax.evaluate import check_out, open_evaluation, protocol
-from basis_jax.records import provenance
+from basis_jax import command_line
+from basis_jax.evaluation.completions import read_lines, replace_file, results, write_completions
+from basis_jax.evaluation.evaluate import check_out, open_evaluation, protocol
+from basis_jax.runs.provenance import provenance
+from basis_jax.weights import huggingface as hf
+from basis_jax.weights import trained
 
 COMPLETIONS_SHOWN = 4  # of a problem, in the report
 CHARACTERS_SHOWN = 4000  # of a completion: its end, where the answer stands

@@ -7,7 +7,8 @@ python scripts/plot.py runs/basis runs/grpo --out comparison.png
 import argparse
 from pathlib import Path
 
-from basis_jax import command_line, plots
+from basis_jax import command_line
+from basis_jax.runs import plots
 
 
 def main() -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from basis_jax import command_line, hf
-from basis_jax.session import open_session, reference_table
+from basis_jax import command_line
+from basis_jax.training.session import open_session, reference_table
+from basis_jax.weights import huggingface as hf
 
 
 def main() -> None:

@@ -14,15 +14,17 @@ import time
 import jax
 import numpy as np
 
-from basis_jax import checkpoint, command_line, hf, plots
-from basis_jax.batches import make_batches, updates_per_step
-from basis_jax.compiles import counted
-from basis_jax.data import batch_indices
-from basis_jax.evaluate import evaluate
-from basis_jax.records import Records, lock_run, open_run, read_metrics
-from basis_jax.rollouts import roll_out
-from basis_jax.session import estimator_state_shapes, first_estimator_state, open_session
-from basis_jax.train import (
+from basis_jax import command_line
+from basis_jax.data.order import batch_indices
+from basis_jax.evaluation.evaluate import evaluate
+from basis_jax.runs import checkpoint, plots
+from basis_jax.runs.compiles import counted
+from basis_jax.runs.identity import lock_run, open_run
+from basis_jax.runs.metrics import Records, read_metrics
+from basis_jax.sampling.rollouts import roll_out
+from basis_jax.training.microbatches import make_batches, updates_per_step
+from basis_jax.training.session import estimator_state_shapes, first_estimator_state, open_session
+from basis_jax.training.update import (
     abstract_state,
     finish_step,
     make_estimate,
@@ -33,6 +35,7 @@ from basis_jax.train import (
     merge_updates,
     reward_metrics,
 )
+from basis_jax.weights import huggingface as hf
 
 
 def main() -> None:

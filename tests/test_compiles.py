@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 
-from basis_jax.compiles import counted
+from basis_jax.runs.compiles import counted
 
 
 def test_every_program_is_counted_once_in_the_step_that_compiled_it():

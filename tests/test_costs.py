@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tiny
 
-from basis_jax import costs, decoding, logprobs, model, train
 from basis_jax.config import (
     Config,
     LossSection,
@@ -19,11 +18,14 @@ from basis_jax.config import (
     SamplingSection,
     TrainSection,
 )
-from basis_jax.config_check import check_memory, device_memory
-from basis_jax.evaluate import open_evaluation
-from basis_jax.sampling import sample_with
-from basis_jax.session import open_session
-from basis_jax.sharding import make_mesh
+from basis_jax.evaluation.evaluate import open_evaluation
+from basis_jax.model import costs, decoding, logprobs
+from basis_jax.model import decoder as model
+from basis_jax.model.sharding import make_mesh
+from basis_jax.opening.checks import check_memory, device_memory
+from basis_jax.sampling.decode import sample_with
+from basis_jax.training import update as train
+from basis_jax.training.session import open_session
 from basis_jax.types import Batch, Prompts
 
 SMALL = dataclasses.replace(
@@ -212,7 +214,7 @@ LARGE = Config(
 
 
 def with_memory(monkeypatch, size):
-    monkeypatch.setattr("basis_jax.config_check.device_memory", lambda devices: size)
+    monkeypatch.setattr("basis_jax.opening.checks.device_memory", lambda devices: size)
 
 
 def test_slots_and_lengths_that_do_not_fit_are_refused_with_the_bytes(monkeypatch):

@@ -11,10 +11,11 @@ import pytest
 import tokenizers
 import transformers
 
-from basis_jax import data, tasks
 from basis_jax.config import DataSection
-from basis_jax.session import report_overlap
-from basis_jax.tasks import Problem
+from basis_jax.data import problems as data
+from basis_jax.data import tasks
+from basis_jax.data.problem import Problem
+from basis_jax.training.session import report_overlap
 from basis_jax.verify.notation import number
 
 HERE = Path(__file__).parent / "data"

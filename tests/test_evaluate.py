@@ -19,10 +19,9 @@ import tiny
 from test_end_to_end import environment, lines, run, run_killed, small
 from test_reference_table import SAMPLING, SIZE, problems, setting  # noqa: F401
 
-from basis_jax import completions
 from basis_jax.config import Config, EvalSection
-from basis_jax.config_check import check_evaluation
-from basis_jax.evaluate import (
+from basis_jax.evaluation import completions
+from basis_jax.evaluation.evaluate import (
     Evaluation,
     bootstrap_interval,
     check_out,
@@ -30,7 +29,8 @@ from basis_jax.evaluate import (
     problem_scores,
     protocol,
 )
-from basis_jax.sharding import make_mesh
+from basis_jax.model.sharding import make_mesh
+from basis_jax.opening.checks import check_evaluation
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 import tiny
 
-from basis_jax import checkpoint, hf, model, trained
 from basis_jax.config import CheckpointSection, Config, ModelSection, OptimSection, SamplingSection
-from basis_jax.sampling import row_keys, sample
-from basis_jax.sharding import make_mesh, named
-from basis_jax.train import make_optimizer, make_state
+from basis_jax.model import decoder as model
+from basis_jax.model.sharding import make_mesh, named
+from basis_jax.runs import checkpoint
+from basis_jax.sampling.decode import sample
+from basis_jax.sampling.draw import row_keys
+from basis_jax.training.update import make_optimizer, make_state
 from basis_jax.types import Prompts
+from basis_jax.weights import huggingface as hf
+from basis_jax.weights import trained
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,9 +14,9 @@ import tiny
 from test_data import WRAPPER, write_lines
 from test_end_to_end import ROOT, environment, lines, run, run_killed
 
-from basis_jax import hf
 from basis_jax.command_line import load_config
-from basis_jax.logprobs import token_logprobs
+from basis_jax.model.logprobs import token_logprobs
+from basis_jax.weights import huggingface as hf
 
 ANSWERS = "7770123456"  # of the problems, equally often
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from basis_jax import gguf, hf
-from basis_jax.weights import LAYOUTS
+from basis_jax.weights import gguf
+from basis_jax.weights import huggingface as hf
+from basis_jax.weights.layout import LAYOUTS
 
 gguf_package = pytest.importorskip("gguf")
 

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from basis_jax import completions, data, tasks
 from basis_jax.config import DataSection
-from basis_jax.config_check import check_scorers
+from basis_jax.data import problems as data
+from basis_jax.data import tasks
+from basis_jax.evaluation import completions
+from basis_jax.opening.checks import check_scorers
 from basis_jax.verify import make_verifier
 from basis_jax.verify.gym import given
 

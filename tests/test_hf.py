@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from basis_jax import hf, model, weights
-from basis_jax.sharding import make_mesh, named
+from basis_jax.model import decoder as model
+from basis_jax.model.sharding import make_mesh, named
+from basis_jax.weights import huggingface as hf
+from basis_jax.weights import layout as weights
 
 NAMES = list(make_golden.CASES)
 V4 = {  # Llama in the form of transformers 4

@@ -10,9 +10,10 @@ import pytest
 import tiny
 from tiny import EVERYTHING, assert_same_gradient, gradient, random_params, score_sum, tokens_of
 
-from basis_jax import logprobs, model
-from basis_jax.logprobs import score_targets, token_logprobs
-from basis_jax.sharding import make_mesh
+from basis_jax.model import decoder as model
+from basis_jax.model import logprobs
+from basis_jax.model.logprobs import score_targets, token_logprobs
+from basis_jax.model.sharding import make_mesh
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import pytest
 import tiny
 from tiny import EVERYTHING, assert_same_gradient, gradient, random_params, tokens_of
 
-from basis_jax import decoding, model
-from basis_jax.sharding import RULES, make_mesh, named_tree, put_rows
+from basis_jax.model import decoder as model
+from basis_jax.model import decoding
+from basis_jax.model.sharding import RULES, make_mesh, named_tree, put_rows
 
 CONFIGS = pytest.mark.parametrize("config", [tiny.TINY, EVERYTHING], ids=["plain", "everything"])
 forward = jax.jit(model.forward, static_argnums=1, static_argnames="keep")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts import policy_study
+from studies import policy_study
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from basis_jax import model, prompt_features
-from basis_jax.data import EncodedProblems
-from basis_jax.sharding import make_mesh
-from basis_jax.tasks import Problem
+from basis_jax.data.encoding import EncodedProblems
+from basis_jax.data.problem import Problem
+from basis_jax.model import decoder as model
+from basis_jax.model.sharding import make_mesh
+from basis_jax.training import prompt_features
 
 ROWS = 11
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from basis_jax import hf
 from basis_jax.config import DataSection
-from basis_jax.data import encode_prompts
-from basis_jax.logprobs import token_logprobs
-from basis_jax.tasks import number_words
+from basis_jax.data.encoding import encode_prompts
+from basis_jax.data.tasks import number_words
+from basis_jax.model.logprobs import token_logprobs
+from basis_jax.weights import huggingface as hf
 
 FOLDER = hf.resolve_folder("embedded:quickstart")
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import tiny
 
-from basis_jax import reference_table as tables
 from basis_jax.config import SamplingSection
-from basis_jax.data import EncodedProblems
-from basis_jax.rollouts import Setting, decode, roll_out
-from basis_jax.sharding import make_mesh
-from basis_jax.tasks import Problem
-from basis_jax.verify import Verdict
+from basis_jax.data.encoding import EncodedProblems
+from basis_jax.data.problem import Problem
+from basis_jax.model.sharding import make_mesh
+from basis_jax.sampling.rollouts import Setting, decode, roll_out
+from basis_jax.training import reference_table as tables
+from basis_jax.verify.verdicts import Verdict
 
 SAMPLING = SamplingSection(max_new_tokens=3)
 SIZE = 5

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import tiny
 
-from basis_jax import model, refill
-from basis_jax.compiles import counted
 from basis_jax.config import SamplingSection
-from basis_jax.decoding import decode_weights
 from basis_jax.masked import completion_mask
-from basis_jax.refill import sample_rows
-from basis_jax.sampling import check_trainable, draw, pick, row_keys, sample, truncate
-from basis_jax.sharding import make_mesh, named_tree, put_rows
+from basis_jax.model import decoder as model
+from basis_jax.model.decoding import decode_weights
+from basis_jax.model.sharding import make_mesh, named_tree, put_rows
+from basis_jax.runs.compiles import counted
+from basis_jax.sampling import refill
+from basis_jax.sampling.decode import sample
+from basis_jax.sampling.draw import check_trainable, draw, pick, row_keys, truncate
+from basis_jax.sampling.refill import sample_rows
 
 SAMPLING = SamplingSection(max_new_tokens=9)
 

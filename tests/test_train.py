@@ -9,14 +9,15 @@ import optax
 import pytest
 import tiny
 
-from basis_jax import estimators, model
-from basis_jax.batches import cut_rows, make_batches
+from basis_jax import estimators
 from basis_jax.config import Config, LossSection, OptimSection, SamplingSection, TrainSection
-from basis_jax.config_check import check
-from basis_jax.logprobs import token_logprobs
-from basis_jax.rollouts import Graded
-from basis_jax.sharding import make_mesh, named_tree
-from basis_jax.train import (
+from basis_jax.model import decoder as model
+from basis_jax.model.logprobs import token_logprobs
+from basis_jax.model.sharding import make_mesh, named_tree
+from basis_jax.opening.checks import check
+from basis_jax.sampling.rollouts import Graded
+from basis_jax.training.microbatches import cut_rows, make_batches
+from basis_jax.training.update import (
     make_estimate,
     make_optimizer,
     make_score,

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import tiny
 
-from basis_jax import checkpoint
 from basis_jax.config import (
     CheckpointSection,
     Config,
@@ -23,23 +21,18 @@ from basis_jax.config import (
     SamplingSection,
     TrainSection,
 )
-from basis_jax.data import EncodedProblems
+from basis_jax.data.encoding import EncodedProblems
+from basis_jax.data.problem import Problem
 from basis_jax.estimators import Estimator
 from basis_jax.estimators.rows import estimate
-from basis_jax.rollouts import Setting
-from basis_jax.sharding import make_mesh
-from basis_jax.tasks import Problem
+from basis_jax.model.sharding import make_mesh
+from basis_jax.runs import checkpoint
+from basis_jax.sampling.rollouts import Setting
 from basis_jax.types import TrainState
 from basis_jax.verify import make_verifier
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import policy_values  # noqa: E402
-import simulated_values as simulated  # noqa: E402
-import value_methods  # noqa: E402
-import value_report  # noqa: E402
-import value_study  # noqa: E402
-from value_methods import Method  # noqa: E402
+from studies import policy_values, value_methods, value_report, value_study
+from studies import simulated_values as simulated
+from studies.value_methods import Method
 
 SIZES = (4, 64)
 

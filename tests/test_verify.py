@@ -5,10 +5,11 @@ from fractions import Fraction
 
 import pytest
 
-from basis_jax.verify import Verdict, extract, make_verifier
+from basis_jax.verify import extract, make_verifier
 from basis_jax.verify.compare import equivalent
 from basis_jax.verify.mathematics import glance
 from basis_jax.verify.notation import canonical, number
+from basis_jax.verify.verdicts import Verdict
 
 
 def test_exact_means_the_whole_completion():

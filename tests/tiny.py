@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from basis_jax import hf, logprobs, model
+from basis_jax.model import decoder as model
+from basis_jax.model import logprobs
 from basis_jax.types import Prompts
+from basis_jax.weights import huggingface as hf
 
 TINY = model.ModelConfig(
     architecture="qwen3",

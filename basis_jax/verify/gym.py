@@ -9,9 +9,9 @@ import os
 import re
 from collections.abc import Sequence
 
-from basis_jax.verify import Verdict, Verifier
 from basis_jax.verify.extract import TAIL, extract_answer
 from basis_jax.verify.pool import Pool
+from basis_jax.verify.verdicts import Verdict, Verifier
 
 TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 

@@ -1,0 +1,102 @@
+"""Trained parameters out of a run's checkpoint, for evaluation and export.
+
+Only they are read, not the optimizer's moments, and nothing is written: a run that is saving in
+the same folder is not disturbed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from basis_jax.model import decoder as model
+from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.sharding import named_tree
+from basis_jax.weights.layout import few
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The folder of one checkpoint: ``path`` itself, or the newest of the run ``path``.
+
+    Raises ValueError where there is none.
+    """
+    path = Path(path)
+    if (path / "state").is_dir():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    if not steps:
+        raise ValueError(
+            f"{path} holds no checkpoint; give the folder of a run or RUN/checkpoints/STEP"
+        )
+    return max(steps, key=lambda step: int(step.name))
+
+
+def model_path(checkpoint: Path) -> str:
+    """``model.path`` of the config that made the checkpoint."""
+    with _reading(checkpoint):
+        saved = ocp.JsonCheckpointHandler().restore((checkpoint / "config").absolute())
+        return saved["model"]["path"]
+
+
+def load_params(checkpoint: Path, config: ModelConfig, mesh: Mesh | None = None) -> PyTree:
+    """float32 parameters of a checkpoint, laid out over the mesh; without one, NumPy arrays.
+
+    Raises ValueError where it cannot be read or its parameters are not those of ``config``.
+    """
+    folder = (checkpoint / "state").absolute()
+    handler = ocp.PyTreeCheckpointHandler()
+    with _reading(checkpoint):
+        stored = {}
+        for name, leaf in handler.metadata(folder).tree.items():  # "01.params['embedding']"
+            _, found, path = name.partition(".params")
+            if found:
+                stored[path] = (name, tuple(leaf.shape))
+    shapes = model.param_shapes(config)
+    wanted = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(shapes)}
+    _check_same_model(checkpoint, {k: v for k, (_, v) in stored.items()}, wanted)
+    names = [stored[path][0] for path in wanted]
+    if mesh is None:
+        how = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(names)
+    else:
+        axes = jax.tree.leaves(named_tree(mesh, model.param_axes(config)))
+        how = [ocp.ArrayRestoreArgs(sharding=s, dtype=jnp.float32) for s in axes]
+    item = dict(zip(names, wanted.values(), strict=True))
+    args = ocp.args.PyTreeRestore(
+        item=item, restore_args=dict(zip(names, how, strict=True)), partial_restore=True
+    )
+    with _reading(checkpoint):
+        restored = handler.restore(folder, args=args)
+    return jax.tree.unflatten(jax.tree.structure(shapes), [restored[name] for name in names])
+
+
+def _check_same_model(checkpoint: Path, stored: dict, wanted: dict) -> None:
+    here = {path: leaf.shape for path, leaf in wanted.items()}
+    differing = [
+        f"{path} {stored.get(path, 'absent')} there and {here.get(path, 'absent')} here"
+        for path in stored.keys() | here.keys()
+        if stored.get(path) != here.get(path)
+    ]
+    if differing:
+        raise ValueError(
+            f"checkpoint {checkpoint} is of another model: {few(differing)}; give the model folder "
+            "that its training began from"
+        )
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{checkpoint} cannot be read as a checkpoint ({reason}); give another, or the folder "
+            "of a run"
+        ) from error

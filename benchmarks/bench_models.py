@@ -1,0 +1,83 @@
+"""What benchmarks run: a Hugging Face folder, or a shape by name with random weights."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+
+from basis_jax.model import decoder as model
+from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.sharding import named_tree
+from basis_jax.runs.provenance import provenance
+from basis_jax.weights import huggingface as hf
+
+QWEN3 = {
+    "architecture": "qwen3",
+    "vocab_size": 151_936,
+    "kv_heads": 8,
+    "head_dim": 128,
+    "max_positions": 40_960,
+    "rope_theta": 1e6,
+    "tied": True,
+    "qk_norm": True,
+}
+SHAPES = {
+    "qwen3-0.6b": ModelConfig(**QWEN3, embed=1024, layers=28, heads=16, mlp=3072),
+    "qwen3-4b": ModelConfig(**QWEN3, embed=2560, layers=36, heads=32, mlp=9728),
+}
+MODEL_HELP = f"Hugging Face folder, or {' or '.join(SHAPES)} with random weights"
+
+
+def architecture(name: str, **computed) -> ModelConfig:
+    """``computed``: compute_dtype, remat, attention."""
+    if name in SHAPES:
+        return ModelConfig(**vars(SHAPES[name]) | computed)
+    return hf.model_config(hf.resolve_folder(name), **computed)
+
+
+def our_params(name: str, config: ModelConfig, mesh):
+    if name not in SHAPES:
+        return hf.load_params(hf.resolve_folder(name), config, mesh)
+    layout = named_tree(mesh, model.param_axes(config))
+    return jax.jit(model.init, static_argnums=0, out_shardings=layout)(config, jax.random.key(0))
+
+
+def torch_model(name: str, config: ModelConfig):
+    """(torch, transformers' model on torch's device in the same dtype), or None without torch."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the others' cores
+    try:
+        import torch
+    except ImportError:
+        return None
+    import transformers
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
+    dtype, causal = getattr(torch, config.compute_dtype), transformers.AutoModelForCausalLM
+    if name in SHAPES:
+        described = hf.describe(config)
+        kind = described.pop("model_type")
+        loaded = causal.from_config(
+            transformers.AutoConfig.for_model(kind, **described), dtype=dtype
+        )
+    else:
+        loaded = causal.from_pretrained(hf.resolve_folder(name), dtype=dtype)
+    return torch, loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def write_result(given, rows: list[dict], **more) -> None:
+    """Rows with options, machine and versions into the file ``given.out``, if there is one."""
+    if not given.out:
+        return
+    about = {"device": str(jax.devices()[0]), "cores": os.cpu_count(), "peak_bytes": peak_bytes()}
+    options = {name: value for name, value in vars(given).items() if name != "out"}
+    about |= {**options, **provenance("torch", "trl", "google-tunix"), **more}
+    Path(given.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+    print(given.out)
+
+
+def peak_bytes() -> int | None:
+    """The most that the device held so far, where the backend counts it (not on CPUs)."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

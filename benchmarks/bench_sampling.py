@@ -1,0 +1,225 @@
+"""Tokens a second of the sampler, beside transformers' generate on the same model and prompts.
+
+    python scripts/bench_sampling.py --model models/smollm2
+    python scripts/bench_sampling.py --model FOLDER --rows 256 --slots 64 --new 256 --stop . , the
+    python scripts/bench_sampling.py --model qwen3-4b --dtype bfloat16 --equal 64 256 --rows 0
+
+Two settings. ``equal``: nothing stops, every row gets ``--new`` tokens, all rows in one batch; the
+time of one more token is that of ``--new`` tokens less that of 32, over the difference, and is held
+against what the machine can read and multiply (``costs.decode_step``, ``ceilings``). ``mixed``: a
+row ends at the first of the ``--stop`` tokens, so lengths differ widely; ``--rows`` prompts go
+through ``--slots`` slots at a time, refilled as rows end (ours) or batch after batch (ours without
+refilling; transformers and Tunix, which know no other way). Median of ``--repeats`` runs in turn,
+the first call of each apart (compilation). Random prompts. Rivals that are not installed are left
+out.
+"""
+
+import argparse
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from basis_jax import command_line
+from basis_jax.config import SamplingSection
+from basis_jax.model import costs
+from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.sharding import make_mesh
+from basis_jax.sampling.draw import row_keys
+from basis_jax.sampling.refill import WORTH_IT, sample_rows
+from basis_jax.types import Prompts
+from basis_jax.weights import huggingface as hf
+from benchmarks import bench_models, ceilings
+from benchmarks.rival_tunix import tunix_sampler
+
+
+def main() -> None:
+    given = parse()
+    config = bench_models.architecture(given.model, compute_dtype=given.dtype)
+    settings = [("equal", n, n, (config.vocab_size + 10**6,)) for n in given.equal]
+    if given.rows:
+        tokenizer = hf.load_tokenizer(hf.resolve_folder(given.model))
+        stop = tuple(tokenizer.encode(s, add_special_tokens=False)[0] for s in given.stop)
+        settings.append(("mixed", given.rows, given.slots, stop))
+    ours, ceiling, rows = our_sampler(given.model, config), ceilings.measured(given.dtype), []
+    rivals = {
+        "transformers": transformers_sampler(given.model, config),
+        "tunix": tunix_sampler(given.model, config),
+    }
+    for name, count, slots, eos_ids in settings:
+        prompts = random_prompts(count, given.prompt, config.vocab_size)
+        samplers = {"ours": partial(ours, prompts, slots, eos_ids)}
+        if count > slots:
+            samplers["ours, not refilled"] = partial(by_batches, ours, prompts, slots, eos_ids)
+        for rival, sampler in rivals.items():
+            if sampler is not None:
+                samplers[rival] = partial(by_batches, sampler, prompts, slots, eos_ids)
+        rows += measure(name, count, slots, samplers, given)
+    for row in rows:
+        if row["setting"] == "equal":
+            context = given.prompt + (given.new + WORTH_IT) // 2
+            work = costs.decode_step(config, rows=row["rows"], context=context)
+            row["share_of_bandwidth"] = work.bytes / row["step_s"] / ceiling["bytes_per_s"]
+            row["share_of_flops"] = work.flops / row["step_s"] / ceiling["flops_per_s"]
+    print_table(rows)
+    bench_models.write_result(given, rows, ceiling=ceiling)
+
+
+def parse() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--model", default="embedded:quickstart", help=bench_models.MODEL_HELP)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--equal", type=int, nargs="*", default=[16, 64], metavar="ROWS")
+    parser.add_argument("--rows", type=int, default=128, help="of the mixed setting (0: without)")
+    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=64, help="most tokens of a completion")
+    parser.add_argument("--stop", nargs="+", default=["."], help="each stands for its first token")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", metavar="FILE.json")
+    given = parser.parse_args()
+    if min(given.repeats, given.new - WORTH_IT, given.prompt, given.slots, *given.equal) < 1:
+        raise SystemExit("error: every number of bench_sampling.py is 1 or more, --new 33 or more")
+    return given
+
+
+def random_prompts(rows: int, width: int, vocabulary: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, vocabulary, (rows, width)).astype(np.int32)
+
+
+def our_sampler(name: str, config: ModelConfig):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    params = bench_models.our_params(name, config, mesh)
+
+    def run(tokens, slots, eos_ids, new) -> np.ndarray:
+        ids = np.arange(len(tokens), dtype=np.int32)
+        lengths = np.full(len(tokens), tokens.shape[1], np.int32)
+        with jax.set_mesh(mesh):
+            rollouts = sample_rows(
+                params,
+                config,
+                Prompts(tokens=tokens, lengths=lengths, problem_ids=ids),
+                sampling=SamplingSection(max_new_tokens=new),
+                eos_ids=eos_ids,
+                keys=row_keys(
+                    0, "train", 0, problem_ids=jnp.asarray(ids), samples=jnp.asarray(ids)
+                ),
+                mesh=mesh,
+                rows_at_once=slots,
+            )
+        return rollouts.completion_lengths
+
+    return run
+
+
+def transformers_sampler(name: str, config: ModelConfig):
+    found = bench_models.torch_model(name, config)
+    if found is None:
+        return None
+    torch, loaded = found
+    loaded.eval()
+
+    def run(tokens, slots, eos_ids, new) -> np.ndarray:
+        stops = [i for i in eos_ids if i < loaded.config.vocab_size]
+        with torch.inference_mode():
+            made = (
+                loaded.generate(
+                    torch.tensor(tokens.astype(np.int64), device=loaded.device),
+                    attention_mask=torch.ones(
+                        tokens.shape, dtype=torch.int64, device=loaded.device
+                    ),
+                    do_sample=True,
+                    temperature=1.0,  # whatever the folder's generation_config.json says
+                    top_k=0,
+                    top_p=1.0,
+                    repetition_penalty=1.0,
+                    max_new_tokens=new,
+                    eos_token_id=stops or -1,
+                    pad_token_id=0,
+                )[:, tokens.shape[1] :]
+                .cpu()
+                .numpy()
+            )
+        ended = np.isin(made, stops)
+        first = np.where(ended.any(1), ended.argmax(1) + 1, made.shape[1])
+        return first
+
+    return run
+
+
+def by_batches(sampler, tokens, slots, eos_ids, new) -> np.ndarray:
+    parts = [tokens[i : i + slots] for i in range(0, len(tokens), slots)]
+    return np.concatenate([sampler(part, slots, eos_ids, new) for part in parts])
+
+
+def measure(setting: str, count: int, slots: int, samplers: dict, given) -> list[dict]:
+    """One row a sampler; they take turns, so that a slow minute of the machine hits all."""
+    lengths, first, whole, fewer = {}, {}, {name: [] for name in samplers}, {}
+    for name, sampler in samplers.items():
+        first[name], lengths[name] = timed(sampler, given.new)
+        fewer[name] = []
+        if setting == "equal":
+            timed(sampler, WORTH_IT)
+    for _ in range(given.repeats):
+        for name, sampler in samplers.items():
+            seconds, lengths[name] = timed(sampler, given.new)
+            whole[name].append((seconds, float(lengths[name].sum())))
+            if setting == "equal":
+                if set(lengths[name].tolist()) != {given.new}:
+                    raise ValueError(f"{name} wrote {lengths[name]} tokens, not {given.new} each")
+                fewer[name].append(timed(sampler, WORTH_IT)[0])
+    rows = []
+    for name in samplers:
+        seconds = [part[0] for part in whole[name]]
+        row = {
+            "setting": setting,
+            "rows": count,
+            "slots": slots,
+            "sampler": name,
+            "tokens_per_s": float(np.median([n / s for s, n in whole[name]])),
+            "seconds": seconds,
+            "first_call_s": first[name],
+            "length_mean": float(lengths[name].mean()),
+            "length_max": int(lengths[name].max()),
+        }
+        if setting == "equal":
+            more = np.median(np.array(seconds) - np.array(fewer[name]))
+            row["step_s"] = float(more) / (given.new - WORTH_IT)
+        rows.append(row)
+    return rows
+
+
+def timed(sampler, new: int) -> tuple[float, np.ndarray]:
+    started = time.perf_counter()
+    lengths = sampler(new)
+    return time.perf_counter() - started, lengths
+
+
+def print_table(rows: list[dict]) -> None:
+    print(f"{'':6}{'rows':>5}{'slots':>6}  {'sampler':20}{'tokens/s':>9}{'ratio':>7}{'ms/step':>9}")
+    for row in rows:
+        same = [r for r in rows if (r["setting"], r["rows"]) == (row["setting"], row["rows"])]
+        ratio = row["tokens_per_s"] / next(
+            (r["tokens_per_s"] for r in same if r["sampler"] == "transformers"),
+            same[-1]["tokens_per_s"],
+        )
+        line = (
+            f"{row['setting']:6}{row['rows']:5}{row['slots']:6}  {row['sampler']:20}"
+            f"{row['tokens_per_s']:9.0f}{ratio:7.2f}"
+        )
+        if "step_s" in row:
+            line += (
+                f"{row['step_s'] * 1e3:9.1f}  {row['share_of_bandwidth']:.0%} of the bandwidth, "
+                f"{row['share_of_flops']:.0%} of the multiplications;"
+            )
+        print(
+            f"{line}  lengths: mean {row['length_mean']:.1f}, longest {row['length_max']}; first "
+            f"call {row['first_call_s']:.1f} s"
+        )
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,262 @@
+"""Seconds of a whole step (sample, verify, advantages, update), beside TRL's GRPOTrainer.
+
+    python scripts/bench_step.py --model models/smollm2
+    python scripts/bench_step.py --rollouts 64 --new 32 --out results/bench_step.json
+
+Equal work: the same folder and problems as plain text, ``--rollouts`` completions of exactly
+``--new`` tokens (nothing stops), the same verifier, one AdamW update over microbatches of
+``--microbatch``, float32, no KL term. Ours takes one completion a prompt and REINFORCE++, TRL two a
+prompt, its least, and GRPO. They take turns, step by step, in one process; median of ``--steps``
+after a first step apart (compilation). Without TRL ours alone. torch's threads wait asleep
+(OMP_WAIT_POLICY=PASSIVE, unless set): where they spin beside another busy process, its small
+products take ten times as long.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import jax
+import numpy as np
+
+from basis_jax import command_line
+from basis_jax.config import (
+    Config,
+    DataSection,
+    EstimatorSection,
+    EvalSection,
+    MeshSection,
+    ModelSection,
+    OptimSection,
+    SamplingSection,
+    TrainSection,
+)
+from basis_jax.sampling.rollouts import roll_out
+from basis_jax.training.microbatches import make_batches
+from basis_jax.training.session import first_estimator_state, open_session
+from basis_jax.training.update import (
+    finish_step,
+    make_estimate,
+    make_optimizer,
+    make_score,
+    make_state,
+    make_update,
+    merge_updates,
+)
+from basis_jax.weights import huggingface as hf
+from benchmarks.bench_models import write_result
+
+PARTS = ("sample", "verify", "update", "step")
+
+
+def main() -> None:
+    given = parse()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
+    with open_session(make_config(given)) as session, jax.set_mesh(session.setting.mesh):
+        ours = our_step(session, given)
+        seconds = {"ours": []}
+        if has_trl():
+            seconds["TRL"] = trl_steps(session, given, lambda: seconds["ours"].append(ours()))
+        else:
+            print("TRL is not installed: ours alone")
+            seconds["ours"] = [ours() for _ in range(given.steps + 1)]
+    rows = [summary(name, taken) for name, taken in seconds.items()]
+    print_table(rows, given)
+    write_result(given, rows)
+
+
+def parse() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--model", default="embedded:quickstart", metavar="FOLDER")
+    parser.add_argument("--data", default="task:number_words", metavar="PATH")
+    parser.add_argument("--verifier", default="exact")
+    parser.add_argument("--rollouts", type=int, default=16)
+    parser.add_argument("--microbatch", type=int, default=16)
+    parser.add_argument("--new", type=int, default=32, help="tokens of a completion")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--torch-threads", type=int, default=os.cpu_count(), help="for TRL")
+    parser.add_argument("--out", metavar="FILE.json")
+    given = parser.parse_args()
+    if min(given.microbatch, given.new, given.steps, given.torch_threads) < 1 or given.rollouts < 2:
+        raise SystemExit("error: numbers of bench_step.py are 1 or more, rollouts 2 or more")
+    if given.rollouts % 2 or given.rollouts % given.microbatch:
+        raise SystemExit("error: --rollouts must be even and a multiple of --microbatch")
+    return given
+
+
+def make_config(given) -> Config:
+    """A run of plain text problems without table, held-out set or schedule."""
+    return Config(
+        run_dir="",
+        model=ModelSection(path=given.model),
+        data=DataSection(path=given.data, prompt_format="text", verifier=given.verifier),
+        sampling=SamplingSection(max_new_tokens=given.new),
+        estimator=EstimatorSection(name="reinforce_pp", table_samples=0),
+        optim=OptimSection(lr=1e-6),
+        train=TrainSection(
+            steps=given.steps + 1,
+            prompts_per_step=given.rollouts,
+            minibatch_rollouts=given.rollouts,
+            microbatch_rollouts=given.microbatch,
+            sample_rollouts=given.rollouts,
+        ),
+        eval=EvalSection(sets=()),
+        mesh=MeshSection(data=-1),
+    )
+
+
+def our_step(session, given):
+    """A function that takes one step as scripts/train.py does and returns its seconds by part."""
+    config, mesh = session.config, session.setting.mesh
+    setting = dataclasses.replace(session.setting, eos_ids=(10**9,))  # no such token
+    optimizer = make_optimizer(config.optim, updates=given.steps + 1)
+    common = {"loss": config.loss, "temperature": 1.0, "microbatch": given.microbatch}
+    estimate_values = make_estimate(session.estimator)
+    update = make_update(setting.model, optimizer, **common)
+    score = make_score(setting.model, **common)
+    params = hf.load_params(session.folder, setting.model, mesh)
+    first = first_estimator_state(session, params, Path())
+    state = make_state(params, optimizer, first, architecture=setting.model, mesh=mesh)
+
+    def step() -> dict[str, float]:
+        nonlocal state
+        started = time.perf_counter()
+        count = np.arange(given.rollouts, dtype=np.int32)
+        graded = roll_out(
+            state.params,
+            setting,
+            session.train_set,
+            ids=(count + int(state.step) * given.rollouts) % len(session.train_set.problems),
+            samples=np.zeros_like(count),
+            sampling=config.sampling,
+            stream="train",
+            step=int(state.step),
+        )
+        check_work(graded.rollouts.completion_lengths, given)
+        rolled = time.perf_counter()
+        estimator_state, estimate = estimate_values(state.estimator_state, graded)
+        outcomes = []
+        for batch in make_batches(
+            graded, estimate, config=config, score=score, params=state.params, mesh=mesh
+        ):
+            state, outcome = update(state, batch)
+            outcomes.append(outcome)
+        state = finish_step(state, estimator_state)
+        merge_updates(outcomes)  # waits for the device
+        ended = time.perf_counter()
+        return {
+            "sample": graded.sample_seconds,
+            "verify": graded.verify_seconds,
+            "update": ended - rolled,
+            "step": ended - started,
+        }
+
+    return step
+
+
+def check_work(lengths, given) -> None:
+    """Raise a ValueError unless every rollout has every token: the comparison would be void."""
+    if list(lengths) != [given.new] * given.rollouts:
+        raise ValueError(f"completions of {list(lengths)} tokens; {given.rollouts} x {given.new}")
+
+
+def has_trl() -> bool:
+    return importlib.util.find_spec("trl") is not None
+
+
+def trl_steps(session, given, between) -> list[dict[str, float]]:
+    """Seconds of every step of a GRPOTrainer; ``between`` is called after each and not counted."""
+    import datasets
+    import torch
+    import transformers
+    import trl
+
+    torch.set_num_threads(given.torch_threads)
+    transformers.logging.set_verbosity_error()
+    seconds, started = [], 0.0
+
+    class Turns(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            nonlocal started
+            started = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            nonlocal started
+            seconds.append({"step": time.perf_counter() - started})
+            between()
+            started = time.perf_counter()
+
+    def reward(completions, answer, completion_ids, **_):
+        check_work([len(row) for row in completion_ids], given)
+        return [v.reward for v in session.setting.verifier.grade(completions, answer)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl.GRPOTrainer(
+            model=transformers.AutoModelForCausalLM.from_pretrained(
+                session.folder, dtype=torch.float32
+            ),
+            processing_class=session.setting.tokenizer,
+            reward_funcs=reward,
+            train_dataset=datasets.Dataset.from_list(
+                [{"prompt": p.prompt, "answer": p.answer} for p in session.train_set.problems]
+            ),
+            args=trl_config(folder, given),
+            callbacks=[Turns()],
+        )
+        trainer.generation_config.eos_token_id = -1  # no such token
+        trainer.eos_token_ids = [-1]
+        trainer.train()
+    return seconds
+
+
+def trl_config(folder: str, given):
+    import trl
+
+    return trl.GRPOConfig(
+        output_dir=folder,
+        max_steps=given.steps + 1,
+        per_device_train_batch_size=given.microbatch,
+        gradient_accumulation_steps=given.rollouts // given.microbatch,
+        num_generations=2,
+        max_completion_length=given.new,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        optim="adamw_torch",
+        beta=0.0,
+        bf16=False,
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        use_cpu=jax.default_backend() == "cpu",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+
+
+def summary(name: str, taken: list[dict[str, float]]) -> dict:
+    """Medians by part after the first step, and all of them."""
+    later = taken[1:]
+    parts = {part: median(t[part] for t in later) for part in PARTS if part in later[0]}
+    return {"trainer": name, "seconds": parts, "first_step_s": taken[0]["step"], "all": later}
+
+
+def print_table(rows: list[dict], given) -> None:
+    print(f"{'':6}" + "".join(f"{part:>10}" for part in PARTS) + f"{'first':>10}   tokens/s")
+    for row in rows:
+        shown = [f"{row['seconds'][p]:10.3f}" if p in row["seconds"] else 10 * " " for p in PARTS]
+        rate = given.rollouts * given.new / row["seconds"]["step"]
+        print(f"{row['trainer']:6}" + "".join(shown) + f"{row['first_step_s']:10.1f} {rate:10.0f}")
+    if len(rows) == 2:
+        ratio = rows[1]["seconds"]["step"] / rows[0]["seconds"]["step"]
+        print(f"ours is {ratio:.2f} x as fast a step")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
