@@ -13,22 +13,23 @@ PACKAGE = ROOT / "basis_jax"
 FOLDERS = ("basis_jax", "scripts", "studies", "benchmarks", "configs")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
-WORDS = {"config", "types", "pytree", "masked", "losses"}
+WORDS = {"config", "types", "pytree", "masked", "losses", "files"}
 """Modules that stand alone: what everybody speaks."""
 
 ROOMS = {
     "pytree": set(),
     "masked": set(),
     "config": set(),
+    "files": set(),
     "types": {"pytree"},
     "losses": {"types"},
     "estimators": {"types", "pytree", "masked"},
     "verify": set(),
     "model": {"pytree"},
-    "weights": {"model"},
-    "data": {"config", "verify"},
+    "weights": {"files", "model"},
+    "data": {"config", "files", "verify"},
     "sampling": {"config", "types", "pytree", "model", "data"},
-    "runs": {"config", "types"},
+    "runs": {"config", "files", "types"},
     "opening": WORDS | {"estimators", "verify", "model", "weights", "data", "sampling"},
     "evaluation": WORDS | {"verify", "model", "weights", "data", "sampling", "runs", "opening"},
 }
@@ -119,7 +120,7 @@ def test_names_imported_from_the_package_exist(path):
 def test_packages_are_imported_where_they_belong():
     _, outside = edges()
     wrong = [f"{m} imports {p}" for m, p in sorted(outside) if p in ONLY and m not in ONLY[p]]
-    without_jax = ("verify", "data", "config", "runs.identity", "runs.metrics")
+    without_jax = ("verify", "data", "files", "config", "runs.identity", "runs.metrics")
     wrong += [
         f"{module} imports jax"
         for module, package in sorted(outside)
@@ -128,7 +129,7 @@ def test_packages_are_imported_where_they_belong():
     wrong += [
         f"{module} imports {package}"
         for module, package in sorted(outside)
-        if module in ("config",) and package not in sys.stdlib_module_names
+        if module in ("config", "files") and package not in sys.stdlib_module_names
     ]
     assert not wrong
 

@@ -4,12 +4,9 @@ One line a rollout, in the order of the plan: sets as configured, problems by ui
 samples adjacent. All results are computed from these lines, so anybody can do it again.
 """
 
-import fcntl
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +16,13 @@ from jaxtyping import PyTree
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.evaluation import scores
 from basis_jax.evaluation.evaluate import Evaluation, complete, sha256
+from basis_jax.files import append_json_lines, lock, read_json, replace_file, whole_lines
 from basis_jax.sampling.rollouts import ROUNDS, Graded
 from basis_jax.verify.compare import simplify, unwrapped, without_name
 from basis_jax.verify.extract import extract_answer
 from basis_jax.verify.gym import given
 from basis_jax.verify.mathematics import unfit
 from basis_jax.verify.notation import canonical, number
-from basis_jax.weights import layout as weights
 
 PROGRESS_EVERY_S = 10.0
 RULES = {
@@ -58,16 +55,16 @@ def write_completions(
     out.mkdir(parents=True, exist_ok=True)
     path = out / "completions.jsonl"
     with path.open("a+b") as file:
-        lock(file, out)
+        lock(file, out, "--out")
         settle_protocol(out, wanted)
-        done = cut_torn_line(file, path)
+        ends = [end for _, end in whole_lines(file)]
+        file.truncate(ends[-1] if ends else 0)
+        done = len(ends)
         before = 0
         for name, problems in evaluation.sets.items():
             for start, rows in chunks(params, evaluation, name, problems, done - before, report):
                 missing = rows[max(0, done - before - start) :]
-                file.write(b"".join(json.dumps(row).encode() + b"\n" for row in missing))
-                file.flush()
-                os.fsync(file.fileno())
+                append_json_lines(file, missing)
             before += len(problems.problems) * evaluation.config.eval.samples
     return path
 
@@ -153,22 +150,12 @@ def vote(answer: str | None, verifier: str) -> str | None:
     return (unwrapped(text) if value is None else str(value)) or answer
 
 
-def lock(file: BufferedRandom, out: Path) -> None:
-    """Hold the file for this process; the lock dies with it."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"another process is writing to {out}; wait for it, stop it or give another --out"
-        ) from None
-
-
 def settle_protocol(out: Path, wanted: Mapping[str, Any]) -> None:
     """Write ``out/protocol.json``, or check that it is the one wanted."""
     path, wanted = out / "protocol.json", json.loads(json.dumps(wanted))
     if not path.exists() and not (out / "completions.jsonl").stat().st_size:
         replace_file(path, json.dumps(wanted, indent=2) + "\n")
-    there = weights.read_json(path)
+    there = read_json(path)
     differing = [
         f"{key} is {brief(there.get(key))} there and {brief(wanted.get(key))} here"
         for key in sorted(there.keys() | wanted.keys())
@@ -184,25 +171,6 @@ def settle_protocol(out: Path, wanted: Mapping[str, Any]) -> None:
 def brief(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 70 else f"{text[:40]}... (sha256 {sha256(value)[:8]})"
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file in one step: a kill leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def cut_torn_line(file: BufferedRandom, path: Path) -> int:
-    """The number of whole lines; what a kill left of another is cut off."""
-    file.seek(0)
-    end = lines = 0
-    for line in file:
-        if not line.endswith(b"\n"):
-            break
-        end, lines = end + len(line), lines + 1
-    file.truncate(end)
-    return lines
 
 
 def results(path: Path, evaluation: Evaluation) -> dict[str, Any]:

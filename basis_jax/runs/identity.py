@@ -1,15 +1,14 @@
 """A run folder holds one run: its lock, and config.json, which says what the run is."""
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from io import TextIOBase
 from pathlib import Path
 from typing import Any
 
 from basis_jax.config import Config
+from basis_jax.files import lock, replace_file
 from basis_jax.runs.provenance import provenance
 
 MAY_DIFFER = (
@@ -41,7 +40,8 @@ def lock_run(run_dir: str | Path) -> Iterator[Path]:
         raise ValueError(
             f"run folder {run_dir} cannot be made ({error.strerror}); give another --run-dir"
         ) from None
-    with _lock(run_dir):
+    with (run_dir / ".lock").open("w") as file:
+        lock(file, run_dir, "--run-dir")
         yield run_dir
 
 
@@ -72,25 +72,8 @@ def open_run(
     start = {**provenance(), "devices": list(devices)}
     if start not in starts[-1:]:
         starts.append(start)
-    written = path.with_suffix(".json.new")
     record = {"config": fields, "identity": dict(identity or {}), "starts": starts}
-    written.write_text(json.dumps(record, indent=2) + "\n")
-    written.replace(path)
-
-
-def _lock(run_dir: Path) -> TextIOBase:
-    """Hold the folder for this process. POSIX record locks die with the process, and worker
-    processes forked from it do not keep them alive."""
-    file = (run_dir / ".lock").open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(
-            f"another process is writing to the run folder {run_dir}; wait for it, stop it, or "
-            "give another --run-dir"
-        ) from None
-    return file
+    replace_file(path, json.dumps(record, indent=2) + "\n")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

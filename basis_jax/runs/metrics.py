@@ -10,7 +10,6 @@ TensorBoard is a view of the same numbers; a kill may cost it the last second.
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from io import BufferedWriter, TextIOBase
 from pathlib import Path
 from typing import Any
 
+from basis_jax.files import append_json_lines, whole_lines
 from basis_jax.runs.terminal import _Terminal
 
 
@@ -72,7 +72,7 @@ class Records:
                 f"step {step} is logged after step {self.last_step}; log each step once, in order"
             )
         values = {key: float(value) for key, value in metrics.items()}
-        _append(self._metrics, [{"step": step, **values}])
+        append_json_lines(self._metrics, [_finite({"step": step, **values})])
         self.last_step = step
         if self._events is not None:
             for key, value in values.items():
@@ -81,7 +81,7 @@ class Records:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append completions to ``samples.jsonl``, one line each, before the step is logged."""
-        _append(self._samples, [{"step": step, **row} for row in rows])
+        append_json_lines(self._samples, (_finite({"step": step, **row}) for row in rows))
 
     def message(self, text: str) -> None:
         """One line for whoever watches the run."""
@@ -106,14 +106,13 @@ class Records:
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """(row, bytes up to its end) for every line; a torn last line (a kill, a full disk) is left
-    out, a bad line before others raises ValueError."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    end = 0
-    for number, line in enumerate(lines, 1):
-        end += len(line)
+    """(row, position of its end) for every line. A last line that a kill or a full disk left torn
+    is left out; a bad line before others raises ValueError."""
+    with path.open("rb") as file:
+        lines = list(whole_lines(file))
+    for number, (line, end) in enumerate(lines, 1):
         try:
-            row = json.loads(line) if line.endswith(b"\n") else None
+            row = json.loads(line)
         except ValueError:
             row = None
         if isinstance(row, dict) and "step" in row:
@@ -134,12 +133,6 @@ def _open_lines(path: Path, resume_step: int) -> tuple[BufferedWriter, int]:
     file = path.open("ab")
     file.truncate(end)
     return file, last
-
-
-def _append(file: BufferedWriter, rows: Sequence[Mapping[str, Any]]) -> None:
-    file.write(b"".join(json.dumps(_finite(row)).encode() + b"\n" for row in rows))
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ reference policy's ``prompt_features`` as well, with any n or none: M prefills, 
 """
 
 import hashlib
+import io
 import json
-import os
 import time
 import zipfile
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 
 from basis_jax.config import SamplingSection
 from basis_jax.data.encoding import EncodedProblems
+from basis_jax.files import replace_file
 from basis_jax.sampling.rollouts import ROUNDS, Setting, roll_out
 from basis_jax.training.prompt_features import prompt_features
 
@@ -64,13 +65,9 @@ def prompt_hashes(problems: EncodedProblems) -> np.ndarray:
 def save(table: ReferenceTable, path: Path) -> None:
     """Write the table; the file is replaced in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    fields = {**vars(table), "made_by": json.dumps(table.made_by, sort_keys=True)}
-    with open(partial, "wb") as file:
-        np.savez(file, **fields)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    content = io.BytesIO()
+    np.savez(content, **{**vars(table), "made_by": json.dumps(table.made_by, sort_keys=True)})
+    replace_file(path, content.getbuffer())
 
 
 def load(path: Path) -> ReferenceTable:

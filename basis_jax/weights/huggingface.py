@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import PyTree
 
+from basis_jax.files import read_json
 from basis_jax.model import decoder as model
 from basis_jax.model.decoder import ModelConfig, RopeScaling
 from basis_jax.model.sharding import named
 from basis_jax.weights import layout as weights
-from basis_jax.weights.layout import DTYPES, few, read_json
+from basis_jax.weights.layout import DTYPES, few
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from basis_jax.files import read_json
 from basis_jax.model import decoder as model
 from basis_jax.model.decoder import ModelConfig
 
@@ -142,17 +143,6 @@ def few(names: Iterable[object]) -> str:
     """The first five of the names in order, and how many more there are."""
     names = sorted(str(name) for name in names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError where the file cannot be read as one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}; an object is needed")
-    return value
 
 
 def weight_files(folder: str | Path) -> list[Path]:
