@@ -1,7 +1,6 @@
 """Held-out accuracy and its interval; completions written, resumed, and what is made of them."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import random
@@ -29,6 +28,8 @@ from basis_jax.evaluation.evaluate import (
     problem_scores,
     protocol,
 )
+from basis_jax.evaluation.report import report
+from basis_jax.files import replace_file
 from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.checks import check_evaluation
 
@@ -333,13 +334,6 @@ def test_an_answer_of_any_length_votes_in_no_time():
     assert time.perf_counter() - started < 1
 
 
-def report_script():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_hostile_completion_is_text_in_the_report(evaluation, tmp_path):
     """Markup, ends of elements, writing direction, escape sequences of a terminal, half a pair."""
     found, written = write(evaluation, tmp_path)
@@ -351,8 +345,8 @@ def test_a_hostile_completion_is_text_in_the_report(evaluation, tmp_path):
     path = tmp_path / "completions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     about = {"evaluated": attack, "protocol": {attack: attack}}
-    page = "".join(report_script().report(found, about, path))
-    completions.replace_file(tmp_path / "report.html", page)
+    page = "".join(report(found, about, path))
+    replace_file(tmp_path / "report.html", page)
     assert "<script" not in page and "<img" not in page
     assert "&lt;script&gt;" in page and "&amp;lt;" in page
     assert not {"\u202e", "\x1b", "\ud800"} & set(page) and "\\u202e" in page
@@ -363,9 +357,7 @@ def test_a_hostile_completion_is_text_in_the_report(evaluation, tmp_path):
 def test_the_report_shows_every_problem_with_right_and_wrong_completions(evaluation, tmp_path):
     found, written = write(evaluation, tmp_path)
     page = "".join(
-        report_script().report(
-            found, {"evaluated": "x", "protocol": {}}, tmp_path / "completions.jsonl"
-        )
+        report(found, {"evaluated": "x", "protocol": {}}, tmp_path / "completions.jsonl")
     )
     for name, start in (("one", 0), ("two", SIZE * SAMPLES)):
         part = page.split(f"<h2>{name}</h2>")[1].split("<h2>")[0]

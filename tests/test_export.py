@@ -1,7 +1,6 @@
 """A run's checkpoint becomes a Hugging Face folder: every bit, and the same greedy tokens."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+from basis_jax.commands import convert
 from basis_jax.config import CheckpointSection, Config, ModelSection, OptimSection, SamplingSection
 from basis_jax.model import decoder as model
 from basis_jax.model.sharding import make_mesh, named
@@ -25,14 +25,6 @@ from basis_jax.weights import huggingface as hf
 from basis_jax.weights import trained
 
 ROOT = Path(__file__).parents[1]
-
-
-def convert():
-    """scripts/convert.py as a module."""
-    spec = importlib.util.spec_from_file_location("convert", ROOT / "scripts" / "convert.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -70,23 +62,23 @@ def assert_equal(found, expected):
 def test_the_newest_checkpoint_is_exported_bit_for_bit(run, folder, tmp_path, capsys):
     """10 is newer than 2, in whatever order their names sort."""
     run_dir, params = run
-    convert().run(run_dir, to=tmp_path / "out")
+    convert.run(run_dir, to=tmp_path / "out")
     assert str(tmp_path / "out") in capsys.readouterr().out
     assert_equal(hf.load_params(tmp_path / "out", hf.model_config(folder)), params[10])
-    convert().run(run_dir / "checkpoints" / "2", to=tmp_path / "older")
+    convert.run(run_dir / "checkpoints" / "2", to=tmp_path / "older")
     assert_equal(hf.load_params(tmp_path / "older", hf.model_config(folder)), params[2])
 
 
 def test_an_export_has_config_tokenizer_and_as_many_files_as_asked(run, folder, tmp_path):
     run_dir, params = run
-    convert().run(run_dir, to=tmp_path / "out", shard_gb=2e-5)
+    convert.run(run_dir, to=tmp_path / "out", shard_gb=2e-5)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
     assert hf.model_config(tmp_path / "out") == hf.model_config(folder)
     tokenizers = [hf.load_tokenizer(f) for f in (folder, tmp_path / "out")]
     assert len({str(t("what is 1 + 2?")["input_ids"]) for t in tokenizers}) == 1
     assert_equal(hf.load_params(tmp_path / "out", hf.model_config(folder)), params[10])
-    convert().run(run_dir, to=tmp_path / "half", dtype="bfloat16")
+    convert.run(run_dir, to=tmp_path / "half", dtype="bfloat16")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params[10])
     assert_equal(hf.load_params(tmp_path / "half", hf.model_config(folder)), rounded)
 
@@ -95,7 +87,7 @@ def test_a_run_as_the_first_argument_needs_no_subcommand(run, tmp_path, monkeypa
     pytest.importorskip("tyro")
     command = ["convert.py", str(run[0]), "--to", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", command)
-    convert().main()
+    convert.main()
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -107,8 +99,8 @@ def test_the_model_folder_may_have_moved(run, folder, tmp_path):
     saved = moved / "checkpoints" / "10" / "config" / "metadata"
     saved.write_text(saved.read_text().replace(str(folder), str(tmp_path / "gone")))
     with pytest.raises(ValueError, match="gone is no folder"):
-        convert().run(moved, to=tmp_path / "out")
-    convert().run(moved, to=tmp_path / "out", model_path=str(folder))
+        convert.run(moved, to=tmp_path / "out")
+    convert.run(moved, to=tmp_path / "out", model_path=str(folder))
     assert_equal(hf.load_params(tmp_path / "out", hf.model_config(folder)), params[10])
 
 
@@ -158,7 +150,7 @@ def test_transformers_continues_the_export_greedily_with_the_same_tokens(run, fo
     import transformers
 
     run_dir, params = run
-    convert().run(run_dir, to=tmp_path / "out", shard_gb=2e-5)
+    convert.run(run_dir, to=tmp_path / "out", shard_gb=2e-5)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     texts = [f"what is {a} + {b}?" for a in range(4) for b in range(6)]

@@ -34,7 +34,8 @@ ROOMS = {
     "evaluation": WORDS | {"verify", "model", "weights", "data", "sampling", "runs", "opening"},
 }
 ROOMS["training"] = {*ROOMS} - {"training"}
-ROOMS["command_line"] = {*ROOMS} - {"command_line"}
+ROOMS["command_line"] = {"config"}
+ROOMS["commands"] = {*ROOMS} - {"commands"}
 """Which rooms (folders, or modules that stand alone) a room may import from. No exceptions."""
 
 ONLY = {
@@ -147,6 +148,7 @@ HEAVY += ["basis_jax.model.decoder"]
         ("basis_jax.losses", HEAVY),
         ("basis_jax.verify", [*HEAVY, "jax"]),
         ("basis_jax.data.tasks", [*HEAVY, "jax"]),
+        ("basis_jax.commands", [*HEAVY, "jax", "numpy"]),
         ("basis_jax.runs.metrics", [*HEAVY, "jax", "tensorboardX", "rich"]),
     ],
 )

@@ -1,0 +1,56 @@
+"""Evaluate a model, or a checkpoint of a run, on held-out sets.
+
+    basis-jax evaluate --config configs/quickstart.py --out runs/eval_start
+    basis-jax evaluate --config configs/quickstart.py --checkpoint runs/quickstart \
+        --out runs/eval_end --eval.samples 8
+
+Without ``--checkpoint`` it is the config's model (``--model.path FOLDER`` for any other); with it,
+the newest checkpoint of the run, or the one given as RUN/checkpoints/STEP. Sets, completions a
+problem and temperature are ``--eval.sets``, ``--eval.samples``, ``--eval.temperature`` (0: greedy),
+the length limit is ``--sampling.max-new-tokens``. The same command again goes on where a killed
+one stopped. OUT holds completions.jsonl (every rollout), protocol.json, results.json (all metrics
+with 95 % intervals) and report.html (problem by problem, to be looked at).
+"""
+
+import json
+
+import jax
+
+from basis_jax import command_line
+from basis_jax.evaluation.completions import results, write_completions
+from basis_jax.evaluation.evaluate import check_out, open_evaluation, protocol
+from basis_jax.evaluation.report import report, table
+from basis_jax.files import replace_file
+from basis_jax.runs.provenance import provenance
+from basis_jax.weights import huggingface as hf
+from basis_jax.weights import trained
+
+
+def main() -> None:
+    config, options = command_line.parse(__doc__, options=("checkpoint", "out"))
+    out = check_out(options.out)
+    with open_evaluation(config) as evaluation, jax.set_mesh(evaluation.setting.mesh):
+        params, source = load(evaluation, options.checkpoint)
+        print(f"evaluating {source}")
+        same = protocol(evaluation, params)
+        path = write_completions(params, evaluation, out, same)
+        found = results(path, evaluation)
+    devices = [str(device) for device in jax.devices()]
+    about = {"evaluated": source, "protocol": same, **provenance(), "devices": devices}
+    replace_file(out / "results.json", json.dumps({**found, **about}, indent=2) + "\n")
+    replace_file(out / "report.html", "".join(report(found, about, path)))
+    print("\n".join(table(found)))
+    for name in ("completions.jsonl", "protocol.json", "results.json", "report.html"):
+        print(f"{name:18} {out / name}")
+
+
+def load(evaluation, checkpoint: str):
+    """Parameters and the name of where they are from: the model folder or a checkpoint."""
+    architecture, mesh = evaluation.setting.model, evaluation.setting.mesh
+    if not checkpoint:
+        return hf.load_params(evaluation.folder, architecture, mesh), str(evaluation.folder)
+    step = trained.find_checkpoint(checkpoint)
+    began, here = trained.model_path(step), evaluation.config.model.path
+    if began != here:
+        print(f"note: training began from {began}; config and tokenizer are those of {here}")
+    return trained.load_params(step, architecture, mesh), str(step)
