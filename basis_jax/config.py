@@ -4,7 +4,9 @@
 (``--optim.lr 3e-6``). Every field is read somewhere, and says here what it means.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -194,3 +196,22 @@ class Config:
     eval: EvalSection = EvalSection()
     mesh: MeshSection = MeshSection()
     checkpoint: CheckpointSection = CheckpointSection()
+
+
+def config_from(values: Mapping[str, Any]) -> Config:
+    """The ``Config`` that ``dataclasses.asdict`` made ``values`` of, from a run's config.json or a
+    checkpoint. Fields that it lacks keep their defaults; raises ValueError for unknown ones."""
+    return _replaced(Config(run_dir=""), values)
+
+
+def _replaced(section: Any, values: Mapping[str, Any]) -> Any:
+    known = {field.name for field in fields(section)}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"the saved config has the field {unknown[0]}, unknown to this version")
+    changed = {}
+    for name, value in values.items():
+        before = getattr(section, name)
+        if is_dataclass(before):
+            value = _replaced(before, value)
+        changed[name] = tuple(value) if isinstance(value, list) else value
+    return replace(section, **changed)

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 
-def lock(file: IO, folder: Path, option: str) -> None:
+def lock(file: IO, what: str, option: str) -> None:
     """Hold an open file for this process until it is closed or the process ends.
 
     These are POSIX record locks: worker processes forked from this one do not keep them alive, and
     closing any other handle of the same file in this process releases them. Raises ValueError
-    where another process holds the file; ``option`` names another ``folder``.
+    where another process holds the file: ``what`` it writes to, and the ``option`` that names
+    another place.
     """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(
-            f"another process is writing to {folder}; wait for it, stop it, or give another "
-            f"{option}"
+            f"another process is writing to {what}; wait for it, stop it, or give another {option}"
         ) from None
 
 

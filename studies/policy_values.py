@@ -41,21 +41,7 @@ def run_config(run_dir: Path) -> Config:
     path = run_dir / "config.json"
     if not path.is_file():
         raise SystemExit(f"error: no config.json in {run_dir}; give --run the folder of a run")
-    return from_dict(Config(run_dir=""), json.loads(path.read_text())["config"])
-
-
-def from_dict(section, given: dict):
-    """``section`` with the fields of a JSON object; fields that it lacks keep their default."""
-    known = {field.name for field in fields(section)}
-    if unknown := given.keys() - known:
-        raise SystemExit(f"error: config.json has the unknown field {sorted(unknown)[0]}")
-    values = {}
-    for name, value in given.items():
-        before = getattr(section, name)
-        if is_dataclass(before):
-            value = from_dict(before, value)
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return replace(section, **values)
+    return config_from(json.loads(path.read_text())["config"])
 
 
 def steps(run_dir: Path, config: Config) -> list[int]:

@@ -15,10 +15,9 @@ ROOT = Path(__file__).parent.parent
 def test_a_second_process_is_refused_and_told_what_to_do(tmp_path):
     hold = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
 from basis_jax import files
 file = open({str(tmp_path / ".lock")!r}, "w")
-files.lock(file, Path({str(tmp_path)!r}), "--out")
+files.lock(file, "here", "--out")
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -29,11 +28,11 @@ sys.stdin.read()
         assert process.stdout.readline() == "held\n"
         with (tmp_path / ".lock").open("w") as file:
             with pytest.raises(ValueError, match="another process is writing to .*give another --"):
-                files.lock(file, tmp_path, "--out")
+                files.lock(file, "here", "--out")
     finally:
         process.communicate("")
     with (tmp_path / ".lock").open("w") as file:
-        files.lock(file, tmp_path, "--out")  # the lock died with its process
+        files.lock(file, "here", "--out")  # the lock died with its process
 
 
 def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def write_completions(
     out.mkdir(parents=True, exist_ok=True)
     path = out / "completions.jsonl"
     with path.open("a+b") as file:
-        lock(file, out, "--out")
+        lock(file, str(out), "--out")
         settle_protocol(out, wanted)
         ends = [end for _, end in whole_lines(file)]
         file.truncate(ends[-1] if ends else 0)

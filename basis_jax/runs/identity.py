@@ -41,7 +41,7 @@ def lock_run(run_dir: str | Path) -> Iterator[Path]:
             f"run folder {run_dir} cannot be made ({error.strerror}); give another --run-dir"
         ) from None
     with (run_dir / ".lock").open("w") as file:
-        lock(file, run_dir, "--run-dir")
+        lock(file, f"the run folder {run_dir}", "--run-dir")
         yield run_dir
 
 
