@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jax
 
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import named_tree
 from basis_jax.runs.provenance import provenance
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 
 QWEN3 = {
     "architecture": "qwen3",
@@ -33,14 +33,14 @@ def architecture(name: str, **computed) -> ModelConfig:
     """``computed``: compute_dtype, remat, attention."""
     if name in SHAPES:
         return ModelConfig(**vars(SHAPES[name]) | computed)
-    return hf.model_config(hf.resolve_folder(name), **computed)
+    return huggingface.model_config(huggingface.resolve_folder(name), **computed)
 
 
 def our_params(name: str, config: ModelConfig, mesh):
     if name not in SHAPES:
-        return hf.load_params(hf.resolve_folder(name), config, mesh)
-    layout = named_tree(mesh, model.param_axes(config))
-    return jax.jit(model.init, static_argnums=0, out_shardings=layout)(config, jax.random.key(0))
+        return huggingface.load_params(huggingface.resolve_folder(name), config, mesh)
+    layout = named_tree(mesh, decoder.param_axes(config))
+    return jax.jit(decoder.init, static_argnums=0, out_shardings=layout)(config, jax.random.key(0))
 
 
 def torch_model(name: str, config: ModelConfig):
@@ -57,13 +57,13 @@ def torch_model(name: str, config: ModelConfig):
     transformers.logging.set_verbosity_error()
     dtype, causal = getattr(torch, config.compute_dtype), transformers.AutoModelForCausalLM
     if name in SHAPES:
-        described = hf.describe(config)
+        described = huggingface.describe(config)
         kind = described.pop("model_type")
         loaded = causal.from_config(
             transformers.AutoConfig.for_model(kind, **described), dtype=dtype
         )
     else:
-        loaded = causal.from_pretrained(hf.resolve_folder(name), dtype=dtype)
+        loaded = causal.from_pretrained(huggingface.resolve_folder(name), dtype=dtype)
     return torch, loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

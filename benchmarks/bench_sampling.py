@@ -30,7 +30,7 @@ from basis_jax.model.sharding import make_mesh
 from basis_jax.sampling.draw import row_keys
 from basis_jax.sampling.refill import WORTH_IT, sample_rows
 from basis_jax.types import Prompts
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 from benchmarks import bench_models, ceilings
 from benchmarks.rival_tunix import tunix_sampler
 
@@ -40,7 +40,7 @@ def main() -> None:
     config = bench_models.architecture(given.model, compute_dtype=given.dtype)
     settings = [("equal", n, n, (config.vocab_size + 10**6,)) for n in given.equal]
     if given.rows:
-        tokenizer = hf.load_tokenizer(hf.resolve_folder(given.model))
+        tokenizer = huggingface.load_tokenizer(huggingface.resolve_folder(given.model))
         stop = tuple(tokenizer.encode(s, add_special_tokens=False)[0] for s in given.stop)
         settings.append(("mixed", given.rows, given.slots, stop))
     ours, ceiling, rows = our_sampler(given.model, config), ceilings.measured(given.dtype), []

@@ -48,7 +48,7 @@ from basis_jax.training.update import (
     make_update,
     merge_updates,
 )
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 from benchmarks.bench_models import write_result
 
 PARTS = ("sample", "verify", "update", "step")
@@ -120,7 +120,7 @@ def our_step(session, given):
     estimate_values = make_estimate(session.estimator)
     update = make_update(setting.model, optimizer, **common)
     score = make_score(setting.model, **common)
-    params = hf.load_params(session.folder, setting.model, mesh)
+    params = huggingface.load_params(session.folder, setting.model, mesh)
     first = first_estimator_state(session, params, Path())
     state = make_state(params, optimizer, first, architecture=setting.model, mesh=mesh)
 

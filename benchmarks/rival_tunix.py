@@ -24,7 +24,7 @@ from basis_jax.model.decoder import ModelConfig
 from basis_jax.sampling.decode import sample
 from basis_jax.sampling.draw import row_keys
 from basis_jax.types import Prompts
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 from benchmarks.bench_models import SHAPES
 
 
@@ -34,11 +34,13 @@ def main() -> None:
     parser.add_argument("--prompt", default="The capital of France is", help="its tokens, 4 rows")
     parser.add_argument("--new", type=int, default=16)
     given = parser.parse_args()
-    folder = hf.resolve_folder(given.model)
-    tokenizer = hf.load_tokenizer(folder)
+    folder = huggingface.resolve_folder(given.model)
+    tokenizer = huggingface.load_tokenizer(folder)
     prompt = np.array(tokenizer.encode(given.prompt), np.int32)
     tokens = np.stack([np.roll(prompt, row) for row in range(4)])
-    theirs = tunix_tokens(folder, hf.model_config(folder))(tokens, (-2,), given.new, greedy=True)
+    theirs = tunix_tokens(folder, huggingface.model_config(folder))(
+        tokens, (-2,), given.new, greedy=True
+    )
     ours = our_tokens(folder, tokens, given.new)
     print(repr(tokenizer.decode(ours[0])))
     if not np.array_equal(np.stack(theirs), ours):
@@ -48,9 +50,9 @@ def main() -> None:
 
 def our_tokens(folder: Path, tokens: np.ndarray, new: int) -> np.ndarray:
     """Greedy completions of exactly ``new`` tokens."""
-    config, rows = hf.model_config(folder), np.arange(len(tokens), dtype=np.int32)
+    config, rows = huggingface.model_config(folder), np.arange(len(tokens), dtype=np.int32)
     rollouts = sample(
-        jax.tree.map(jnp.asarray, hf.load_params(folder, config)),
+        jax.tree.map(jnp.asarray, huggingface.load_params(folder, config)),
         config,
         Prompts(
             tokens=tokens,
@@ -69,7 +71,7 @@ def tunix_sampler(name: str, config: ModelConfig):
     Tunix is not installed or would have to make up weights."""
     if importlib.util.find_spec("tunix") is None or name in SHAPES:
         return None
-    generate = tunix_tokens(hf.resolve_folder(name), config)
+    generate = tunix_tokens(huggingface.resolve_folder(name), config)
 
     def run(tokens, slots, eos_ids, new) -> np.ndarray:
         made = generate(tokens, eos_ids, new)

@@ -24,8 +24,7 @@ from basis_jax import command_line
 from basis_jax.evaluation.completions import read_lines, replace_file, results, write_completions
 from basis_jax.evaluation.evaluate import check_out, open_evaluation, protocol
 from basis_jax.runs.provenance import provenance
-from basis_jax.weights import huggingface as hf
-from basis_jax.weights import trained
+from basis_jax.weights import huggingface, trained
 
 COMPLETIONS_SHOWN = 4  # of a problem, in the report
 CHARACTERS_SHOWN = 4000  # of a completion: its end, where the answer stands
@@ -53,7 +52,9 @@ def load(evaluation, checkpoint: str):
     """Parameters and the name of where they are from: the model folder or a checkpoint."""
     architecture, mesh = evaluation.setting.model, evaluation.setting.mesh
     if not checkpoint:
-        return hf.load_params(evaluation.folder, architecture, mesh), str(evaluation.folder)
+        return huggingface.load_params(evaluation.folder, architecture, mesh), str(
+            evaluation.folder
+        )
     step = trained.find_checkpoint(checkpoint)
     began, here = trained.model_path(step), evaluation.config.model.path
     if began != here:

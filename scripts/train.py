@@ -35,7 +35,7 @@ from basis_jax.training.update import (
     merge_updates,
     reward_metrics,
 )
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     opened = open_session(config, training=True)
     with opened as session, lock_run(config.run_dir) as run_dir:
         identity = {
-            "model.path": hf.fingerprint(session.folder),
+            "model.path": huggingface.fingerprint(session.folder),
             "data.path": session.train_set.fingerprint(),
         }
         open_run(config, devices=[str(d) for d in jax.devices()], identity=identity)
@@ -141,7 +141,7 @@ def state_shapes(session, optimizer):
 
 def start_params(session):
     """The model folder's weights: where training starts, and what a KL term refers to."""
-    return hf.load_params(session.folder, session.setting.model, session.setting.mesh)
+    return huggingface.load_params(session.folder, session.setting.model, session.setting.mesh)
 
 
 def evaluate_now(params, session) -> dict[str, float]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from basis_jax.config import Config, SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.data.problem import content_hash
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards, put_rows
 from basis_jax.runs import checkpoint
@@ -219,11 +219,11 @@ def answer_probability(
     temperature: float,
     limit: int,
 ) -> Float[Array, " N"]:
-    hidden, _ = model.forward(params, config, tokens)
+    hidden, _ = decoder.forward(params, config, tokens)
     at = jnp.arange(most + 1, dtype=jnp.int32)[None]
     position = jnp.minimum(prompt_lengths[:, None] - 1 + at, tokens.shape[1] - 1)  # predicts at
     hidden = jnp.take_along_axis(hidden, position[:, :, None], axis=1)
-    logprobs = jax.nn.log_softmax(model.logits(params, config, hidden) / temperature, axis=-1)
+    logprobs = jax.nn.log_softmax(decoder.logits(params, config, hidden) / temperature, axis=-1)
     following = jnp.minimum(position + 1, tokens.shape[1] - 1)
     answer = jnp.take_along_axis(tokens, following, axis=1)
     picked = jnp.take_along_axis(logprobs, answer[:, :, None], axis=2)[:, :, 0]

@@ -19,19 +19,18 @@ from basis_jax.config import (
     TrainSection,
 )
 from basis_jax.evaluation.evaluate import open_evaluation
-from basis_jax.model import costs, decoding, logprobs
-from basis_jax.model import decoder as model
+from basis_jax.model import costs, decoder, decoding, logprobs
 from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.checks import check_memory, device_memory
 from basis_jax.sampling.decode import sample_with
-from basis_jax.training import update as train
+from basis_jax.training import update
 from basis_jax.training.session import open_session
 from basis_jax.types import Batch, Prompts
 
 SMALL = dataclasses.replace(
     tiny.TINY, vocab_size=512, embed=64, layers=4, head_dim=16, mlp=192, max_positions=1024
 )
-SMOLLM2 = model.ModelConfig(
+SMOLLM2 = decoder.ModelConfig(
     architecture="llama",
     vocab_size=49152,
     embed=576,
@@ -56,11 +55,11 @@ def one_device():
 
 @functools.cache
 def compiled_update(architecture, rows, width, microbatch):
-    optimizer = train.make_optimizer(OptimSection(), updates=9)
-    update = train.make_update(
+    optimizer = update.make_optimizer(OptimSection(), updates=9)
+    update_params = update.make_update(
         architecture, optimizer, loss=LossSection(), temperature=1.0, microbatch=microbatch
     )
-    state = train.abstract_state(optimizer, {}, architecture=architecture, mesh=one_device())
+    state = update.abstract_state(optimizer, {}, architecture=architecture, mesh=one_device())
     numbers = np.zeros((microbatch, width), np.float32)
     batch = Batch(
         tokens=numbers.astype(np.int32),
@@ -71,13 +70,13 @@ def compiled_update(architecture, rows, width, microbatch):
         sampler_logprobs=numbers,
     )
     micros = [batch] * (rows // microbatch)
-    return jax.jit(update, donate_argnums=0).lower(state, micros).compile()
+    return jax.jit(update_params, donate_argnums=0).lower(state, micros).compile()
 
 
 def compiled_sample(architecture, rows, width, new):
     zeros = np.zeros(rows, np.int32)
     return sample_with.lower(
-        model.param_shapes(architecture),
+        decoder.param_shapes(architecture),
         weight_shapes(architecture),
         Prompts(tokens=np.zeros((rows, width), np.int32), lengths=zeros, problem_ids=zeros),
         jax.random.split(jax.random.key(0), rows),
@@ -90,7 +89,7 @@ def compiled_sample(architecture, rows, width, new):
 def weight_shapes(architecture):
     return jax.eval_shape(
         lambda params: decoding.decode_weights(params, architecture),
-        model.param_shapes(architecture),
+        decoder.param_shapes(architecture),
     )
 
 
@@ -119,7 +118,7 @@ def flops(function, *args):
     ],
 )
 def test_parameters_are_those_of_the_model(architecture):
-    leaves = jax.tree.leaves(model.param_shapes(architecture))
+    leaves = jax.tree.leaves(decoder.param_shapes(architecture))
     assert costs.parameters(architecture) == sum(leaf.size for leaf in leaves)
     assert costs.parameter_bytes(architecture, one_device()) == 4 * costs.parameters(architecture)
 
@@ -144,10 +143,10 @@ def test_a_prefills_flops_are_those_xla_counts():
     one, rows, width = dataclasses.replace(SMALL, layers=1), 16, 16
 
     def first(params, tokens):
-        hidden, _ = model.forward(params, one, tokens)
-        return model.logits(params, one, hidden[:, -1])
+        hidden, _ = decoder.forward(params, one, tokens)
+        return decoder.logits(params, one, hidden[:, -1])
 
-    counted = flops(first, model.param_shapes(one), shape((rows, width), jnp.int32))
+    counted = flops(first, decoder.param_shapes(one), shape((rows, width), jnp.int32))
     assert BAND[0] < costs.prefill(one, rows=rows, width=width).flops / counted < BAND[1]
 
 
@@ -199,8 +198,8 @@ def test_what_a_mesh_splits_is_divided():
     at_four = costs.sampling_memory(SMALL, mesh, **sizes)
     assert at_four["key-value cache"] * 4 == at_one["key-value cache"]
     assert at_four["logits"] * 4 == at_one["logits"]
-    shardings = train.abstract_state(
-        train.make_optimizer(OptimSection(), updates=1), {}, architecture=SMALL, mesh=mesh
+    shardings = update.abstract_state(
+        update.make_optimizer(OptimSection(), updates=1), {}, architecture=SMALL, mesh=mesh
     ).params
     shares = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(shardings)]
     assert at_four["weights"] == sum(4 * math.prod(share) for share in shares)

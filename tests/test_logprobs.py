@@ -10,8 +10,7 @@ import pytest
 import tiny
 from tiny import EVERYTHING, assert_same_gradient, gradient, random_params, score_sum, tokens_of
 
-from basis_jax.model import decoder as model
-from basis_jax.model import logprobs
+from basis_jax.model import decoder, logprobs
 from basis_jax.model.logprobs import score_targets, token_logprobs
 from basis_jax.model.sharding import make_mesh
 
@@ -70,7 +69,7 @@ def test_logits_exist_for_one_chunk_at_a_time(monkeypatch):
     """Forward and backward: no array with N x T x V numbers is written down, none is allocated."""
     rows, steps, vocab, chunk = 2, 129, 16384, 8
     config = dataclasses.replace(tiny.TINY, vocab_size=vocab, embed=8, layers=1)
-    params, tokens = model.param_shapes(config), jax.ShapeDtypeStruct((rows, steps), jnp.int32)
+    params, tokens = decoder.param_shapes(config), jax.ShapeDtypeStruct((rows, steps), jnp.int32)
     whole = rows * (steps - 1) * vocab
 
     for function in (score_sum, jax.grad(score_sum, has_aux=True)):
@@ -133,7 +132,7 @@ def test_the_gradient_reaches_every_parameter_as_through_the_plain_log_softmax(c
     params, tokens = random_params(config), jnp.asarray(tokens_of((3, 12)))
 
     def loss(params):
-        hidden, _ = model.forward(params, config, tokens)
+        hidden, _ = decoder.forward(params, config, tokens)
         weight = params["embedding" if config.tied else "output"]
         logprobs, entropy = plain(1.0, hidden[:, :-1], weight, tokens[:, 1:])
         return jnp.sum(logprobs * jnp.cos(logprobs)) + 0.3 * jnp.sum(entropy)
@@ -238,7 +237,7 @@ def test_remat_keeps_less_of_a_layer():
     def needed(remat):
         config = dataclasses.replace(tiny.TINY, layers=8, remat=remat)
         run = lambda params, tokens: jax.grad(score_sum, has_aux=True)(params, config, tokens, 4)  # noqa: E731
-        return compiled_bytes(run, model.param_shapes(config), tokens)
+        return compiled_bytes(run, decoder.param_shapes(config), tokens)
 
     everything, dots, full = needed("none"), needed("dots"), needed("full")
     assert full < 0.7 * dots and dots < 0.7 * everything

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from basis_jax.model import decoder as model
-from basis_jax.model import logprobs
+from basis_jax.model import decoder, logprobs
 from basis_jax.types import Prompts
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 
-TINY = model.ModelConfig(
+TINY = decoder.ModelConfig(
     architecture="qwen3",
     vocab_size=32,
     embed=32,
@@ -32,14 +31,14 @@ EVERYTHING = dataclasses.replace(  # every optional part at once
     output_bias=True,
     mlp_bias=True,
     rope_theta=500.0,
-    rope_scaling=model.RopeScaling(8.0, 1.0, 4.0, 64),
+    rope_scaling=decoder.RopeScaling(8.0, 1.0, 4.0, 64),
 )
 
 
 @functools.cache
 def params(config=TINY, seed=0):
     """Random parameters, scaled up so that distributions are far from uniform."""
-    made = jax.jit(model.init, static_argnums=0)(config, jax.random.key(seed))
+    made = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(seed))
     return jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, made)
 
 
@@ -59,7 +58,7 @@ def prompts(rows=6, width=7, seed=1):
 @functools.partial(jax.jit, static_argnums=1)
 def next_token_logits(params, config, tokens):
     """Logits [N T V] of what follows each token, by the full forward pass."""
-    return model.logits(params, config, model.forward(params, config, tokens)[0])
+    return decoder.logits(params, config, decoder.forward(params, config, tokens)[0])
 
 
 token_logprobs = jax.jit(
@@ -80,7 +79,7 @@ def random_params(config):
         centre = 1.0 if "norm" in path[-1].key else 0.0
         return jnp.asarray(random.normal(centre, 0.15, leaf.shape).astype(np.float32))
 
-    return jax.tree_util.tree_map_with_path(make, model.param_shapes(config))
+    return jax.tree_util.tree_map_with_path(make, decoder.param_shapes(config))
 
 
 def score_sum(params, config, tokens, chunk):
@@ -111,7 +110,7 @@ def write_folder(folder, config=TINY):
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(CHARACTERS)]
     config = dataclasses.replace(config, vocab_size=len(words) + len(words) % 4)
-    hf.save_params(params(config), config, folder)
+    huggingface.save_params(params(config), config, folder)
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -28,8 +28,7 @@ from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.checks import check_evaluation, check_memory
 from basis_jax.opening.setting import stop_ids
 from basis_jax.sampling.rollouts import Graded, Setting, roll_out
-from basis_jax.weights import huggingface as hf
-from basis_jax.weights import layout as weights
+from basis_jax.weights import huggingface, layout
 
 
 def problem_scores(rewards: np.ndarray, valid: np.ndarray, samples: int) -> np.ndarray:
@@ -128,12 +127,12 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print):
     Raises ValueError for settings that cannot be evaluated, before weights are read.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    folder = hf.resolve_folder(config.model.path)
-    architecture = hf.model_config(
+    folder = huggingface.resolve_folder(config.model.path)
+    architecture = huggingface.model_config(
         folder, compute_dtype=config.model.compute_dtype, attention=config.model.attention
     )
     check_evaluation(config, architecture, mesh)
-    tokenizer = hf.load_tokenizer(folder)
+    tokenizer = huggingface.load_tokenizer(folder)
     sets = {}
     for name in config.eval.sets:
         problems = load_held_out(name, config.eval.folder)
@@ -152,7 +151,7 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print):
             model=architecture,
             mesh=mesh,
             tokenizer=tokenizer,
-            eos_ids=hf.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer),
+            eos_ids=huggingface.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer),
             verifier=verifier,
             seed=config.seed,
             rows_at_once=config.train.sample_rollouts,
@@ -209,7 +208,7 @@ def sha256(value: Any) -> str:
 def params_sha256(params: PyTree, config: ModelConfig) -> str:
     """Over names, shapes and float32 values, in the names and layouts of Hugging Face's files."""
     digest = hashlib.sha256()
-    for name, tensor in weights.stored_tensors(params, config):
+    for name, tensor in layout.stored_tensors(params, config):
         digest.update(f"{name}\0{tensor.shape}\0".encode())
         digest.update(np.ascontiguousarray(tensor, np.float32))
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import shards
 
@@ -113,7 +113,7 @@ def parameter_bytes(config: ModelConfig, mesh, *, itemsize: int = 4, gathered: b
     def here(size, axis):
         return size if gathered and axis == "embed" else -(-size // shards(mesh, axis))
 
-    shapes, axes = jax.tree.leaves(model.param_shapes(config)), model.param_axes(config)
+    shapes, axes = jax.tree.leaves(decoder.param_shapes(config)), decoder.param_axes(config)
     axes = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
     return sum(
         itemsize * math.prod(here(n, a) for n, a in zip(x.shape, of, strict=True))

@@ -30,7 +30,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Static description of a decoder; ``hf.model_config`` makes it from ``config.json``."""
+    """Static description of a decoder; ``huggingface.read_model_config`` reads it."""
 
     architecture: str  # "qwen2", "qwen3" or "llama"
     vocab_size: int

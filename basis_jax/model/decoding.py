@@ -1,10 +1,10 @@
-"""One more token a row: the decoder of ``model.py`` for a single position, laid out for speed.
+"""One more token a row: the model of ``decoder.py`` for a single position, laid out for speed.
 
-The mathematics is that of ``model.Block``; what differs is the order of axes. Features come before
-rows and weights are [out, in], so that every product is weight @ x; layers are separate arrays, and
-keys lie with the positions last. XLA's CPU backend copies a stacked layer before using it, repacks
-a right-hand weight for every product and transposes keys for every step; other backends do not mind
-the order. ``decode_weights`` is made once for many steps.
+The mathematics is that of ``decoder.Block``; only the order of axes differs. Features come before
+rows, and weights are [out, in], so that every product is weight @ x. Each layer has arrays of its
+own, and keys have the positions as their last axis. XLA's CPU backend copies a stacked layer before
+using it, repacks a right-hand weight for every product and transposes keys at every step; the order
+makes no difference to other backends. ``decode_weights`` is called once for many steps.
 """
 
 import functools

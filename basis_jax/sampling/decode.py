@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from basis_jax.config import SamplingSection
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import KeyValues, ModelConfig
 from basis_jax.model.decoding import Cache, DecodeWeights, decode_step, decode_weights, filled_cache
 from basis_jax.pytree import pytree
@@ -46,17 +46,17 @@ def prefill(
     tokens that all prompts begin with, which are then not computed again."""
     rows, width = prompts.tokens.shape
     shared = 0 if prefix is None else prefix.keys.shape[2]
-    hidden, kept = model.forward(
+    hidden, kept = decoder.forward(
         params, config, prompts.tokens[:, shared:], prefix=prefix, keep=True
     )
     if prefix is not None:
-        kept = jax.tree.map(jax.vmap(model.after), prefix, kept)
+        kept = jax.tree.map(jax.vmap(decoder.after), prefix, kept)
     at = (prompts.lengths - 1 - shared)[:, None, None]
     last = jnp.take_along_axis(hidden, at, axis=1)[:, 0]
     inside = jnp.arange(length, dtype=jnp.int32)[None] < prompts.lengths[:, None]
     tokens = jnp.pad(prompts.tokens, ((0, 0), (0, length - width)))
     nothing = jnp.zeros(rows, jnp.int32)
-    first = draw(model.logits(params, config, last).T, token_keys(keys, nothing), sampling)
+    first = draw(decoder.logits(params, config, last).T, token_keys(keys, nothing), sampling)
     return Slots(
         tokens=jnp.where(inside, tokens, 0),
         logprobs=jnp.zeros((rows, length), jnp.float32),

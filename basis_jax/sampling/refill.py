@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key, PyTree
 
 from basis_jax.config import SamplingSection
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import KeyValues, ModelConfig
 from basis_jax.model.decoding import CACHE_AXES, DecodeWeights, decode_weights, empty_cache, resized
 from basis_jax.model.sharding import batch_shards, constrain, put_rows
@@ -131,7 +131,7 @@ def laid_out(slots: Slots) -> Slots:
 @functools.partial(jax.jit, static_argnames="config")
 def read_prefix(params: PyTree, tokens: Int[Array, "N P"], *, config: ModelConfig) -> KeyValues:
     """Keys and values of the first row."""
-    _, kept = model.forward(params, config, tokens, keep=True)
+    _, kept = decoder.forward(params, config, tokens, keep=True)
     return jax.tree.map(lambda x: x[:, :1], kept)
 
 
@@ -161,7 +161,7 @@ def sample_rows(
     of ``sample`` instead. The draws do not depend on it. ``ended(rollouts, rows)`` is called with
     the numbers of rows that are complete, while the device goes on with others.
     """
-    config = model.computed_in(config, sampling.dtype)
+    config = decoder.computed_in(config, sampling.dtype)
     prompts, shards = jax.tree.map(np.asarray, prompts), batch_shards(mesh)
     size = -(-min(rows_at_once, len(prompts.lengths)) // shards) * shards
     found = nothing_yet(prompts, prompts.tokens.shape[1] + sampling.max_new_tokens)

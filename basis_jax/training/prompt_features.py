@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, PyTree
 
 from basis_jax.data.encoding import EncodedProblems
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards, put_rows
 from basis_jax.types import Array
@@ -72,7 +72,7 @@ def middle_states(
     """Normed hidden state of the last prompt token after half of the layers."""
     half = dataclasses.replace(config, layers=max(1, config.layers // 2))
     params = {**params, "layers": jax.tree.map(lambda x: x[: half.layers], params["layers"])}
-    hidden, _ = model.forward(params, half, tokens)
+    hidden, _ = decoder.forward(params, half, tokens)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return last.astype(jnp.float32)
 

@@ -15,7 +15,7 @@ from basis_jax.config import LossSection, OptimSection
 from basis_jax.estimators import Estimator
 from basis_jax.losses import kl_loss, policy_loss, sampler_weights
 from basis_jax.masked import masked_max, masked_sum
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.logprobs import token_logprobs
 from basis_jax.model.sharding import constrain, named_tree
@@ -83,8 +83,8 @@ def abstract_state(
             step=jnp.int32(0), params=params, opt_state=opt_state, estimator_state=estimator_state
         )
 
-    shapes = jax.eval_shape(first, model.param_shapes(architecture), estimator_state)
-    of_params = named_tree(mesh, model.param_axes(architecture))
+    shapes = jax.eval_shape(first, decoder.param_shapes(architecture), estimator_state)
+    of_params = named_tree(mesh, decoder.param_axes(architecture))
     of_moments = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -247,7 +247,7 @@ def make_update(
         temperature=temperature,
         microbatch=microbatch,
     )
-    axes = model.param_axes(architecture)
+    axes = decoder.param_axes(architecture)
 
     @jax.jit
     def gradient(params, micro):

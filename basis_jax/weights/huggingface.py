@@ -1,6 +1,6 @@
 """Hugging Face folders: config.json, weights and tokenizer in, and trained parameters out.
 
-``weights.py`` holds the names and layouts of the tensors. Parameters are float32 whatever the
+``layout.py`` holds the names and layouts of the tensors. Parameters are float32 whatever the
 files hold (bfloat16, float16 or float32).
 """
 
@@ -18,10 +18,10 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from basis_jax.files import read_json
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig, RopeScaling
 from basis_jax.model.sharding import named
-from basis_jax.weights import layout as weights
+from basis_jax.weights import layout
 from basis_jax.weights.layout import DTYPES, few
 
 ARCHITECTURES = {
@@ -206,11 +206,11 @@ def load_params(folder: str | Path, config: ModelConfig, mesh: Mesh | None = Non
     Every device's part is read from the files on its own: the host never holds the whole model.
     Raises ValueError naming missing, unknown and misshapen tensors and damaged files.
     """
-    tensors = weights.open_tensors(folder)
-    weights.check_tensors(tensors, config, folder)
-    axes = jax.tree.leaves(model.param_axes(config), is_leaf=lambda x: isinstance(x, tuple))
+    tensors = layout.open_tensors(folder)
+    layout.check_tensors(tensors, config, folder)
+    axes = jax.tree.leaves(decoder.param_axes(config), is_leaf=lambda x: isinstance(x, tuple))
     leaves = []
-    for parameter, names in zip(weights.parameters(config), axes, strict=True):
+    for parameter, names in zip(layout.parameters(config), axes, strict=True):
         if mesh is None:
             sharding = SingleDeviceSharding(jax.local_devices()[0])
         else:
@@ -219,7 +219,7 @@ def load_params(folder: str | Path, config: ModelConfig, mesh: Mesh | None = Non
         leaves.append(
             jax.make_array_from_callback(parameter.shape, sharding, read, dtype=jnp.float32)
         )
-    return jax.tree.unflatten(jax.tree.structure(model.param_shapes(config)), leaves)
+    return jax.tree.unflatten(jax.tree.structure(decoder.param_shapes(config)), leaves)
 
 
 def save_params(
@@ -237,7 +237,7 @@ def save_params(
     With ``source`` (the folder that training began from) its config.json, tokenizer and
     generation files are carried over, and ``dtype=None`` stores each tensor as it is stored there.
     Without, config.json is made from ``config`` and None means float32. Crashes and ``overwrite``:
-    see ``weights.write_folder``. Raises ValueError where config.json and ``config`` disagree.
+    see ``layout.write_folder``. Raises ValueError where config.json and ``config`` disagree.
     """
     if dtype not in (None, *DTYPES.values()):
         raise ValueError(f"dtype is {dtype!r}; None, {few(DTYPES.values())} are allowed")
@@ -247,7 +247,7 @@ def save_params(
         raw = read_json(source / "config.json")
         files = {n: (source / n).read_bytes() for n in CARRIED_FILES if (source / n).is_file()}
     if source is not None and dtype is None:
-        tensors = weights.open_tensors(source)
+        tensors = layout.open_tensors(source)
         stored = {name: DTYPES.get(tensor.get_dtype()) for name, tensor in tensors.items()}
     else:
         raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype or "float32"
@@ -259,9 +259,9 @@ def save_params(
     files["config.json"] = json.dumps(raw, indent=2).encode()
     tensors = (
         (name, value.astype(jnp.dtype(stored.get(name) or dtype or "float32"), copy=False))
-        for name, value in weights.stored_tensors(params, config)
+        for name, value in layout.stored_tensors(params, config)
     )
-    return weights.write_folder(
+    return layout.write_folder(
         folder, tensors, files, max_shard_bytes=max_shard_bytes, overwrite=overwrite
     )
 
@@ -307,7 +307,7 @@ def fingerprint(folder: str | Path) -> str:
     Reads every weight once: about 1 s a GB where the files are in the page cache.
     """
     digest = hashlib.sha256()
-    for path in [Path(folder) / "config.json", *weights.weight_files(folder)]:
+    for path in [Path(folder) / "config.json", *layout.weight_files(folder)]:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 24):

@@ -1,4 +1,4 @@
-"""Where every parameter of ``model.py`` lives in Hugging Face's safetensors files.
+"""Where every parameter of ``decoder.py`` lives in Hugging Face's safetensors files.
 
 One table, ``LAYOUTS``, gives its name there and the order of its axes; reading and writing both
 follow it, so folder -> params -> folder is exact.
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from basis_jax.files import read_json
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors -> NumPy
@@ -131,7 +131,7 @@ class Parameter:
 
 def parameters(config: ModelConfig) -> list[Parameter]:
     """Every parameter of the model, in the order of the tree's leaves."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model.param_shapes(config))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(decoder.param_shapes(config))
     found = []
     for keys, leaf in leaves:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
