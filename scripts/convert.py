@@ -51,11 +51,11 @@ def run(
     """
     checkpoint = trained.find_checkpoint(run)
     source = huggingface.resolve_folder(model_path or trained.model_path(checkpoint))
-    config = huggingface.model_config(source)
-    params = trained.load_params(checkpoint, config)
+    model_config = huggingface.read_model_config(source)
+    params = trained.load_params(checkpoint, model_config)
     limit = int(shard_gb * 1e9)
     folder = huggingface.save_params(
-        params, config, to, source=source, dtype=dtype, max_shard_bytes=limit
+        params, model_config, to, source=source, dtype=dtype, max_shard_bytes=limit
     )
     print(f"wrote {folder} from {checkpoint}")
 

@@ -50,16 +50,16 @@ def main() -> None:
 
 def load(evaluation, checkpoint: str):
     """Parameters and the name of where they are from: the model folder or a checkpoint."""
-    architecture, mesh = evaluation.setting.model, evaluation.setting.mesh
+    model_config, mesh = evaluation.setting.model_config, evaluation.setting.mesh
     if not checkpoint:
-        return huggingface.load_params(evaluation.folder, architecture, mesh), str(
+        return huggingface.load_params(evaluation.folder, model_config, mesh), str(
             evaluation.folder
         )
     step = trained.find_checkpoint(checkpoint)
     began, here = trained.model_path(step), evaluation.config.model.path
     if began != here:
         print(f"note: training began from {began}; config and tokenizer are those of {here}")
-    return trained.load_params(step, architecture, mesh), str(step)
+    return trained.load_params(step, model_config, mesh), str(step)
 
 
 def table(found) -> list[str]:

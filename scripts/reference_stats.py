@@ -28,7 +28,7 @@ def main() -> None:
         )
     with open_session(config) as session, jax.set_mesh(session.setting.mesh):
         params = huggingface.load_params(
-            session.folder, session.setting.model, session.setting.mesh
+            session.folder, session.setting.model_config, session.setting.mesh
         )
         table = reference_table(session, params, Path(options.out))
     print_summary(table.successes, table.trials)

@@ -65,11 +65,11 @@ def train(session, run_dir, checkpoints) -> None:
     }
     optimizer = make_optimizer(config.optim, updates=plan.steps * updates_per_step(config))
     estimate_values = make_estimate(session.estimator)
-    update = make_update(setting.model, optimizer, **common)
+    update = make_update(setting.model_config, optimizer, **common)
     batches_of = functools.partial(
         make_batches,
         config=config,
-        score=make_score(setting.model, **common),
+        score=make_score(setting.model_config, **common),
         reference=start_params(session) if config.loss.kl_coef else None,
         mesh=setting.mesh,
     )
@@ -124,7 +124,7 @@ def first_state(session, run_dir, optimizer):
         params,
         optimizer,
         first_estimator_state(session, params, run_dir / "reference.npz"),
-        architecture=session.setting.model,
+        model_config=session.setting.model_config,
         mesh=session.setting.mesh,
     )
 
@@ -134,14 +134,16 @@ def state_shapes(session, optimizer):
     return abstract_state(
         optimizer,
         estimator_state_shapes(session),
-        architecture=session.setting.model,
+        model_config=session.setting.model_config,
         mesh=session.setting.mesh,
     )
 
 
 def start_params(session):
     """The model folder's weights: where training starts, and what a KL term refers to."""
-    return huggingface.load_params(session.folder, session.setting.model, session.setting.mesh)
+    return huggingface.load_params(
+        session.folder, session.setting.model_config, session.setting.mesh
+    )
 
 
 def evaluate_now(params, session) -> dict[str, float]:

@@ -111,12 +111,12 @@ class Still:
         config = replace(config, data=replace(config.data, size=self.size))
         with open_session(config) as session, jax.set_mesh(session.setting.mesh):
             setting, problems = session.setting, session.train_set
-            params = huggingface.load_params(session.folder, setting.model, setting.mesh)
+            params = huggingface.load_params(session.folder, setting.model_config, setting.mesh)
             check_exact(config)
             values = exact_values(params, setting, problems, config.sampling)
             features = (
                 prompt_features(
-                    params, setting.model, problems, mesh=setting.mesh, size=self.features
+                    params, setting.model_config, problems, mesh=setting.mesh, size=self.features
                 )
                 if self.features
                 else None
@@ -225,7 +225,7 @@ class Real:
         steps, values, rewards, reference = [], [], [], np.zeros((0, 0))
         with open_session(config) as session, jax.set_mesh(session.setting.mesh):
             setting, problems = session.setting, session.train_set
-            first = huggingface.load_params(session.folder, setting.model, setting.mesh)
+            first = huggingface.load_params(session.folder, setting.model_config, setting.mesh)
             for step, params in policies(self.run, config, first):
                 rolled = partial(
                     rollout_rewards, params, setting, problems, sampling=config.sampling, step=step

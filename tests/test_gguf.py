@@ -116,18 +116,26 @@ def test_weights_come_back_in_the_order_of_hugging_face(tmp_path, tensors):
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
-    config = huggingface.model_config(folder)
-    assert (config.rope_theta, config.norm_eps, config.tied) == (5000.0, 1e-5, True)
-    assert (config.heads, config.kv_heads, config.head_dim) == (HEADS, KV_HEADS, EMBED // HEADS)
-    assert huggingface.load_params(folder, config)["embedding"].shape == (len(WORDS), EMBED)
+    model_config = huggingface.read_model_config(folder)
+    assert (model_config.rope_theta, model_config.norm_eps, model_config.tied) == (
+        5000.0,
+        1e-5,
+        True,
+    )
+    assert (model_config.heads, model_config.kv_heads, model_config.head_dim) == (
+        HEADS,
+        KV_HEADS,
+        EMBED // HEADS,
+    )
+    assert huggingface.load_params(folder, model_config)["embedding"].shape == (len(WORDS), EMBED)
 
 
 def test_an_own_output_layer_is_kept(tmp_path, tensors):
     output = {LAYOUTS["output"].name: tensors["model.embed_tokens.weight"] * 2}
     folder = gguf.convert(write_gguf(tmp_path / "a.gguf", tensors | output), tmp_path / "out")
-    config = huggingface.model_config(folder)
-    params = huggingface.load_params(folder, config)
-    assert not config.tied
+    model_config = huggingface.read_model_config(folder)
+    params = huggingface.load_params(folder, model_config)
+    assert not model_config.tied
     np.testing.assert_array_equal(params["output"], params["embedding"] * 2)
 
 

@@ -54,12 +54,12 @@ def changed(path, change, name="qwen2_tied"):
 
 
 def load(folder):
-    return huggingface.load_params(folder, huggingface.model_config(folder))
+    return huggingface.load_params(folder, huggingface.read_model_config(folder))
 
 
 def config_of(path, **settings):
     (path / "config.json").write_text(json.dumps(V4 | settings))
-    return huggingface.model_config(path)
+    return huggingface.read_model_config(path)
 
 
 def random_folder(path, name, dtype):
@@ -77,12 +77,14 @@ def read_back(folder):
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_those_of_transformers(tmp_path, name):
     folder, (_, _, file) = golden_folder(tmp_path, name), golden(name)
-    config = huggingface.model_config(folder)
-    params = huggingface.load_params(folder, config)
+    model_config = huggingface.read_model_config(folder)
+    params = huggingface.load_params(folder, model_config)
 
     @jax.jit
     def logits(params, tokens):
-        return decoder.logits(params, config, decoder.forward(params, config, tokens)[0])
+        return decoder.logits(
+            params, model_config, decoder.forward(params, model_config, tokens)[0]
+        )
 
     ours = np.asarray(logits(params, jnp.asarray(file["tokens"])))
     for row, length in enumerate(file["lengths"]):
@@ -95,7 +97,7 @@ def test_logits_equal_those_of_transformers(tmp_path, name):
 def test_folder_to_params_to_folder_is_exact(tmp_path, name, dtype):
     folder = random_folder(tmp_path, name, dtype)
     out = huggingface.save_params(
-        load(folder), huggingface.model_config(folder), tmp_path / "out", source=folder
+        load(folder), huggingface.read_model_config(folder), tmp_path / "out", source=folder
     )
     before, after = read_back(folder), read_back(out)
     assert before.keys() == after.keys()
@@ -113,10 +115,10 @@ def test_parameters_are_float32_whatever_the_file_holds(tmp_path):
 
 def test_sharded_files_hold_at_most_the_limit_and_read_as_one(tmp_path):
     folder = golden_folder(tmp_path)
-    params, config = load(folder), huggingface.model_config(folder)
+    params, model_config = load(folder), huggingface.read_model_config(folder)
     limit = 20_000
     out = huggingface.save_params(
-        params, config, tmp_path / "out", source=folder, max_shard_bytes=limit
+        params, model_config, tmp_path / "out", source=folder, max_shard_bytes=limit
     )
     index = json.loads((out / "model.safetensors.index.json").read_text())
     parts = {p.name: load_file(p) for p in out.glob("*.safetensors")}
@@ -130,9 +132,9 @@ def test_sharded_files_hold_at_most_the_limit_and_read_as_one(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_config_made_without_a_source_describes_the_same_model(tmp_path, name):
     folder = golden_folder(tmp_path, name)
-    params, config = load(folder), huggingface.model_config(folder)
-    out = huggingface.save_params(params, config, tmp_path / "out", dtype="bfloat16")
-    assert huggingface.model_config(out) == config
+    params, model_config = load(folder), huggingface.read_model_config(folder)
+    out = huggingface.save_params(params, model_config, tmp_path / "out", dtype="bfloat16")
+    assert huggingface.read_model_config(out) == model_config
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert {str(x.dtype) for x in read_back(out).values()} == {"bfloat16"}
 
@@ -141,13 +143,13 @@ def test_config_made_without_a_source_describes_the_same_model(tmp_path, name):
 def test_a_mesh_changes_the_layout_and_not_the_numbers(tmp_path, name):
     """Every parameter over (data 1, fsdp 2, tensor 2), laid out as its logical axes say."""
     folder = golden_folder(tmp_path, name)
-    config, mesh = huggingface.model_config(folder), make_mesh(data=1, fsdp=2, tensor=2)
-    sharded = huggingface.load_params(folder, config, mesh)
+    model_config, mesh = huggingface.read_model_config(folder), make_mesh(data=1, fsdp=2, tensor=2)
+    sharded = huggingface.load_params(folder, model_config, mesh)
     jax.tree.map(np.testing.assert_array_equal, sharded, load(folder))
     jax.tree.map(
         lambda x, axes: x.sharding.is_equivalent_to(named(mesh, axes), x.ndim) or pytest.fail(axes),
         sharded,
-        decoder.param_axes(config),
+        decoder.param_axes(model_config),
     )
     query = sharded["layers"]["q_proj"]
     assert query.addressable_shards[0].data.size == query.size // 4
@@ -172,8 +174,8 @@ def test_devices_read_their_own_part_of_the_files_once(tmp_path, monkeypatch):
         layout, "open_tensors", lambda f: {k: Recorded(v) for k, v in opened(f).items()}
     )
     folder = golden_folder(tmp_path)
-    config = huggingface.model_config(folder)
-    params = huggingface.load_params(folder, config, make_mesh(data=1, fsdp=2, tensor=2))
+    model_config = huggingface.read_model_config(folder)
+    params = huggingface.load_params(folder, model_config, make_mesh(data=1, fsdp=2, tensor=2))
     assert sum(size for size, _, _ in read) == sum(x.size for x in jax.tree.leaves(params))
     assert all(size * 4 == full for size, ndim, full in read if ndim == 2)
 
@@ -182,7 +184,7 @@ def test_devices_read_their_own_part_of_the_files_once(tmp_path, monkeypatch):
 def test_any_block_of_a_parameter_can_be_read_alone(tmp_path, path):
     """Also along layers and inside a head, which no mesh of ours cuts today."""
     folder = golden_folder(tmp_path)
-    found = {p.path: p for p in layout.parameters(huggingface.model_config(folder))}[path]
+    found = {p.path: p for p in layout.parameters(huggingface.read_model_config(folder))}[path]
     read = found.reader(layout.open_tensors(folder))
     whole = read((slice(None),) * len(found.shape))
     assert whole.shape == found.shape
@@ -210,9 +212,18 @@ def test_config_of_transformers_4_and_5_are_the_same(tmp_path):
 
 
 def test_absent_settings_mean_what_transformers_takes_them_for(tmp_path):
-    config = config_of(tmp_path)
-    assert (config.head_dim, config.kv_heads, config.rope_theta) == (8, 4, 10_000.0)
-    assert not (config.tied or config.qkv_bias or config.output_bias or config.mlp_bias)
+    model_config = config_of(tmp_path)
+    assert (model_config.head_dim, model_config.kv_heads, model_config.rope_theta) == (
+        8,
+        4,
+        10_000.0,
+    )
+    assert not (
+        model_config.tied
+        or model_config.qkv_bias
+        or model_config.output_bias
+        or model_config.mlp_bias
+    )
     assert config_of(tmp_path, head_dim=16).head_dim == 16
     assert config_of(tmp_path, attention_bias=True).output_bias
     qwen = config_of(tmp_path, model_type="qwen2", sliding_window=4096, use_sliding_window=False)
@@ -312,40 +323,44 @@ def test_damaged_and_absent_weight_files_are_named(tmp_path):
 
 def test_an_interrupted_save_leaves_no_folder_and_the_next_one_works(tmp_path):
     folder = golden_folder(tmp_path)
-    params, config = load(folder), huggingface.model_config(folder)
+    params, model_config = load(folder), huggingface.read_model_config(folder)
     broken = dict(params, norm=jnp.zeros(3))
     with pytest.raises(ValueError, match=r"parameter norm is \(3,\)"):
         huggingface.save_params(
-            broken, config, tmp_path / "out", source=folder, max_shard_bytes=5000
+            broken, model_config, tmp_path / "out", source=folder, max_shard_bytes=5000
         )
     assert not (tmp_path / "out").exists()
-    huggingface.save_params(params, config, tmp_path / "out", source=folder)
+    huggingface.save_params(params, model_config, tmp_path / "out", source=folder)
     assert {p.name for p in tmp_path.iterdir()} == {folder.name, "out"}
     with pytest.raises(ValueError, match="norm"):
-        huggingface.save_params(broken, config, tmp_path / "out", source=folder, overwrite=True)
+        huggingface.save_params(
+            broken, model_config, tmp_path / "out", source=folder, overwrite=True
+        )
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "out"), params)
 
 
 def test_a_folder_with_contents_is_replaced_only_when_asked(tmp_path):
     folder = golden_folder(tmp_path)
-    params, config = load(folder), huggingface.model_config(folder)
+    params, model_config = load(folder), huggingface.read_model_config(folder)
     with pytest.raises(ValueError, match="exists already"):
-        huggingface.save_params(params, config, folder, source=folder)
+        huggingface.save_params(params, model_config, folder, source=folder)
     doubled = jax.tree.map(lambda x: x * 2, params)
-    huggingface.save_params(doubled, config, folder, source=folder, overwrite=True)
+    huggingface.save_params(doubled, model_config, folder, source=folder, overwrite=True)
     jax.tree.map(np.testing.assert_array_equal, load(folder), doubled)
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
 
 
 def test_an_export_carries_the_source_tokenizer_and_its_settings(tmp_path):
     folder = golden_folder(tmp_path)
-    params, config = load(folder), huggingface.model_config(folder)
+    params, model_config = load(folder), huggingface.read_model_config(folder)
     for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
         (folder / name).write_text(f"{name}!")
     (folder / "optimizer.pt").write_text("not ours")
     raw = json.loads((folder / "config.json").read_text()) | {"dtype": "float32", "extra": 1}
     (folder / "config.json").write_text(json.dumps(raw))
-    out = huggingface.save_params(params, config, tmp_path / "out", source=folder, dtype="bfloat16")
+    out = huggingface.save_params(
+        params, model_config, tmp_path / "out", source=folder, dtype="bfloat16"
+    )
     assert (out / "tokenizer.json").read_text() == "tokenizer.json!"
     assert {p.name for p in out.iterdir()} == {p.name for p in folder.iterdir()} - {"optimizer.pt"}
     assert json.loads((out / "config.json").read_text()) == raw | {"dtype": "bfloat16"}
@@ -357,14 +372,14 @@ def test_a_source_of_another_model_is_refused(tmp_path):
     folder, other = golden_folder(tmp_path), golden_folder(tmp_path, "llama_tied")
     with pytest.raises(ValueError, match="cannot stand for"):
         huggingface.save_params(
-            load(folder), huggingface.model_config(folder), tmp_path / "out", source=other
+            load(folder), huggingface.read_model_config(folder), tmp_path / "out", source=other
         )
-    odd = replace(huggingface.model_config(folder), qkv_bias=False)
+    odd = replace(huggingface.read_model_config(folder), qkv_bias=False)
     with pytest.raises(ValueError, match="cannot stand for"):
         huggingface.save_params(load(folder), odd, tmp_path / "out")
     with pytest.raises(ValueError, match="float64"):
         huggingface.save_params(
-            load(folder), huggingface.model_config(folder), tmp_path / "out", dtype="float64"
+            load(folder), huggingface.read_model_config(folder), tmp_path / "out", dtype="float64"
         )
 
 
@@ -439,10 +454,10 @@ def test_transformers_computes_the_same_with_our_export(tmp_path, name, with_sou
     import transformers
 
     folder, (_, _, file) = golden_folder(tmp_path, name), golden(name)
-    params, config = load(folder), huggingface.model_config(folder)
+    params, model_config = load(folder), huggingface.read_model_config(folder)
     source = folder if with_source else None
     out = huggingface.save_params(
-        params, config, tmp_path / "out", source=source, max_shard_bytes=20_000
+        params, model_config, tmp_path / "out", source=source, max_shard_bytes=20_000
     )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     logits = make_golden.torch_logits(theirs, file["tokens"], file["lengths"])

@@ -13,27 +13,29 @@ from tiny import EVERYTHING, assert_same_gradient, gradient, random_params, toke
 from basis_jax.model import decoder, decoding
 from basis_jax.model.sharding import RULES, make_mesh, named_tree, put_rows
 
-CONFIGS = pytest.mark.parametrize("config", [tiny.TINY, EVERYTHING], ids=["plain", "everything"])
+CONFIGS = pytest.mark.parametrize(
+    "model_config", [tiny.TINY, EVERYTHING], ids=["plain", "everything"]
+)
 forward = jax.jit(decoder.forward, static_argnums=1, static_argnames="keep")
 decode_step = jax.jit(decoding.decode_step, static_argnums=1)
 
 
 @CONFIGS
-def test_prefill_and_decode_equal_the_full_pass(config):
+def test_prefill_and_decode_equal_the_full_pass(model_config):
     """Right-padded prompts of different lengths, every row extended at its own position."""
-    params, tokens = random_params(config), tokens_of((4, 12))
+    params, tokens = random_params(model_config), tokens_of((4, 12))
     lengths = np.array([5, 1, 3, 2], np.int32)
-    full = np.asarray(forward(params, config, tokens)[0])
+    full = np.asarray(forward(params, model_config, tokens)[0])
     rows = np.arange(4)
     prompts = np.where(np.arange(5) < lengths[:, None], tokens[:, :5], 9)
-    hidden, kept = forward(params, config, prompts, keep=True)
+    hidden, kept = forward(params, model_config, prompts, keep=True)
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(np.asarray(hidden)[row, :length], full[row, :length], atol=1e-5)
-    weights, cache = decoding.decode_weights(params, config), decoding.filled_cache(kept, 12)
-    expected = np.asarray(decoder.logits(params, config, jnp.asarray(full)))
+    weights, cache = decoding.decode_weights(params, model_config), decoding.filled_cache(kept, 12)
+    expected = np.asarray(decoder.logits(params, model_config, jnp.asarray(full)))
     for step in range(7):
         at = lengths + step
-        logits, cache = decode_step(weights, config, tokens[rows, at], at, cache)
+        logits, cache = decode_step(weights, model_config, tokens[rows, at], at, cache)
         np.testing.assert_allclose(np.asarray(logits).T, expected[rows, at], atol=1e-5)
 
 
@@ -49,7 +51,7 @@ def test_a_token_changes_itself_and_what_follows_and_nothing_before():
 def test_llama3_frequencies_equal_the_published_rule():
     """Frequency by frequency, in float64, from the wavelength: kept, divided or interpolated."""
     theta, factor, low, high, original = 500_000.0, 8.0, 1.0, 4.0, 8192
-    config = dataclasses.replace(
+    model_config = dataclasses.replace(
         EVERYTHING,
         head_dim=64,
         rope_theta=theta,
@@ -70,7 +72,7 @@ def test_llama3_frequencies_equal_the_published_rule():
         expected.append(frequency)
         branches.add(branch)
     assert len(branches) == 3
-    np.testing.assert_allclose(decoder.rope_frequencies(config), expected, rtol=1e-5)
+    np.testing.assert_allclose(decoder.rope_frequencies(model_config), expected, rtol=1e-5)
 
 
 def test_rotation_multiplies_each_pair_by_a_phase():
@@ -86,8 +88,8 @@ def test_rotation_multiplies_each_pair_by_a_phase():
 
 
 @CONFIGS
-def test_every_axis_of_every_parameter_has_a_known_meaning(config):
-    shapes, axes = decoder.param_shapes(config), decoder.param_axes(config)
+def test_every_axis_of_every_parameter_has_a_known_meaning(model_config):
+    shapes, axes = decoder.param_shapes(model_config), decoder.param_axes(model_config)
     flat = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
     assert jax.tree.structure(shapes) == jax.tree.structure(
         axes, is_leaf=lambda x: isinstance(x, tuple)
@@ -121,8 +123,8 @@ def test_the_attention_kernel_is_called_for_what_plain_attention_computes(monkey
         return kernel(*args, **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", standing_in)
-    config = dataclasses.replace(EVERYTHING, attention="cudnn")
-    found = forward(params, config, tokens)[0]
+    model_config = dataclasses.replace(EVERYTHING, attention="cudnn")
+    found = forward(params, model_config, tokens)[0]
     assert set(called) == {"cudnn"}
     np.testing.assert_allclose(found, forward(params, EVERYTHING, tokens)[0], atol=1e-5)
 

@@ -50,7 +50,7 @@ def problems():
 @pytest.fixture(scope="module")
 def setting():
     return Setting(
-        model=tiny.TINY,
+        model_config=tiny.TINY,
         mesh=make_mesh(devices=jax.devices()[:1]),
         tokenizer=Numbers(),
         eos_ids=tuple(range(3, 12)),

@@ -29,10 +29,10 @@ def keys_for(prompts, *, seed=0, stream="train", step=0, sample_index=0):
     return row_keys(seed, stream, step, problem_ids=prompts.problem_ids, samples=samples)
 
 
-def run(prompts, *, sampling=SAMPLING, eos_ids=(1, 2), config=tiny.TINY, **noise):
+def run(prompts, *, sampling=SAMPLING, eos_ids=(1, 2), model_config=tiny.TINY, **noise):
     return sample(
-        tiny.params(config),
-        config,
+        tiny.params(model_config),
+        model_config,
         prompts,
         sampling=sampling,
         eos_ids=eos_ids,
@@ -262,7 +262,7 @@ def test_caches_stay_where_they_are(sizes):
         slots = refill.empty_slots(tiny.TINY, rows=64, length=96, room=64)
         prompts = put_rows(mesh, jax.tree.map(np.asarray, tiny.prompts(rows=16)))
         into = np.arange(16, dtype=np.int32).reshape(sizes[0], -1)
-        given = {"config": tiny.TINY, "sampling": SAMPLING}
+        given = {"model_config": tiny.TINY, "sampling": SAMPLING}
         keys = keys_for(tiny.prompts(rows=16))
         programs = [
             refill.admit.lower(params, slots, prompts, keys, into=into, prefix=None, **given),

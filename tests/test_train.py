@@ -81,7 +81,7 @@ def one_update(*, sizes=(1, 1, 1), microbatch=8, config=CONFIG, data=None, learn
     with jax.set_mesh(mesh):
         params = jax.device_put(tiny.params(), named_tree(mesh, decoder.param_axes(tiny.TINY)))
         params = jax.tree.map(jnp.copy, params)  # the update donates them
-        state = make_state(params, optimizer, (), architecture=tiny.TINY, mesh=mesh)
+        state = make_state(params, optimizer, (), model_config=tiny.TINY, mesh=mesh)
         train = dataclasses.replace(config.train, microbatch_rollouts=microbatch)
         config = dataclasses.replace(config, train=train)
         options = {"loss": config.loss, "temperature": 1.0, "microbatch": microbatch}

@@ -237,7 +237,7 @@ def test_exact_values_are_the_sum_over_the_completions_that_are_right(eos):
         counts={},
     )
     setting = Setting(
-        model=tiny.TINY,
+        model_config=tiny.TINY,
         mesh=make_mesh(devices=jax.devices()[:1]),
         tokenizer=Letters(),
         eos_ids=eos,

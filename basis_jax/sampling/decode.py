@@ -34,7 +34,7 @@ class Slots:
 
 def prefill(
     params: PyTree,
-    config: ModelConfig,
+    model_config: ModelConfig,
     prompts: Prompts,
     keys: Key[Array, " N"],
     *,
@@ -47,7 +47,7 @@ def prefill(
     rows, width = prompts.tokens.shape
     shared = 0 if prefix is None else prefix.keys.shape[2]
     hidden, kept = decoder.forward(
-        params, config, prompts.tokens[:, shared:], prefix=prefix, keep=True
+        params, model_config, prompts.tokens[:, shared:], prefix=prefix, keep=True
     )
     if prefix is not None:
         kept = jax.tree.map(jax.vmap(decoder.after), prefix, kept)
@@ -56,7 +56,7 @@ def prefill(
     inside = jnp.arange(length, dtype=jnp.int32)[None] < prompts.lengths[:, None]
     tokens = jnp.pad(prompts.tokens, ((0, 0), (0, length - width)))
     nothing = jnp.zeros(rows, jnp.int32)
-    first = draw(decoder.logits(params, config, last).T, token_keys(keys, nothing), sampling)
+    first = draw(decoder.logits(params, model_config, last).T, token_keys(keys, nothing), sampling)
     return Slots(
         tokens=jnp.where(inside, tokens, 0),
         logprobs=jnp.zeros((rows, length), jnp.float32),
@@ -73,7 +73,7 @@ def prefill(
 
 def decode(
     weights: DecodeWeights,
-    config: ModelConfig,
+    model_config: ModelConfig,
     slots: Slots,
     *,
     sampling: SamplingSection,
@@ -94,7 +94,9 @@ def decode(
         written = jnp.where(slots.alive, at, width)  # beyond the row: dropped
         ended = is_in(token, eos_ids)
         lengths = slots.lengths + slots.alive.astype(jnp.int32)
-        logits, cache = decode_step(weights, config, token, jnp.minimum(at, room - 1), slots.cache)
+        logits, cache = decode_step(
+            weights, model_config, token, jnp.minimum(at, room - 1), slots.cache
+        )
         next_token, next_logprob = draw(logits, token_keys(slots.keys, lengths), sampling)
         return dataclasses.replace(
             slots,
@@ -113,7 +115,7 @@ def decode(
 
 def sample(
     params: PyTree,
-    config: ModelConfig,
+    model_config: ModelConfig,
     prompts: Prompts,
     *,
     sampling: SamplingSection,
@@ -125,17 +127,23 @@ def sample(
     A row ends with its first token of ``eos_ids`` (kept, and counted in its length) or after
     ``max_new_tokens``. Cost grows with the longest row; rows that ended ride along unchanged.
     """
-    weights = decode_weights(params, config)
+    weights = decode_weights(params, model_config)
     return sample_with(
-        params, weights, prompts, keys, config=config, sampling=sampling, eos_ids=eos_ids
+        params,
+        weights,
+        prompts,
+        keys,
+        model_config=model_config,
+        sampling=sampling,
+        eos_ids=eos_ids,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "eos_ids"))
-def sample_with(params, weights, prompts, keys, *, config, sampling, eos_ids) -> Rollouts:
+@functools.partial(jax.jit, static_argnames=("model_config", "sampling", "eos_ids"))
+def sample_with(params, weights, prompts, keys, *, model_config, sampling, eos_ids) -> Rollouts:
     length = prompts.tokens.shape[1] + sampling.max_new_tokens
-    slots = prefill(params, config, prompts, keys, sampling=sampling, length=length)
-    slots = decode(weights, config, slots, sampling=sampling, eos_ids=eos_ids, enough=0)
+    slots = prefill(params, model_config, prompts, keys, sampling=sampling, length=length)
+    slots = decode(weights, model_config, slots, sampling=sampling, eos_ids=eos_ids, enough=0)
     return Rollouts(
         tokens=slots.tokens,
         prompt_lengths=slots.prompt_lengths,

@@ -47,30 +47,30 @@ def open_session(config: Config, report=print, *, training: bool = False):
     estimator = make_estimator(config.estimator, config.sampling.group_size)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     folder = huggingface.resolve_folder(config.model.path)
-    architecture = huggingface.model_config(
+    model_config = huggingface.read_model_config(
         folder,
         compute_dtype=config.model.compute_dtype,
         remat=config.model.remat,
         attention=config.model.attention,
     )
-    check(config, architecture, mesh)
+    check(config, model_config, mesh)
     tokenizer = huggingface.load_tokenizer(folder)
     train_set, held_out = load_sets(config, tokenizer, report)
     size = len(train_set.problems)
     batch_indices(config.seed, 0, batch_size=config.train.prompts_per_step, size=size)  # fits?
     check_memory(
         config,
-        architecture,
+        model_config,
         mesh,
         prompt_width=train_set.tokens.shape[1],
         rows=config.train.prompts_per_step * config.sampling.group_size,
         training=training,
     )
     if config.estimator.features:
-        prompt_features.check_size(config.estimator.features, train_set, architecture)
+        prompt_features.check_size(config.estimator.features, train_set, model_config)
     with make_verifier(config.data.verifier) as verifier:
         setting = Setting(
-            model=architecture,
+            model_config=model_config,
             mesh=mesh,
             tokenizer=tokenizer,
             eos_ids=huggingface.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer),
