@@ -37,15 +37,15 @@ def main() -> None:
     for rows in given.rows:
         for width in given.width:
             for remat in given.remat:
-                config = bench_models.architecture(
+                model_config = bench_models.named_model_config(
                     given.model,
                     compute_dtype=given.dtype,
                     attention=given.attention,
                     remat=remat,
                 )
                 with jax.set_mesh(mesh):
-                    planned = planned_bytes(config, mesh, rows, width)
-                parts = costs.update_memory(config, mesh, rows=rows, width=width, chunk=512)
+                    planned = planned_bytes(model_config, mesh, rows, width)
+                parts = costs.update_memory(model_config, mesh, rows=rows, width=width, chunk=512)
                 estimate = sum(parts.values())
                 found.append({"rows": rows, "width": width, "remat": remat})
                 found[-1] |= {"planned": planned, "estimate": estimate, "parts": parts}
@@ -53,11 +53,13 @@ def main() -> None:
     bench_models.write_result(given, found)
 
 
-def planned_bytes(config: ModelConfig, mesh, rows: int, width: int) -> int:
+def planned_bytes(model_config: ModelConfig, mesh, rows: int, width: int) -> int:
     """Arguments, results and what lies between; donated buffers once."""
     optimizer = make_optimizer(OptimSection(), updates=9)
-    update = make_update(config, optimizer, loss=LossSection(), temperature=1.0, microbatch=rows)
-    state = abstract_state(optimizer, {}, architecture=config, mesh=mesh)
+    update = make_update(
+        model_config, optimizer, loss=LossSection(), temperature=1.0, microbatch=rows
+    )
+    state = abstract_state(optimizer, {}, model_config=model_config, mesh=mesh)
 
     def shape(dtype, *size):
         return jax.ShapeDtypeStruct(size, dtype)

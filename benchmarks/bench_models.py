@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jax
 
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import named_tree
 from basis_jax.runs.provenance import provenance
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 
 QWEN3 = {
     "architecture": "qwen3",
@@ -29,21 +29,23 @@ SHAPES = {
 MODEL_HELP = f"Hugging Face folder, or {' or '.join(SHAPES)} with random weights"
 
 
-def architecture(name: str, **computed) -> ModelConfig:
+def named_model_config(name: str, **computed) -> ModelConfig:
     """``computed``: compute_dtype, remat, attention."""
     if name in SHAPES:
         return ModelConfig(**vars(SHAPES[name]) | computed)
-    return hf.model_config(hf.resolve_folder(name), **computed)
+    return huggingface.read_model_config(huggingface.resolve_folder(name), **computed)
 
 
-def our_params(name: str, config: ModelConfig, mesh):
+def our_params(name: str, model_config: ModelConfig, mesh):
     if name not in SHAPES:
-        return hf.load_params(hf.resolve_folder(name), config, mesh)
-    layout = named_tree(mesh, model.param_axes(config))
-    return jax.jit(model.init, static_argnums=0, out_shardings=layout)(config, jax.random.key(0))
+        return huggingface.load_params(huggingface.resolve_folder(name), model_config, mesh)
+    layout = named_tree(mesh, decoder.param_axes(model_config))
+    return jax.jit(decoder.init, static_argnums=0, out_shardings=layout)(
+        model_config, jax.random.key(0)
+    )
 
 
-def torch_model(name: str, config: ModelConfig):
+def torch_model(name: str, model_config: ModelConfig):
     """(torch, transformers' model on torch's device in the same dtype), or None without torch."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the others' cores
     try:
@@ -55,15 +57,15 @@ def torch_model(name: str, config: ModelConfig):
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
-    dtype, causal = getattr(torch, config.compute_dtype), transformers.AutoModelForCausalLM
+    dtype, causal = getattr(torch, model_config.compute_dtype), transformers.AutoModelForCausalLM
     if name in SHAPES:
-        described = hf.describe(config)
+        described = huggingface.describe(model_config)
         kind = described.pop("model_type")
         loaded = causal.from_config(
             transformers.AutoConfig.for_model(kind, **described), dtype=dtype
         )
     else:
-        loaded = causal.from_pretrained(hf.resolve_folder(name), dtype=dtype)
+        loaded = causal.from_pretrained(huggingface.resolve_folder(name), dtype=dtype)
     return torch, loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -30,26 +30,26 @@ from basis_jax.model.sharding import make_mesh
 from basis_jax.sampling.draw import row_keys
 from basis_jax.sampling.refill import WORTH_IT, sample_rows
 from basis_jax.types import Prompts
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 from benchmarks import bench_models, ceilings
 from benchmarks.rival_tunix import tunix_sampler
 
 
 def main() -> None:
     given = parse()
-    config = bench_models.architecture(given.model, compute_dtype=given.dtype)
-    settings = [("equal", n, n, (config.vocab_size + 10**6,)) for n in given.equal]
+    model_config = bench_models.named_model_config(given.model, compute_dtype=given.dtype)
+    settings = [("equal", n, n, (model_config.vocab_size + 10**6,)) for n in given.equal]
     if given.rows:
-        tokenizer = hf.load_tokenizer(hf.resolve_folder(given.model))
+        tokenizer = huggingface.load_tokenizer(huggingface.resolve_folder(given.model))
         stop = tuple(tokenizer.encode(s, add_special_tokens=False)[0] for s in given.stop)
         settings.append(("mixed", given.rows, given.slots, stop))
-    ours, ceiling, rows = our_sampler(given.model, config), ceilings.measured(given.dtype), []
+    ours, ceiling, rows = our_sampler(given.model, model_config), ceilings.measured(given.dtype), []
     rivals = {
-        "transformers": transformers_sampler(given.model, config),
-        "tunix": tunix_sampler(given.model, config),
+        "transformers": transformers_sampler(given.model, model_config),
+        "tunix": tunix_sampler(given.model, model_config),
     }
     for name, count, slots, eos_ids in settings:
-        prompts = random_prompts(count, given.prompt, config.vocab_size)
+        prompts = random_prompts(count, given.prompt, model_config.vocab_size)
         samplers = {"ours": partial(ours, prompts, slots, eos_ids)}
         if count > slots:
             samplers["ours, not refilled"] = partial(by_batches, ours, prompts, slots, eos_ids)
@@ -60,7 +60,7 @@ def main() -> None:
     for row in rows:
         if row["setting"] == "equal":
             context = given.prompt + (given.new + WORTH_IT) // 2
-            work = costs.decode_step(config, rows=row["rows"], context=context)
+            work = costs.decode_step(model_config, rows=row["rows"], context=context)
             row["share_of_bandwidth"] = work.bytes / row["step_s"] / ceiling["bytes_per_s"]
             row["share_of_flops"] = work.flops / row["step_s"] / ceiling["flops_per_s"]
     print_table(rows)
@@ -90,9 +90,9 @@ def random_prompts(rows: int, width: int, vocabulary: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocabulary, (rows, width)).astype(np.int32)
 
 
-def our_sampler(name: str, config: ModelConfig):
+def our_sampler(name: str, model_config: ModelConfig):
     mesh = make_mesh(devices=jax.devices()[:1])
-    params = bench_models.our_params(name, config, mesh)
+    params = bench_models.our_params(name, model_config, mesh)
 
     def run(tokens, slots, eos_ids, new) -> np.ndarray:
         ids = np.arange(len(tokens), dtype=np.int32)
@@ -100,7 +100,7 @@ def our_sampler(name: str, config: ModelConfig):
         with jax.set_mesh(mesh):
             rollouts = sample_rows(
                 params,
-                config,
+                model_config,
                 Prompts(tokens=tokens, lengths=lengths, problem_ids=ids),
                 sampling=SamplingSection(max_new_tokens=new),
                 eos_ids=eos_ids,
@@ -115,8 +115,8 @@ def our_sampler(name: str, config: ModelConfig):
     return run
 
 
-def transformers_sampler(name: str, config: ModelConfig):
-    found = bench_models.torch_model(name, config)
+def transformers_sampler(name: str, model_config: ModelConfig):
+    found = bench_models.torch_model(name, model_config)
     if found is None:
         return None
     torch, loaded = found

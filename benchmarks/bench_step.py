@@ -48,7 +48,7 @@ from basis_jax.training.update import (
     make_update,
     merge_updates,
 )
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 from benchmarks.bench_models import write_result
 
 PARTS = ("sample", "verify", "update", "step")
@@ -118,11 +118,11 @@ def our_step(session, given):
     optimizer = make_optimizer(config.optim, updates=given.steps + 1)
     common = {"loss": config.loss, "temperature": 1.0, "microbatch": given.microbatch}
     estimate_values = make_estimate(session.estimator)
-    update = make_update(setting.model, optimizer, **common)
-    score = make_score(setting.model, **common)
-    params = hf.load_params(session.folder, setting.model, mesh)
+    update = make_update(setting.model_config, optimizer, **common)
+    score = make_score(setting.model_config, **common)
+    params = huggingface.load_params(session.folder, setting.model_config, mesh)
     first = first_estimator_state(session, params, Path())
-    state = make_state(params, optimizer, first, architecture=setting.model, mesh=mesh)
+    state = make_state(params, optimizer, first, model_config=setting.model_config, mesh=mesh)
 
     def step() -> dict[str, float]:
         nonlocal state

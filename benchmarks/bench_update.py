@@ -38,18 +38,18 @@ from benchmarks import bench_models, ceilings
 
 def main() -> None:
     given = parse()
-    config = bench_models.architecture(
+    model_config = bench_models.named_model_config(
         given.model, compute_dtype=given.dtype, remat=given.remat, attention=given.attention
     )
-    ours, theirs = our_gradient(config, given), torch_gradient(config, given)
+    ours, theirs = our_gradient(model_config, given), torch_gradient(model_config, given)
     rows = []
     for name, lengths in row_lengths(given).items():
-        rollouts = random_rollouts(lengths, given.width, config.vocab_size)
+        rollouts = random_rollouts(lengths, given.width, model_config.vocab_size)
         runs = {"ours": lambda r=rollouts: ours(r)}
         if theirs is not None:
             runs["torch"] = lambda r=rollouts: theirs(r)
         rows += measure(name, lengths, runs, given.repeats)
-    ceiling, plain = ceilings.measured(given.dtype), replace(config, remat="none")
+    ceiling, plain = ceilings.measured(given.dtype), replace(model_config, remat="none")
     for row in rows:
         lengths = row_lengths(given)[row["setting"]]
         flops = sum(costs.update(plain, rows=1, width=int(width)).flops for width in lengths)
@@ -101,7 +101,7 @@ def random_rollouts(lengths: np.ndarray, width: int, vocabulary: int) -> Rollout
     )
 
 
-def our_gradient(architecture: ModelConfig, given):
+def our_gradient(model_config: ModelConfig, given):
     mesh = make_mesh(devices=jax.devices()[:1])
     config = Config(
         run_dir="",
@@ -114,13 +114,13 @@ def our_gradient(architecture: ModelConfig, given):
     )
     options = {"loss": config.loss, "temperature": 1.0, "microbatch": given.microbatch}
     optimizer = make_optimizer(OptimSection(lr=0.0), updates=10**6)
-    update = make_update(architecture, optimizer, **options)
-    score = make_score(architecture, **options)
+    update = make_update(model_config, optimizer, **options)
+    score = make_score(model_config, **options)
     advantages = jnp.asarray(np.random.default_rng(2).normal(size=given.rows), jnp.float32)
     estimate = Estimate(advantages=advantages, values=advantages, info={})
     with jax.set_mesh(mesh):
-        params = bench_models.our_params(given.model, architecture, mesh)
-        state = [make_state(params, optimizer, (), architecture=architecture, mesh=mesh)]
+        params = bench_models.our_params(given.model, model_config, mesh)
+        state = [make_state(params, optimizer, (), model_config=model_config, mesh=mesh)]
 
     def run(rollouts) -> None:
         graded = Graded(
@@ -142,8 +142,8 @@ def our_gradient(architecture: ModelConfig, given):
     return run
 
 
-def torch_gradient(config: ModelConfig, given):
-    found = bench_models.torch_model(given.model, config)
+def torch_gradient(model_config: ModelConfig, given):
+    found = bench_models.torch_model(given.model, model_config)
     if found is None:
         return None
     torch, loaded = found

@@ -24,7 +24,7 @@ from basis_jax.model.decoder import ModelConfig
 from basis_jax.sampling.decode import sample
 from basis_jax.sampling.draw import row_keys
 from basis_jax.types import Prompts
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 from benchmarks.bench_models import SHAPES
 
 
@@ -34,11 +34,13 @@ def main() -> None:
     parser.add_argument("--prompt", default="The capital of France is", help="its tokens, 4 rows")
     parser.add_argument("--new", type=int, default=16)
     given = parser.parse_args()
-    folder = hf.resolve_folder(given.model)
-    tokenizer = hf.load_tokenizer(folder)
+    folder = huggingface.resolve_folder(given.model)
+    tokenizer = huggingface.load_tokenizer(folder)
     prompt = np.array(tokenizer.encode(given.prompt), np.int32)
     tokens = np.stack([np.roll(prompt, row) for row in range(4)])
-    theirs = tunix_tokens(folder, hf.model_config(folder))(tokens, (-2,), given.new, greedy=True)
+    theirs = tunix_tokens(folder, huggingface.read_model_config(folder))(
+        tokens, (-2,), given.new, greedy=True
+    )
     ours = our_tokens(folder, tokens, given.new)
     print(repr(tokenizer.decode(ours[0])))
     if not np.array_equal(np.stack(theirs), ours):
@@ -48,10 +50,13 @@ def main() -> None:
 
 def our_tokens(folder: Path, tokens: np.ndarray, new: int) -> np.ndarray:
     """Greedy completions of exactly ``new`` tokens."""
-    config, rows = hf.model_config(folder), np.arange(len(tokens), dtype=np.int32)
+    model_config, rows = (
+        huggingface.read_model_config(folder),
+        np.arange(len(tokens), dtype=np.int32),
+    )
     rollouts = sample(
-        jax.tree.map(jnp.asarray, hf.load_params(folder, config)),
-        config,
+        jax.tree.map(jnp.asarray, huggingface.load_params(folder, model_config)),
+        model_config,
         Prompts(
             tokens=tokens,
             lengths=np.full(len(tokens), tokens.shape[1], np.int32),
@@ -64,12 +69,12 @@ def our_tokens(folder: Path, tokens: np.ndarray, new: int) -> np.ndarray:
     return np.asarray(rollouts.tokens)[:, tokens.shape[1] :]
 
 
-def tunix_sampler(name: str, config: ModelConfig):
+def tunix_sampler(name: str, model_config: ModelConfig):
     """run(tokens [N P], slots, eos_ids, new) -> lengths [N], the end token counted; None where
     Tunix is not installed or would have to make up weights."""
     if importlib.util.find_spec("tunix") is None or name in SHAPES:
         return None
-    generate = tunix_tokens(hf.resolve_folder(name), config)
+    generate = tunix_tokens(huggingface.resolve_folder(name), model_config)
 
     def run(tokens, slots, eos_ids, new) -> np.ndarray:
         made = generate(tokens, eos_ids, new)
@@ -97,41 +102,45 @@ class Numbers:
         return -1  # no token of any prompt: what equals it is masked
 
 
-def tunix_tokens(folder: Path, ours: ModelConfig):
+def tunix_tokens(folder: Path, model_config: ModelConfig):
     """generate(tokens [N P], eos_ids, new, greedy) -> rows of new tokens, up to their end token."""
     from tunix.generate.sampler import CacheConfig, Sampler
     from tunix.models.llama3 import model, params
 
     plain = dataclasses.replace(
-        ours, qkv_bias=False, output_bias=False, mlp_bias=False, rope_scaling=None
+        model_config, qkv_bias=False, output_bias=False, mlp_bias=False, rope_scaling=None
     )
-    if ours.architecture != "llama" or ours != plain:
+    if model_config.architecture != "llama" or model_config != plain:
         raise ValueError(
-            f"{folder} is {ours.architecture}, or has biases or scaled positions; Tunix's llama3 "
-            "knows plain Llama only"
+            f"{folder} is {model_config.architecture}, or has biases or scaled positions; Tunix's "
+            "llama3 knows plain Llama only"
         )
-    config = model.ModelConfig(
-        num_layers=ours.layers,
-        vocab_size=ours.vocab_size,
-        embed_dim=ours.embed,
-        hidden_dim=ours.mlp,
-        num_heads=ours.heads,
-        head_dim=ours.head_dim,
-        num_kv_heads=ours.kv_heads,
-        rope_theta=int(ours.rope_theta),
-        norm_eps=ours.norm_eps,
-        weight_tying=ours.tied,
+    tunix_config = model.ModelConfig(
+        num_layers=model_config.layers,
+        vocab_size=model_config.vocab_size,
+        embed_dim=model_config.embed,
+        hidden_dim=model_config.mlp,
+        num_heads=model_config.heads,
+        head_dim=model_config.head_dim,
+        num_kv_heads=model_config.kv_heads,
+        rope_theta=int(model_config.rope_theta),
+        norm_eps=model_config.norm_eps,
+        weight_tying=model_config.tied,
     )
     model.apply_rope = functools.partial(  # 0.1.7 never hands its config's rope_theta on
-        model.apply_rope, rope_theta=ours.rope_theta
+        model.apply_rope, rope_theta=model_config.rope_theta
     )
-    loaded = params.create_model_from_safe_tensors(str(folder), config, dtype=ours.compute_dtype)
+    loaded = params.create_model_from_safe_tensors(
+        str(folder), tunix_config, dtype=model_config.compute_dtype
+    )
     samplers = {}  # its jitted functions keep the end tokens and the cache they were traced with
 
     def generate(tokens, eos_ids, new, greedy=False):
         width = tokens.shape[1]
         if (eos_ids, width, new) not in samplers:
-            cache = CacheConfig(width + new, ours.layers, ours.kv_heads, ours.head_dim)
+            cache = CacheConfig(
+                width + new, model_config.layers, model_config.kv_heads, model_config.head_dim
+            )
             samplers[eos_ids, width, new] = Sampler(loaded, Numbers(), cache)
         made = samplers[eos_ids, width, new](
             [" ".join(map(str, row)) for row in tokens],

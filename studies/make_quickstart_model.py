@@ -34,9 +34,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from basis_jax.data.tasks import number_words
 from basis_jax.data.tasks.number_words import Question
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.logprobs import token_logprobs
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 
 SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>")
 PIECE = r"[a-z]+\n|\n| ?[A-Za-z]+-?| ?\d|."
@@ -145,17 +145,19 @@ def write_lines(generator: random.Random, *, textbook: bool) -> list[tuple[Quest
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def pass_probability(params, config, tokens, mask):
+def pass_probability(params, model_config, tokens, mask):
     """P(answer, EOS | question), exactly: [N]."""
-    logprobs, _ = token_logprobs(params, config, tokens)
+    logprobs, _ = token_logprobs(params, model_config, tokens)
     return jnp.exp(jnp.sum(jnp.where(mask > 0, logprobs, 0.0), axis=1))
 
 
-def report(params, config: model.ModelConfig, tokenizer: Tokenizer, *, held_out: bool) -> None:
+def report(
+    params, model_config: decoder.ModelConfig, tokenizer: Tokenizer, *, held_out: bool
+) -> None:
     """Print how pass rates are spread, and how much of the rest is the usual slip."""
     questions = number_words.questions(held_out=held_out)
     passed, slipped = (
-        np.asarray(pass_probability(params, config, *encode(tokenizer, pairs)))
+        np.asarray(pass_probability(params, model_config, *encode(tokenizer, pairs)))
         for pairs in ([(q, q.answer) for q in questions], [(q, slip(q)) for q in questions])
     )
     kinds = np.array([q.kind for q in questions])
@@ -168,16 +170,16 @@ def report(params, config: model.ModelConfig, tokenizer: Tokenizer, *, held_out:
     )
 
 
-def train(config: model.ModelConfig, tokenizer: Tokenizer):
+def train(model_config: decoder.ModelConfig, tokenizer: Tokenizer):
     """Maximum likelihood of the answers by AdamW, the rate falling to nothing by a cosine."""
-    params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(0))
+    params = jax.jit(decoder.init, static_argnums=0)(model_config, jax.random.key(0))
     schedule = optax.warmup_cosine_decay_schedule(0, RATE, 100, STEPS, RATE / 50)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
     )
 
     def negative(params, tokens, mask):
-        logprobs, _ = token_logprobs(params, config, tokens)
+        logprobs, _ = token_logprobs(params, model_config, tokens)
         return -jnp.sum(logprobs * mask) / jnp.sum(mask)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -193,7 +195,7 @@ def train(config: model.ModelConfig, tokenizer: Tokenizer):
         params, state, loss = update(params, state, tokens, mask)
         if step % 100 == 0 or step == STEPS:
             print(f"step {step}: loss {loss:.3f}, {time.perf_counter() - started:.0f} s")
-            report(params, config, tokenizer, held_out=True)
+            report(params, model_config, tokenizer, held_out=True)
     return params
 
 
@@ -202,7 +204,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     folder = parser.parse_args().out
     tokenizer = make_tokenizer()
-    config = model.ModelConfig(
+    model_config = decoder.ModelConfig(
         architecture="qwen3",
         vocab_size=tokenizer.get_vocab_size(),
         embed=192,
@@ -215,14 +217,14 @@ def main():
         tied=True,
         qk_norm=True,
     )
-    params = train(config, tokenizer)
-    hf.save_params(params, config, folder, dtype="bfloat16", overwrite=True)
+    params = train(model_config, tokenizer)
+    huggingface.save_params(params, model_config, folder, dtype="bfloat16", overwrite=True)
     write_tokenizer(tokenizer, folder)
-    params = hf.load_params(folder, hf.model_config(folder))
+    params = huggingface.load_params(folder, huggingface.read_model_config(folder))
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{folder}: {size:,} parameters, as stored:")
     for held_out in (False, True):
-        report(params, config, tokenizer, held_out=held_out)
+        report(params, model_config, tokenizer, held_out=held_out)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import jax
@@ -12,10 +12,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from basis_jax.config import Config, SamplingSection
+from basis_jax.config import Config, SamplingSection, config_from
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.data.problem import content_hash
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards, put_rows
 from basis_jax.runs import checkpoint
@@ -169,7 +169,7 @@ def path_probabilities(
         )
         part = answer_probability(
             params,
-            setting.model,
+            setting.model_config,
             *arrays,
             most=most,
             eos_ids=setting.eos_ids,
@@ -191,10 +191,12 @@ def right_ends(
     return np.array([v.reward > 0.5 for v in verdicts]).reshape(len(answers), -1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "most", "eos_ids", "temperature", "limit"))
+@functools.partial(
+    jax.jit, static_argnames=("model_config", "most", "eos_ids", "temperature", "limit")
+)
 def answer_probability(
     params: PyTree,
-    config: ModelConfig,
+    model_config: ModelConfig,
     tokens: Int[Array, "N T"],
     prompt_lengths: Int[Array, " N"],
     answer_lengths: Int[Array, " N"],
@@ -205,11 +207,13 @@ def answer_probability(
     temperature: float,
     limit: int,
 ) -> Float[Array, " N"]:
-    hidden, _ = model.forward(params, config, tokens)
+    hidden, _ = decoder.forward(params, model_config, tokens)
     at = jnp.arange(most + 1, dtype=jnp.int32)[None]
     position = jnp.minimum(prompt_lengths[:, None] - 1 + at, tokens.shape[1] - 1)  # predicts at
     hidden = jnp.take_along_axis(hidden, position[:, :, None], axis=1)
-    logprobs = jax.nn.log_softmax(model.logits(params, config, hidden) / temperature, axis=-1)
+    logprobs = jax.nn.log_softmax(
+        decoder.logits(params, model_config, hidden) / temperature, axis=-1
+    )
     following = jnp.minimum(position + 1, tokens.shape[1] - 1)
     answer = jnp.take_along_axis(tokens, following, axis=1)
     picked = jnp.take_along_axis(logprobs, answer[:, :, None], axis=2)[:, :, 0]

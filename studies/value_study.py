@@ -21,10 +21,10 @@ import numpy as np
 import tyro
 
 from basis_jax import command_line
-from basis_jax.runs import provenance as records
+from basis_jax.runs.provenance import provenance
 from basis_jax.training.prompt_features import prompt_features
 from basis_jax.training.session import open_session
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 from studies import policy_values
 from studies.policy_values import Policies, exact_values, policies, rollout_rewards, run_config
 from studies.simulated_values import (
@@ -111,12 +111,12 @@ class Still:
         config = replace(config, data=replace(config.data, size=self.size))
         with open_session(config) as session, jax.set_mesh(session.setting.mesh):
             setting, problems = session.setting, session.train_set
-            params = hf.load_params(session.folder, setting.model, setting.mesh)
+            params = huggingface.load_params(session.folder, setting.model_config, setting.mesh)
             check_exact(config)
             values = exact_values(params, setting, problems, config.sampling)
             features = (
                 prompt_features(
-                    params, setting.model, problems, mesh=setting.mesh, size=self.features
+                    params, setting.model_config, problems, mesh=setting.mesh, size=self.features
                 )
                 if self.features
                 else None
@@ -225,7 +225,7 @@ class Real:
         steps, values, rewards, reference = [], [], [], np.zeros((0, 0))
         with open_session(config) as session, jax.set_mesh(session.setting.mesh):
             setting, problems = session.setting, session.train_set
-            first = hf.load_params(session.folder, setting.model, setting.mesh)
+            first = huggingface.load_params(session.folder, setting.model_config, setting.mesh)
             for step, params in policies(self.run, config, first):
                 rolled = partial(
                     rollout_rewards, params, setting, problems, sampling=config.sampling, step=step
@@ -281,11 +281,11 @@ COMMANDS: dict[str, Callable[..., Simulate | Real | Still]] = {
 
 def main() -> None:
     chosen = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__)
-    provenance = records.provenance()  # now: others may commit while it runs
+    made_at = provenance()  # now: others may commit while it runs
     parts = chosen.study()
     if any(part.about.get("beside_paper") for part in parts):
         print("\n" + paper_table())
-    write(Path(chosen.out), parts, asdict(chosen), provenance)
+    write(Path(chosen.out), parts, asdict(chosen), made_at)
     print(f"\n{chosen.out}.json, {chosen.out}.png")
 
 

@@ -1,5 +1,4 @@
-"""``basis-jax COMMAND`` and ``scripts/COMMAND.py`` are the same functions, and both say how they are
-used."""
+"""``basis-jax COMMAND`` and ``scripts/COMMAND.py`` are the same functions; both say how to use them."""
 
 import importlib
 import sys

@@ -16,7 +16,7 @@ from test_end_to_end import ROOT, environment, lines, run, run_killed
 
 from basis_jax.command_line import load_config
 from basis_jax.model.logprobs import token_logprobs
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 
 ANSWERS = "7770123456"  # of the problems, equally often
 
@@ -56,7 +56,7 @@ def benchmarks(tmp_path_factory):
 def folder(tmp_path_factory):
     """A tiny Qwen3 that has learnt to say \\boxed{d}, any digit, and to end."""
     path = tiny.write_folder(tmp_path_factory.mktemp("models") / "tiny")
-    config, tokenizer = hf.model_config(path), hf.load_tokenizer(path)
+    model_config, tokenizer = huggingface.read_model_config(path), huggingface.load_tokenizer(path)
     rng = random.Random(0)
     asked = [rf"find no. {i} of $\frac{{{i}}}{{{i + 7}}}$ mod 9" for i in range(2, 90, 3)]
     asked += ["what is $x^{7}$?", "what is 12 mod 9?"]
@@ -70,13 +70,13 @@ def folder(tmp_path_factory):
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
         spoken[i, len(row) - len(r"\boxed{7}") - 1 : len(row)] = 1
-    params = hf.load_params(path, config)
+    params = huggingface.load_params(path, model_config)
     optimizer = optax.adam(1e-2)
 
     @jax.jit
     def teach(params):
         def loss(params):
-            logprobs, _ = token_logprobs(params, config, jnp.asarray(tokens))
+            logprobs, _ = token_logprobs(params, model_config, jnp.asarray(tokens))
             return -jnp.sum(spoken * logprobs) / spoken.sum()
 
         def step(carry, _):
@@ -88,7 +88,7 @@ def folder(tmp_path_factory):
 
     with jax.numpy_dtype_promotion("standard"):  # which optax.adam counts on
         params = teach(params)
-    hf.save_params(params, config, path, source=path, overwrite=True)
+    huggingface.save_params(params, model_config, path, source=path, overwrite=True)
     return path
 
 

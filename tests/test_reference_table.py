@@ -12,7 +12,7 @@ from basis_jax.data.encoding import EncodedProblems
 from basis_jax.data.problem import Problem
 from basis_jax.model.sharding import make_mesh
 from basis_jax.sampling.rollouts import Setting, decode, roll_out
-from basis_jax.training import reference_table as tables
+from basis_jax.training import reference_table
 from basis_jax.verify.verdicts import Verdict
 
 SAMPLING = SamplingSection(max_new_tokens=3)
@@ -50,7 +50,7 @@ def problems():
 @pytest.fixture(scope="module")
 def setting():
     return Setting(
-        model=tiny.TINY,
+        model_config=tiny.TINY,
         mesh=make_mesh(devices=jax.devices()[:1]),
         tokenizer=Numbers(),
         eos_ids=tuple(range(3, 12)),
@@ -62,12 +62,12 @@ def setting():
 
 @pytest.fixture(scope="module")
 def wanted(setting):
-    return tables.made_by(setting, model="abc", sampling=SAMPLING, verifier="even")
+    return reference_table.made_by(setting, model="abc", sampling=SAMPLING, verifier="even")
 
 
 def build(path, setting, problems, wanted, **changes):
     options = {"samples": 6, "sampling": SAMPLING, "wanted": wanted, "path": path} | changes
-    return tables.build(tiny.params(), setting, problems, **options)
+    return reference_table.build(tiny.params(), setting, problems, **options)
 
 
 def rolled_out(setting, problems, ids, samples, sampling=SAMPLING):
@@ -122,8 +122,8 @@ def test_an_interrupted_table_is_finished_with_the_same_counts(
     setting, problems, wanted, tmp_path, monkeypatch
 ):
     whole = build(tmp_path / "whole.npz", setting, problems, wanted)
-    monkeypatch.setattr(tables, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(tables, "ROUNDS", 1)
+    monkeypatch.setattr(reference_table, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(reference_table, "ROUNDS", 1)
     done = []
 
     def stop(text):
@@ -133,7 +133,7 @@ def test_an_interrupted_table_is_finished_with_the_same_counts(
 
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "part.npz", setting, problems, wanted, report=stop)
-    assert tables.load(tmp_path / "part.npz").position == 12
+    assert reference_table.load(tmp_path / "part.npz").position == 12
     resumed = build(tmp_path / "part.npz", setting, problems, wanted, report=done.append)
     assert len(done) == 3 + 5  # the remaining 18 rollouts, 4 at a time
     np.testing.assert_array_equal(resumed.successes, whole.successes)
@@ -150,7 +150,7 @@ def test_counts_follow_the_problems_and_not_their_rows(setting, problems, wanted
         lengths=problems.lengths[rows],
         counts={},
     )
-    read = tables.rows_for(tables.load(path), part, wanted, path)
+    read = reference_table.rows_for(reference_table.load(path), part, wanted, path)
     assert read.successes.tolist() == table.successes[rows].tolist()
     assert read.trials.tolist() == table.trials[rows].tolist()
     assert read.features.tolist() == table.features[rows].tolist() and read.features.any()
@@ -169,7 +169,7 @@ def test_a_table_made_otherwise_is_refused(setting, problems, wanted, tmp_path, 
     path = tmp_path / "t.npz"
     table = build(path, setting, problems, wanted, samples=1)
     with pytest.raises(ValueError, match=sentence):
-        tables.rows_for(table, problems, wanted | change, path)
+        reference_table.rows_for(table, problems, wanted | change, path)
 
 
 def test_other_prompts_or_problems_and_unfinished_tables_are_refused(
@@ -180,34 +180,34 @@ def test_other_prompts_or_problems_and_unfinished_tables_are_refused(
     tokens = problems.tokens.copy()
     tokens[1, 0] += 1
     with pytest.raises(ValueError, match="lacks 1 of the run's 5 problems"):
-        tables.rows_for(table, dataclasses.replace(problems, tokens=tokens), wanted, path)
+        reference_table.rows_for(table, dataclasses.replace(problems, tokens=tokens), wanted, path)
     others = dataclasses.replace(
         problems, problems=tuple(Problem(prompt=f"q{i}", answer="") for i in range(SIZE))
     )
     with pytest.raises(ValueError, match="lacks 5 of the run's 5 problems"):
-        tables.rows_for(table, others, wanted, path)
+        reference_table.rows_for(table, others, wanted, path)
     unfinished = dataclasses.replace(table, position=3)
     with pytest.raises(ValueError, match="unfinished \\(3 of 5 rollouts\\)"):
-        tables.rows_for(unfinished, problems, wanted, path)
+        reference_table.rows_for(unfinished, problems, wanted, path)
     with pytest.raises(ValueError, match="another model, sampling setting or problem set"):
         build(path, setting, others, wanted, samples=1)
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="no reference table at .*none.npz"):
-        tables.load(tmp_path / "none.npz")
+        reference_table.load(tmp_path / "none.npz")
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 not a table")
     with pytest.raises(ValueError, match="bad.npz is not a reference table"):
-        tables.load(tmp_path / "bad.npz")
+        reference_table.load(tmp_path / "bad.npz")
 
 
 def test_features_alone_need_no_rollouts_and_are_made_once(
     setting, problems, wanted, tmp_path, monkeypatch
 ):
     path = tmp_path / "t.npz"
-    monkeypatch.setattr(tables, "roll_out", None)
+    monkeypatch.setattr(reference_table, "roll_out", None)
     table = build(path, setting, problems, wanted, samples=0, features=3)
     assert table.features.shape == (SIZE, 3) and not table.trials.any()
-    monkeypatch.setattr(tables, "prompt_features", None)
+    monkeypatch.setattr(reference_table, "prompt_features", None)
     again = build(path, setting, problems, wanted, samples=0, features=3)
     assert np.array_equal(again.features, table.features)

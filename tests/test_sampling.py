@@ -12,7 +12,7 @@ import tiny
 
 from basis_jax.config import SamplingSection
 from basis_jax.masked import completion_mask
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoding import decode_weights
 from basis_jax.model.sharding import make_mesh, named_tree, put_rows
 from basis_jax.runs.compiles import counted
@@ -29,10 +29,10 @@ def keys_for(prompts, *, seed=0, stream="train", step=0, sample_index=0):
     return row_keys(seed, stream, step, problem_ids=prompts.problem_ids, samples=samples)
 
 
-def run(prompts, *, sampling=SAMPLING, eos_ids=(1, 2), config=tiny.TINY, **noise):
+def run(prompts, *, sampling=SAMPLING, eos_ids=(1, 2), model_config=tiny.TINY, **noise):
     return sample(
-        tiny.params(config),
-        config,
+        tiny.params(model_config),
+        model_config,
         prompts,
         sampling=sampling,
         eos_ids=eos_ids,
@@ -43,7 +43,7 @@ def run(prompts, *, sampling=SAMPLING, eos_ids=(1, 2), config=tiny.TINY, **noise
 def run_on(mesh, prompts, *, sampling=SAMPLING, rows_at_once, ended=None):
     with jax.set_mesh(mesh):
         return sample_rows(
-            jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY))),
+            jax.device_put(tiny.params(), named_tree(mesh, decoder.param_axes(tiny.TINY))),
             tiny.TINY,
             prompts,
             sampling=sampling,
@@ -258,11 +258,11 @@ def test_caches_stay_where_they_are(sizes):
         data=sizes[0], fsdp=1, tensor=sizes[2], devices=jax.devices()[: math.prod(sizes)]
     )
     with jax.set_mesh(mesh):
-        params = jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY)))
+        params = jax.device_put(tiny.params(), named_tree(mesh, decoder.param_axes(tiny.TINY)))
         slots = refill.empty_slots(tiny.TINY, rows=64, length=96, room=64)
         prompts = put_rows(mesh, jax.tree.map(np.asarray, tiny.prompts(rows=16)))
         into = np.arange(16, dtype=np.int32).reshape(sizes[0], -1)
-        given = {"config": tiny.TINY, "sampling": SAMPLING}
+        given = {"model_config": tiny.TINY, "sampling": SAMPLING}
         keys = keys_for(tiny.prompts(rows=16))
         programs = [
             refill.admit.lower(params, slots, prompts, keys, into=into, prefix=None, **given),

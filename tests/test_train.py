@@ -11,7 +11,7 @@ import tiny
 
 from basis_jax import estimators
 from basis_jax.config import Config, LossSection, OptimSection, SamplingSection, TrainSection
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.logprobs import token_logprobs
 from basis_jax.model.sharding import make_mesh, named_tree
 from basis_jax.opening.checks import check
@@ -79,9 +79,9 @@ def one_update(*, sizes=(1, 1, 1), microbatch=8, config=CONFIG, data=None, learn
     mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2], devices=devices)
     optimizer = make_optimizer(config.optim, updates=10) if learn else optax.sgd(1.0)
     with jax.set_mesh(mesh):
-        params = jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY)))
+        params = jax.device_put(tiny.params(), named_tree(mesh, decoder.param_axes(tiny.TINY)))
         params = jax.tree.map(jnp.copy, params)  # the update donates them
-        state = make_state(params, optimizer, (), architecture=tiny.TINY, mesh=mesh)
+        state = make_state(params, optimizer, (), model_config=tiny.TINY, mesh=mesh)
         train = dataclasses.replace(config.train, microbatch_rollouts=microbatch)
         config = dataclasses.replace(config, train=train)
         options = {"loss": config.loss, "temperature": 1.0, "microbatch": microbatch}

@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from basis_jax.weights import huggingface as hf
-from basis_jax.weights import trained
+from basis_jax.weights import huggingface, trained
 from basis_jax.weights.gguf import convert
 
 
@@ -50,11 +49,13 @@ def run(
         shard_gb: the largest file of weights, in 10^9 bytes.
     """
     checkpoint = trained.find_checkpoint(run)
-    source = hf.resolve_folder(model_path or trained.model_path(checkpoint))
-    config = hf.model_config(source)
-    params = trained.load_params(checkpoint, config)
+    source = huggingface.resolve_folder(model_path or trained.model_path(checkpoint))
+    model_config = huggingface.read_model_config(source)
+    params = trained.load_params(checkpoint, model_config)
     limit = int(shard_gb * 1e9)
-    folder = hf.save_params(params, config, to, source=source, dtype=dtype, max_shard_bytes=limit)
+    folder = huggingface.save_params(
+        params, model_config, to, source=source, dtype=dtype, max_shard_bytes=limit
+    )
     print(f"wrote {folder} from {checkpoint}")
 
 

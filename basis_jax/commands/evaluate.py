@@ -22,8 +22,7 @@ from basis_jax.evaluation.evaluate import check_out, open_evaluation, protocol
 from basis_jax.evaluation.report import report, table
 from basis_jax.files import replace_file
 from basis_jax.runs.provenance import provenance
-from basis_jax.weights import huggingface as hf
-from basis_jax.weights import trained
+from basis_jax.weights import huggingface, trained
 
 
 def main() -> None:
@@ -46,11 +45,13 @@ def main() -> None:
 
 def load(evaluation, checkpoint: str):
     """Parameters and the name of where they are from: the model folder or a checkpoint."""
-    architecture, mesh = evaluation.setting.model, evaluation.setting.mesh
+    model_config, mesh = evaluation.setting.model_config, evaluation.setting.mesh
     if not checkpoint:
-        return hf.load_params(evaluation.folder, architecture, mesh), str(evaluation.folder)
+        return huggingface.load_params(evaluation.folder, model_config, mesh), str(
+            evaluation.folder
+        )
     step = trained.find_checkpoint(checkpoint)
     began, here = trained.model_path(step), evaluation.config.model.path
     if began != here:
         print(f"note: training began from {began}; config and tokenizer are those of {here}")
-    return trained.load_params(step, architecture, mesh), str(step)
+    return trained.load_params(step, model_config, mesh), str(step)

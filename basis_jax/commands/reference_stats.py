@@ -17,7 +17,7 @@ import numpy as np
 
 from basis_jax import command_line
 from basis_jax.training.session import open_session, reference_table
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 
 
 def main() -> None:
@@ -28,7 +28,9 @@ def main() -> None:
             f"{config.estimator.table or '(empty)'}; give --out FILE.npz and no --estimator.table"
         )
     with open_session(config) as session, jax.set_mesh(session.setting.mesh):
-        params = hf.load_params(session.folder, session.setting.model, session.setting.mesh)
+        params = huggingface.load_params(
+            session.folder, session.setting.model_config, session.setting.mesh
+        )
         table = reference_table(session, params, Path(options.out))
     print_summary(table.successes, table.trials)
     print(f"reference table: {options.out}")

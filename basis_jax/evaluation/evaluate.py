@@ -28,8 +28,7 @@ from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.checks import check_evaluation, check_memory
 from basis_jax.opening.setting import stop_ids
 from basis_jax.sampling.rollouts import Graded, Setting, roll_out
-from basis_jax.weights import huggingface as hf
-from basis_jax.weights import layout as weights
+from basis_jax.weights import huggingface, layout
 
 
 def problem_scores(rewards: np.ndarray, valid: np.ndarray, samples: int) -> np.ndarray:
@@ -128,12 +127,12 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print):
     Raises ValueError for settings that cannot be evaluated, before weights are read.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    folder = hf.resolve_folder(config.model.path)
-    architecture = hf.model_config(
+    folder = huggingface.resolve_folder(config.model.path)
+    model_config = huggingface.read_model_config(
         folder, compute_dtype=config.model.compute_dtype, attention=config.model.attention
     )
-    check_evaluation(config, architecture, mesh)
-    tokenizer = hf.load_tokenizer(folder)
+    check_evaluation(config, model_config, mesh)
+    tokenizer = huggingface.load_tokenizer(folder)
     sets = {}
     for name in config.eval.sets:
         problems = load_held_out(name, config.eval.folder)
@@ -142,17 +141,17 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print):
         report(f"{name} problems: {counts}")
         check_memory(
             config,
-            architecture,
+            model_config,
             mesh,
             prompt_width=sets[name].tokens.shape[1],
             rows=len(sets[name].problems) * config.eval.samples,
         )
     with verify.make_verifier(config.data.verifier) as verifier:
         setting = Setting(
-            model=architecture,
+            model_config=model_config,
             mesh=mesh,
             tokenizer=tokenizer,
-            eos_ids=hf.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer),
+            eos_ids=huggingface.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer),
             verifier=verifier,
             seed=config.seed,
             rows_at_once=config.train.sample_rollouts,
@@ -173,7 +172,7 @@ def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
     ``weights`` is a hash of the parameters, the same for a checkpoint and its float32 export.
     """
     config, setting, sampling = evaluation.config, evaluation.setting, evaluation.sampling
-    described = dataclasses.asdict(computed_in(setting.model, sampling.dtype))
+    described = dataclasses.asdict(computed_in(setting.model_config, sampling.dtype))
     described = {k: v for k, v in described.items() if k not in ("remat", "attention")}
     return {
         "sets": {
@@ -198,7 +197,7 @@ def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
         "seed": setting.seed,
         "verifier": verifier_version(config.data.verifier),
         "model": described,
-        "weights_sha256": params_sha256(params, setting.model),
+        "weights_sha256": params_sha256(params, setting.model_config),
     }
 
 
@@ -206,10 +205,10 @@ def sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def params_sha256(params: PyTree, config: ModelConfig) -> str:
+def params_sha256(params: PyTree, model_config: ModelConfig) -> str:
     """Over names, shapes and float32 values, in the names and layouts of Hugging Face's files."""
     digest = hashlib.sha256()
-    for name, tensor in weights.stored_tensors(params, config):
+    for name, tensor in layout.stored_tensors(params, model_config):
         digest.update(f"{name}\0{tensor.shape}\0".encode())
         digest.update(np.ascontiguousarray(tensor, np.float32))
     return digest.hexdigest()

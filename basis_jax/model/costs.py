@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import shards
 
@@ -22,74 +22,78 @@ class Work:
     bytes: int  # read and written, each array once
 
 
-def layer_products(config: ModelConfig) -> int:
+def layer_products(model_config: ModelConfig) -> int:
     """Weights of one layer's matrix products: queries and output, keys and values, feed-forward."""
-    attention = 2 * config.embed * (config.heads + config.kv_heads) * config.head_dim
-    return attention + 3 * config.embed * config.mlp
+    c = model_config
+    attention = 2 * c.embed * (c.heads + c.kv_heads) * c.head_dim
+    return attention + 3 * c.embed * c.mlp
 
 
-def output_products(config: ModelConfig) -> int:
-    return config.vocab_size * config.embed
+def output_products(model_config: ModelConfig) -> int:
+    return model_config.vocab_size * model_config.embed
 
 
-def parameters(config: ModelConfig) -> int:
+def parameters(model_config: ModelConfig) -> int:
     """Number of parameters, biases and norms included."""
-    heads = config.heads + 2 * config.kv_heads
-    layer = layer_products(config) + 2 * config.embed
-    layer += config.qkv_bias * heads * config.head_dim + config.output_bias * config.embed
-    layer += (
-        config.mlp_bias * (2 * config.mlp + config.embed) + config.qk_norm * 2 * config.head_dim
-    )
-    tables = output_products(config) * (1 if config.tied else 2)
-    return config.layers * layer + tables + config.embed
+    c = model_config
+    heads = c.heads + 2 * c.kv_heads
+    layer = layer_products(model_config) + 2 * c.embed
+    layer += c.qkv_bias * heads * c.head_dim + c.output_bias * c.embed
+    layer += c.mlp_bias * (2 * c.mlp + c.embed) + c.qk_norm * 2 * c.head_dim
+    tables = output_products(model_config) * (1 if c.tied else 2)
+    return c.layers * layer + tables + c.embed
 
 
-def compute_bytes(config: ModelConfig) -> int:
+def compute_bytes(model_config: ModelConfig) -> int:
     """Bytes of a number in the compute dtype."""
-    return jnp.dtype(config.compute_dtype).itemsize
+    return jnp.dtype(model_config.compute_dtype).itemsize
 
 
-def recomputes(config: ModelConfig) -> bool:
+def recomputes(model_config: ModelConfig) -> bool:
     """Whether the backward pass makes activations of a layer again."""
-    return config.remat != "none"
+    return model_config.remat != "none"
 
 
-def cache_numbers(config: ModelConfig, *, slots: int, length: int) -> int:
-    return 2 * config.layers * slots * length * config.kv_heads * config.head_dim
+def cache_numbers(model_config: ModelConfig, *, slots: int, length: int) -> int:
+    c = model_config
+    return 2 * c.layers * slots * length * c.kv_heads * c.head_dim
 
 
-def _attention(config: ModelConfig, pairs: int) -> int:
+def _attention(model_config: ModelConfig, pairs: int) -> int:
     """Scores and mixing of all layers for so many (query, key) positions."""
-    return 4 * config.layers * config.heads * config.head_dim * pairs
+    c = model_config
+    return 4 * c.layers * c.heads * c.head_dim * pairs
 
 
-def decode_step(config: ModelConfig, *, rows: int, context: int) -> Work:
+def decode_step(model_config: ModelConfig, *, rows: int, context: int) -> Work:
     """One token for each of ``rows`` rows that attend to ``context`` positions.
 
     Bytes: the weights once and in the compute dtype, the cache read and a position of it written,
     the logits in float32.
     """
-    weights = config.layers * layer_products(config) + output_products(config)
-    cache = cache_numbers(config, slots=rows, length=context + 1)
+    weights = model_config.layers * layer_products(model_config) + output_products(model_config)
+    cache = cache_numbers(model_config, slots=rows, length=context + 1)
     return Work(
-        flops=2 * weights * rows + _attention(config, rows * context),
-        bytes=(weights + cache) * compute_bytes(config) + rows * config.vocab_size * 4,
+        flops=2 * weights * rows + _attention(model_config, rows * context),
+        bytes=(weights + cache) * compute_bytes(model_config) + rows * model_config.vocab_size * 4,
     )
 
 
-def prefill(config: ModelConfig, *, rows: int, width: int) -> Work:
+def prefill(model_config: ModelConfig, *, rows: int, width: int) -> Work:
     """``rows`` prompts of ``width`` tokens and the logits of their last; a query attends to the
     positions up to its own, the others are not counted."""
-    weights, output = config.layers * layer_products(config), output_products(config)
+    weights = model_config.layers * layer_products(model_config)
+    output = output_products(model_config)
     pairs = rows * width * (width + 1) // 2
-    cache = cache_numbers(config, slots=rows, length=width)
+    cache = cache_numbers(model_config, slots=rows, length=width)
     return Work(
-        flops=2 * weights * rows * width + 2 * output * rows + _attention(config, pairs),
-        bytes=(weights + output + cache) * compute_bytes(config) + rows * config.vocab_size * 4,
+        flops=2 * weights * rows * width + 2 * output * rows + _attention(model_config, pairs),
+        bytes=(weights + output + cache) * compute_bytes(model_config)
+        + rows * model_config.vocab_size * 4,
     )
 
 
-def update(config: ModelConfig, *, rows: int, width: int) -> Work:
+def update(model_config: ModelConfig, *, rows: int, width: int) -> Work:
     """Gradient over ``rows`` x ``width`` tokens and AdamW: forward, twice that backward, and once
     more what ``remat`` has recomputed of the layers. Attention as in ``prefill``; the output layer
     at every position, prompts too, which ``logprobs`` mostly passes over.
@@ -97,37 +101,42 @@ def update(config: ModelConfig, *, rows: int, width: int) -> Work:
     Bytes, a lower bound: each pass reads the weights once; the optimizer reads weights, gradients
     and both moments and writes all but the gradients, in float32.
     """
-    weights, output = config.layers * layer_products(config), output_products(config)
-    attention = _attention(config, rows * width * (width + 1) // 2)
-    passes = 4 if config.remat == "full" else 3
+    weights = model_config.layers * layer_products(model_config)
+    output = output_products(model_config)
+    attention = _attention(model_config, rows * width * (width + 1) // 2)
+    passes = 4 if model_config.remat == "full" else 3
     return Work(
         flops=2 * (passes * weights + 3 * output) * rows * width
-        + (4 if recomputes(config) else 3) * attention,
-        bytes=passes * (weights + output) * compute_bytes(config) + 7 * 4 * parameters(config),
+        + (4 if recomputes(model_config) else 3) * attention,
+        bytes=passes * (weights + output) * compute_bytes(model_config)
+        + 7 * 4 * parameters(model_config),
     )
 
 
-def parameter_bytes(config: ModelConfig, mesh, *, itemsize: int = 4, gathered: bool = False) -> int:
+def parameter_bytes(
+    model_config: ModelConfig, mesh, *, itemsize: int = 4, gathered: bool = False
+) -> int:
     """The parameters' share of one device; ``gathered``: over ``fsdp``, as decoding has them."""
 
-    def here(size, axis):
+    def local_size(size, axis):
         return size if gathered and axis == "embed" else -(-size // shards(mesh, axis))
 
-    shapes, axes = jax.tree.leaves(model.param_shapes(config)), model.param_axes(config)
+    shapes = jax.tree.leaves(decoder.param_shapes(model_config))
+    axes = decoder.param_axes(model_config)
     axes = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
     return sum(
-        itemsize * math.prod(here(n, a) for n, a in zip(x.shape, of, strict=True))
+        itemsize * math.prod(local_size(n, a) for n, a in zip(x.shape, of, strict=True))
         for x, of in zip(shapes, axes, strict=True)
     )
 
 
-def copy_bytes(config: ModelConfig, mesh) -> int:
+def copy_bytes(model_config: ModelConfig, mesh) -> int:
     """The weights once more in the compute dtype; in float32 they serve as they are."""
-    size = compute_bytes(config)
-    return 0 if size == 4 else parameter_bytes(config, mesh, itemsize=size)
+    size = compute_bytes(model_config)
+    return 0 if size == 4 else parameter_bytes(model_config, mesh, itemsize=size)
 
 
-def activation_bytes(config: ModelConfig, mesh, *, rows: int, width: int) -> int:
+def activation_bytes(model_config: ModelConfig, mesh, *, rows: int, width: int) -> int:
     """What the backward pass of ``rows`` x ``width`` tokens keeps of the layers.
 
     A token of a layer, without recomputation: six vectors of the stream (two norms: input and
@@ -138,63 +147,65 @@ def activation_bytes(config: ModelConfig, mesh, *, rows: int, width: int) -> int
     needs (queries, keys, values, attention's output, gate and up), and all of the above for one
     layer at a time.
     """
-    size, tensor = compute_bytes(config), shards(mesh, "heads")
-    stream = config.embed * (4 * 4 + 2 * size)
-    split = 6 * config.mlp * size + 2 * (config.heads + config.kv_heads) * config.head_dim * size
-    if config.attention == "plain":
-        split += config.heads * width * (4 + size)
-    split += config.qk_norm * 2 * (config.heads + config.kv_heads) * config.head_dim * 4
+    c, size, tensor = model_config, compute_bytes(model_config), shards(mesh, "heads")
+    stream = c.embed * (4 * 4 + 2 * size)
+    split = 6 * c.mlp * size + 2 * (c.heads + c.kv_heads) * c.head_dim * size
+    if c.attention == "plain":
+        split += c.heads * width * (4 + size)
+    split += c.qk_norm * 2 * (c.heads + c.kv_heads) * c.head_dim * 4
     layer = stream + split / tensor
-    kept = config.layers * layer
-    if recomputes(config):
-        saved = config.embed
-        if config.remat == "dots":
-            heads = (config.heads + 2 * config.kv_heads) * config.head_dim
-            saved += config.embed + (heads + 2 * config.mlp) / tensor
-        kept = config.layers * saved * size + layer
+    kept = c.layers * layer
+    if recomputes(model_config):
+        saved = c.embed
+        if c.remat == "dots":
+            heads = (c.heads + 2 * c.kv_heads) * c.head_dim
+            saved += c.embed + (heads + 2 * c.mlp) / tensor
+        kept = c.layers * saved * size + layer
     tokens = rows * width / shards(mesh, "batch")
-    return int(tokens * (kept + config.embed * (8 + size)))  # the last: the final norm
+    return int(tokens * (kept + c.embed * (8 + size)))  # the last: the final norm
 
 
 def sampling_memory(
-    config: ModelConfig, mesh, *, slots: int, length: int, width: int
+    model_config: ModelConfig, mesh, *, slots: int, length: int, width: int
 ) -> dict[str, int]:
     """Bytes on one device while ``slots`` rows of ``length`` positions decode, by part.
 
     Prompts have ``width`` and share nothing; a quarter of them is read at once (``refill.seats``).
     While it grows, the part of the cache in use is held once more.
     """
-    size, rows = compute_bytes(config), slots / shards(mesh, "batch")
-    cache = cache_numbers(config, slots=slots, length=length) * size
-    heads, mlp = config.heads / shards(mesh, "heads"), config.mlp / shards(mesh, "mlp")
-    scores = heads * width * 8 if config.attention == "plain" else 0
-    layer = 3 * config.embed * 4 + 2 * mlp * size + scores
+    size, rows = compute_bytes(model_config), slots / shards(mesh, "batch")
+    cache = cache_numbers(model_config, slots=slots, length=length) * size
+    heads, mlp = model_config.heads / shards(mesh, "heads"), model_config.mlp / shards(mesh, "mlp")
+    scores = heads * width * 8 if model_config.attention == "plain" else 0
+    layer = 3 * model_config.embed * 4 + 2 * mlp * size + scores
     return {
-        "weights": parameter_bytes(config, mesh),
+        "weights": parameter_bytes(model_config, mesh),
         "weights laid out for decoding": parameter_bytes(
-            config, mesh, itemsize=size, gathered=True
+            model_config, mesh, itemsize=size, gathered=True
         ),
         "key-value cache": int(cache / shards(mesh, "batch") / shards(mesh, "kv_heads")),
-        "logits": int(2 * rows * config.vocab_size * 4 / shards(mesh, "vocab")),
+        "logits": int(2 * rows * model_config.vocab_size * 4 / shards(mesh, "vocab")),
         "prefill": int(-(-rows // 4) * width * layer),
     }
 
 
 def update_memory(
-    config: ModelConfig, mesh, *, rows: int, width: int, chunk: int
+    model_config: ModelConfig, mesh, *, rows: int, width: int, chunk: int
 ) -> dict[str, int]:
     """Bytes on one device during an update over microbatches of ``rows`` x ``width`` tokens, by
     part; the gradients are those of one microbatch and the sum so far.
 
     The backward pass keeps the layers' weights in the compute dtype too, unless it recomputes.
     """
-    weights = parameter_bytes(config, mesh)
-    logits = rows * min(chunk, width) * config.vocab_size * 4 * 2
+    weights = parameter_bytes(model_config, mesh)
+    logits = rows * min(chunk, width) * model_config.vocab_size * 4 * 2
     return {
         "weights": weights,
-        f"weights in {config.compute_dtype}": 0 if recomputes(config) else copy_bytes(config, mesh),
+        f"weights in {model_config.compute_dtype}": 0
+        if recomputes(model_config)
+        else copy_bytes(model_config, mesh),
         "moments": 2 * weights,
         "gradients": 2 * weights,
-        "activations": activation_bytes(config, mesh, rows=rows, width=width),
+        "activations": activation_bytes(model_config, mesh, rows=rows, width=width),
         "logits": int(logits / shards(mesh, "batch") / shards(mesh, "vocab")),
     }

@@ -30,7 +30,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Static description of a decoder; ``hf.model_config`` makes it from ``config.json``."""
+    """Static description of a decoder; ``huggingface.read_model_config`` reads it."""
 
     architecture: str  # "qwen2", "qwen3" or "llama"
     vocab_size: int
@@ -63,11 +63,11 @@ REMAT = {
 but the layer's input."""
 
 
-def computed_in(config: ModelConfig, dtype: str) -> ModelConfig:
+def computed_in(model_config: ModelConfig, dtype: str) -> ModelConfig:
     """The model in another compute dtype (empty: its own); NVIDIA's kernel knows bfloat16 only."""
-    dtype = dtype or config.compute_dtype
-    attention = config.attention if dtype == "bfloat16" else "plain"
-    return replace(config, compute_dtype=dtype, attention=attention)
+    dtype = dtype or model_config.compute_dtype
+    attention = model_config.attention if dtype == "bfloat16" else "plain"
+    return replace(model_config, compute_dtype=dtype, attention=attention)
 
 
 ATTENTION = ("plain", "cudnn")
@@ -82,15 +82,15 @@ class KeyValues:
     values: Float[Array, "*L N T K Dh"]
 
 
-def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
+def rope_frequencies(model_config: ModelConfig) -> Float[Array, " half"]:
     """Rotation per position, in radians: theta^(-2i/d), scaled as Llama 3 where asked.
 
     Llama 3: wavelengths above original/low_freq are divided by ``factor``, those below
     original/high_freq are kept, and between them the two are interpolated.
     """
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequency = 1.0 / (config.rope_theta**exponent)
-    scaling = config.rope_scaling
+    exponent = jnp.arange(0, model_config.head_dim, 2, dtype=jnp.float32) / model_config.head_dim
+    frequency = 1.0 / (model_config.rope_theta**exponent)
+    scaling = model_config.rope_scaling
     if scaling is None:
         return frequency
     turns = scaling.original_max_positions * frequency / (2 * math.pi)
@@ -102,10 +102,10 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
 
 
 def rotate(
-    x: Float[Array, "N T heads Dh"], positions: Int[Array, "N T"], config: ModelConfig
+    x: Float[Array, "N T heads Dh"], positions: Int[Array, "N T"], model_config: ModelConfig
 ) -> Float[Array, "N T heads Dh"]:
     """Rotary embedding on halves: pairs are (i, i + Dh/2), as Hugging Face stores the weights."""
-    angle = positions[..., None].astype(jnp.float32) * rope_frequencies(config)[None, None]
+    angle = positions[..., None].astype(jnp.float32) * rope_frequencies(model_config)[None, None]
     sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
@@ -122,7 +122,7 @@ def rms_norm(x: Float[Array, "*s D"], scale: Float[Array, " D"], eps: float):
 class Block(nn.Module):
     """One decoder layer: (hidden, keys and values of a prefix) -> hidden, and its own if kept."""
 
-    config: ModelConfig
+    model_config: ModelConfig
     keep: bool = False
 
     def weight(self, name, shape, axes, *, bias=False):
@@ -131,7 +131,7 @@ class Block(nn.Module):
         else:
             initial = nn.initializers.normal(0.02)
         value = self.param(name, nn.with_logical_partitioning(initial, axes), shape, jnp.float32)
-        return value.astype(self.config.compute_dtype)
+        return value.astype(self.model_config.compute_dtype)
 
     def scale(self, name, size, axis):
         initial = nn.with_logical_partitioning(nn.initializers.ones, (axis,))
@@ -139,7 +139,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, prefix, positions):
-        c = self.config
+        c = self.model_config
         normed = rms_norm(x, self.scale("attention_norm", c.embed, "activation_embed"), c.norm_eps)
         attended, keys, values = self.attention(normed, prefix, positions)
         x = constrain(x + attended, ("batch", "time", "activation_embed"))
@@ -148,7 +148,7 @@ class Block(nn.Module):
         return x, KeyValues(keys=keys, values=values) if self.keep else None
 
     def project(self, name, x, heads, axis):
-        c = self.config
+        c = self.model_config
         shape, axes = (c.embed, heads, c.head_dim), ("embed", axis, "head_dim")
         y = jnp.einsum("ntd,dhk->nthk", x, self.weight(f"{name}_proj", shape, axes))
         if c.qkv_bias:
@@ -158,7 +158,7 @@ class Block(nn.Module):
         return y
 
     def attention(self, x, prefix, positions):
-        c = self.config
+        c = self.model_config
         queries = rotate(self.project("q", x, c.heads, "heads"), positions, c)
         keys = rotate(self.project("k", x, c.kv_heads, "kv_heads"), positions, c)
         values = self.project("v", x, c.kv_heads, "kv_heads")
@@ -179,7 +179,7 @@ class Block(nn.Module):
         return mixed, keys, values
 
     def feed_forward(self, x):
-        c = self.config
+        c = self.model_config
         flat = x.reshape(-1, c.embed)  # [N T, D]: on CPUs 1.2x as fast as [N, T, D]
 
         def dense(name, y, sizes, axes):
@@ -222,12 +222,12 @@ def after(prefix: Float[Array, "1 P K Dh"], own: Float[Array, "N T K Dh"]):
 class Decoder(nn.Module):
     """Embedding, the layer stack as one scan, final norm; the output layer is ``logits``."""
 
-    config: ModelConfig
+    model_config: ModelConfig
     keep: bool = False
 
     @nn.compact
     def __call__(self, tokens, positions, prefix):
-        c = self.config
+        c = self.model_config
         initial = nn.initializers.normal(0.02)
         axes = nn.with_logical_partitioning(initial, ("vocab", "embed"))
         embedding = self.param("embedding", axes, (c.vocab_size, c.embed), jnp.float32)
@@ -251,39 +251,39 @@ class Decoder(nn.Module):
         return rms_norm(x, self.param("norm", norm, (c.embed,), jnp.float32), c.norm_eps), kept
 
 
-def _init_boxed(config: ModelConfig, key):
+def _init_boxed(model_config: ModelConfig, key):
     tokens = jnp.zeros((1, 2), jnp.int32)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # too small to split
-        return Decoder(config).init(key, tokens, jnp.zeros_like(tokens), None)["params"]
+        return Decoder(model_config).init(key, tokens, jnp.zeros_like(tokens), None)["params"]
 
 
-def init(config: ModelConfig, key) -> PyTree:
+def init(model_config: ModelConfig, key) -> PyTree:
     """Random float32 parameters: normal(0, 0.02) weights, zero biases, unit norms.
 
     Call it under ``jax.jit(init, static_argnums=0)``: eager initialisation takes many seconds.
     """
-    return nn.unbox(_init_boxed(config, key))
+    return nn.unbox(_init_boxed(model_config, key))
 
 
 @functools.cache
-def _abstract_boxed(config: ModelConfig):
-    return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
+def _abstract_boxed(model_config: ModelConfig):
+    return jax.eval_shape(lambda: _init_boxed(model_config, jax.random.key(0)))
 
 
-def param_shapes(config: ModelConfig) -> PyTree:
+def param_shapes(model_config: ModelConfig) -> PyTree:
     """ShapeDtypeStruct of every parameter, without making any."""
-    return nn.unbox(_abstract_boxed(config))
+    return nn.unbox(_abstract_boxed(model_config))
 
 
-def param_axes(config: ModelConfig) -> PyTree:
+def param_axes(model_config: ModelConfig) -> PyTree:
     """Tuple of logical axis names of every parameter."""
-    specs = nn.get_partition_spec(_abstract_boxed(config))
+    specs = nn.get_partition_spec(_abstract_boxed(model_config))
     return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
 
 
 def forward(
     params: PyTree,
-    config: ModelConfig,
+    model_config: ModelConfig,
     tokens: Int[Array, "N T"],
     *,
     prefix: KeyValues | None = None,
@@ -297,17 +297,17 @@ def forward(
     before = 0 if prefix is None else prefix.keys.shape[2]
     steps = before + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = jnp.broadcast_to(steps[None], tokens.shape)
-    return Decoder(config, keep).apply({"params": params}, tokens, positions, prefix)
+    return Decoder(model_config, keep).apply({"params": params}, tokens, positions, prefix)
 
 
-def output_weight(params: PyTree, config: ModelConfig) -> Float[Array, "V D"]:
+def output_weight(params: PyTree, model_config: ModelConfig) -> Float[Array, "V D"]:
     """The output layer's parameter: the embedding where they are tied."""
-    return params["embedding" if config.tied else "output"]
+    return params["embedding" if model_config.tied else "output"]
 
 
 def logits(
-    params: PyTree, config: ModelConfig, hidden: Float[Array, "*s D"]
+    params: PyTree, model_config: ModelConfig, hidden: Float[Array, "*s D"]
 ) -> Float[Array, "*s V"]:
     """Output layer; products in the compute dtype, sums and result in float32."""
-    weight = output_weight(params, config).astype(config.compute_dtype)
+    weight = output_weight(params, model_config).astype(model_config.compute_dtype)
     return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)

@@ -1,10 +1,10 @@
-"""One more token a row: the decoder of ``model.py`` for a single position, laid out for speed.
+"""One more token a row: the model of ``decoder.py`` for a single position, laid out for speed.
 
-The mathematics is that of ``model.Block``; what differs is the order of axes. Features come before
-rows and weights are [out, in], so that every product is weight @ x; layers are separate arrays, and
-keys lie with the positions last. XLA's CPU backend copies a stacked layer before using it, repacks
-a right-hand weight for every product and transposes keys for every step; other backends do not mind
-the order. ``decode_weights`` is made once for many steps.
+The mathematics is that of ``decoder.Block``; only the order of axes differs. Features come before
+rows, and weights are [out, in], so that every product is weight @ x. Each layer has arrays of its
+own, and keys have the positions as their last axis. XLA's CPU backend copies a stacked layer before
+using it, repacks a right-hand weight for every product and transposes keys at every step; the order
+makes no difference to other backends. ``decode_weights`` is called once for many steps.
 """
 
 import functools
@@ -55,32 +55,35 @@ class Cache:
         return self.keys[0].shape[-1]
 
 
-def decode_weights(params: PyTree, config: ModelConfig) -> DecodeWeights:
+def decode_weights(params: PyTree, model_config: ModelConfig) -> DecodeWeights:
     """The parameters as ``decode_step`` takes them: a copy in the compute dtype, gathered over
     ``fsdp`` once instead of at every token. Memory a device: parameters / ``tensor``."""
-    embedding = table_weights(params["embedding"], config)
-    layers = [layer_weights(params["layers"], np.int32(i), config) for i in range(config.layers)]
+    embedding = table_weights(params["embedding"], model_config)
+    layers = [
+        layer_weights(params["layers"], np.int32(i), model_config)
+        for i in range(model_config.layers)
+    ]
     return DecodeWeights(
         embedding=embedding,
-        output=embedding if config.tied else table_weights(params["output"], config),
+        output=embedding if model_config.tied else table_weights(params["output"], model_config),
         norm=params["norm"],
         layers=tuple(layers),
     )
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def table_weights(table, config):
-    return constrain(table.astype(config.compute_dtype), ("vocab", "activation_embed"))
+@functools.partial(jax.jit, static_argnames="model_config")
+def table_weights(table, model_config):
+    return constrain(table.astype(model_config.compute_dtype), ("vocab", "activation_embed"))
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def layer_weights(stacked, index, config):
+@functools.partial(jax.jit, static_argnames="model_config")
+def layer_weights(stacked, index, model_config):
     """One layer of the stacked parameters; one program serves all layers."""
 
     def lay(name, value):
         if "norm" in name:
             return value
-        value = value.astype(config.compute_dtype)
+        value = value.astype(model_config.compute_dtype)
         if name.endswith("_bias"):
             return value.reshape(-1)
         if name == "o_proj":  # [heads, Dh, D]; the others [D, heads, Dh] or [in, out]
@@ -90,14 +93,14 @@ def layer_weights(stacked, index, config):
     return {name: lay(name, value[index]) for name, value in stacked.items()}
 
 
-def empty_cache(config: ModelConfig, rows: int, length: int) -> Cache:
+def empty_cache(model_config: ModelConfig, rows: int, length: int) -> Cache:
     """A cache of ``length`` positions a row, in the compute dtype."""
-    heads = (rows, config.kv_heads)
-    keys = jnp.zeros((*heads, config.head_dim, length), config.compute_dtype)
-    values = jnp.zeros((*heads, length, config.head_dim), config.compute_dtype)
+    heads = (rows, model_config.kv_heads)
+    keys = jnp.zeros((*heads, model_config.head_dim, length), model_config.compute_dtype)
+    values = jnp.zeros((*heads, length, model_config.head_dim), model_config.compute_dtype)
     return Cache(
-        keys=(constrain(keys, KEY_AXES),) * config.layers,
-        values=(constrain(values, VALUE_AXES),) * config.layers,
+        keys=(constrain(keys, KEY_AXES),) * model_config.layers,
+        values=(constrain(values, VALUE_AXES),) * model_config.layers,
     )
 
 
@@ -131,7 +134,7 @@ def resized(cache: Cache, length: int) -> Cache:
 
 def decode_step(
     weights: DecodeWeights,
-    config: ModelConfig,
+    model_config: ModelConfig,
     tokens: Int[Array, " N"],
     positions: Int[Array, " N"],
     cache: Cache,
@@ -143,27 +146,27 @@ def decode_step(
     for layer, old_keys, old_values in zip(weights.layers, cache.keys, cache.values, strict=True):
         mixed, new_keys, new_values = attention(
             layer,
-            config,
-            norm(x, layer["attention_norm"], config),
+            model_config,
+            norm(x, layer["attention_norm"], model_config),
             positions=positions,
             visible=visible,
             keys=old_keys,
             values=old_values,
         )
         x = constrain(x + mixed, ("activation_embed", "batch"))
-        x = x + feed_forward(layer, norm(x, layer["mlp_norm"], config))
+        x = x + feed_forward(layer, norm(x, layer["mlp_norm"], model_config))
         x = constrain(x, ("activation_embed", "batch"))
         keys.append(new_keys)
         values.append(new_values)
-    x = norm(x, weights.norm, config)
+    x = norm(x, weights.norm, model_config)
     logits = jnp.matmul(weights.output, x, preferred_element_type=jnp.float32)
     return logits, Cache(keys=tuple(keys), values=tuple(values))
 
 
-def attention(layer, config, x, *, positions, visible, keys, values):
+def attention(layer, model_config, x, *, positions, visible, keys, values):
     """Attend from one position a row to the positions in ``visible`` [N S], the new one among
     them; the mixed values [D N] and the cache of this layer."""
-    c = config
+    c = model_config
     queries = heads_of(layer, c, "q", x, positions)
     keys = write(keys, heads_of(layer, c, "k", x, positions), positions, axis=3)
     values = write(values, heads_of(layer, c, "v", x, None), positions, axis=2)
@@ -175,9 +178,9 @@ def attention(layer, config, x, *, positions, visible, keys, values):
     return dense(layer, "o", mixed.T), keys, values
 
 
-def heads_of(layer, config, name, x, positions) -> Float[Array, "N heads Dh"]:
+def heads_of(layer, model_config, name, x, positions) -> Float[Array, "N heads Dh"]:
     """Queries, keys or values; rotated where ``positions`` are given."""
-    c = config
+    c = model_config
     y = dense(layer, name, x).T.reshape(x.shape[1], -1, c.head_dim)
     if c.qk_norm and name != "v":
         y = rms_norm(y, layer[f"{name}_norm"], c.norm_eps)
@@ -194,9 +197,9 @@ def dense(layer, name, x: Float[Array, "I N"]) -> Float[Array, "O N"]:
     return y if bias is None else y + bias[:, None]
 
 
-def norm(x: Float[Array, "D N"], scale: Float[Array, " D"], config) -> Float[Array, "D N"]:
+def norm(x: Float[Array, "D N"], scale: Float[Array, " D"], model_config) -> Float[Array, "D N"]:
     """``rms_norm`` of every column."""
-    return jax.vmap(lambda row: rms_norm(row, scale, config.norm_eps), 1, 1)(x)
+    return jax.vmap(lambda row: rms_norm(row, scale, model_config.norm_eps), 1, 1)(x)
 
 
 def write(store, new: Float[Array, "N K Dh"], positions, *, axis: int):

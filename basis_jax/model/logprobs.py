@@ -8,7 +8,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards, constrain
 
@@ -17,7 +17,7 @@ PIECES = 4  # of a single chunk
 
 def token_logprobs(
     params: PyTree,
-    config: ModelConfig,
+    model_config: ModelConfig,
     tokens: Int[Array, "N T"],
     *,
     mask: Bool[Array, "N T"] | None = None,
@@ -31,13 +31,13 @@ def token_logprobs(
     N x chunk x V float32, never N x T x V. Each row's tokens in the mask come first, so that the
     output layer passes over what lies behind them in all rows: prompts and padding.
     """
-    hidden, _ = model.forward(params, config, tokens)
+    hidden, _ = decoder.forward(params, model_config, tokens)
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
     following, counts = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, mask))
     order = jnp.argsort(~counts, axis=1, stable=True)
     hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
     following, counts = (jnp.take_along_axis(x, order, axis=1) for x in (following, counts))
-    weight = model.output_weight(params, config)
+    weight = decoder.output_weight(params, model_config)
     scores = score_targets(temperature, chunk, hidden, weight, following, counts)
     back = jnp.argsort(order, axis=1)
     shifted = (

@@ -55,7 +55,7 @@ def named(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
 
 
 def named_tree(mesh: Mesh, axes: Any) -> Any:
-    """A tree of logical axis tuples (``model.param_axes``) -> the same tree of shardings."""
+    """A tree of logical axis tuples (``decoder.param_axes``) -> the same tree of shardings."""
     return jax.tree.map(lambda a: named(mesh, a), axes, is_leaf=lambda a: isinstance(a, tuple))
 
 

@@ -17,7 +17,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
-def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
+def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     """Raise a ValueError for unknown words and sizes that do not divide, before reading weights."""
     train, group = config.train, config.sampling.group_size
     check_ranges(config)
@@ -27,10 +27,10 @@ def check(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
         ("loss.objective", config.loss.objective, OBJECTIVES),
         ("loss.kl", config.loss.kl, KL_FORMS),
     )
-    check_model(config, architecture, mesh)
+    check_model(config, model_config, mesh)
     check_loss(config.loss)
     check_scorers(config.data.verifier, (config.data.path, *config.eval.sets))
-    check_fit(config, architecture, mesh)
+    check_fit(config, model_config, mesh)
     rollouts = train.prompts_per_step * group
     shards = batch_shards(mesh)
     for larger, smaller, sizes in (
@@ -56,7 +56,7 @@ def check_words(*given: tuple[str, str, Sequence[str]]) -> None:
             raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
 
 
-def check_model(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
+def check_model(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     """Raise a ValueError for what the model cannot be computed in on these devices."""
     section = config.model
     check_words(
@@ -65,7 +65,7 @@ def check_model(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
         ("model.remat", section.remat, tuple(REMAT)),
         ("model.attention", section.attention, ATTENTION),
     )
-    platform, size = mesh.devices.ravel()[0].platform, architecture.head_dim
+    platform, size = mesh.devices.ravel()[0].platform, model_config.head_dim
     fits = platform == "gpu" and section.compute_dtype == "bfloat16"
     if section.attention == "cudnn" and not (fits and size % 8 == 0 and size <= 128):
         raise ValueError(
@@ -85,10 +85,10 @@ def check_scorers(verifier: str, paths: Sequence[str]) -> None:
             )
 
 
-def check_evaluation(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
+def check_evaluation(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     """Raise a ValueError for numbers that make no evaluation and a model that does not fit."""
     check_ranges(config)
-    check_model(config, architecture, mesh)
+    check_model(config, model_config, mesh)
     section = config.eval
     if not section.sets:
         raise ValueError("eval.sets is empty; name at least one set with --eval.sets")
@@ -98,33 +98,33 @@ def check_evaluation(config: Config, architecture: ModelConfig, mesh: Mesh) -> N
             "the same; set eval.samples to 1 or raise the temperature"
         )
     check_scorers(config.data.verifier, section.sets)
-    check_fit(config, architecture, mesh)
+    check_fit(config, model_config, mesh)
 
 
-def check_fit(config: Config, architecture: ModelConfig, mesh: Mesh) -> None:
+def check_fit(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     """Raise a ValueError where rows are longer than the model's positions, or the mesh does not
     divide the model."""
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
-    if longest > architecture.max_positions:
+    if longest > model_config.max_positions:
         raise ValueError(
             f"data.max_prompt_tokens + sampling.max_new_tokens is {longest} but the model has "
-            f"{architecture.max_positions} positions; lower one of them"
+            f"{model_config.max_positions} positions; lower one of them"
         )
     check_divides(
         mesh,
         {
-            "the model's key heads": (architecture.kv_heads, "kv_heads"),
-            "the model's heads": (architecture.heads, "heads"),
-            "the model's feed-forward width": (architecture.mlp, "mlp"),
-            "the model's vocabulary": (architecture.vocab_size, "vocab"),
-            "the model's embedding width": (architecture.embed, "embed"),
+            "the model's key heads": (model_config.kv_heads, "kv_heads"),
+            "the model's heads": (model_config.heads, "heads"),
+            "the model's feed-forward width": (model_config.mlp, "mlp"),
+            "the model's vocabulary": (model_config.vocab_size, "vocab"),
+            "the model's embedding width": (model_config.embed, "embed"),
         },
     )
 
 
 def check_memory(
     config: Config,
-    architecture: ModelConfig,
+    model_config: ModelConfig,
     mesh: Mesh,
     *,
     prompt_width: int,
@@ -137,11 +137,11 @@ def check_memory(
     is refused has no chance.
     """
     train, length = config.train, prompt_width + config.sampling.max_new_tokens
-    weights = costs.parameter_bytes(architecture, mesh)
+    weights = costs.parameter_bytes(model_config, mesh)
     moments = {"moments": 2 * weights} if training else {}
     reference = {"a KL term's reference": weights} if training and config.loss.kl_coef else {}
     slots = min(train.sample_rollouts, rows)
-    sampler = computed_in(architecture, config.sampling.dtype)
+    sampler = computed_in(model_config, config.sampling.dtype)
     parts = costs.sampling_memory(sampler, mesh, slots=slots, length=length, width=prompt_width)
     _check_fits(
         f"sampling {slots} rollouts of {length} tokens at once",
@@ -152,9 +152,9 @@ def check_memory(
     if training:
         count = train.microbatch_rollouts
         parts = costs.update_memory(
-            architecture, mesh, rows=count, width=length, chunk=config.loss.logprob_chunk
+            model_config, mesh, rows=count, width=length, chunk=config.loss.logprob_chunk
         )
-        remat = "" if architecture.remat == "full" else "set model.remat to full, "
+        remat = "" if model_config.remat == "full" else "set model.remat to full, "
         _check_fits(
             f"an update over microbatches of {count} rollouts of {length} tokens",
             parts | reference,

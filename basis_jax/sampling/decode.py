@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from basis_jax.config import SamplingSection
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import KeyValues, ModelConfig
 from basis_jax.model.decoding import Cache, DecodeWeights, decode_step, decode_weights, filled_cache
 from basis_jax.pytree import pytree
@@ -34,7 +34,7 @@ class Slots:
 
 def prefill(
     params: PyTree,
-    config: ModelConfig,
+    model_config: ModelConfig,
     prompts: Prompts,
     keys: Key[Array, " N"],
     *,
@@ -46,17 +46,17 @@ def prefill(
     tokens that all prompts begin with, which are then not computed again."""
     rows, width = prompts.tokens.shape
     shared = 0 if prefix is None else prefix.keys.shape[2]
-    hidden, kept = model.forward(
-        params, config, prompts.tokens[:, shared:], prefix=prefix, keep=True
+    hidden, kept = decoder.forward(
+        params, model_config, prompts.tokens[:, shared:], prefix=prefix, keep=True
     )
     if prefix is not None:
-        kept = jax.tree.map(jax.vmap(model.after), prefix, kept)
+        kept = jax.tree.map(jax.vmap(decoder.after), prefix, kept)
     at = (prompts.lengths - 1 - shared)[:, None, None]
     last = jnp.take_along_axis(hidden, at, axis=1)[:, 0]
     inside = jnp.arange(length, dtype=jnp.int32)[None] < prompts.lengths[:, None]
     tokens = jnp.pad(prompts.tokens, ((0, 0), (0, length - width)))
     nothing = jnp.zeros(rows, jnp.int32)
-    first = draw(model.logits(params, config, last).T, token_keys(keys, nothing), sampling)
+    first = draw(decoder.logits(params, model_config, last).T, token_keys(keys, nothing), sampling)
     return Slots(
         tokens=jnp.where(inside, tokens, 0),
         logprobs=jnp.zeros((rows, length), jnp.float32),
@@ -73,7 +73,7 @@ def prefill(
 
 def decode(
     weights: DecodeWeights,
-    config: ModelConfig,
+    model_config: ModelConfig,
     slots: Slots,
     *,
     sampling: SamplingSection,
@@ -94,7 +94,9 @@ def decode(
         written = jnp.where(slots.alive, at, width)  # beyond the row: dropped
         ended = is_in(token, eos_ids)
         lengths = slots.lengths + slots.alive.astype(jnp.int32)
-        logits, cache = decode_step(weights, config, token, jnp.minimum(at, room - 1), slots.cache)
+        logits, cache = decode_step(
+            weights, model_config, token, jnp.minimum(at, room - 1), slots.cache
+        )
         next_token, next_logprob = draw(logits, token_keys(slots.keys, lengths), sampling)
         return dataclasses.replace(
             slots,
@@ -113,7 +115,7 @@ def decode(
 
 def sample(
     params: PyTree,
-    config: ModelConfig,
+    model_config: ModelConfig,
     prompts: Prompts,
     *,
     sampling: SamplingSection,
@@ -125,17 +127,23 @@ def sample(
     A row ends with its first token of ``eos_ids`` (kept, and counted in its length) or after
     ``max_new_tokens``. Cost grows with the longest row; rows that ended ride along unchanged.
     """
-    weights = decode_weights(params, config)
+    weights = decode_weights(params, model_config)
     return sample_with(
-        params, weights, prompts, keys, config=config, sampling=sampling, eos_ids=eos_ids
+        params,
+        weights,
+        prompts,
+        keys,
+        model_config=model_config,
+        sampling=sampling,
+        eos_ids=eos_ids,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "eos_ids"))
-def sample_with(params, weights, prompts, keys, *, config, sampling, eos_ids) -> Rollouts:
+@functools.partial(jax.jit, static_argnames=("model_config", "sampling", "eos_ids"))
+def sample_with(params, weights, prompts, keys, *, model_config, sampling, eos_ids) -> Rollouts:
     length = prompts.tokens.shape[1] + sampling.max_new_tokens
-    slots = prefill(params, config, prompts, keys, sampling=sampling, length=length)
-    slots = decode(weights, config, slots, sampling=sampling, eos_ids=eos_ids, enough=0)
+    slots = prefill(params, model_config, prompts, keys, sampling=sampling, length=length)
+    slots = decode(weights, model_config, slots, sampling=sampling, eos_ids=eos_ids, enough=0)
     return Rollouts(
         tokens=slots.tokens,
         prompt_lengths=slots.prompt_lengths,

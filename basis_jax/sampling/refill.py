@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key, PyTree
 
 from basis_jax.config import SamplingSection
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import KeyValues, ModelConfig
 from basis_jax.model.decoding import CACHE_AXES, DecodeWeights, decode_weights, empty_cache, resized
 from basis_jax.model.sharding import batch_shards, constrain, put_rows
@@ -29,8 +29,8 @@ WORTH_IT = 32  # tokens: below, compiling costs more than rows that wait for the
 SHARED = 32  # prefixes are shared in multiples of so many tokens: few programs
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rows", "length", "room"))
-def empty_slots(config: ModelConfig, *, rows: int, length: int, room: int) -> Slots:
+@functools.partial(jax.jit, static_argnames=("model_config", "rows", "length", "room"))
+def empty_slots(model_config: ModelConfig, *, rows: int, length: int, room: int) -> Slots:
     nothing = jnp.zeros(rows, jnp.int32)
     return Slots(
         tokens=jnp.zeros((rows, length), jnp.int32),
@@ -42,11 +42,11 @@ def empty_slots(config: ModelConfig, *, rows: int, length: int, room: int) -> Sl
         next_token=nothing,
         next_logprob=jnp.zeros(rows, jnp.float32),
         keys=jax.random.split(jax.random.key(0), rows),
-        cache=empty_cache(config, rows, room),
+        cache=empty_cache(model_config, rows, room),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("model_config", "sampling"), donate_argnames="slots")
 def admit(
     params: PyTree,
     slots: Slots,
@@ -55,13 +55,15 @@ def admit(
     *,
     into: Int[Array, "shards each"],
     prefix: KeyValues | None,
-    config: ModelConfig,
+    model_config: ModelConfig,
     sampling: SamplingSection,
 ) -> Slots:
     """Prefill prompts and put them into the slots ``into``: the numbers within each device's own
     (beyond the last: nowhere), so that no cache travels between devices."""
     width = prompts.tokens.shape[1]
-    new = prefill(params, config, prompts, keys, sampling=sampling, length=width, prefix=prefix)
+    new = prefill(
+        params, model_config, prompts, keys, sampling=sampling, length=width, prefix=prefix
+    )
 
     def put(old, row):
         inside = tuple(slice(0, size) for size in row.shape[1:])
@@ -80,18 +82,18 @@ def admit(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "sampling", "eos_ids"), donate_argnames="slots"
+    jax.jit, static_argnames=("model_config", "sampling", "eos_ids"), donate_argnames="slots"
 )
 def advance(
     weights: DecodeWeights,
     slots: Slots,
     enough: Int[Array, ""],
     *,
-    config: ModelConfig,
+    model_config: ModelConfig,
     sampling: SamplingSection,
     eos_ids: tuple[int, ...],
 ) -> Slots:
-    slots = decode(weights, config, slots, sampling=sampling, eos_ids=eos_ids, enough=enough)
+    slots = decode(weights, model_config, slots, sampling=sampling, eos_ids=eos_ids, enough=enough)
     return laid_out(slots)
 
 
@@ -128,10 +130,12 @@ def laid_out(slots: Slots) -> Slots:
     return jax.tree.map_with_path(lay, slots)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def read_prefix(params: PyTree, tokens: Int[Array, "N P"], *, config: ModelConfig) -> KeyValues:
+@functools.partial(jax.jit, static_argnames="model_config")
+def read_prefix(
+    params: PyTree, tokens: Int[Array, "N P"], *, model_config: ModelConfig
+) -> KeyValues:
     """Keys and values of the first row."""
-    _, kept = model.forward(params, config, tokens, keep=True)
+    _, kept = decoder.forward(params, model_config, tokens, keep=True)
     return jax.tree.map(lambda x: x[:, :1], kept)
 
 
@@ -144,7 +148,7 @@ def shared_prefix(prompts: Prompts) -> int:
 
 def sample_rows(
     params: PyTree,
-    config: ModelConfig,
+    model_config: ModelConfig,
     prompts: Prompts,
     *,
     sampling: SamplingSection,
@@ -161,27 +165,27 @@ def sample_rows(
     of ``sample`` instead. The draws do not depend on it. ``ended(rollouts, rows)`` is called with
     the numbers of rows that are complete, while the device goes on with others.
     """
-    config = model.computed_in(config, sampling.dtype)
+    model_config = decoder.computed_in(model_config, sampling.dtype)
     prompts, shards = jax.tree.map(np.asarray, prompts), batch_shards(mesh)
     size = -(-min(rows_at_once, len(prompts.lengths)) // shards) * shards
     found = nothing_yet(prompts, prompts.tokens.shape[1] + sampling.max_new_tokens)
     common = {"sampling": sampling, "eos_ids": eos_ids, "keys": keys, "mesh": mesh, "size": size}
     way = refill if sampling.max_new_tokens >= WORTH_IT else by_batches
-    for rows in way(params, config, prompts, found, **common):
+    for rows in way(params, model_config, prompts, found, **common):
         if ended is not None:
             ended(found, rows)
     return found
 
 
-def by_batches(params, config, prompts, found, *, sampling, eos_ids, keys, mesh, size):
+def by_batches(params, model_config, prompts, found, *, sampling, eos_ids, keys, mesh, size):
     """``sample`` for ``size`` rows after the other; yields the rows that have been written."""
     rows, under_way = len(prompts.lengths), []
-    weights = decode_weights(params, config)
+    weights = decode_weights(params, model_config)
     for start in range(0, rows, size):
         index = np.arange(start, start + size)
         index = np.where(index < rows, index, start)  # one shape: the last call has copies
         part = put_rows(mesh, jax.tree.map(lambda x, i=index: x[i], prompts))
-        given = {"config": config, "sampling": sampling, "eos_ids": eos_ids}
+        given = {"model_config": model_config, "sampling": sampling, "eos_ids": eos_ids}
         part = sample_with(params, weights, part, keys[index], **given)
         under_way.append((np.arange(start, min(start + size, rows)), part))
         if len(under_way) == 2:  # the device has the next before the host looks at this one
@@ -199,7 +203,7 @@ def fetch(found: Rollouts, rows: np.ndarray, part: Rollouts) -> np.ndarray:
     return rows
 
 
-def refill(params, config, prompts, found, *, sampling, eos_ids, keys, mesh, size):
+def refill(params, model_config, prompts, found, *, sampling, eos_ids, keys, mesh, size):
     """``sample`` in ``size`` slots: rows that ended leave, prompts that wait take their places.
     Yields the rows that have been written into ``found``.
 
@@ -217,12 +221,12 @@ def refill(params, config, prompts, found, *, sampling, eos_ids, keys, mesh, siz
     """
     shards, waiting = batch_shards(mesh), 0  # the first row that has had no slot yet
     rows, length = found.tokens.shape
-    weights, prefix = decode_weights(params, config), None
-    shared = shared_prefix(prompts) if config.attention == "plain" else 0
+    weights, prefix = decode_weights(params, model_config), None
+    shared = shared_prefix(prompts) if model_config.attention == "plain" else 0
     if shared:
         tokens = put_rows(mesh, np.repeat(prompts.tokens[:1, :shared], shards, axis=0))
-        prefix = read_prefix(params, tokens, config=config)
-    slots = empty_slots(config, rows=size, length=length, room=min(length, ROOM))
+        prefix = read_prefix(params, tokens, model_config=model_config)
+    slots = empty_slots(model_config, rows=size, length=length, room=min(length, ROOM))
     owner = np.full(size, -1)  # the row in each slot; -1: free
     while waiting < rows or np.any(owner >= 0):
         free = in_turn(np.flatnonzero(owner < 0), size // shards)[: rows - waiting]
@@ -234,7 +238,12 @@ def refill(params, config, prompts, found, *, sampling, eos_ids, keys, mesh, siz
             slots = make_room(slots, room=room)
         for index, into in seats(new, free, size, shards):
             part = put_rows(mesh, take_prompts(prompts, index, slots.cache.length))
-            given = {"into": into, "prefix": prefix, "config": config, "sampling": sampling}
+            given = {
+                "into": into,
+                "prefix": prefix,
+                "model_config": model_config,
+                "sampling": sampling,
+            }
             slots = admit(params, slots, part, keys[index], **given)
         halves = waiting == rows and size // 2 >= LEAST and size // 2 % shards == 0
         enough = size - -(-size // 8) if waiting < rows else size // 2 if halves else 0
@@ -242,7 +251,7 @@ def refill(params, config, prompts, found, *, sampling, eos_ids, keys, mesh, siz
             weights,
             slots,
             np.int32(min(enough, reached.size - 1)),
-            config=config,
+            model_config=model_config,
             sampling=sampling,
             eos_ids=eos_ids,
         )

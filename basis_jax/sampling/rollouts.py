@@ -26,7 +26,7 @@ ROUNDS = 8  # times ``rows_at_once`` that a table or an evaluation asks for: slo
 class Setting:
     """What stays fixed for all rollouts of a run."""
 
-    model: ModelConfig
+    model_config: ModelConfig
     mesh: Mesh
     tokenizer: Any
     eos_ids: tuple[int, ...]
@@ -90,7 +90,7 @@ def roll_out(
     try:
         rollouts = sample_rows(
             params,
-            setting.model,
+            setting.model_config,
             prompts,
             sampling=sampling,
             eos_ids=setting.eos_ids,

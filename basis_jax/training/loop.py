@@ -37,7 +37,7 @@ from basis_jax.training.update import (
     reward_metrics,
 )
 from basis_jax.types import Estimate, TrainState
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 
 Callback = Callable[[int, TrainState, Mapping[str, float]], None]
 """Called after every step with (steps done, state, metrics)."""
@@ -61,7 +61,7 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), report=print) -
     opened = open_session(config, report, training=True)
     with opened as session, lock_run(config.run_dir) as run_dir:
         identity = {
-            "model.path": hf.fingerprint(session.folder),
+            "model.path": huggingface.fingerprint(session.folder),
             "data.path": session.train_set.fingerprint(),
         }
         open_run(config, devices=[str(d) for d in jax.devices()], identity=identity)
@@ -110,7 +110,7 @@ def make_step(session: Session) -> Callable[[TrainState, int], Step]:
     estimate_values = make_estimate(session.estimator)
     make_microbatches = microbatch_maker(session)
     update = make_update(
-        session.setting.model, optimizer_of(session.config), **objective_of(session.config)
+        session.setting.model_config, optimizer_of(session.config), **objective_of(session.config)
     )
 
     def step(state: TrainState, number: int) -> Step:
@@ -166,7 +166,7 @@ def optimizer_of(config: Config):
 def microbatch_maker(session: Session):
     """(graded, estimate, params) -> the microbatches of every update of a step."""
     config = session.config
-    score = make_score(session.setting.model, **objective_of(config))
+    score = make_score(session.setting.model_config, **objective_of(config))
     reference = start_params(session) if config.loss.kl_coef else None
 
     def make(graded: Graded, estimate: Estimate, *, params: PyTree):
@@ -191,7 +191,7 @@ def first_state(session: Session, run_dir: Path, report=print) -> TrainState:
         params,
         optimizer_of(session.config),
         first_estimator_state(session, params, run_dir / "reference.npz", report),
-        architecture=session.setting.model,
+        model_config=session.setting.model_config,
         mesh=session.setting.mesh,
     )
 
@@ -201,14 +201,16 @@ def state_shapes(session: Session) -> TrainState:
     return abstract_state(
         optimizer_of(session.config),
         estimator_state_shapes(session),
-        architecture=session.setting.model,
+        model_config=session.setting.model_config,
         mesh=session.setting.mesh,
     )
 
 
 def start_params(session: Session) -> PyTree:
     """The model folder's weights: where training starts, and what a KL term refers to."""
-    return hf.load_params(session.folder, session.setting.model, session.setting.mesh)
+    return huggingface.load_params(
+        session.folder, session.setting.model_config, session.setting.mesh
+    )
 
 
 def evaluate_now(params: PyTree, session: Session) -> dict[str, float]:

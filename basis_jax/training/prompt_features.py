@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, PyTree
 
 from basis_jax.data.encoding import EncodedProblems
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards, put_rows
 from basis_jax.types import Array
@@ -26,7 +26,7 @@ SAMPLE = 8192  # problems that the principal directions are taken from
 
 def prompt_features(
     params: PyTree,
-    architecture: ModelConfig,
+    model_config: ModelConfig,
     problems: EncodedProblems,
     *,
     mesh: Mesh,
@@ -38,14 +38,14 @@ def prompt_features(
     The directions come from the first ``SAMPLE`` problems, a random subset as uids are hashes; the
     others are projected batch by batch, so that 1 M problems need 4 ``size`` MB and one pass.
     """
-    check_size(size, problems, architecture)
+    check_size(size, problems, model_config)
     count = len(problems.problems)
     rows = -(-min(rows_at_once, count) // batch_shards(mesh)) * batch_shards(mesh)
 
     def states(start: int) -> np.ndarray:
         index = np.minimum(np.arange(start, start + rows), count - 1)  # the last one fills up
         tokens, lengths = put_rows(mesh, (problems.tokens[index], problems.lengths[index]))
-        return np.asarray(middle_states(params, architecture, tokens, lengths))[: count - start]
+        return np.asarray(middle_states(params, model_config, tokens, lengths))[: count - start]
 
     starts = range(0, count, rows)
     known = [states(start) for start in starts if start < SAMPLE]
@@ -55,9 +55,9 @@ def prompt_features(
     return np.concatenate(features).astype(np.float32)
 
 
-def check_size(size: int, problems: EncodedProblems, architecture: ModelConfig) -> None:
+def check_size(size: int, problems: EncodedProblems, model_config: ModelConfig) -> None:
     """Raise a ValueError where ``size`` exceeds the problems or the state's width."""
-    count, width = len(problems.problems), architecture.embed
+    count, width = len(problems.problems), model_config.embed
     if not 1 <= size <= min(count - 1, width):
         raise ValueError(
             f"estimator.features is {size} for {count} problems with states of {width} numbers; "
@@ -65,14 +65,14 @@ def check_size(size: int, problems: EncodedProblems, architecture: ModelConfig) 
         )
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="model_config")
 def middle_states(
-    params: PyTree, config: ModelConfig, tokens: Int[Array, "N P"], lengths: Int[Array, " N"]
+    params: PyTree, model_config: ModelConfig, tokens: Int[Array, "N P"], lengths: Int[Array, " N"]
 ) -> Float[Array, "N d"]:
     """Normed hidden state of the last prompt token after half of the layers."""
-    half = dataclasses.replace(config, layers=max(1, config.layers // 2))
+    half = dataclasses.replace(model_config, layers=max(1, model_config.layers // 2))
     params = {**params, "layers": jax.tree.map(lambda x: x[: half.layers], params["layers"])}
-    hidden, _ = model.forward(params, half, tokens)
+    hidden, _ = decoder.forward(params, half, tokens)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return last.astype(jnp.float32)
 

@@ -157,7 +157,9 @@ def build(
     if path.exists():
         table = resumed(load(path), table, path)
     if table.features.shape[1] < features:
-        made = prompt_features(params, setting.model, problems, mesh=setting.mesh, size=features)
+        made = prompt_features(
+            params, setting.model_config, problems, mesh=setting.mesh, size=features
+        )
         table = replace(table, features=made)
         save(table, path)
         report(f"reference table: {features} features of {size} problems")

@@ -23,7 +23,7 @@ from basis_jax.sampling.rollouts import Setting
 from basis_jax.training import prompt_features
 from basis_jax.training.reference_table import ReferenceTable, build, load, made_by, rows_for
 from basis_jax.verify import make_verifier
-from basis_jax.weights import huggingface as hf
+from basis_jax.weights import huggingface
 
 
 @dataclass(frozen=True)
@@ -46,34 +46,34 @@ def open_session(config: Config, report=print, *, training: bool = False):
     check_trainable(config.sampling)
     estimator = make_estimator(config.estimator, config.sampling.group_size)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    folder = hf.resolve_folder(config.model.path)
-    architecture = hf.model_config(
+    folder = huggingface.resolve_folder(config.model.path)
+    model_config = huggingface.read_model_config(
         folder,
         compute_dtype=config.model.compute_dtype,
         remat=config.model.remat,
         attention=config.model.attention,
     )
-    check(config, architecture, mesh)
-    tokenizer = hf.load_tokenizer(folder)
+    check(config, model_config, mesh)
+    tokenizer = huggingface.load_tokenizer(folder)
     train_set, held_out = load_sets(config, tokenizer, report)
     size = len(train_set.problems)
     batch_indices(config.seed, 0, batch_size=config.train.prompts_per_step, size=size)  # fits?
     check_memory(
         config,
-        architecture,
+        model_config,
         mesh,
         prompt_width=train_set.tokens.shape[1],
         rows=config.train.prompts_per_step * config.sampling.group_size,
         training=training,
     )
     if config.estimator.features:
-        prompt_features.check_size(config.estimator.features, train_set, architecture)
+        prompt_features.check_size(config.estimator.features, train_set, model_config)
     with make_verifier(config.data.verifier) as verifier:
         setting = Setting(
-            model=architecture,
+            model_config=model_config,
             mesh=mesh,
             tokenizer=tokenizer,
-            eos_ids=hf.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer),
+            eos_ids=huggingface.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer),
             verifier=verifier,
             seed=config.seed,
             rows_at_once=config.train.sample_rollouts,
@@ -156,7 +156,7 @@ def reference_table(session: Session, params: PyTree, path: Path, report=print) 
     section = session.config.estimator
     wanted = made_by(
         session.setting,
-        model=hf.fingerprint(session.folder),
+        model=huggingface.fingerprint(session.folder),
         sampling=session.config.sampling,
         verifier=session.config.data.verifier,
     )

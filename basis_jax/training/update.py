@@ -15,7 +15,7 @@ from basis_jax.config import LossSection, OptimSection
 from basis_jax.estimators import Estimator
 from basis_jax.losses import kl_loss, policy_loss, sampler_weights
 from basis_jax.masked import masked_max, masked_sum
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.logprobs import token_logprobs
 from basis_jax.model.sharding import constrain, named_tree
@@ -47,11 +47,11 @@ def make_state(
     optimizer: optax.GradientTransformation,
     estimator_state: PyTree,
     *,
-    architecture: ModelConfig,
+    model_config: ModelConfig,
     mesh: Mesh,
 ) -> TrainState:
     """The state before the first step, laid out as ``abstract_state``."""
-    like = abstract_state(optimizer, estimator_state, architecture=architecture, mesh=mesh)
+    like = abstract_state(optimizer, estimator_state, model_config=model_config, mesh=mesh)
 
     def layout(tree):
         return jax.tree.map(lambda x: x.sharding, tree)
@@ -68,7 +68,7 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     estimator_state: PyTree,
     *,
-    architecture: ModelConfig,
+    model_config: ModelConfig,
     mesh: Mesh,
 ) -> TrainState:
     """Shapes and layout of the state without any array: what a checkpoint is restored into.
@@ -83,8 +83,8 @@ def abstract_state(
             step=jnp.int32(0), params=params, opt_state=opt_state, estimator_state=estimator_state
         )
 
-    shapes = jax.eval_shape(first, model.param_shapes(architecture), estimator_state)
-    of_params = named_tree(mesh, model.param_axes(architecture))
+    shapes = jax.eval_shape(first, decoder.param_shapes(model_config), estimator_state)
+    of_params = named_tree(mesh, decoder.param_axes(model_config))
     of_moments = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -142,7 +142,7 @@ def merge_updates(outcomes: list[dict[str, jax.Array]]) -> dict[str, float]:
 
 
 def make_score(
-    architecture: ModelConfig, *, loss: LossSection, temperature: float, microbatch: int
+    model_config: ModelConfig, *, loss: LossSection, temperature: float, microbatch: int
 ) -> Callable[[PyTree, jax.Array, jax.Array], jax.Array]:
     """jitted (params, tokens [N T], mask [N T]) -> log-probabilities [N T] of the trainer's policy
     where mask, 0 elsewhere, for one microbatch."""
@@ -150,14 +150,14 @@ def make_score(
 
     @jax.jit
     def score(params, tokens, mask):
-        return micro_logprobs(params, architecture, tokens, mask, **options)[0]
+        return micro_logprobs(params, model_config, tokens, mask, **options)[0]
 
     return score
 
 
 def micro_logprobs(
     params: PyTree,
-    architecture: ModelConfig,
+    model_config: ModelConfig,
     tokens: jax.Array,
     mask: jax.Array,
     *,
@@ -169,7 +169,7 @@ def micro_logprobs(
     microbatch has more rows."""
     chunk = max(1, loss.logprob_chunk * microbatch // tokens.shape[0])
     return token_logprobs(
-        params, architecture, tokens, mask=mask, temperature=temperature, chunk=chunk
+        params, model_config, tokens, mask=mask, temperature=temperature, chunk=chunk
     )
 
 
@@ -177,7 +177,7 @@ def policy_objective(
     params: PyTree,
     batch: Batch,
     *,
-    architecture: ModelConfig,
+    model_config: ModelConfig,
     loss: LossSection,
     temperature: float,
     microbatch: int,
@@ -185,7 +185,7 @@ def policy_objective(
     """The microbatch's share of the loss; its sums over tokens, and its largest log-prob gap."""
     logprobs, entropy = micro_logprobs(
         params,
-        architecture,
+        model_config,
         batch.tokens,
         batch.completion_mask,
         loss=loss,
@@ -225,7 +225,7 @@ def policy_objective(
 
 
 def make_update(
-    architecture: ModelConfig,
+    model_config: ModelConfig,
     optimizer: optax.GradientTransformation,
     *,
     loss: LossSection,
@@ -242,12 +242,12 @@ def make_update(
     """
     objective = functools.partial(
         policy_objective,
-        architecture=architecture,
+        model_config=model_config,
         loss=loss,
         temperature=temperature,
         microbatch=microbatch,
     )
-    axes = model.param_axes(architecture)
+    axes = decoder.param_axes(model_config)
 
     @jax.jit
     def gradient(params, micro):

@@ -82,10 +82,10 @@ def _stored_name(name: str) -> str:
     return f"{layer}{TENSORS[tensor]}.weight"
 
 
-def _tensors(tensors, config: dict[str, Any], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(tensors, described: dict[str, Any], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     from gguf.quants import dequantize
 
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    heads = {"q_proj": described["num_attention_heads"], "k_proj": described["num_key_value_heads"]}
     for tensor in tensors:
         name = _stored_name(tensor.name)
         weight = dequantize(tensor.data, tensor.tensor_type)

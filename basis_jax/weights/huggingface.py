@@ -1,6 +1,6 @@
 """Hugging Face folders: config.json, weights and tokenizer in, and trained parameters out.
 
-``weights.py`` holds the names and layouts of the tensors. Parameters are float32 whatever the
+``layout.py`` holds the names and layouts of the tensors. Parameters are float32 whatever the
 files hold (bfloat16, float16 or float32).
 """
 
@@ -18,10 +18,10 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from basis_jax.files import read_json
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig, RopeScaling
 from basis_jax.model.sharding import named
-from basis_jax.weights import layout as weights
+from basis_jax.weights import layout
 from basis_jax.weights.layout import DTYPES, few
 
 ARCHITECTURES = {
@@ -155,7 +155,7 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def model_config(
+def read_model_config(
     folder: str | Path,
     *,
     compute_dtype: str = "float32",
@@ -178,39 +178,39 @@ def model_config(
         raise ValueError(f"{path}: {error}") from error
 
 
-def describe(config: ModelConfig) -> dict[str, Any]:
+def describe(model_config: ModelConfig) -> dict[str, Any]:
     """config.json of a ModelConfig, in the form that transformers 4 and 5 both read."""
-    raw = {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}
+    raw = {theirs: getattr(model_config, ours) for theirs, ours in SIZES.items()}
     raw |= {
-        "architectures": [ARCHITECTURES[config.architecture]],
-        "model_type": config.architecture,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+        "architectures": [ARCHITECTURES[model_config.architecture]],
+        "model_type": model_config.architecture,
+        "num_key_value_heads": model_config.kv_heads,
+        "head_dim": model_config.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tied,
-        "attention_bias": config.output_bias,
-        "mlp_bias": config.mlp_bias,
+        "rms_norm_eps": model_config.norm_eps,
+        "rope_theta": model_config.rope_theta,
+        "tie_word_embeddings": model_config.tied,
+        "attention_bias": model_config.output_bias,
+        "mlp_bias": model_config.mlp_bias,
     }
-    if config.rope_scaling is not None:
-        scaling = asdict(config.rope_scaling)
+    if model_config.rope_scaling is not None:
+        scaling = asdict(model_config.rope_scaling)
         raw["rope_scaling"] = {theirs: scaling[ours] for theirs, ours in SCALING.items()}
         raw["rope_scaling"]["rope_type"] = "llama3"
     return raw
 
 
-def load_params(folder: str | Path, config: ModelConfig, mesh: Mesh | None = None) -> PyTree:
+def load_params(folder: str | Path, model_config: ModelConfig, mesh: Mesh | None = None) -> PyTree:
     """float32 parameters of a folder, laid out over the mesh; without one, on the first device.
 
     Every device's part is read from the files on its own: the host never holds the whole model.
     Raises ValueError naming missing, unknown and misshapen tensors and damaged files.
     """
-    tensors = weights.open_tensors(folder)
-    weights.check_tensors(tensors, config, folder)
-    axes = jax.tree.leaves(model.param_axes(config), is_leaf=lambda x: isinstance(x, tuple))
+    tensors = layout.open_tensors(folder)
+    layout.check_tensors(tensors, model_config, folder)
+    axes = jax.tree.leaves(decoder.param_axes(model_config), is_leaf=lambda x: isinstance(x, tuple))
     leaves = []
-    for parameter, names in zip(weights.parameters(config), axes, strict=True):
+    for parameter, names in zip(layout.parameters(model_config), axes, strict=True):
         if mesh is None:
             sharding = SingleDeviceSharding(jax.local_devices()[0])
         else:
@@ -219,12 +219,12 @@ def load_params(folder: str | Path, config: ModelConfig, mesh: Mesh | None = Non
         leaves.append(
             jax.make_array_from_callback(parameter.shape, sharding, read, dtype=jnp.float32)
         )
-    return jax.tree.unflatten(jax.tree.structure(model.param_shapes(config)), leaves)
+    return jax.tree.unflatten(jax.tree.structure(decoder.param_shapes(model_config)), leaves)
 
 
 def save_params(
     params: PyTree,
-    config: ModelConfig,
+    model_config: ModelConfig,
     folder: str | Path,
     *,
     source: str | Path | None = None,
@@ -236,32 +236,35 @@ def save_params(
 
     With ``source`` (the folder that training began from) its config.json, tokenizer and
     generation files are carried over, and ``dtype=None`` stores each tensor as it is stored there.
-    Without, config.json is made from ``config`` and None means float32. Crashes and ``overwrite``:
-    see ``weights.write_folder``. Raises ValueError where config.json and ``config`` disagree.
+    Without it, config.json is made from ``model_config`` and None means float32. For crashes and
+    ``overwrite`` see ``layout.write_folder``. Raises ValueError where config.json and
+    ``model_config`` disagree.
     """
     if dtype not in (None, *DTYPES.values()):
         raise ValueError(f"dtype is {dtype!r}; None, {few(DTYPES.values())} are allowed")
-    raw, files, stored = describe(config), {}, {}
+    raw, files, stored = describe(model_config), {}, {}
     if source is not None:
         source = Path(source)
         raw = read_json(source / "config.json")
         files = {n: (source / n).read_bytes() for n in CARRIED_FILES if (source / n).is_file()}
     if source is not None and dtype is None:
-        tensors = weights.open_tensors(source)
+        tensors = layout.open_tensors(source)
         stored = {name: DTYPES.get(tensor.get_dtype()) for name, tensor in tensors.items()}
     else:
         raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype or "float32"
-    if _parse(raw) != replace(config, compute_dtype="float32", remat="none", attention="plain"):
+    if _parse(raw) != replace(
+        model_config, compute_dtype="float32", remat="none", attention="plain"
+    ):
         raise ValueError(
-            f"config.json of {source or config.architecture} cannot stand for {config}; "
-            "give as source the folder that the parameters were loaded from"
+            f"config.json of {source or model_config.architecture} cannot stand for {model_config}"
+            "; give as source the folder that the parameters were loaded from"
         )
     files["config.json"] = json.dumps(raw, indent=2).encode()
     tensors = (
         (name, value.astype(jnp.dtype(stored.get(name) or dtype or "float32"), copy=False))
-        for name, value in weights.stored_tensors(params, config)
+        for name, value in layout.stored_tensors(params, model_config)
     )
-    return weights.write_folder(
+    return layout.write_folder(
         folder, tensors, files, max_shard_bytes=max_shard_bytes, overwrite=overwrite
     )
 
@@ -307,7 +310,7 @@ def fingerprint(folder: str | Path) -> str:
     Reads every weight once: about 1 s a GB where the files are in the page cache.
     """
     digest = hashlib.sha256()
-    for path in [Path(folder) / "config.json", *weights.weight_files(folder)]:
+    for path in [Path(folder) / "config.json", *layout.weight_files(folder)]:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 24):

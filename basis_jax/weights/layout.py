@@ -1,4 +1,4 @@
-"""Where every parameter of ``model.py`` lives in Hugging Face's safetensors files.
+"""Where every parameter of ``decoder.py`` lives in Hugging Face's safetensors files.
 
 One table, ``LAYOUTS``, gives its name there and the order of its axes; reading and writing both
 follow it, so folder -> params -> folder is exact.
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from basis_jax.files import read_json
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors -> NumPy
@@ -129,9 +129,9 @@ class Parameter:
         return read
 
 
-def parameters(config: ModelConfig) -> list[Parameter]:
+def parameters(model_config: ModelConfig) -> list[Parameter]:
     """Every parameter of the model, in the order of the tree's leaves."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model.param_shapes(config))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(decoder.param_shapes(model_config))
     found = []
     for keys, leaf in leaves:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -176,15 +176,17 @@ def open_tensors(folder: str | Path) -> dict[str, Any]:
     return tensors
 
 
-def check_tensors(tensors: Mapping[str, Any], config: ModelConfig, folder: str | Path) -> None:
+def check_tensors(
+    tensors: Mapping[str, Any], model_config: ModelConfig, folder: str | Path
+) -> None:
     """Raise ValueError unless the files hold exactly the parameters, in the right shapes.
 
     Allowed besides them: rotary_emb.inv_freq (computed here), and with tied embeddings an
     lm_head.weight that equals the embedding.
     """
-    expected = {name: p.stored_shape for p in parameters(config) for name in p.names}
+    expected = {name: p.stored_shape for p in parameters(model_config) for name in p.names}
     surplus = {n for n in tensors if n not in expected and not n.endswith("rotary_emb.inv_freq")}
-    if config.tied and LAYOUTS["output"].name in surplus:
+    if model_config.tied and LAYOUTS["output"].name in surplus:
         _check_tied(tensors, folder)
         surplus.remove(LAYOUTS["output"].name)
     shapes = {n: tuple(tensors[n].get_shape()) for n in expected if n in tensors}
@@ -214,9 +216,9 @@ def _check_tied(tensors: Mapping[str, Any], folder: str | Path, rows: int = 4096
         )
 
 
-def stored_tensors(params: PyTree, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+def stored_tensors(params: PyTree, model_config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) in the files' names and layouts, one parameter on the host at a time."""
-    for parameter, leaf in zip(parameters(config), jax.tree.leaves(params), strict=True):
+    for parameter, leaf in zip(parameters(model_config), jax.tree.leaves(params), strict=True):
         if leaf.shape != parameter.shape:
             raise ValueError(
                 f"parameter {parameter.path} is {leaf.shape}; its config says {parameter.shape}"

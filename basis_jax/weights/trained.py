@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from basis_jax.model import decoder as model
+from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import named_tree
 from basis_jax.weights.layout import few
@@ -45,10 +45,10 @@ def model_path(checkpoint: Path) -> str:
         return saved["model"]["path"]
 
 
-def load_params(checkpoint: Path, config: ModelConfig, mesh: Mesh | None = None) -> PyTree:
+def load_params(checkpoint: Path, model_config: ModelConfig, mesh: Mesh | None = None) -> PyTree:
     """float32 parameters of a checkpoint, laid out over the mesh; without one, NumPy arrays.
 
-    Raises ValueError where it cannot be read or its parameters are not those of ``config``.
+    Raises ValueError where it cannot be read or its parameters are not those of ``model_config``.
     """
     folder = (checkpoint / "state").absolute()
     handler = ocp.PyTreeCheckpointHandler()
@@ -58,14 +58,14 @@ def load_params(checkpoint: Path, config: ModelConfig, mesh: Mesh | None = None)
             _, found, path = name.partition(".params")
             if found:
                 stored[path] = (name, tuple(leaf.shape))
-    shapes = model.param_shapes(config)
+    shapes = decoder.param_shapes(model_config)
     wanted = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(shapes)}
     _check_same_model(checkpoint, {k: v for k, (_, v) in stored.items()}, wanted)
     names = [stored[path][0] for path in wanted]
     if mesh is None:
         how = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(names)
     else:
-        axes = jax.tree.leaves(named_tree(mesh, model.param_axes(config)))
+        axes = jax.tree.leaves(named_tree(mesh, decoder.param_axes(model_config)))
         how = [ocp.ArrayRestoreArgs(sharding=s, dtype=jnp.float32) for s in axes]
     item = dict(zip(names, wanted.values(), strict=True))
     args = ocp.args.PyTreeRestore(
