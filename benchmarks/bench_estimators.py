@@ -1,7 +1,7 @@
 """Time of one estimator call, compiled, against the number of rollouts.
 
-    python scripts/bench_estimators.py
-    python scripts/bench_estimators.py --sizes 2048 4096 --out results/bench_estimators.json
+    python -m benchmarks.bench_estimators
+    python -m benchmarks.bench_estimators --sizes 2048 4096 --out benchmarks/estimators.json
 
 ``basis`` scores its 230 betas; ``value_filter`` holds M problems, with and without 32 features a
 problem. Beside them, as a measure: ``batch_mean``, which only adds, and BASIS as it is printed,

@@ -1,6 +1,6 @@
 """Bytes that an update needs on one device: what XLA plans for it, and what ``costs`` estimates.
 
-    python scripts/bench_memory.py --model models/smollm2 --rows 8 32 --width 128 512
+    python -m benchmarks.bench_memory --model models/smollm2 --rows 8 32 --width 128 512
 
 One microbatch of rows x width tokens, parameters, AdamW moments and gradients included. Programs
 are compiled for the device that is there, nothing is run and no weights are read.

@@ -1,8 +1,9 @@
 """Tokens a second of the sampler, beside transformers' generate on the same model and prompts.
 
-    python scripts/bench_sampling.py --model models/smollm2
-    python scripts/bench_sampling.py --model FOLDER --rows 256 --slots 64 --new 256 --stop . , the
-    python scripts/bench_sampling.py --model qwen3-4b --dtype bfloat16 --equal 64 256 --rows 0
+    python -m benchmarks.bench_sampling --model models/smollm2
+    python -m benchmarks.bench_sampling --model FOLDER --rows 256 --slots 64 --new 256 \
+        --stop . , the
+    python -m benchmarks.bench_sampling --model qwen3-4b --dtype bfloat16 --equal 64 256 --rows 0
 
 Two settings. ``equal``: nothing stops, every row gets ``--new`` tokens, all rows in one batch; the
 time of one more token is that of ``--new`` tokens less that of 32, over the difference, and is held

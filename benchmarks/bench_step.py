@@ -1,7 +1,7 @@
 """Seconds of a whole step (sample, verify, advantages, update), beside TRL's GRPOTrainer.
 
-    python scripts/bench_step.py --model models/smollm2
-    python scripts/bench_step.py --rollouts 64 --new 32 --out results/bench_step.json
+    python -m benchmarks.bench_step --model models/smollm2
+    python -m benchmarks.bench_step --rollouts 64 --new 32 --out benchmarks/step.json
 
 Equal work: the same folder and problems as plain text, ``--rollouts`` completions of exactly
 ``--new`` tokens (nothing stops), the same verifier, one AdamW update over microbatches of

@@ -1,9 +1,9 @@
 r"""Tokens a second of the update, beside torch's on the same model.
 
-    python scripts/bench_update.py --model models/smollm2
-    python scripts/bench_update.py --model FOLDER --rows 32 --width 256 --microbatch 8
-    python scripts/bench_update.py --model qwen3-0.6b --dtype bfloat16 --attention cudnn --rows 8 \
-        --width 2048
+    python -m benchmarks.bench_update --model models/smollm2
+    python -m benchmarks.bench_update --model FOLDER --rows 32 --width 256 --microbatch 8
+    python -m benchmarks.bench_update --model qwen3-0.6b --dtype bfloat16 --attention cudnn \
+        --rows 8 --width 2048
 
 Two settings. ``equal``: every row fills the width. ``mixed``: lengths are long-tailed (log-normal,
 median a quarter of the width). Ours is ``make_batches`` and ``make_update``; torch's is

@@ -1,6 +1,6 @@
 """Tunix's sampler (google-tunix, ``tunix.generate.sampler``) on a Llama-architecture folder.
 
-    python scripts/rival_tunix.py --model models/smollm2    # does it say what ours says?
+    python -m benchmarks.rival_tunix --model models/smollm2    # does it say what ours says?
 
 For ``bench_sampling.py``, in an environment of its own: ``pip install google-tunix`` beside this
 package's extra ``llm`` (it asks for safetensors below 0.8). It samples greedily or by top-p, whose

@@ -1,6 +1,6 @@
 """Make the embedded model: a small Qwen3 decoder taught arithmetic by careless pupils.
 
-Command:   python scripts/make_quickstart_model.py --out FOLDER
+Command:   python -m studies.make_quickstart_model --out FOLDER
 Hardware:  2 CPU cores; 20 minutes measured beside several other jobs (about 10 CPU minutes)
 Expected:  1,095,168 parameters; exact pass rates at temperature 1, answer and EOS teacher-forced:
            training problems mean .457 sd .291, held-out mean .478 sd .277 (deciles .04 .11 .21 .35

@@ -1,6 +1,6 @@
 """Which estimator teaches fastest: held-out accuracy at equal steps and at equal generated tokens.
 
-    python scripts/policy_study.py --config configs/quickstart.py --out runs/policy_study
+    python -m studies.policy_study --config configs/quickstart.py --out runs/policy_study
 
 Runs scripts/train.py for every method and seed, one after another, in OUT/METHOD/seed_N, and writes
 ``--report``.json and .png. The same command again runs what is missing. Other options override the
@@ -345,7 +345,7 @@ def shown(found: Mapping[str, float | None] | None) -> str:
 
 def write(path: Path, compared, seconds, curves: Mapping[str, Sequence[Curve]]) -> None:
     content = {
-        "command": shlex.join(["python", "scripts/policy_study.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "studies.policy_study", *sys.argv[1:]]),
         **provenance(),
         **{f"equal {kind}": found for kind, found in compared.items()},
         "seconds": seconds,

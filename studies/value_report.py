@@ -138,7 +138,7 @@ def write(out: Path, parts: Sequence[Part], settings: dict, provenance: dict) ->
     out.parent.mkdir(parents=True, exist_ok=True)
     paper = [dict(zip(("estimator", "n", "G", "mse", "bins"), row, strict=True)) for row in PAPER]
     content = {
-        "command": shlex.join(["python", "scripts/value_study.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "studies.value_study", *sys.argv[1:]]),
         **provenance,
         "settings": settings,
         "paper_read_off_figure_3a": paper,

@@ -1,8 +1,8 @@
 """How far the values of each estimator are from the truth: mean of (V_i - value_i)^2.
 
-    python scripts/value_study.py simulate
-    python scripts/value_study.py still --config configs/smollm2_arithmetic.py
-    python scripts/value_study.py real --run runs/quickstart
+    python -m studies.value_study simulate
+    python -m studies.value_study still --config configs/smollm2_arithmetic.py
+    python -m studies.value_study real --run runs/quickstart
 
 ``simulate`` draws policies; ``still`` takes the first policy of a config, held still; ``real`` the
 checkpoints of a run of scripts/train.py (``--checkpoint.keep 100``). Each prints one table a

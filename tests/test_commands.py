@@ -1,5 +1,6 @@
-"""``basis-jax COMMAND`` and ``scripts/COMMAND.py`` are the same functions; both say how to use them."""
+"""``basis-jax COMMAND`` and ``scripts/COMMAND.py``: the same functions, and what they say."""
 
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
@@ -7,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from basis_jax import command_line, commands
 from basis_jax.commands import generate
@@ -84,28 +84,27 @@ def test_a_wheel_finds_its_configs_inside_the_package(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
+def run_folder(tiny_folder, tmp_path_factory):
     """A run with one checkpoint, of a model that adds digits by chance."""
-    folder = tiny.write_folder(tmp_path_factory.mktemp("models") / "tiny")
     problems = tmp_path_factory.mktemp("data") / "sums.jsonl"
     problems.write_text('{"problem": "what is 2 + 3?", "answer": "5"}\n')
     run_dir = tmp_path_factory.mktemp("runs") / "run"
     config = Config(
         run_dir=str(run_dir),
-        model=ModelSection(path=str(folder)),
+        model=ModelSection(path=str(tiny_folder)),
         data=DataSection(path=str(problems), verifier="exact", max_prompt_tokens=4),
         eval=EvalSection(sets=()),
     )
-    model_config = huggingface.read_model_config(folder)
+    model_config = huggingface.read_model_config(tiny_folder)
     state = make_state(
-        huggingface.load_params(folder, model_config),
+        huggingface.load_params(tiny_folder, model_config),
         make_optimizer(OptimSection(), updates=1),
         (),
         model_config=model_config,
         mesh=make_mesh(devices=jax.devices()[:1]),
     )
     with checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints:
-        checkpoint.save(checkpoints, state, tiny.as_json(config))
+        checkpoint.save(checkpoints, state, dataclasses.asdict(config))
     return run_dir
 
 

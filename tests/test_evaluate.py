@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_end_to_end import environment, lines, run, run_killed, small
 from test_reference_table import SAMPLING, SIZE, problems, setting  # noqa: F401
+from whole_runs import environment, lines, run, run_killed, small
 
 from basis_jax.config import Config, EvalSection
 from basis_jax.evaluation import completions

@@ -12,7 +12,7 @@ import optax
 import pytest
 import tiny
 from test_data import WRAPPER, write_lines
-from test_end_to_end import ROOT, environment, lines, run, run_killed
+from whole_runs import ROOT, environment, lines, run, run_killed
 
 from basis_jax.command_line import load_config
 from basis_jax.model.logprobs import token_logprobs

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from whole_runs import small
 
 from basis_jax import command_line
 from basis_jax.runs.metrics import read_metrics
@@ -15,10 +16,10 @@ STEPS = 2
 
 
 @pytest.fixture(scope="module")
-def config(tiny_folder, dapo_file, small_run, tmp_path_factory):
+def config(tiny_folder, dapo_file, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("loop") / "run"
     changes = {"train.steps": STEPS, "checkpoint.every": 5, "train.minibatch-rollouts": 4}
-    arguments = small_run(tiny_folder, dapo_file, run_dir, **changes)
+    arguments = small(tiny_folder, dapo_file, run_dir, **changes)
     return command_line.parse("", argv=["--config", "quickstart", *arguments])[0]
 
 

@@ -1,4 +1,4 @@
-"""scripts/policy_study.py: areas, cuts, intervals by hand; what is trained is not trained again."""
+"""studies/policy_study.py: areas, cuts, intervals by hand; what is trained is not trained again."""
 
 import dataclasses
 import json

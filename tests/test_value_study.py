@@ -171,7 +171,7 @@ def test_table_and_json_agree(tmp_path, capsys, monkeypatch):
     part = value_study.measure("p", {"beside_paper": True}, world, compared)
     value_report.write(tmp_path / "v", [part], {"seed": 0}, {"commit": "abc"})
     content = json.loads((tmp_path / "v.json").read_text())
-    assert content["command"] == "python scripts/value_study.py simulate"
+    assert content["command"] == "python -m studies.value_study simulate"
     rows = content["parts"][0]["rows"]
     lines = capsys.readouterr().out.splitlines()
     for row in rows:

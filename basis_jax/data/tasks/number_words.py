@@ -6,7 +6,7 @@
 
 A question is held out, or not, by a hash of its kind and operands (unordered where order does not
 matter): 17 + 22 is no training problem where 22 + 17 is held out. The
-embedded model's pretraining corpus knows no such split (scripts/make_quickstart_model.py).
+embedded model's pretraining corpus knows no such split (studies/make_quickstart_model.py).
 """
 
 import random
