@@ -1,4 +1,4 @@
-"""Tokens a second of the sampler, beside transformers' generate on the same model and prompts.
+r"""Tokens a second of the sampler, beside transformers' generate on the same model and prompts.
 
     python -m benchmarks.bench_sampling --model models/smollm2
     python -m benchmarks.bench_sampling --model FOLDER --rows 256 --slots 64 --new 256 \
