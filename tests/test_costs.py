@@ -31,7 +31,7 @@ SMALL = dataclasses.replace(
     tiny.TINY, vocab_size=512, embed=64, layers=4, head_dim=16, mlp=192, max_positions=1024
 )
 SMOLLM2 = decoder.ModelConfig(
-    model_config="llama",
+    architecture="llama",
     vocab_size=49152,
     embed=576,
     layers=30,
