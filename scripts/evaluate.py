@@ -33,14 +33,14 @@ CHARACTERS_SHOWN = 4000  # of a completion: its end, where the answer stands
 def main() -> None:
     config, options = command_line.parse(__doc__, options=("checkpoint", "out"))
     out = check_out(options.out)
-    with open_evaluation(config) as evaluation, jax.set_mesh(evaluation.setting.mesh):
+    with open_evaluation(config) as evaluation, jax.set_mesh(evaluation.setup.mesh):
         params, source = load(evaluation, options.checkpoint)
         print(f"evaluating {source}")
-        same = protocol(evaluation, params)
-        path = write_completions(params, evaluation, out, same)
+        fixed = protocol(evaluation, params)
+        path = write_completions(params, evaluation, out, fixed)
         found = results(path, evaluation)
     devices = [str(device) for device in jax.devices()]
-    about = {"evaluated": source, "protocol": same, **provenance(), "devices": devices}
+    about = {"evaluated": source, "protocol": fixed, **provenance(), "devices": devices}
     replace_file(out / "results.json", json.dumps({**found, **about}, indent=2) + "\n")
     replace_file(out / "report.html", "".join(report(found, about, path)))
     print("\n".join(table(found)))
@@ -50,7 +50,7 @@ def main() -> None:
 
 def load(evaluation, checkpoint: str):
     """Parameters and the name of where they are from: the model folder or a checkpoint."""
-    model_config, mesh = evaluation.setting.model_config, evaluation.setting.mesh
+    model_config, mesh = evaluation.setup.model_config, evaluation.setup.mesh
     if not checkpoint:
         return huggingface.load_params(evaluation.folder, model_config, mesh), str(
             evaluation.folder
@@ -59,7 +59,7 @@ def load(evaluation, checkpoint: str):
     began, here = trained.model_path(step), evaluation.config.model.path
     if began != here:
         print(f"note: training began from {began}; config and tokenizer are those of {here}")
-    return trained.load_params(step, model_config, mesh), str(step)
+    return trained.load_checkpoint_params(step, model_config, mesh), str(step)
 
 
 def table(found) -> list[str]:
@@ -111,7 +111,7 @@ def problem(rollouts) -> str:
     prompt = rollouts[0]["problem"]
     if not isinstance(prompt, str):  # the messages of a chat
         prompt = "\n".join(f"{role}: {content}" for role, content in prompt)
-    shown = some(rollouts)
+    shown = choose_shown(rollouts)
     left = len(rollouts) - len(shown)
     return (
         f"<details><summary>{right}/{len(valid)} right"
@@ -125,7 +125,7 @@ def problem(rollouts) -> str:
     )
 
 
-def some(rollouts) -> list:
+def choose_shown(rollouts) -> list:
     """At most ``COMPLETIONS_SHOWN``: the first of each verdict, then the first of the rest."""
     firsts = {(r["valid"], r["reward"], r["reason"]): r for r in reversed(rollouts)}
     chosen = [*firsts.values(), *rollouts]

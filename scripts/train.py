@@ -18,7 +18,7 @@ from basis_jax import command_line
 from basis_jax.data.order import batch_indices
 from basis_jax.evaluation.evaluate import evaluate
 from basis_jax.runs import checkpoint, plots
-from basis_jax.runs.compiles import counted
+from basis_jax.runs.compiles import count_compiles
 from basis_jax.runs.identity import lock_run, open_run
 from basis_jax.runs.metrics import Records, read_metrics
 from basis_jax.sampling.rollouts import roll_out
@@ -48,7 +48,7 @@ def main() -> None:
         }
         open_run(config, devices=[str(d) for d in jax.devices()], identity=identity)
         with (
-            jax.set_mesh(session.setting.mesh),
+            jax.set_mesh(session.setup.mesh),
             checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints,
         ):
             train(session, run_dir, checkpoints)
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def train(session, run_dir, checkpoints) -> None:
-    config, setting = session.config, session.setting
+    config, setup = session.config, session.setup
     plan, sampling = config.train, config.sampling
     common = {
         "loss": config.loss,
@@ -65,20 +65,20 @@ def train(session, run_dir, checkpoints) -> None:
     }
     optimizer = make_optimizer(config.optim, updates=plan.steps * updates_per_step(config))
     estimate_values = make_estimate(session.estimator)
-    update = make_update(setting.model_config, optimizer, **common)
+    update = make_update(setup.model_config, optimizer, **common)
     batches_of = functools.partial(
         make_batches,
         config=config,
-        score=make_score(setting.model_config, **common),
+        score=make_score(setup.model_config, **common),
         reference=start_params(session) if config.loss.kl_coef else None,
-        mesh=setting.mesh,
+        mesh=setup.mesh,
     )
     restored = checkpoint.restore(checkpoints, state_shapes(session, optimizer))
     state = first_state(session, run_dir, optimizer) if restored is None else restored
     start = int(state.step)
 
     resume_step = -1 if restored is None else start
-    with counted() as compiled, Records(run_dir, plan.steps, resume_step) as records:
+    with count_compiles() as compiled, Records(run_dir, plan.steps, resume_step) as records:
         if restored is None:
             records.log(0, evaluate_now(state.params, session) | compiled.take())
         for step in range(start, plan.steps):
@@ -90,7 +90,7 @@ def train(session, run_dir, checkpoints) -> None:
             )
             graded = roll_out(
                 state.params,
-                setting,
+                setup,
                 session.train_set,
                 ids=np.repeat(ids, sampling.group_size),
                 samples=np.tile(np.arange(sampling.group_size, dtype=np.int32), len(ids)),
@@ -124,8 +124,8 @@ def first_state(session, run_dir, optimizer):
         params,
         optimizer,
         first_estimator_state(session, params, run_dir / "reference.npz"),
-        model_config=session.setting.model_config,
-        mesh=session.setting.mesh,
+        model_config=session.setup.model_config,
+        mesh=session.setup.mesh,
     )
 
 
@@ -134,16 +134,14 @@ def state_shapes(session, optimizer):
     return abstract_state(
         optimizer,
         estimator_state_shapes(session),
-        model_config=session.setting.model_config,
-        mesh=session.setting.mesh,
+        model_config=session.setup.model_config,
+        mesh=session.setup.mesh,
     )
 
 
 def start_params(session):
     """The model folder's weights: where training starts, and what a KL term refers to."""
-    return huggingface.load_params(
-        session.folder, session.setting.model_config, session.setting.mesh
-    )
+    return huggingface.load_params(session.folder, session.setup.model_config, session.setup.mesh)
 
 
 def evaluate_now(params, session) -> dict[str, float]:
@@ -153,7 +151,7 @@ def evaluate_now(params, session) -> dict[str, float]:
     started = time.perf_counter()
     config = session.config
     metrics = evaluate(
-        params, session.setting, session.held_out, section=config.eval, sampling=config.sampling
+        params, session.setup, session.held_out, section=config.eval, sampling=config.sampling
     )
     return metrics | {"time/eval_s": time.perf_counter() - started}
 

@@ -78,7 +78,7 @@ METHODS = {
     "value_filter_n8": Method("value_filter", table=8),
 }
 
-SHARED = {
+COMMON_SETTINGS = {
     "optim.lr": "2.5e-4",  # of 2.5e-4, 5e-4, 1e-3: best for reinforce_pp, seed 100
     "optim.schedule": "constant",  # a curve may be cut anywhere: no step knows the last one
     "optim.max-grad-norm": "0",
@@ -151,7 +151,7 @@ def plan(options: argparse.Namespace, overrides: Sequence[str]) -> list[Run]:
     for seed in range(options.seeds):
         for name in dict.fromkeys(options.methods):
             method = METHODS[name]
-            arguments = ["--config", options.config, *flags(SHARED), *overrides]
+            arguments = ["--config", options.config, *flags(COMMON_SETTINGS), *overrides]
             arguments += flags(own_settings(method, options))
             if method.options:
                 arguments += ["--estimator.options", *method.options]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tiny
 from test_end_to_end import environment, lines, run, run_killed, small
-from test_reference_table import SAMPLING, SIZE, problems, setting  # noqa: F401
+from test_reference_table import SAMPLING, SIZE, problems, setup  # noqa: F401
 
 from basis_jax.config import Config, EvalSection
 from basis_jax.evaluation import completions
@@ -66,11 +66,11 @@ def test_a_failed_verdict_is_no_zero():
         problem_scores(np.zeros(2), np.zeros(2, bool), 2)
 
 
-def test_before_and_after_use_the_same_noise_and_greedy_uses_none(setting, problems):  # noqa: F811
+def test_before_and_after_use_the_same_noise_and_greedy_uses_none(setup, problems):  # noqa: F811
     def accuracy(temperature):
         return evaluate(
             tiny.params(),
-            setting,
+            setup,
             {"one": problems, "two": problems},
             section=EvalSection(samples=4, temperature=temperature),
             sampling=SAMPLING,
@@ -96,23 +96,23 @@ METRICS = ["avg@6", "pass@1", "pass@2", "pass@4", "maj@6"]
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """As many batches as there are rows, and not one."""
-    monkeypatch.setattr(completions, "ROUNDS", 1)
+    monkeypatch.setattr(completions, "ROWS_PER_SLOT", 1)
 
 
 @pytest.fixture
-def evaluation(setting, problems):  # noqa: F811
+def evaluation(setup, problems):  # noqa: F811
     """Two sets of five problems, six completions each in batches of four; the verifier fails on the
     last problem of each."""
     config = Config(run_dir="", sampling=SAMPLING, eval=EvalSection(samples=SAMPLES))
     sets = {"one": problems, "two": problems}
-    return Evaluation(config=config, folder=Path(), setting=setting, sets=sets)
+    return Evaluation(config=config, folder=Path(), setup=setup, sets=sets)
 
 
 def write(evaluation, out, **changes):
     """The evaluation's results, and completions.jsonl as bytes."""
     out.mkdir(exist_ok=True)
     wanted = protocol(evaluation, tiny.params()) | changes
-    with jax.set_mesh(evaluation.setting.mesh):
+    with jax.set_mesh(evaluation.setup.mesh):
         path = completions.write_completions(
             tiny.params(), evaluation, out, wanted, report=lambda text: None
         )
@@ -122,7 +122,7 @@ def write(evaluation, out, **changes):
 def test_written_completions_give_the_numbers_of_training_bit_for_bit(evaluation, tmp_path):
     trained = evaluate(
         tiny.params(),
-        evaluation.setting,
+        evaluation.setup,
         evaluation.sets,
         section=evaluation.config.eval,
         sampling=SAMPLING,
@@ -226,8 +226,8 @@ def test_whole_lines_are_kept_and_not_made_again(evaluation, tmp_path, monkeypat
 
 def test_batch_size_does_not_change_what_is_drawn(evaluation, tmp_path):
     _, whole = write(evaluation, tmp_path / "a")
-    other = dataclasses.replace(evaluation.setting, rows_at_once=7)
-    _, written = write(dataclasses.replace(evaluation, setting=other), tmp_path / "b")
+    other = dataclasses.replace(evaluation.setup, rows_at_once=7)
+    _, written = write(dataclasses.replace(evaluation, setup=other), tmp_path / "b")
     assert written == whole
 
 

@@ -163,7 +163,7 @@ class Block(nn.Module):
         keys = rotate(self.project("k", x, c.kv_heads, "kv_heads"), positions, c)
         values = self.project("v", x, c.kv_heads, "kv_heads")
         if prefix is not None:
-            seen, mixable = after(prefix.keys, keys), after(prefix.values, values)
+            seen, mixable = prepend_prefix(prefix.keys, keys), prepend_prefix(prefix.values, values)
             mixed = attend(queries, seen, mixable)
         elif c.attention == "cudnn":
             mixed = jax.nn.dot_product_attention(
@@ -213,8 +213,8 @@ def attend(
     return jnp.einsum("nkgts,nskd->ntkgd", weights, values).reshape(rows, steps, heads, size)
 
 
-def after(prefix: Float[Array, "1 P K Dh"], own: Float[Array, "N T K Dh"]):
-    """A shared prefix in front of every row."""
+def prepend_prefix(prefix: Float[Array, "1 P K Dh"], own: Float[Array, "N T K Dh"]):
+    """Put the prefix that all rows share in front of every row."""
     shape = (own.shape[0], *prefix.shape[1:])
     return jnp.concatenate([jnp.broadcast_to(prefix, shape), own], axis=1)
 
