@@ -43,11 +43,8 @@ def main() -> None:
         tokenizer = huggingface.load_tokenizer(huggingface.resolve_folder(options.model))
         stop = tuple(tokenizer.encode(s, add_special_tokens=False)[0] for s in options.stop)
         settings.append(("mixed", options.rows, options.slots, stop))
-    ours, ceiling, rows = (
-        our_sampler(options.model, model_config),
-        ceilings.measured(options.dtype),
-        [],
-    )
+    ours, rows = our_sampler(options.model, model_config), []
+    ceiling = ceilings.measured(options.dtype)
     rivals = {
         "transformers": transformers_sampler(options.model, model_config),
         "tunix": tunix_sampler(options.model, model_config),
@@ -85,16 +82,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", metavar="FILE.json")
     options = parser.parse_args()
-    if (
-        min(
-            options.repeats,
-            options.new - MIN_REFILL_TOKENS,
-            options.prompt,
-            options.slots,
-            *options.equal,
-        )
-        < 1
-    ):
+    later = options.new - MIN_REFILL_TOKENS
+    if min(options.repeats, later, options.prompt, options.slots, *options.equal) < 1:
         raise SystemExit("error: every number of bench_sampling.py is 1 or more, --new 33 or more")
     return options
 

@@ -214,9 +214,8 @@ def replay_world(
         following = np.clip(np.searchsorted(steps, at), 1, len(steps) - 1)
         known = np.asarray(steps)
         share = (at - known[following - 1]) / (known[following] - known[following - 1])
-        between = logits[following - 1] + share[:, None] * (
-            logits[following] - logits[following - 1]
-        )  # [T M]
+        rise = logits[following] - logits[following - 1]
+        between = logits[following - 1] + share[:, None] * rise  # [T M]
         return sigmoid(between[np.arange(len(at))[None, :, None], ids])
 
     tables = reference_tables(rng, values[0], reference, runs, sizes)

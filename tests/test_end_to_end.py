@@ -239,9 +239,9 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
     monkeypatch, folder, tmp_path, what, option
 ):
     short = ["--data.max-prompt-tokens", "128", "--sampling.max-new-tokens", "8"]
-    given = ["--model.path", folder, *short] if option == "--data.path" else []
+    overrides = ["--model.path", folder, *short] if option == "--data.path" else []
     config = ROOT / "configs" / "qwen_math.py"
-    sentence = refusal(monkeypatch, config, "--run-dir", tmp_path / "run", *given)
+    sentence = refusal(monkeypatch, config, "--run-dir", tmp_path / "run", *overrides)
     assert sentence.startswith("error: ") and what in sentence and option in sentence
     assert not (tmp_path / "run").exists()
 
@@ -292,7 +292,7 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
 def test_bad_settings_end_with_one_sentence(
     monkeypatch, folder, problems, tmp_path, arguments, sentence
 ):
-    given = small(folder, problems, tmp_path / "run")
-    said = refusal(monkeypatch, ROOT / "configs" / "quickstart.py", *given, *arguments)
+    overrides = small(folder, problems, tmp_path / "run")
+    said = refusal(monkeypatch, ROOT / "configs" / "quickstart.py", *overrides, *arguments)
     assert said.startswith("error: ") and sentence in said
     assert not (tmp_path / "run").exists()

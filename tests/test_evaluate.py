@@ -443,20 +443,20 @@ def without_provenance(path):
 def test_an_evaluation_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, held_out):
     """kill -9 at two random moments, on a model folder with benchmark names and local files."""
     folder, rng = tiny.write_folder(tmp_path / "tiny"), random.Random(0)
-    given = arguments(folder, held_out, tmp_path / "whole")
-    done = run("evaluate.py", "qwen_math.py", *given)
+    options = arguments(folder, held_out, tmp_path / "whole")
+    done = run("evaluate.py", "qwen_math.py", *options)
     assert done.returncode == 0, done.stderr
     assert all(text in done.stdout for text in ("MATH-500", "AIME25", "average", "maj@8", "["))
-    given = arguments(folder, held_out, tmp_path / "killed")
+    options = arguments(folder, held_out, tmp_path / "killed")
     written = tmp_path / "killed" / "completions.jsonl"
     for lines_wanted in (1, 60):
         run_killed(
-            *("evaluate.py", "qwen_math.py", *given),
+            *("evaluate.py", "qwen_math.py", *options),
             written=written,
             wanted=lines_wanted,
             linger=rng.random() / 20,
         )
-    done = run("evaluate.py", "qwen_math.py", *given)
+    done = run("evaluate.py", "qwen_math.py", *options)
     assert done.returncode == 0, done.stderr
     assert written.read_bytes() == (tmp_path / "whole" / "completions.jsonl").read_bytes()
     found = without_provenance(tmp_path / "killed")
@@ -466,9 +466,9 @@ def test_an_evaluation_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, held_o
         assert len(mine) == of_set["completions"] == 8 * {"MATH-500": 13, "AIME25": 5}[name]
         for metric, entry in of_set["metrics"].items():
             assert entry["value"] == pytest.approx(recomputed(mine, metric)[0], abs=1e-12)
-    greedy = run("evaluate.py", "qwen_math.py", *given, "--eval.temperature", 0)
+    greedy = run("evaluate.py", "qwen_math.py", *options, "--eval.temperature", 0)
     assert greedy.returncode != 0 and "error: eval.temperature 0 is greedy" in greedy.stderr
-    warmer = run("evaluate.py", "qwen_math.py", *given, "--eval.temperature", 2)
+    warmer = run("evaluate.py", "qwen_math.py", *options, "--eval.temperature", 2)
     assert warmer.returncode != 0 and "temperature is 1.0 there and 2.0 here" in warmer.stderr
 
 
@@ -480,8 +480,8 @@ def test_run_checkpoint_and_export_evaluate_to_the_runs_last_accuracy(tmp_path):
     rows = [{"problem": f"what is {i}?", "answer": str(i % 10)} for i in range(40)]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {"eval.samples": 4, "eval.size": 20, "data.verifier": "math", "train.steps": 2}
-    given = small(folder, problems, tmp_path / "run", **changes)
-    done = run("train.py", "quickstart.py", *given)
+    options = small(folder, problems, tmp_path / "run", **changes)
+    done = run("train.py", "quickstart.py", *options)
     assert done.returncode == 0, done.stderr
     found = {}
     for name, option in (("run", "--checkpoint"), ("hf", "--model.path")):
@@ -491,7 +491,7 @@ def test_run_checkpoint_and_export_evaluate_to_the_runs_last_accuracy(tmp_path):
             subprocess.run(script, check=True, env=environment())
             assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
         out = tmp_path / f"of_{name}"
-        more = [*given, option, tmp_path / name, "--out", out]
+        more = [*options, option, tmp_path / name, "--out", out]
         done = run("evaluate.py", "quickstart.py", *more)
         assert done.returncode == 0, done.stderr
         found[name] = json.loads((out / "results.json").read_text())["average"]["avg@4"]

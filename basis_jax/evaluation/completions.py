@@ -50,7 +50,7 @@ def write_completions(
     One line a rollout: sets in order, a problem's samples adjacent. A killed evaluation goes on
     after its last whole line; batches are cut at the same places again, so the file comes out the
     same bit for bit. Call under ``jax.set_mesh``. Raises ValueError where the folder is of another
-    protocol than ``protocol`` or another process writes there.
+    protocol than this one or another process writes there.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "completions.jsonl"

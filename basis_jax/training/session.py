@@ -89,8 +89,8 @@ def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Est
             f"{section.name} compares the rollouts of a prompt but sampling.group_size is "
             f"{group_size}; give 2 or more"
         )
-    options = {"group_size": group_size} if "group_size" in names else {}
-    estimator = estimators.make(section.name, **section.options, **options)
+    group = {"group_size": group_size} if "group_size" in names else {}
+    estimator = estimators.make(section.name, **section.options, **group)
     if section.features and "features" not in names:
         raise ValueError(
             f"estimator.features is {section.features} but {section.name} takes no features; set "
