@@ -111,11 +111,11 @@ def finished(run: Run) -> bool:
     of other settings."""
     if not (run.folder / "metrics.jsonl").is_file():
         return False
-    there = json.loads((run.folder / "config.json").read_text())["config"]
-    here = json.loads(json.dumps(dataclasses.asdict(run.config)))
-    for config in (there, here):
+    stored = json.loads((run.folder / "config.json").read_text())["config"]
+    planned = json.loads(json.dumps(dataclasses.asdict(run.config)))
+    for config in (stored, planned):
         del config["run_dir"], config["train"]["steps"]  # a moved or a longer study
-    if there != here:
+    if stored != planned:
         sys.exit(f"error: {run.folder} holds a run of other settings; give another --out")
     rows = read_metrics(run.folder)
     return bool(rows) and rows[-1]["step"] >= run.config.train.steps

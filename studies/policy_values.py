@@ -44,16 +44,16 @@ def run_config(run_dir: Path) -> Config:
     return from_dict(Config(run_dir=""), json.loads(path.read_text())["config"])
 
 
-def from_dict(section, given: dict):
+def from_dict(section, stored: dict):
     """``section`` with the fields of a JSON object; fields that it lacks keep their default."""
     known = {field.name for field in fields(section)}
-    if unknown := given.keys() - known:
+    if unknown := stored.keys() - known:
         raise SystemExit(f"error: config.json has the unknown field {sorted(unknown)[0]}")
     values = {}
-    for name, value in given.items():
-        before = getattr(section, name)
-        if is_dataclass(before):
-            value = from_dict(before, value)
+    for name, value in stored.items():
+        default = getattr(section, name)
+        if is_dataclass(default):
+            value = from_dict(default, value)
         values[name] = tuple(value) if isinstance(value, list) else value
     return replace(section, **values)
 

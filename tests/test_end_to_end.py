@@ -43,8 +43,8 @@ def run(script, config, *arguments, cwd=None):
     )
 
 
-def run_killed(script, config, *arguments, written, wanted, linger=0.0):
-    """kill -9, ``linger`` seconds after a file has ``wanted`` lines or the process has ended."""
+def run_killed(script, config, *arguments, written, line_count, linger=0.0):
+    """kill -9, ``linger`` seconds after a file has ``line_count`` lines or the process ended."""
     process = subprocess.Popen(
         command(script, config, *arguments),
         stdout=subprocess.DEVNULL,
@@ -52,7 +52,7 @@ def run_killed(script, config, *arguments, written, wanted, linger=0.0):
         env=environment(),
     )
     while process.poll() is None:
-        if written.exists() and written.read_bytes().count(b"\n") >= wanted:
+        if written.exists() and written.read_bytes().count(b"\n") >= line_count:
             break
         time.sleep(0.01)
     time.sleep(linger)
@@ -168,7 +168,7 @@ def test_killed_at_any_moment_and_started_again_it_continues_bit_for_bit(
         run_killed(
             *("train.py", "quickstart.py", *arguments),
             written=tmp_path / "run" / "metrics.jsonl",
-            wanted=rng.randrange(0, 5),
+            line_count=rng.randrange(0, 5),
             linger=rng.random() / 2,
         )
     done = run("train.py", "quickstart.py", *arguments)
@@ -190,7 +190,7 @@ def test_prompt_features_need_no_rollouts_and_survive_a_kill(folder, problems, t
     run_killed(
         *("train.py", "quickstart.py", *killed),
         written=tmp_path / "killed" / "metrics.jsonl",
-        wanted=rng.randrange(0, 5),
+        line_count=rng.randrange(0, 5),
         linger=rng.random() / 2,
     )
     done = run("train.py", "quickstart.py", *killed)

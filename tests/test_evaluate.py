@@ -453,7 +453,7 @@ def test_an_evaluation_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, held_o
         run_killed(
             *("evaluate.py", "qwen_math.py", *options),
             written=written,
-            wanted=lines_wanted,
+            line_count=lines_wanted,
             linger=rng.random() / 20,
         )
     done = run("evaluate.py", "qwen_math.py", *options)

@@ -111,7 +111,7 @@ def test_the_flagship_from_the_table_to_the_export(folder, dapo, benchmarks, tmp
     other = run("train.py", "qwen_math.py", *options, "--sampling.temperature", 0.5)
     assert other.returncode != 0 and "does not fit this run (temperature" in other.stderr
     metrics = run_dir / "metrics.jsonl"
-    run_killed("train.py", "qwen_math.py", *options, written=metrics, wanted=4)
+    run_killed("train.py", "qwen_math.py", *options, written=metrics, line_count=4)
     done = run("train.py", "qwen_math.py", *options)
     assert done.returncode == 0, done.stderr
     assert "step 6/6" in done.stdout and "step 1/6" not in done.stdout  # resumed

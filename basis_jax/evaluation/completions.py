@@ -60,12 +60,14 @@ def write_completions(
         ends = [end for _, end in whole_lines(file)]
         file.truncate(ends[-1] if ends else 0)
         done = len(ends)
-        before = 0
+        rollouts_before = 0
         for name, problems in evaluation.sets.items():
-            for start, rows in chunks(params, evaluation, name, problems, done - before, report):
-                missing = rows[max(0, done - before - start) :]
+            for start, rows in chunks(
+                params, evaluation, name, problems, done - rollouts_before, report
+            ):
+                missing = rows[max(0, done - rollouts_before - start) :]
                 append_json_lines(file, missing)
-            before += len(problems.problems) * evaluation.config.eval.samples
+            rollouts_before += len(problems.problems) * evaluation.config.eval.samples
     return path
 
 
@@ -157,7 +159,7 @@ def settle_protocol(out: Path, protocol: Mapping[str, Any]) -> None:
         replace_file(path, json.dumps(protocol, indent=2) + "\n")
     stored = read_json(path)
     differing = [
-        f"{key} is {brief(stored.get(key))} there and {brief(protocol.get(key))} here"
+        f"{key} is {shortened(stored.get(key))} there and {shortened(protocol.get(key))} here"
         for key in sorted(stored.keys() | protocol.keys())
         if stored.get(key) != protocol.get(key)
     ]
@@ -168,7 +170,7 @@ def settle_protocol(out: Path, protocol: Mapping[str, Any]) -> None:
         )
 
 
-def brief(value: Any) -> str:
+def shortened(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 70 else f"{text[:40]}... (sha256 {sha256(value)[:8]})"
 

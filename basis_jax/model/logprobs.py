@@ -116,7 +116,7 @@ def _scores_backward(temperature, chunk, kept, slopes):
     slope, entropy_slope = (None if isinstance(x, SymbolicZero) else x for x in slopes)
     low = weight.astype(hidden.dtype)
 
-    def push(part, target, lse, entropy, slope, entropy_slope, scaled):
+    def chunk_gradients(part, target, lse, entropy, slope, entropy_slope, scaled):
         """d hidden [N C D] and d weight [V D] of one chunk."""
         if scaled is None:
             scaled = _scaled_logits(part, low, temperature)
@@ -139,7 +139,7 @@ def _scores_backward(temperature, chunk, kept, slopes):
         *operands, count = parts
 
         def add(total):
-            of_hidden, of_weight = push(*operands)
+            of_hidden, of_weight = chunk_gradients(*operands)
             return constrain(total + of_weight, ("vocab", "embed")), of_hidden
 
         skip = lambda total: (total, jnp.zeros_like(operands[0]))  # noqa: E731
@@ -165,8 +165,8 @@ def chunk_count(steps: int, chunk: int) -> int:
     """Chunks of at most ``chunk`` positions; where one would do, ``PIECES`` if the batch is on one
     device. On several, each chunk's weight gradient is summed over them: one is enough."""
     mesh = jax.sharding.get_abstract_mesh()
-    least = PIECES if mesh.empty or batch_shards(mesh) == 1 else 1
-    return least if steps <= chunk else -(-steps // chunk)
+    minimum = PIECES if mesh.empty or batch_shards(mesh) == 1 else 1
+    return minimum if steps <= chunk else -(-steps // chunk)
 
 
 def _split(x, chunk):

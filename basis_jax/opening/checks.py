@@ -198,11 +198,11 @@ AT_LEAST = {
 
 def check_ranges(config: Config) -> None:
     """Raise a ValueError for the first number below what it can mean."""
-    for least, names in AT_LEAST.items():
+    for minimum, names in AT_LEAST.items():
         for name in names.split():
             value = functools.reduce(getattr, name.split("."), config)
-            if value < least:
-                raise ValueError(f"{name} is {value}; give {least} or more")
+            if value < minimum:
+                raise ValueError(f"{name} is {value}; give {minimum} or more")
     if not 0 < config.sampling.top_p <= 1:
         raise ValueError(f"sampling.top_p is {config.sampling.top_p}; give more than 0, at most 1")
 

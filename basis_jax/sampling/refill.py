@@ -134,12 +134,12 @@ def by_device(x, shards: int):
 def constrain_slots(slots: Slots) -> Slots:
     """Pin the slots' layout on the mesh, so that one program serves the slots of every call."""
 
-    def lay(path, x):
+    def pin(path, x):
         of_cache = path[0].name == "cache"
         axes = CACHE_AXES[path[1].name] if of_cache else ("batch",) + (None,) * (x.ndim - 1)
         return constrain(x, axes)
 
-    return jax.tree.map_with_path(lay, slots)
+    return jax.tree.map_with_path(pin, slots)
 
 
 @functools.partial(jax.jit, static_argnames="model_config")

@@ -58,7 +58,7 @@ def make_batches(
             config.loss.aggregation,
             max_length=config.sampling.max_new_tokens,
         )
-        whole = Batch(
+        minibatch = Batch(
             tokens=rollouts.tokens[start : start + rows],
             completion_mask=np.asarray(mask[start : start + rows]),
             loss_weights=np.asarray(weights),
@@ -72,7 +72,7 @@ def make_batches(
             rows=config.train.microbatch_rollouts,
             max_width=max_width,
         ):
-            part = put_rows(mesh, take_rows(whole, index, width))
+            part = put_rows(mesh, take_rows(minibatch, index, width))
             scored = functools.partial(score, tokens=part.tokens, mask=part.completion_mask)
             old = scored(params) if off_policy else None
             ref = None if reference is None else scored(reference)
@@ -107,8 +107,8 @@ def cut_rows(
     while start < len(order) and (not cuts or lengths[order[start]] > 0):
         longest = max(1, int(lengths[order[start]]))
         width = min(max_width, *(round_up(longest, min_width * part // 4) for part in (4, 5, 6, 7)))
-        most = min(max_width // width, (len(order) - start) // rows)
-        count = rows * 2 ** (most.bit_length() - 1)
+        max_multiple = min(max_width // width, (len(order) - start) // rows)
+        count = rows * 2 ** (max_multiple.bit_length() - 1)
         while count > rows and 2 * lengths[order[start + count // 2]] <= width:
             count //= 2
         cuts.append((order[start : start + count], width))

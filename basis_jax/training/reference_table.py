@@ -159,8 +159,10 @@ def build(
     if path.exists():
         table = resumed(load(path), table, path)
     if table.features.shape[1] < features:
-        made = prompt_features(params, setup.model_config, problems, mesh=setup.mesh, size=features)
-        table = replace(table, features=made)
+        made_features = prompt_features(
+            params, setup.model_config, problems, mesh=setup.mesh, size=features
+        )
+        table = replace(table, features=made_features)
         save(table, path)
         report(f"reference table: {features} features of {size} problems")
     saved = time.monotonic()

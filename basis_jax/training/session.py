@@ -132,11 +132,11 @@ def report_overlap(
     train_set: EncodedProblems, held_out: dict[str, EncodedProblems], report
 ) -> None:
     """Warn of every held-out set that shares problems or texts with the training problems."""
-    known = {p.uid for p in train_set.problems}
-    asked = [p for problems in held_out.values() for p in problems.problems]
-    words = {p: shared for p, _, shared in overlapping(asked, train_set.problems)}
+    training_uids = {p.uid for p in train_set.problems}
+    held_out_problems = [p for problems in held_out.values() for p in problems.problems]
+    words = {p: shared for p, _, shared in overlapping(held_out_problems, train_set.problems)}
     for name, problems in held_out.items():
-        same = sum(p.uid in known for p in problems.problems)
+        same = sum(p.uid in training_uids for p in problems.problems)
         if same:
             report(f"warning: {same} held-out problems of {name} are also training problems")
         alike = [p for p in problems.problems if p in words]
@@ -189,8 +189,8 @@ def estimator_state_shapes(session: Session) -> PyTree:
 def first_estimator_state(session: Session, params: PyTree, path: Path, report=print) -> PyTree:
     """The estimator's state before the first step, from the reference table where it takes one."""
     section = session.config.estimator
-    asked = section.table or section.table_samples or section.features
-    if not (asked and session.estimator.takes_table):
+    uses_table = section.table or section.table_samples or section.features
+    if not (uses_table and session.estimator.takes_table):
         zeros = np.zeros(len(session.train_set.problems), np.int32)
         return session.estimator.init(zeros, zeros)
     table = reference_table(session, params, path, report)

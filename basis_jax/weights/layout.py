@@ -201,9 +201,13 @@ def check_tensors(
             f"{n} {kind}" for n, kind in kinds.items() if kind not in DTYPES
         },
     }
-    said = [f"{problem}: {list_names(names)}" for problem, names in problems.items() if names]
-    if said:
-        raise ValueError(f"the weights of {folder} do not fit its config.json; {'; '.join(said)}")
+    descriptions = [
+        f"{problem}: {list_names(names)}" for problem, names in problems.items() if names
+    ]
+    if descriptions:
+        raise ValueError(
+            f"the weights of {folder} do not fit its config.json; {'; '.join(descriptions)}"
+        )
 
 
 def _check_tied(tensors: Mapping[str, Any], folder: str | Path, rows: int = 4096) -> None:
