@@ -35,21 +35,21 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=131_072)
     parser.add_argument("--calls", type=int, default=30)
     parser.add_argument("--out", metavar="FILE.json")
-    given = parser.parse_args()
-    if given.calls < 5 or min(given.sizes) < 2 or max(given.sizes) > given.problems:
+    options = parser.parse_args()
+    if options.calls < 5 or min(options.sizes) < 2 or max(options.sizes) > options.problems:
         raise SystemExit(
-            f"error: --calls {given.calls}, --sizes {given.sizes}, --problems {given.problems}; "
-            "give 5 calls or more and sizes from 2 to the problems"
+            f"error: --calls {options.calls}, --sizes {options.sizes}, "
+            f"--problems {options.problems}; give 5 calls or more and sizes from 2 to the problems"
         )
-    rows = [row for name in CASES for row in measure(name, given)]
+    rows = [row for name in CASES for row in measure(name, options)]
     device = str(jax.devices()[0])
-    print(f"median of {given.calls} calls, {given.problems} problems, {device}")
-    print_table(rows, given.sizes)
-    if given.out:
-        about = {"device": device, "cores": os.cpu_count(), "problems": given.problems}
-        about |= {"calls": given.calls, **provenance()}
-        Path(given.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
-        print(given.out)
+    print(f"median of {options.calls} calls, {options.problems} problems, {device}")
+    print_table(rows, options.sizes)
+    if options.out:
+        about = {"device": device, "cores": os.cpu_count(), "problems": options.problems}
+        about |= {"calls": options.calls, **provenance()}
+        Path(options.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+        print(options.out)
 
 
 def printed(rewards, successes, trials):
@@ -72,9 +72,9 @@ def lifted(name, *, features=0):
     """The estimator's update and its first state over the offline counts."""
 
     def make(problems, successes, trials):
-        given = {"features": normal(problems, features)} if features else {}
+        options = {"features": normal(problems, features)} if features else {}
         estimator = estimators.make(name)
-        return estimator.update, estimator.init(successes, trials, **given)
+        return estimator.update, estimator.init(successes, trials, **options)
 
     return make
 
@@ -100,22 +100,22 @@ CASES = {
 }
 
 
-def measure(name: str, given) -> list[dict]:
+def measure(name: str, options) -> list[dict]:
     """One row a size: milliseconds of a call (quartiles too) and seconds of its compilation."""
-    trials = np.full(given.problems, 8, np.float32)
-    successes = np.random.default_rng(1).integers(1, 8, given.problems).astype(np.float32)
-    update, first = CASES[name](given.problems, successes, trials)
+    trials = np.full(options.problems, 8, np.float32)
+    successes = np.random.default_rng(1).integers(1, 8, options.problems).astype(np.float32)
+    update, first = CASES[name](options.problems, successes, trials)
     rows = []
-    for size in given.sizes:
+    for size in options.sizes:
         if CASES[name] is as_printed and size > PRINTED_LIMIT:
             continue
         state = jax.tree.map(jnp.copy, first)
-        signals = batch(size, given.problems)
+        signals = batch(size, options.problems)
         started = time.perf_counter()
         call = jax.jit(update, donate_argnums=0).lower(state, signals).compile()
         compiled = time.perf_counter() - started
         times = []
-        for _ in range(given.calls + 3):  # the first three warm up
+        for _ in range(options.calls + 3):  # the first three warm up
             started = time.perf_counter()
             state, result = jax.block_until_ready(call(state, signals))
             times.append(1e3 * (time.perf_counter() - started))

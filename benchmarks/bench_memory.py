@@ -31,16 +31,16 @@ def main() -> None:
     parser.add_argument("--width", type=int, nargs="+", default=[128])
     parser.add_argument("--remat", nargs="+", default=list(REMAT), choices=list(REMAT))
     parser.add_argument("--out", metavar="FILE.json")
-    given = parser.parse_args()
+    options = parser.parse_args()
     mesh, found = make_mesh(devices=jax.devices()[:1]), []
     print(f"{'rows':>6}{'width':>7}  {'remat':6}{'XLA plans':>11}{'estimate':>10}  GB")
-    for rows in given.rows:
-        for width in given.width:
-            for remat in given.remat:
+    for rows in options.rows:
+        for width in options.width:
+            for remat in options.remat:
                 model_config = bench_models.named_model_config(
-                    given.model,
-                    compute_dtype=given.dtype,
-                    attention=given.attention,
+                    options.model,
+                    compute_dtype=options.dtype,
+                    attention=options.attention,
                     remat=remat,
                 )
                 with jax.set_mesh(mesh):
@@ -50,7 +50,7 @@ def main() -> None:
                 found.append({"rows": rows, "width": width, "remat": remat})
                 found[-1] |= {"planned": planned, "estimate": estimate, "parts": parts}
                 print(f"{rows:6}{width:7}  {remat:6}{planned / 1e9:11.2f}{estimate / 1e9:10.2f}")
-    bench_models.write_result(given, found)
+    bench_models.write_result(options, found)
 
 
 def planned_bytes(model_config: ModelConfig, mesh, rows: int, width: int) -> int:

@@ -69,15 +69,15 @@ def torch_model(name: str, model_config: ModelConfig):
     return torch, loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def write_result(given, rows: list[dict], **more) -> None:
-    """Rows with options, machine and versions into the file ``given.out``, if there is one."""
-    if not given.out:
+def write_result(options, rows: list[dict], **more) -> None:
+    """Rows with options, machine and versions into the file ``options.out``, if there is one."""
+    if not options.out:
         return
     about = {"device": str(jax.devices()[0]), "cores": os.cpu_count(), "peak_bytes": peak_bytes()}
-    options = {name: value for name, value in vars(given).items() if name != "out"}
-    about |= {**options, **provenance("torch", "trl", "google-tunix"), **more}
-    Path(given.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
-    print(given.out)
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    about |= {**settings, **provenance("torch", "trl", "google-tunix"), **more}
+    Path(options.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+    print(options.out)
 
 
 def peak_bytes() -> int | None:

@@ -29,7 +29,7 @@ from basis_jax.model import costs
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import make_mesh
 from basis_jax.sampling.draw import row_keys
-from basis_jax.sampling.refill import WORTH_IT, sample_rows
+from basis_jax.sampling.refill import MIN_REFILL_TOKENS, sample_rows
 from basis_jax.types import Prompts
 from basis_jax.weights import huggingface
 from benchmarks import bench_models, ceilings
@@ -37,35 +37,36 @@ from benchmarks.rival_tunix import tunix_sampler
 
 
 def main() -> None:
-    given = parse()
-    model_config = bench_models.named_model_config(given.model, compute_dtype=given.dtype)
-    settings = [("equal", n, n, (model_config.vocab_size + 10**6,)) for n in given.equal]
-    if given.rows:
-        tokenizer = huggingface.load_tokenizer(huggingface.resolve_folder(given.model))
-        stop = tuple(tokenizer.encode(s, add_special_tokens=False)[0] for s in given.stop)
-        settings.append(("mixed", given.rows, given.slots, stop))
-    ours, ceiling, rows = our_sampler(given.model, model_config), ceilings.measured(given.dtype), []
+    options = parse()
+    model_config = bench_models.named_model_config(options.model, compute_dtype=options.dtype)
+    settings = [("equal", n, n, (model_config.vocab_size + 10**6,)) for n in options.equal]
+    if options.rows:
+        tokenizer = huggingface.load_tokenizer(huggingface.resolve_folder(options.model))
+        stop = tuple(tokenizer.encode(s, add_special_tokens=False)[0] for s in options.stop)
+        settings.append(("mixed", options.rows, options.slots, stop))
+    ours, rows = our_sampler(options.model, model_config), []
+    ceiling = ceilings.measured(options.dtype)
     rivals = {
-        "transformers": transformers_sampler(given.model, model_config),
-        "tunix": tunix_sampler(given.model, model_config),
+        "transformers": transformers_sampler(options.model, model_config),
+        "tunix": tunix_sampler(options.model, model_config),
     }
     for name, count, slots, eos_ids in settings:
-        prompts = random_prompts(count, given.prompt, model_config.vocab_size)
+        prompts = random_prompts(count, options.prompt, model_config.vocab_size)
         samplers = {"ours": partial(ours, prompts, slots, eos_ids)}
         if count > slots:
             samplers["ours, not refilled"] = partial(by_batches, ours, prompts, slots, eos_ids)
         for rival, sampler in rivals.items():
             if sampler is not None:
                 samplers[rival] = partial(by_batches, sampler, prompts, slots, eos_ids)
-        rows += measure(name, count, slots, samplers, given)
+        rows += measure(name, count, slots, samplers, options)
     for row in rows:
         if row["setting"] == "equal":
-            context = given.prompt + (given.new + WORTH_IT) // 2
+            context = options.prompt + (options.new + MIN_REFILL_TOKENS) // 2
             work = costs.decode_step(model_config, rows=row["rows"], context=context)
             row["share_of_bandwidth"] = work.bytes / row["step_s"] / ceiling["bytes_per_s"]
             row["share_of_flops"] = work.flops / row["step_s"] / ceiling["flops_per_s"]
     print_table(rows)
-    bench_models.write_result(given, rows, ceiling=ceiling)
+    bench_models.write_result(options, rows, ceiling=ceiling)
 
 
 def parse() -> argparse.Namespace:
@@ -81,10 +82,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stop", nargs="+", default=["."], help="each stands for its first token")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", metavar="FILE.json")
-    given = parser.parse_args()
-    if min(given.repeats, given.new - WORTH_IT, given.prompt, given.slots, *given.equal) < 1:
+    options = parser.parse_args()
+    later = options.new - MIN_REFILL_TOKENS
+    if min(options.repeats, later, options.prompt, options.slots, *options.equal) < 1:
         raise SystemExit("error: every number of bench_sampling.py is 1 or more, --new 33 or more")
-    return given
+    return options
 
 
 def random_prompts(rows: int, width: int, vocabulary: int) -> np.ndarray:
@@ -156,22 +158,22 @@ def by_batches(sampler, tokens, slots, eos_ids, new) -> np.ndarray:
     return np.concatenate([sampler(part, slots, eos_ids, new) for part in parts])
 
 
-def measure(setting: str, count: int, slots: int, samplers: dict, given) -> list[dict]:
+def measure(setting: str, count: int, slots: int, samplers: dict, options) -> list[dict]:
     """One row a sampler; they take turns, so that a slow minute of the machine hits all."""
     lengths, first, whole, fewer = {}, {}, {name: [] for name in samplers}, {}
     for name, sampler in samplers.items():
-        first[name], lengths[name] = timed(sampler, given.new)
+        first[name], lengths[name] = timed(sampler, options.new)
         fewer[name] = []
         if setting == "equal":
-            timed(sampler, WORTH_IT)
-    for _ in range(given.repeats):
+            timed(sampler, MIN_REFILL_TOKENS)
+    for _ in range(options.repeats):
         for name, sampler in samplers.items():
-            seconds, lengths[name] = timed(sampler, given.new)
+            seconds, lengths[name] = timed(sampler, options.new)
             whole[name].append((seconds, float(lengths[name].sum())))
             if setting == "equal":
-                if set(lengths[name].tolist()) != {given.new}:
-                    raise ValueError(f"{name} wrote {lengths[name]} tokens, not {given.new} each")
-                fewer[name].append(timed(sampler, WORTH_IT)[0])
+                if set(lengths[name].tolist()) != {options.new}:
+                    raise ValueError(f"{name} wrote {lengths[name]} tokens, not {options.new} each")
+                fewer[name].append(timed(sampler, MIN_REFILL_TOKENS)[0])
     rows = []
     for name in samplers:
         seconds = [part[0] for part in whole[name]]
@@ -188,7 +190,7 @@ def measure(setting: str, count: int, slots: int, samplers: dict, given) -> list
         }
         if setting == "equal":
             more = np.median(np.array(seconds) - np.array(fewer[name]))
-            row["step_s"] = float(more) / (given.new - WORTH_IT)
+            row["step_s"] = float(more) / (options.new - MIN_REFILL_TOKENS)
         rows.append(row)
     return rows
 

@@ -55,19 +55,19 @@ PARTS = ("sample", "verify", "update", "step")
 
 
 def main() -> None:
-    given = parse()
+    options = parse()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
-    with open_session(make_config(given)) as session, jax.set_mesh(session.setting.mesh):
-        ours = our_step(session, given)
+    with open_session(make_config(options)) as session, jax.set_mesh(session.setup.mesh):
+        ours = our_step(session, options)
         seconds = {"ours": []}
         if has_trl():
-            seconds["TRL"] = trl_steps(session, given, lambda: seconds["ours"].append(ours()))
+            seconds["TRL"] = trl_steps(session, options, lambda: seconds["ours"].append(ours()))
         else:
             print("TRL is not installed: ours alone")
-            seconds["ours"] = [ours() for _ in range(given.steps + 1)]
+            seconds["ours"] = [ours() for _ in range(options.steps + 1)]
     rows = [summary(name, taken) for name, taken in seconds.items()]
-    print_table(rows, given)
-    write_result(given, rows)
+    print_table(rows, options)
+    write_result(options, rows)
 
 
 def parse() -> argparse.Namespace:
@@ -82,63 +82,66 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--torch-threads", type=int, default=os.cpu_count(), help="for TRL")
     parser.add_argument("--out", metavar="FILE.json")
-    given = parser.parse_args()
-    if min(given.microbatch, given.new, given.steps, given.torch_threads) < 1 or given.rollouts < 2:
+    options = parser.parse_args()
+    if (
+        min(options.microbatch, options.new, options.steps, options.torch_threads) < 1
+        or options.rollouts < 2
+    ):
         raise SystemExit("error: numbers of bench_step.py are 1 or more, rollouts 2 or more")
-    if given.rollouts % 2 or given.rollouts % given.microbatch:
+    if options.rollouts % 2 or options.rollouts % options.microbatch:
         raise SystemExit("error: --rollouts must be even and a multiple of --microbatch")
-    return given
+    return options
 
 
-def make_config(given) -> Config:
+def make_config(options) -> Config:
     """A run of plain text problems without table, held-out set or schedule."""
     return Config(
         run_dir="",
-        model=ModelSection(path=given.model),
-        data=DataSection(path=given.data, prompt_format="text", verifier=given.verifier),
-        sampling=SamplingSection(max_new_tokens=given.new),
+        model=ModelSection(path=options.model),
+        data=DataSection(path=options.data, prompt_format="text", verifier=options.verifier),
+        sampling=SamplingSection(max_new_tokens=options.new),
         estimator=EstimatorSection(name="reinforce_pp", table_samples=0),
         optim=OptimSection(lr=1e-6),
         train=TrainSection(
-            steps=given.steps + 1,
-            prompts_per_step=given.rollouts,
-            minibatch_rollouts=given.rollouts,
-            microbatch_rollouts=given.microbatch,
-            sample_rollouts=given.rollouts,
+            steps=options.steps + 1,
+            prompts_per_step=options.rollouts,
+            minibatch_rollouts=options.rollouts,
+            microbatch_rollouts=options.microbatch,
+            sample_rollouts=options.rollouts,
         ),
         eval=EvalSection(sets=()),
         mesh=MeshSection(data=-1),
     )
 
 
-def our_step(session, given):
+def our_step(session, options):
     """A function that takes one step as scripts/train.py does and returns its seconds by part."""
-    config, mesh = session.config, session.setting.mesh
-    setting = dataclasses.replace(session.setting, eos_ids=(10**9,))  # no such token
-    optimizer = make_optimizer(config.optim, updates=given.steps + 1)
-    common = {"loss": config.loss, "temperature": 1.0, "microbatch": given.microbatch}
+    config, mesh = session.config, session.setup.mesh
+    setup = dataclasses.replace(session.setup, eos_ids=(10**9,))  # no such token
+    optimizer = make_optimizer(config.optim, updates=options.steps + 1)
+    common = {"loss": config.loss, "temperature": 1.0, "microbatch": options.microbatch}
     estimate_values = make_estimate(session.estimator)
-    update = make_update(setting.model_config, optimizer, **common)
-    score = make_score(setting.model_config, **common)
-    params = huggingface.load_params(session.folder, setting.model_config, mesh)
+    update = make_update(setup.model_config, optimizer, **common)
+    score = make_score(setup.model_config, **common)
+    params = huggingface.load_params(session.folder, setup.model_config, mesh)
     first = first_estimator_state(session, params, Path())
-    state = make_state(params, optimizer, first, model_config=setting.model_config, mesh=mesh)
+    state = make_state(params, optimizer, first, model_config=setup.model_config, mesh=mesh)
 
     def step() -> dict[str, float]:
         nonlocal state
         started = time.perf_counter()
-        count = np.arange(given.rollouts, dtype=np.int32)
+        count = np.arange(options.rollouts, dtype=np.int32)
         graded = roll_out(
             state.params,
-            setting,
+            setup,
             session.train_set,
-            ids=(count + int(state.step) * given.rollouts) % len(session.train_set.problems),
+            ids=(count + int(state.step) * options.rollouts) % len(session.train_set.problems),
             samples=np.zeros_like(count),
             sampling=config.sampling,
             stream="train",
             step=int(state.step),
         )
-        check_work(graded.rollouts.completion_lengths, given)
+        check_work(graded.rollouts.completion_lengths, options)
         rolled = time.perf_counter()
         estimator_state, estimate = estimate_values(state.estimator_state, graded)
         outcomes = []
@@ -160,24 +163,26 @@ def our_step(session, given):
     return step
 
 
-def check_work(lengths, given) -> None:
+def check_work(lengths, options) -> None:
     """Raise a ValueError unless every rollout has every token: the comparison would be void."""
-    if list(lengths) != [given.new] * given.rollouts:
-        raise ValueError(f"completions of {list(lengths)} tokens; {given.rollouts} x {given.new}")
+    if list(lengths) != [options.new] * options.rollouts:
+        raise ValueError(
+            f"completions of {list(lengths)} tokens; {options.rollouts} x {options.new}"
+        )
 
 
 def has_trl() -> bool:
     return importlib.util.find_spec("trl") is not None
 
 
-def trl_steps(session, given, between) -> list[dict[str, float]]:
+def trl_steps(session, options, between) -> list[dict[str, float]]:
     """Seconds of every step of a GRPOTrainer; ``between`` is called after each and not counted."""
     import datasets
     import torch
     import transformers
     import trl
 
-    torch.set_num_threads(given.torch_threads)
+    torch.set_num_threads(options.torch_threads)
     transformers.logging.set_verbosity_error()
     seconds, started = [], 0.0
 
@@ -193,20 +198,20 @@ def trl_steps(session, given, between) -> list[dict[str, float]]:
             started = time.perf_counter()
 
     def reward(completions, answer, completion_ids, **_):
-        check_work([len(row) for row in completion_ids], given)
-        return [v.reward for v in session.setting.verifier.grade(completions, answer)]
+        check_work([len(row) for row in completion_ids], options)
+        return [v.reward for v in session.setup.verifier.grade(completions, answer)]
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl.GRPOTrainer(
             model=transformers.AutoModelForCausalLM.from_pretrained(
                 session.folder, dtype=torch.float32
             ),
-            processing_class=session.setting.tokenizer,
+            processing_class=session.setup.tokenizer,
             reward_funcs=reward,
             train_dataset=datasets.Dataset.from_list(
                 [{"prompt": p.prompt, "answer": p.answer} for p in session.train_set.problems]
             ),
-            args=trl_config(folder, given),
+            args=trl_config(folder, options),
             callbacks=[Turns()],
         )
         trainer.generation_config.eos_token_id = -1  # no such token
@@ -215,16 +220,16 @@ def trl_steps(session, given, between) -> list[dict[str, float]]:
     return seconds
 
 
-def trl_config(folder: str, given):
+def trl_config(folder: str, options):
     import trl
 
     return trl.GRPOConfig(
         output_dir=folder,
-        max_steps=given.steps + 1,
-        per_device_train_batch_size=given.microbatch,
-        gradient_accumulation_steps=given.rollouts // given.microbatch,
+        max_steps=options.steps + 1,
+        per_device_train_batch_size=options.microbatch,
+        gradient_accumulation_steps=options.rollouts // options.microbatch,
         num_generations=2,
-        max_completion_length=given.new,
+        max_completion_length=options.new,
         learning_rate=1e-6,
         lr_scheduler_type="constant",
         optim="adamw_torch",
@@ -247,11 +252,11 @@ def summary(name: str, taken: list[dict[str, float]]) -> dict:
     return {"trainer": name, "seconds": parts, "first_step_s": taken[0]["step"], "all": later}
 
 
-def print_table(rows: list[dict], given) -> None:
+def print_table(rows: list[dict], options) -> None:
     print(f"{'':6}" + "".join(f"{part:>10}" for part in PARTS) + f"{'first':>10}   tokens/s")
     for row in rows:
         shown = [f"{row['seconds'][p]:10.3f}" if p in row["seconds"] else 10 * " " for p in PARTS]
-        rate = given.rollouts * given.new / row["seconds"]["step"]
+        rate = options.rollouts * options.new / row["seconds"]["step"]
         print(f"{row['trainer']:6}" + "".join(shown) + f"{row['first_step_s']:10.1f} {rate:10.0f}")
     if len(rows) == 2:
         ratio = rows[1]["seconds"]["step"] / rows[0]["seconds"]["step"]

@@ -37,26 +37,26 @@ from benchmarks import bench_models, ceilings
 
 
 def main() -> None:
-    given = parse()
+    options = parse()
     model_config = bench_models.named_model_config(
-        given.model, compute_dtype=given.dtype, remat=given.remat, attention=given.attention
+        options.model, compute_dtype=options.dtype, remat=options.remat, attention=options.attention
     )
-    ours, theirs = our_gradient(model_config, given), torch_gradient(model_config, given)
+    ours, theirs = our_gradient(model_config, options), torch_gradient(model_config, options)
     rows = []
-    for name, lengths in row_lengths(given).items():
-        rollouts = random_rollouts(lengths, given.width, model_config.vocab_size)
+    for name, lengths in row_lengths(options).items():
+        rollouts = random_rollouts(lengths, options.width, model_config.vocab_size)
         runs = {"ours": lambda r=rollouts: ours(r)}
         if theirs is not None:
             runs["torch"] = lambda r=rollouts: theirs(r)
-        rows += measure(name, lengths, runs, given.repeats)
-    ceiling, plain = ceilings.measured(given.dtype), replace(model_config, remat="none")
+        rows += measure(name, lengths, runs, options.repeats)
+    ceiling, plain = ceilings.measured(options.dtype), replace(model_config, remat="none")
     for row in rows:
-        lengths = row_lengths(given)[row["setting"]]
+        lengths = row_lengths(options)[row["setting"]]
         flops = sum(costs.update(plain, rows=1, width=int(width)).flops for width in lengths)
         row["mfu"] = flops / np.median(row["seconds"]) / ceiling["flops_per_s"]
     print_table(rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    bench_models.write_result(given, rows, ceiling=ceiling, peak_rss_gb=peak)
+    bench_models.write_result(options, rows, ceiling=ceiling, peak_rss_gb=peak)
 
 
 def parse() -> argparse.Namespace:
@@ -71,20 +71,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--remat", default="dots", choices=list(REMAT), help="of ours")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", metavar="FILE.json")
-    given = parser.parse_args()
-    if min(given.repeats, given.rows, given.microbatch) < 1 or given.width < 8:
+    options = parser.parse_args()
+    if min(options.repeats, options.rows, options.microbatch) < 1 or options.width < 8:
         raise SystemExit("error: every number of bench_update.py is 1 or more, --width 8 or more")
-    if given.rows % given.microbatch:
+    if options.rows % options.microbatch:
         raise SystemExit("error: --rows is not a multiple of --microbatch")
-    return given
+    return options
 
 
-def row_lengths(given) -> dict[str, np.ndarray]:
+def row_lengths(options) -> dict[str, np.ndarray]:
     """Tokens of every row, prompt and completion together."""
-    tail = np.random.default_rng(0).lognormal(np.log(given.width / 4), 0.8, given.rows)
-    mixed = np.clip(tail.astype(np.int32), 8, given.width)
-    mixed[given.rows // 2] = given.width
-    return {"equal": np.full(given.rows, given.width, np.int32), "mixed": mixed}
+    tail = np.random.default_rng(0).lognormal(np.log(options.width / 4), 0.8, options.rows)
+    mixed = np.clip(tail.astype(np.int32), 8, options.width)
+    mixed[options.rows // 2] = options.width
+    return {"equal": np.full(options.rows, options.width, np.int32), "mixed": mixed}
 
 
 def random_rollouts(lengths: np.ndarray, width: int, vocabulary: int) -> Rollouts:
@@ -101,33 +101,33 @@ def random_rollouts(lengths: np.ndarray, width: int, vocabulary: int) -> Rollout
     )
 
 
-def our_gradient(model_config: ModelConfig, given):
+def our_gradient(model_config: ModelConfig, options):
     mesh = make_mesh(devices=jax.devices()[:1])
     config = Config(
         run_dir="",
-        sampling=SamplingSection(max_new_tokens=given.width),
+        sampling=SamplingSection(max_new_tokens=options.width),
         train=TrainSection(
-            prompts_per_step=given.rows,
-            minibatch_rollouts=given.rows,
-            microbatch_rollouts=given.microbatch,
+            prompts_per_step=options.rows,
+            minibatch_rollouts=options.rows,
+            microbatch_rollouts=options.microbatch,
         ),
     )
-    options = {"loss": config.loss, "temperature": 1.0, "microbatch": given.microbatch}
+    common = {"loss": config.loss, "temperature": 1.0, "microbatch": options.microbatch}
     optimizer = make_optimizer(OptimSection(lr=0.0), updates=10**6)
-    update = make_update(model_config, optimizer, **options)
-    score = make_score(model_config, **options)
-    advantages = jnp.asarray(np.random.default_rng(2).normal(size=given.rows), jnp.float32)
+    update = make_update(model_config, optimizer, **common)
+    score = make_score(model_config, **common)
+    advantages = jnp.asarray(np.random.default_rng(2).normal(size=options.rows), jnp.float32)
     estimate = Estimate(advantages=advantages, values=advantages, info={})
     with jax.set_mesh(mesh):
-        params = bench_models.our_params(given.model, model_config, mesh)
+        params = bench_models.our_params(options.model, model_config, mesh)
         state = [make_state(params, optimizer, (), model_config=model_config, mesh=mesh)]
 
     def run(rollouts) -> None:
         graded = Graded(
             rollouts=rollouts,
             completions=[],
-            rewards=np.zeros(given.rows, np.float32),
-            valid=np.ones(given.rows, bool),
+            rewards=np.zeros(options.rows, np.float32),
+            valid=np.ones(options.rows, bool),
             reasons=[],
             sample_seconds=1.0,
             verify_seconds=0.0,
@@ -142,8 +142,8 @@ def our_gradient(model_config: ModelConfig, given):
     return run
 
 
-def torch_gradient(model_config: ModelConfig, given):
-    found = bench_models.torch_model(given.model, model_config)
+def torch_gradient(model_config: ModelConfig, options):
+    found = bench_models.torch_model(options.model, model_config)
     if found is None:
         return None
     torch, loaded = found
@@ -152,8 +152,8 @@ def torch_gradient(model_config: ModelConfig, given):
     def run(rollouts) -> None:
         ends = rollouts.prompt_lengths + rollouts.completion_lengths
         total = float(rollouts.completion_lengths.sum())
-        for start in range(0, given.rows, given.microbatch):
-            part = slice(start, start + given.microbatch)
+        for start in range(0, options.rows, options.microbatch):
+            part = slice(start, start + options.microbatch)
             width = int(ends[part].max())
             tokens = torch.tensor(
                 rollouts.tokens[part, :width].astype(np.int64), device=loaded.device

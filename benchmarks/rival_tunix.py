@@ -33,15 +33,15 @@ def main() -> None:
     parser.add_argument("--model", required=True, metavar="FOLDER")
     parser.add_argument("--prompt", default="The capital of France is", help="its tokens, 4 rows")
     parser.add_argument("--new", type=int, default=16)
-    given = parser.parse_args()
-    folder = huggingface.resolve_folder(given.model)
+    options = parser.parse_args()
+    folder = huggingface.resolve_folder(options.model)
     tokenizer = huggingface.load_tokenizer(folder)
-    prompt = np.array(tokenizer.encode(given.prompt), np.int32)
+    prompt = np.array(tokenizer.encode(options.prompt), np.int32)
     tokens = np.stack([np.roll(prompt, row) for row in range(4)])
     theirs = tunix_tokens(folder, huggingface.read_model_config(folder))(
-        tokens, (-2,), given.new, greedy=True
+        tokens, (-2,), options.new, greedy=True
     )
-    ours = our_tokens(folder, tokens, given.new)
+    ours = our_tokens(folder, tokens, options.new)
     print(repr(tokenizer.decode(ours[0])))
     if not np.array_equal(np.stack(theirs), ours):
         raise SystemExit(f"error: Tunix wrote {theirs}, ours {ours.tolist()}")

@@ -19,7 +19,7 @@ from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards, put_rows
 from basis_jax.runs import checkpoint
-from basis_jax.sampling.rollouts import Setting, roll_out
+from basis_jax.sampling.rollouts import RolloutSetup, roll_out
 
 LEADS = ("", " ")  # what may stand before the answer in a completion that is taken as right
 ROWS_AT_ONCE = 32
@@ -50,18 +50,18 @@ def steps(run_dir: Path, config: Config) -> list[int]:
         return [0, *checkpoints.all_steps()]
 
 
-def read(path: Path, wanted: list) -> Policies | None:
-    """The policies at ``path`` if they were measured as ``wanted``."""
+def read(path: Path, measured_as: list) -> Policies | None:
+    """The policies at ``path`` if they were measured as ``measured_as``."""
     if not path.is_file():
         return None
     with np.load(path) as file:
-        if str(file["wanted"]) != json.dumps(wanted):
+        if str(file["wanted"]) != json.dumps(measured_as):
             return None
         return Policies(*(file[field.name] for field in fields(Policies)))
 
 
-def write(path: Path, wanted: list, policies: Policies) -> None:
-    np.savez_compressed(path, wanted=json.dumps(wanted), **vars(policies))
+def write(path: Path, measured_as: list, policies: Policies) -> None:
+    np.savez_compressed(path, wanted=json.dumps(measured_as), **vars(policies))
 
 
 def policies(run_dir: Path, config: Config, first: PyTree) -> Iterator[tuple[int, PyTree]]:
@@ -82,7 +82,7 @@ def policies(run_dir: Path, config: Config, first: PyTree) -> Iterator[tuple[int
 # --------------------------------------------------------------------------------------- rollouts
 def rollout_rewards(
     params: PyTree,
-    setting: Setting,
+    setup: RolloutSetup,
     problems: EncodedProblems,
     *,
     sampling: SamplingSection,
@@ -92,11 +92,11 @@ def rollout_rewards(
 ) -> Float[np.ndarray, "M S"]:
     """Rewards of ``samples`` rollouts of every problem. ``stream`` names draws of this study's own:
     it makes another seed, so none of them is a rollout of training or evaluation."""
-    seed = content_hash(f"value study {stream} {setting.seed}") % 2**31
+    seed = content_hash(f"value study {stream} {setup.seed}") % 2**31
     size = len(problems.problems)
     graded = roll_out(
         params,
-        replace(setting, seed=seed),
+        replace(setup, seed=seed),
         problems,
         ids=np.tile(np.arange(size, dtype=np.int32), samples),
         samples=np.repeat(np.arange(samples, dtype=np.int32), size),
@@ -114,7 +114,7 @@ def rollout_rewards(
 
 # ------------------------------------------------------------------------------------ exact values
 def exact_values(
-    params: PyTree, setting: Setting, problems: EncodedProblems, sampling: SamplingSection
+    params: PyTree, setup: RolloutSetup, problems: EncodedProblems, sampling: SamplingSection
 ) -> Float[np.ndarray, " M"]:
     """P(the completion is right) under the verifier ``exact``, by teacher forcing.
 
@@ -128,17 +128,17 @@ def exact_values(
     seen: list[set] = [set() for _ in problems.problems]
     for lead in LEADS:
         answers = [
-            setting.tokenizer.encode(lead + p.answer, add_special_tokens=False)
+            setup.tokenizer.encode(lead + p.answer, add_special_tokens=False)
             for p in problems.problems
         ]
         counts = np.array([
             0 < len(answer) <= sampling.max_new_tokens
             and tuple(answer) not in known
-            and not set(answer) & set(setting.eos_ids)
+            and not set(answer) & set(setup.eos_ids)
             for answer, known in zip(answers, seen, strict=True)
         ])  # fmt: skip
         if counts.any():
-            probabilities = path_probabilities(params, setting, problems, answers, sampling)
+            probabilities = path_probabilities(params, setup, problems, answers, sampling)
             values += np.where(counts, probabilities, 0)
         for known, answer in zip(seen, answers, strict=True):
             known.add(tuple(answer))
@@ -147,17 +147,17 @@ def exact_values(
 
 def path_probabilities(
     params: PyTree,
-    setting: Setting,
+    setup: RolloutSetup,
     problems: EncodedProblems,
     answers: Sequence[Sequence[int]],
     sampling: SamplingSection,
 ) -> Float[np.ndarray, " M"]:
     """Probability of the answer's tokens followed by an end of the completion."""
-    ends = right_ends(setting, problems, answers)
-    shards = batch_shards(setting.mesh)
+    ends = right_ends(setup, problems, answers)
+    shards = batch_shards(setup.mesh)
     rows = -(-min(ROWS_AT_ONCE, len(answers)) // shards) * shards
-    most = max(map(len, answers))
-    tokens = np.pad(problems.tokens, ((0, 0), (0, most)))
+    longest = max(map(len, answers))
+    tokens = np.pad(problems.tokens, ((0, 0), (0, longest)))
     for row, length, answer in zip(tokens, problems.lengths, answers, strict=True):
         row[length : length + len(answer)] = answer
     lengths = np.array([len(answer) for answer in answers], np.int32)
@@ -165,14 +165,14 @@ def path_probabilities(
     for start in range(0, len(answers), rows):
         index = np.minimum(np.arange(start, start + rows), len(answers) - 1)
         arrays = put_rows(
-            setting.mesh, (tokens[index], problems.lengths[index], lengths[index], ends[index])
+            setup.mesh, (tokens[index], problems.lengths[index], lengths[index], ends[index])
         )
         part = answer_probability(
             params,
-            setting.model_config,
+            setup.model_config,
             *arrays,
-            most=most,
-            eos_ids=setting.eos_ids,
+            longest=longest,
+            eos_ids=setup.eos_ids,
             temperature=sampling.temperature,
             limit=sampling.max_new_tokens,
         )
@@ -181,18 +181,18 @@ def path_probabilities(
 
 
 def right_ends(
-    setting: Setting, problems: EncodedProblems, answers: Sequence[Sequence[int]]
+    setup: RolloutSetup, problems: EncodedProblems, answers: Sequence[Sequence[int]]
 ) -> Bool[np.ndarray, "M E"]:
     """Which end tokens after the answer leave a completion that the verifier takes as right."""
-    rows = [[*answer, end] for answer in answers for end in setting.eos_ids]
-    texts = setting.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    wanted = [p.answer for p in problems.problems for _ in setting.eos_ids]
-    verdicts = setting.verifier.grade(texts, wanted)
+    rows = [[*answer, end] for answer in answers for end in setup.eos_ids]
+    texts = setup.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    answers_expected = [p.answer for p in problems.problems for _ in setup.eos_ids]
+    verdicts = setup.verifier.grade(texts, answers_expected)
     return np.array([v.reward > 0.5 for v in verdicts]).reshape(len(answers), -1)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model_config", "most", "eos_ids", "temperature", "limit")
+    jax.jit, static_argnames=("model_config", "longest", "eos_ids", "temperature", "limit")
 )
 def answer_probability(
     params: PyTree,
@@ -202,13 +202,13 @@ def answer_probability(
     answer_lengths: Int[Array, " N"],
     ends: Bool[Array, "N E"],
     *,
-    most: int,
+    longest: int,
     eos_ids: tuple[int, ...],
     temperature: float,
     limit: int,
 ) -> Float[Array, " N"]:
     hidden, _ = decoder.forward(params, model_config, tokens)
-    at = jnp.arange(most + 1, dtype=jnp.int32)[None]
+    at = jnp.arange(longest + 1, dtype=jnp.int32)[None]
     position = jnp.minimum(prompt_lengths[:, None] - 1 + at, tokens.shape[1] - 1)  # predicts at
     hidden = jnp.take_along_axis(hidden, position[:, :, None], axis=1)
     logprobs = jax.nn.log_softmax(

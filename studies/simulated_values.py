@@ -211,10 +211,11 @@ def replay_world(
 
     def truth(ids):
         at = np.linspace(steps[0], steps[-1], ids.shape[1])
-        after = np.clip(np.searchsorted(steps, at), 1, len(steps) - 1)
+        following = np.clip(np.searchsorted(steps, at), 1, len(steps) - 1)
         known = np.asarray(steps)
-        share = (at - known[after - 1]) / (known[after] - known[after - 1])
-        between = logits[after - 1] + share[:, None] * (logits[after] - logits[after - 1])  # [T M]
+        share = (at - known[following - 1]) / (known[following] - known[following - 1])
+        rise = logits[following] - logits[following - 1]
+        between = logits[following - 1] + share[:, None] * rise  # [T M]
         return sigmoid(between[np.arange(len(at))[None, :, None], ids])
 
     tables = reference_tables(rng, values[0], reference, runs, sizes)

@@ -99,8 +99,8 @@ def methods(
     found += [Method("basis robust", make("basis"), n) for n in tables]
     found += [Method("value_filter", make("value_filter"), n) for n in trials]
     if moved:
-        told = make("value_filter", drift=1.0, table_drift=1.0)
-        found += [Method("value_filter, drift 1", told, n) for n in tables]
+        drifting = make("value_filter", drift=1.0, table_drift=1.0)
+        found += [Method("value_filter, drift 1", drifting, n) for n in tables]
     if features is not None:
         name = f"value_filter, {features.shape[1]} features"
         found += [Method(name, make("value_filter", features=features), n) for n in trials]
@@ -111,8 +111,8 @@ def methods(
 def run(method: Method, world: World) -> Outcome:
     """The method's values on every step of every replicate, its state carried from step to step."""
     replicates, steps, prompts = world.ids.shape
-    some = next(iter(world.successes.values()))
-    successes = world.successes.get(method.trials, np.zeros_like(some))
+    any_table = next(iter(world.successes.values()))
+    successes = world.successes.get(method.trials, np.zeros_like(any_table))
     g = method.group_size
 
     def replicate(arrays):
@@ -182,9 +182,9 @@ def score(
     Units are drawn with replacement, the same for all methods, so that the interval of a ratio is
     that of paired runs.
     """
-    some = unit_sums(world, np.ones_like(world.truth), np.ones(world.truth.shape, bool))
+    visits = unit_sums(world, np.ones_like(world.truth), np.ones(world.truth.shape, bool))
     draws = np.random.default_rng(seed).multinomial(
-        len(some), np.full(len(some), 1 / len(some)), RESAMPLES
+        len(visits), np.full(len(visits), 1 / len(visits)), RESAMPLES
     )
     scored: list[dict[str, dict]] = [{} for _ in outcomes]
     for name, rows in slices(world).items():

@@ -109,14 +109,14 @@ class Still:
     def study(self) -> list[Part]:
         config = command_line.load_config(self.config)
         config = replace(config, data=replace(config.data, size=self.size))
-        with open_session(config) as session, jax.set_mesh(session.setting.mesh):
-            setting, problems = session.setting, session.train_set
-            params = huggingface.load_params(session.folder, setting.model_config, setting.mesh)
+        with open_session(config) as session, jax.set_mesh(session.setup.mesh):
+            setup, problems = session.setup, session.train_set
+            params = huggingface.load_params(session.folder, setup.model_config, setup.mesh)
             check_exact(config)
-            values = exact_values(params, setting, problems, config.sampling)
+            values = exact_values(params, setup, problems, config.sampling)
             features = (
                 prompt_features(
-                    params, setting.model_config, problems, mesh=setting.mesh, size=self.features
+                    params, setup.model_config, problems, mesh=setup.mesh, size=self.features
                 )
                 if self.features
                 else None
@@ -133,8 +133,8 @@ class Still:
         )
         compared = methods(self.trials, self.groups)
         if features is not None:
-            few = [n for n in self.trials if n <= 8]
-            compared += [m for m in methods(few, (8,), features=features) if "," in m.name]
+            small_tables = [n for n in self.trials if n <= 8]
+            compared += [m for m in methods(small_tables, (8,), features=features) if "," in m.name]
         about = {
             "policy": str(config.model.path),
             "problems": len(values),
@@ -210,12 +210,12 @@ class Real:
         if self.truth == "exact":
             check_exact(config)
         steps = policy_values.steps(self.run, config)
-        wanted = [self.truth, self.truth_samples, self.rewards, max(self.trials), steps]
+        measured_as = [self.truth, self.truth_samples, self.rewards, max(self.trials), steps]
         path = self.run / "value_study.npz"
-        found = policy_values.read(path, wanted)
+        found = policy_values.read(path, measured_as)
         if found is None:
             found = self.measure_values(config)
-            policy_values.write(path, wanted, found)
+            policy_values.write(path, measured_as, found)
         for step, truth, drawn in zip(found.steps, found.values, found.rewards, strict=True):
             print(f"step {step}: mean value {truth.mean():.4f}{agreement(truth, drawn)}")
         return found
@@ -223,15 +223,15 @@ class Real:
     def measure_values(self, config) -> Policies:
         """Values, rewards and table; the latter two empty where they are to be drawn."""
         steps, values, rewards, reference = [], [], [], np.zeros((0, 0))
-        with open_session(config) as session, jax.set_mesh(session.setting.mesh):
-            setting, problems = session.setting, session.train_set
-            first = huggingface.load_params(session.folder, setting.model_config, setting.mesh)
+        with open_session(config) as session, jax.set_mesh(session.setup.mesh):
+            setup, problems = session.setup, session.train_set
+            first = huggingface.load_params(session.folder, setup.model_config, setup.mesh)
             for step, params in policies(self.run, config, first):
                 rolled = partial(
-                    rollout_rewards, params, setting, problems, sampling=config.sampling, step=step
+                    rollout_rewards, params, setup, problems, sampling=config.sampling, step=step
                 )
                 if self.truth == "exact":
-                    truth = exact_values(params, setting, problems, config.sampling)
+                    truth = exact_values(params, setup, problems, config.sampling)
                 else:
                     truth = rolled(samples=self.truth_samples, stream="truth").mean(axis=1)
                 drawn = np.zeros((len(truth), 0))
@@ -281,11 +281,11 @@ COMMANDS: dict[str, Callable[..., Simulate | Real | Still]] = {
 
 def main() -> None:
     chosen = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__)
-    made_at = provenance()  # now: others may commit while it runs
+    made_with = provenance()  # now: others may commit while it runs
     parts = chosen.study()
     if any(part.about.get("beside_paper") for part in parts):
         print("\n" + paper_table())
-    write(Path(chosen.out), parts, asdict(chosen), made_at)
+    write(Path(chosen.out), parts, asdict(chosen), made_with)
     print(f"\n{chosen.out}.json, {chosen.out}.png")
 
 

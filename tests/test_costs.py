@@ -31,7 +31,7 @@ SMALL = dataclasses.replace(
     tiny.TINY, vocab_size=512, embed=64, layers=4, head_dim=16, mlp=192, max_positions=1024
 )
 SMOLLM2 = decoder.ModelConfig(
-    model_config="llama",
+    architecture="llama",
     vocab_size=49152,
     embed=576,
     layers=30,
@@ -246,18 +246,18 @@ def check_training(config, model_config):
 
 def test_an_update_that_does_not_fit_is_refused_with_the_bytes(monkeypatch):
     with_memory(monkeypatch, 24 * 10**9)
-    few = dataclasses.replace(LARGE, train=TrainSection(sample_rollouts=4, microbatch_rollouts=4))
+    small = dataclasses.replace(LARGE, train=TrainSection(sample_rollouts=4, microbatch_rollouts=4))
     with pytest.raises(ValueError, match=r"microbatches of 4 rollouts of 4160 tokens .*activation"):
-        check_training(few, SMOLLM2)
+        check_training(small, SMOLLM2)
     remat = dataclasses.replace(SMOLLM2, remat="full")
-    check_training(few, remat)
+    check_training(small, remat)
     with_memory(monkeypatch, 4 * 540 * 10**6)  # weights, moments, gradients: 4 x 538 MB
     with pytest.raises(ValueError, match="weights 0.538 GB"):
-        check_training(few, remat)
+        check_training(small, remat)
 
 
 def test_a_devices_memory_is_what_it_says_or_its_share_of_the_machine():
-    told = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 7})
+    limited = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 7})
     silent = SimpleNamespace(memory_stats=lambda: None)
-    assert device_memory([told, told]) == 7
+    assert device_memory([limited, limited]) == 7
     assert 10**8 < device_memory([silent] * 4) == device_memory([silent]) // 4

@@ -66,7 +66,7 @@ def test_killed_at_any_moment_and_started_again_it_continues_bit_for_bit(
         run_killed(
             *("train.py", "quickstart.py", *arguments),
             written=tmp_path / "run" / "metrics.jsonl",
-            wanted=rng.randrange(0, 5),
+            line_count=rng.randrange(0, 5),
             linger=rng.random() / 2,
         )
     done = run("train.py", "quickstart.py", *arguments)
@@ -90,7 +90,7 @@ def test_prompt_features_need_no_rollouts_and_survive_a_kill(tiny_folder, dapo_f
     run_killed(
         *("train.py", "quickstart.py", *killed),
         written=tmp_path / "killed" / "metrics.jsonl",
-        wanted=rng.randrange(0, 5),
+        line_count=rng.randrange(0, 5),
         linger=rng.random() / 2,
     )
     done = run("train.py", "quickstart.py", *killed)
@@ -139,9 +139,9 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
     monkeypatch, tiny_folder, tmp_path, what, option
 ):
     short = ["--data.max-prompt-tokens", "128", "--sampling.max-new-tokens", "8"]
-    given = ["--model.path", tiny_folder, *short] if option == "--data.path" else []
+    overrides = ["--model.path", tiny_folder, *short] if option == "--data.path" else []
     config = ROOT / "configs" / "qwen_math.py"
-    sentence = refusal(monkeypatch, config, "--run-dir", tmp_path / "run", *given)
+    sentence = refusal(monkeypatch, config, "--run-dir", tmp_path / "run", *overrides)
     assert sentence.startswith("error: ") and what in sentence and option in sentence
     assert not (tmp_path / "run").exists()
 
@@ -192,7 +192,7 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
 def test_bad_settings_end_with_one_sentence(
     monkeypatch, tiny_folder, dapo_file, tmp_path, arguments, sentence
 ):
-    given = small(tiny_folder, dapo_file, tmp_path / "run")
-    said = refusal(monkeypatch, ROOT / "configs" / "quickstart.py", *given, *arguments)
+    overrides = small(tiny_folder, dapo_file, tmp_path / "run")
+    said = refusal(monkeypatch, ROOT / "configs" / "quickstart.py", *overrides, *arguments)
     assert said.startswith("error: ") and sentence in said
     assert not (tmp_path / "run").exists()

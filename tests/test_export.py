@@ -122,7 +122,7 @@ def test_parameters_are_laid_out_over_the_mesh_and_nothing_is_written(run, tiny_
         huggingface.read_model_config(tiny_folder),
         make_mesh(data=1, fsdp=2, tensor=2),
     )
-    found = trained.load_params(trained.find_checkpoint(run_dir), model_config, mesh)
+    found = trained.load_checkpoint_params(trained.find_checkpoint(run_dir), model_config, mesh)
     assert_equal(found, params[10])
     jax.tree.map(
         lambda x, axes: x.sharding.is_equivalent_to(named(mesh, axes), x.ndim) or pytest.fail(axes),
@@ -141,9 +141,9 @@ def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_sentence(run, tin
     step = trained.find_checkpoint(run_dir)
     model_config = huggingface.read_model_config(tiny_folder)
     with pytest.raises(ValueError, match=r"another model: .*'k_norm'\] \(2, 8\) there and \(3,"):
-        trained.load_params(step, dataclasses.replace(model_config, layers=3))
+        trained.load_checkpoint_params(step, dataclasses.replace(model_config, layers=3))
     with pytest.raises(ValueError, match=r"\['output'\] absent there"):
-        trained.load_params(step, dataclasses.replace(model_config, tied=False))
+        trained.load_checkpoint_params(step, dataclasses.replace(model_config, tied=False))
     damaged = tmp_path / "10"
     shutil.copytree(step, damaged)
     (damaged / "state" / "manifest.ocdbt").unlink()
@@ -151,7 +151,7 @@ def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_sentence(run, tin
     shutil.rmtree(damaged / "config")
     for read in (
         lambda: trained.model_path(damaged),
-        lambda: trained.load_params(damaged, model_config),
+        lambda: trained.load_checkpoint_params(damaged, model_config),
     ):
         with pytest.raises(ValueError, match="10 cannot be read as a checkpoint") as raised:
             read()

@@ -27,7 +27,7 @@ from basis_jax.estimators import Estimator
 from basis_jax.estimators.rows import estimate
 from basis_jax.model.sharding import make_mesh
 from basis_jax.runs import checkpoint
-from basis_jax.sampling.rollouts import Setting
+from basis_jax.sampling.rollouts import RolloutSetup
 from basis_jax.types import TrainState
 from basis_jax.verify import make_verifier
 from studies import policy_values, simulated_values, value_methods, value_report, value_study
@@ -236,7 +236,7 @@ def test_exact_values_are_the_sum_over_the_completions_that_are_right(eos):
         lengths=np.asarray(prompts.lengths),
         counts={},
     )
-    setting = Setting(
+    setup = RolloutSetup(
         model_config=tiny.TINY,
         mesh=make_mesh(devices=jax.devices()[:1]),
         tokenizer=Letters(),
@@ -246,8 +246,8 @@ def test_exact_values_are_the_sum_over_the_completions_that_are_right(eos):
         rows_at_once=4,
     )
     sampling = SamplingSection(max_new_tokens=2)
-    with jax.set_mesh(setting.mesh):
-        values = policy_values.exact_values(tiny.params(), setting, problems, sampling)
+    with jax.set_mesh(setup.mesh):
+        values = policy_values.exact_values(tiny.params(), setup, problems, sampling)
     tree = enumerated(problems, answers, limit=2, eos=eos)
     assert np.all(tree > 0)
     np.testing.assert_allclose(values, tree, rtol=1e-4)

@@ -39,8 +39,8 @@ def run(script, config, *arguments, cwd=None):
     )
 
 
-def run_killed(script, config, *arguments, written, wanted, linger=0.0):
-    """kill -9, ``linger`` seconds after a file has ``wanted`` lines or the process has ended."""
+def run_killed(script, config, *arguments, written, line_count, linger=0.0):
+    """kill -9, ``linger`` seconds after a file has ``line_count`` lines or the process ended."""
     process = subprocess.Popen(
         command(script, config, *arguments),
         stdout=subprocess.DEVNULL,
@@ -48,7 +48,7 @@ def run_killed(script, config, *arguments, written, wanted, linger=0.0):
         env=environment(),
     )
     while process.poll() is None:
-        if written.exists() and written.read_bytes().count(b"\n") >= wanted:
+        if written.exists() and written.read_bytes().count(b"\n") >= line_count:
             break
         time.sleep(0.01)
     time.sleep(linger)

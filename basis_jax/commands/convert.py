@@ -51,7 +51,7 @@ def run(
     checkpoint = trained.find_checkpoint(run)
     source = huggingface.resolve_folder(model_path or trained.model_path(checkpoint))
     model_config = huggingface.read_model_config(source)
-    params = trained.load_params(checkpoint, model_config)
+    params = trained.load_checkpoint_params(checkpoint, model_config)
     limit = int(shard_gb * 1e9)
     folder = huggingface.save_params(
         params, model_config, to, source=source, dtype=dtype, max_shard_bytes=limit

@@ -28,14 +28,14 @@ from basis_jax.weights import huggingface, trained
 def main() -> None:
     config, options = command_line.parse(__doc__, options=("checkpoint", "out"))
     out = check_out(options.out)
-    with open_evaluation(config) as evaluation, jax.set_mesh(evaluation.setting.mesh):
+    with open_evaluation(config) as evaluation, jax.set_mesh(evaluation.setup.mesh):
         params, source = load(evaluation, options.checkpoint)
         print(f"evaluating {source}")
-        same = protocol(evaluation, params)
-        path = write_completions(params, evaluation, out, same)
+        fixed = protocol(evaluation, params)
+        path = write_completions(params, evaluation, out, fixed)
         found = results(path, evaluation)
     devices = [str(device) for device in jax.devices()]
-    about = {"evaluated": source, "protocol": same, **provenance(), "devices": devices}
+    about = {"evaluated": source, "protocol": fixed, **provenance(), "devices": devices}
     replace_file(out / "results.json", json.dumps({**found, **about}, indent=2) + "\n")
     replace_file(out / "report.html", "".join(report(found, about, path)))
     print("\n".join(table(found)))
@@ -45,7 +45,7 @@ def main() -> None:
 
 def load(evaluation, checkpoint: str):
     """Parameters and the name of where they are from: the model folder or a checkpoint."""
-    model_config, mesh = evaluation.setting.model_config, evaluation.setting.mesh
+    model_config, mesh = evaluation.setup.model_config, evaluation.setup.mesh
     if not checkpoint:
         return huggingface.load_params(evaluation.folder, model_config, mesh), str(
             evaluation.folder
@@ -54,4 +54,4 @@ def load(evaluation, checkpoint: str):
     began, here = trained.model_path(step), evaluation.config.model.path
     if began != here:
         print(f"note: training began from {began}; config and tokenizer are those of {here}")
-    return trained.load_params(step, model_config, mesh), str(step)
+    return trained.load_checkpoint_params(step, model_config, mesh), str(step)

@@ -27,9 +27,9 @@ def main() -> None:
             f"error: the table's file is --out {options.out or '(missing)'} and --estimator.table "
             f"{config.estimator.table or '(empty)'}; give --out FILE.npz and no --estimator.table"
         )
-    with open_session(config) as session, jax.set_mesh(session.setting.mesh):
+    with open_session(config) as session, jax.set_mesh(session.setup.mesh):
         params = huggingface.load_params(
-            session.folder, session.setting.model_config, session.setting.mesh
+            session.folder, session.setup.model_config, session.setup.mesh
         )
         table = reference_table(session, params, Path(options.out))
     print_summary(table.successes, table.trials)

@@ -20,11 +20,11 @@ def overlapping(
     training problems.
     """
     runs = [word_runs(problem) for problem in held_out]
-    wanted = set().union(*runs)
+    held_out_runs = set().union(*runs)
     counts: dict[tuple[str, ...], int] = {}
     first: dict[tuple[str, ...], Problem] = {}
     for problem in training:
-        for run in word_runs(problem) & wanted:
+        for run in word_runs(problem) & held_out_runs:
             counts[run] = counts.get(run, 0) + 1
             first.setdefault(run, problem)
     found = []

@@ -12,8 +12,8 @@ from basis_jax.data.problem import Problem
 from basis_jax.verify.extract import after_hashes, last_boxed
 from basis_jax.verify.gym import check_scorer
 
-TRIED = 3  # problems of reasoning-gym whose scorer is tried before a run
-LAYOUTS = (
+SCORERS_TRIED = 3  # problems of reasoning-gym whose scorer is tried before a run
+COLUMN_LAYOUTS = (
     ("problem", "answer"),  # MATH-500, DeepScaleR, AIME
     ("problem", "solution"),  # MATH: the answer is the last box
     ("question", "answer"),  # GSM8K: the answer follows ####
@@ -24,7 +24,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set lies. Empty column names are recognised (``LAYOUTS``)."""
+    """Where a data set lies. Empty column names are recognised (``COLUMN_LAYOUTS``)."""
 
     path: str
     split: str = "test"
@@ -82,7 +82,7 @@ def load(source: Source, *, held_out: bool) -> list[Problem]:
     if source.path.startswith("task:"):
         made = tasks.problems(source.path.removeprefix("task:"), held_out=held_out)
         if source.path.startswith("task:" + tasks.GYM):
-            check_scorer(source.path, [problem.answer for problem in made[:TRIED]])
+            check_scorer(source.path, [problem.answer for problem in made[:SCORERS_TRIED]])
         return made
     columns = (source.problem_field, source.answer_field)
     seen: dict[Problem, Problem] = {}
@@ -100,7 +100,7 @@ def read_rows(source: Source) -> Iterator[Mapping[str, Any]]:
     """Rows of a .json, .jsonl or .parquet file, of a data set folder, or of a hub data set."""
     local = Path(source.path)
     if local.suffix in (".json", ".jsonl"):
-        yield from read_json(local, source.option)
+        yield from read_json_rows(local, source.option)
         return
     dataset = read_dataset(source.path, split=source.split, option=source.option)
     for batch in dataset.iter(batch_size=1000):
@@ -108,7 +108,7 @@ def read_rows(source: Source) -> Iterator[Mapping[str, Any]]:
             yield dict(zip(batch, values, strict=True))
 
 
-def read_json(path: Path, option: str) -> Iterator[Mapping[str, Any]]:
+def read_json_rows(path: Path, option: str) -> Iterator[Mapping[str, Any]]:
     """Objects of a JSON array, or one a line. Raises ValueError naming the line that is not one."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -166,8 +166,8 @@ def read_dataset(path: str, *, split: str, option: str):
 
 def fill_in(columns: tuple[str, str], row: Mapping[str, Any], path: str) -> tuple[str, str]:
     """Column names where the config leaves them empty: those of the first layout that fits."""
-    for layout in LAYOUTS:
-        named = tuple(given or usual for given, usual in zip(columns, layout, strict=True))
+    for layout in COLUMN_LAYOUTS:
+        named = tuple(name or default for name, default in zip(columns, layout, strict=True))
         if all(name.split(".")[0] in row for name in named):
             return named
     raise ValueError(
@@ -203,8 +203,8 @@ def as_problem(
         if len(prompt) == 1 and prompt[0][0] == "user":
             prompt = prompt[0][1]
     if isinstance(prompt, str):
-        before, _, after = wrapper.partition("{problem}")
-        prompt = prompt.strip().removeprefix(before).removesuffix(after).strip()
+        prefix, _, suffix = wrapper.partition("{problem}")
+        prompt = prompt.strip().removeprefix(prefix).removesuffix(suffix).strip()
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     answer = "" if answer is None else answer if isinstance(answer, str) else json.dumps(answer)

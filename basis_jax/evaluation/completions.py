@@ -17,7 +17,7 @@ from basis_jax.data.encoding import EncodedProblems
 from basis_jax.evaluation import scores
 from basis_jax.evaluation.evaluate import Evaluation, complete, sha256
 from basis_jax.files import append_json_lines, lock, read_json, replace_file, whole_lines
-from basis_jax.sampling.rollouts import ROUNDS, Graded
+from basis_jax.sampling.rollouts import ROWS_PER_SLOT, Graded
 from basis_jax.verify.compare import simplify, unwrapped, without_name
 from basis_jax.verify.extract import extract_answer
 from basis_jax.verify.gym import given
@@ -42,7 +42,7 @@ def write_completions(
     params: PyTree,
     evaluation: Evaluation,
     out: Path,
-    wanted: Mapping[str, Any],
+    protocol: Mapping[str, Any],
     report: Callable[[str], None] = print,
 ) -> Path:
     """Write every completion that ``out/completions.jsonl`` lacks, and return its path.
@@ -50,22 +50,24 @@ def write_completions(
     One line a rollout: sets in order, a problem's samples adjacent. A killed evaluation goes on
     after its last whole line; batches are cut at the same places again, so the file comes out the
     same bit for bit. Call under ``jax.set_mesh``. Raises ValueError where the folder is of another
-    protocol than ``wanted`` or another process writes there.
+    protocol than this one or another process writes there.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "completions.jsonl"
     with path.open("a+b") as file:
         lock(file, str(out), "--out")
-        settle_protocol(out, wanted)
+        settle_protocol(out, protocol)
         ends = [end for _, end in whole_lines(file)]
         file.truncate(ends[-1] if ends else 0)
         done = len(ends)
-        before = 0
+        rollouts_before = 0
         for name, problems in evaluation.sets.items():
-            for start, rows in chunks(params, evaluation, name, problems, done - before, report):
-                missing = rows[max(0, done - before - start) :]
+            for start, rows in chunks(
+                params, evaluation, name, problems, done - rollouts_before, report
+            ):
+                missing = rows[max(0, done - rollouts_before - start) :]
                 append_json_lines(file, missing)
-            before += len(problems.problems) * evaluation.config.eval.samples
+            rollouts_before += len(problems.problems) * evaluation.config.eval.samples
     return path
 
 
@@ -74,7 +76,7 @@ def chunks(params, evaluation, name, problems, done, report) -> Iterator[tuple[i
     ``done`` rollouts. Batches have one shape: the last is filled up with its first rollout."""
     samples = evaluation.config.eval.samples
     total = len(problems.problems) * samples
-    size = min(ROUNDS * evaluation.setting.rows_at_once, total)
+    size = min(ROWS_PER_SLOT * evaluation.setup.rows_at_once, total)
     reported = time.monotonic()
     for start in range(0, total, size):
         count = min(size, total - start)
@@ -84,7 +86,7 @@ def chunks(params, evaluation, name, problems, done, report) -> Iterator[tuple[i
         units = np.where(units < total, units, start)
         graded = complete(
             params,
-            evaluation.setting,
+            evaluation.setup,
             problems,
             units=units,
             samples=samples,
@@ -150,16 +152,16 @@ def vote(answer: str | None, verifier: str) -> str | None:
     return (unwrapped(text) if value is None else str(value)) or answer
 
 
-def settle_protocol(out: Path, wanted: Mapping[str, Any]) -> None:
+def settle_protocol(out: Path, protocol: Mapping[str, Any]) -> None:
     """Write ``out/protocol.json``, or check that it is the one wanted."""
-    path, wanted = out / "protocol.json", json.loads(json.dumps(wanted))
+    path, protocol = out / "protocol.json", json.loads(json.dumps(protocol))
     if not path.exists() and not (out / "completions.jsonl").stat().st_size:
-        replace_file(path, json.dumps(wanted, indent=2) + "\n")
-    there = read_json(path)
+        replace_file(path, json.dumps(protocol, indent=2) + "\n")
+    stored = read_json(path)
     differing = [
-        f"{key} is {brief(there.get(key))} there and {brief(wanted.get(key))} here"
-        for key in sorted(there.keys() | wanted.keys())
-        if there.get(key) != wanted.get(key)
+        f"{key} is {shortened(stored.get(key))} there and {shortened(protocol.get(key))} here"
+        for key in sorted(stored.keys() | protocol.keys())
+        if stored.get(key) != protocol.get(key)
     ]
     if differing:
         raise ValueError(
@@ -168,7 +170,7 @@ def settle_protocol(out: Path, wanted: Mapping[str, Any]) -> None:
         )
 
 
-def brief(value: Any) -> str:
+def shortened(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 70 else f"{text[:40]}... (sha256 {sha256(value)[:8]})"
 
@@ -181,10 +183,12 @@ def results(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     """
     samples = evaluation.config.eval.samples
     rows = read_lines(path)
-    described, found = {}, {}
+    described, scores_by_set = {}, {}
     for name, problems in evaluation.sets.items():
         columns = read_set(rows, name, problems, samples, path)
-        found[name] = scores.all_scores(*(columns[key] for key in ("reward", "valid", "vote")))
+        scores_by_set[name] = scores.all_scores(
+            *(columns[key] for key in ("reward", "valid", "vote"))
+        )
         described[name] = {
             "problems": len(problems.problems),
             "read": problems.counts,
@@ -196,7 +200,7 @@ def results(path: Path, evaluation: Evaluation) -> dict[str, Any]:
         }
     if next(rows, None) is not None:
         raise ValueError(f"{path} has more lines than the evaluation; remove the folder")
-    sets, average = scores.summary(found)
+    sets, average = scores.summary(scores_by_set)
     for name, metrics in sets.items():
         described[name]["metrics"] = metrics
     return {"sets": described, "average": average, "rules": RULES}

@@ -26,8 +26,8 @@ from basis_jax.evaluation.scores import bootstrap_interval
 from basis_jax.model.decoder import ModelConfig, computed_in
 from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.checks import check_evaluation, check_memory
-from basis_jax.opening.setting import stop_ids
-from basis_jax.sampling.rollouts import Graded, Setting, roll_out
+from basis_jax.opening.rollout_setup import stop_ids
+from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
 from basis_jax.weights import huggingface, layout
 
 
@@ -42,13 +42,13 @@ def problem_scores(rewards: np.ndarray, valid: np.ndarray, samples: int) -> np.n
             f"none of the {valid.size} held-out completions could be graded (the verifier "
             "failed on every one); check data.verifier and the answers"
         )
-    found = scores.average(rewards.reshape(-1, samples), valid.reshape(-1, samples))
-    return found[~np.isnan(found)]
+    means = scores.average(rewards.reshape(-1, samples), valid.reshape(-1, samples))
+    return means[~np.isnan(means)]
 
 
 def complete(
     params: PyTree,
-    setting: Setting,
+    setup: RolloutSetup,
     problems: EncodedProblems,
     *,
     units: np.ndarray,
@@ -59,7 +59,7 @@ def complete(
     noise is the same at every call, so that before and after differ by the policy alone."""
     return roll_out(
         params,
-        setting,
+        setup,
         problems,
         ids=(units // samples).astype(np.int32),
         samples=(units % samples).astype(np.int32),
@@ -71,7 +71,7 @@ def complete(
 
 def evaluate(
     params: PyTree,
-    setting: Setting,
+    setup: RolloutSetup,
     sets: dict[str, EncodedProblems],
     *,
     section: EvalSection,
@@ -84,22 +84,24 @@ def evaluate(
     metrics, valid = {}, []
     passes = [("", section.samples, section.temperature), ("greedy_", 1, 0.0)]
     for prefix, samples, temperature in passes:
-        found = {}
+        scores_by_set = {}
         for name, problems in sets.items():
             graded = complete(
                 params,
-                setting,
+                setup,
                 problems,
                 units=np.arange(len(problems.problems) * samples),
                 samples=samples,
                 sampling=dataclasses.replace(sampling, temperature=temperature),
             )
             valid.append(graded.valid)
-            found[name] = problem_scores(graded.rewards, graded.valid, samples)
+            scores_by_set[name] = problem_scores(graded.rewards, graded.valid, samples)
             if len(sets) > 1:
-                metrics[f"eval/{name}/{prefix}accuracy"] = float(found[name].mean())
-        low, high = bootstrap_interval(list(found.values()))
-        metrics[f"eval/{prefix}accuracy"] = float(np.mean([s.mean() for s in found.values()]))
+                metrics[f"eval/{name}/{prefix}accuracy"] = float(scores_by_set[name].mean())
+        low, high = bootstrap_interval(list(scores_by_set.values()))
+        metrics[f"eval/{prefix}accuracy"] = float(
+            np.mean([s.mean() for s in scores_by_set.values()])
+        )
         metrics[f"eval/{prefix}accuracy_low"] = low
         metrics[f"eval/{prefix}accuracy_high"] = high
     return metrics | {"eval/invalid": 1.0 - float(np.concatenate(valid).mean())}
@@ -111,7 +113,7 @@ class Evaluation:
 
     config: Config
     folder: Path  # of the model
-    setting: Setting
+    setup: RolloutSetup
     sets: dict[str, EncodedProblems]
 
     @property
@@ -147,7 +149,7 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print):
             rows=len(sets[name].problems) * config.eval.samples,
         )
     with verify.make_verifier(config.data.verifier) as verifier:
-        setting = Setting(
+        setup = RolloutSetup(
             model_config=model_config,
             mesh=mesh,
             tokenizer=tokenizer,
@@ -156,7 +158,7 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print):
             seed=config.seed,
             rows_at_once=config.train.sample_rollouts,
         )
-        yield Evaluation(config, folder, setting, sets)
+        yield Evaluation(config, folder, setup, sets)
 
 
 def check_out(out: str) -> Path:
@@ -171,8 +173,8 @@ def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
 
     ``weights`` is a hash of the parameters, the same for a checkpoint and its float32 export.
     """
-    config, setting, sampling = evaluation.config, evaluation.setting, evaluation.sampling
-    described = dataclasses.asdict(computed_in(setting.model_config, sampling.dtype))
+    config, setup, sampling = evaluation.config, evaluation.setup, evaluation.sampling
+    described = dataclasses.asdict(computed_in(setup.model_config, sampling.dtype))
     described = {k: v for k, v in described.items() if k not in ("remat", "attention")}
     return {
         "sets": {
@@ -193,11 +195,11 @@ def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "max_new_tokens": sampling.max_new_tokens,
-        "eos_ids": list(setting.eos_ids),
-        "seed": setting.seed,
+        "eos_ids": list(setup.eos_ids),
+        "seed": setup.seed,
         "verifier": verifier_version(config.data.verifier),
         "model": described,
-        "weights_sha256": params_sha256(params, setting.model_config),
+        "weights_sha256": params_sha256(params, setup.model_config),
     }
 
 

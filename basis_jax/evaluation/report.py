@@ -62,7 +62,7 @@ def problem(rollouts) -> str:
     prompt = rollouts[0]["problem"]
     if not isinstance(prompt, str):  # the messages of a chat
         prompt = "\n".join(f"{role}: {content}" for role, content in prompt)
-    shown = some(rollouts)
+    shown = choose_shown(rollouts)
     left = len(rollouts) - len(shown)
     return (
         f"<details><summary>{right}/{len(valid)} right"
@@ -76,7 +76,7 @@ def problem(rollouts) -> str:
     )
 
 
-def some(rollouts) -> list:
+def choose_shown(rollouts) -> list:
     """At most ``COMPLETIONS_SHOWN``: the first of each verdict, then the first of the rest."""
     firsts = {(r["valid"], r["reward"], r["reason"]): r for r in reversed(rollouts)}
     chosen = [*firsts.values(), *rollouts]

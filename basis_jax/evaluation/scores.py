@@ -114,12 +114,12 @@ def mean_with_interval(sets: Sequence[np.ndarray]) -> dict[str, float | int | No
     return {"value": value, "low": low, "high": high, "problems": problems}
 
 
-def summary(found: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict, dict]:
+def summary(scores_by_set: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict, dict]:
     """``mean_with_interval`` of every metric: of each set, given its ``all_scores``, and of the
     sets together, where every set weighs the same."""
     sets = {
         name: {metric: mean_with_interval([values]) for metric, values in metrics.items()}
-        for name, metrics in found.items()
+        for name, metrics in scores_by_set.items()
     }
-    names = next(iter(found.values()))
-    return sets, {m: mean_with_interval([of[m] for of in found.values()]) for m in names}
+    names = next(iter(scores_by_set.values()))
+    return sets, {m: mean_with_interval([of[m] for of in scores_by_set.values()]) for m in names}

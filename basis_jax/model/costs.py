@@ -170,8 +170,8 @@ def sampling_memory(
 ) -> dict[str, int]:
     """Bytes on one device while ``slots`` rows of ``length`` positions decode, by part.
 
-    Prompts have ``width`` and share nothing; a quarter of them is read at once (``refill.seats``).
-    While it grows, the part of the cache in use is held once more.
+    Prompts have ``width`` tokens and share no prefix; a quarter of them is prefilled at once
+    (``refill.prefill_groups``). While the cache grows, the part in use is held twice.
     """
     size, rows = compute_bytes(model_config), slots / shards(mesh, "batch")
     cache = cache_numbers(model_config, slots=slots, length=length) * size

@@ -163,8 +163,9 @@ class Block(nn.Module):
         keys = rotate(self.project("k", x, c.kv_heads, "kv_heads"), positions, c)
         values = self.project("v", x, c.kv_heads, "kv_heads")
         if prefix is not None:
-            seen, mixable = after(prefix.keys, keys), after(prefix.values, values)
-            mixed = attend(queries, seen, mixable)
+            all_keys = prepend_prefix(prefix.keys, keys)
+            all_values = prepend_prefix(prefix.values, values)
+            mixed = attend(queries, all_keys, all_values)
         elif c.attention == "cudnn":
             mixed = jax.nn.dot_product_attention(
                 queries, keys, values, is_causal=True, implementation="cudnn"
@@ -202,8 +203,8 @@ def attend(
     """softmax(q k / sqrt(Dh)) v over the positions up to the query's own, queries being the last T
     of the S positions; H/K query heads share a key head."""
     rows, steps, heads, size = queries.shape
-    before = keys.shape[1] - steps
-    mask = jnp.arange(before + steps)[None] <= before + jnp.arange(steps)[:, None]
+    prefix_length = keys.shape[1] - steps
+    mask = jnp.arange(prefix_length + steps)[None] <= prefix_length + jnp.arange(steps)[:, None]
     grouped = queries.reshape(rows, steps, keys.shape[2], -1, size)
     scores = jnp.einsum(
         "ntkgd,nskd->nkgts", grouped, keys, preferred_element_type=jnp.float32
@@ -213,8 +214,8 @@ def attend(
     return jnp.einsum("nkgts,nskd->ntkgd", weights, values).reshape(rows, steps, heads, size)
 
 
-def after(prefix: Float[Array, "1 P K Dh"], own: Float[Array, "N T K Dh"]):
-    """A shared prefix in front of every row."""
+def prepend_prefix(prefix: Float[Array, "1 P K Dh"], own: Float[Array, "N T K Dh"]):
+    """Put the prefix that all rows share in front of every row."""
     shape = (own.shape[0], *prefix.shape[1:])
     return jnp.concatenate([jnp.broadcast_to(prefix, shape), own], axis=1)
 
@@ -294,8 +295,8 @@ def forward(
     Rows start at position 0, or behind ``prefix``: what a pass over one row [1 P], common to all,
     kept. Decoding goes on from what is kept: ``decoding.decode_step``.
     """
-    before = 0 if prefix is None else prefix.keys.shape[2]
-    steps = before + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    prefix_length = 0 if prefix is None else prefix.keys.shape[2]
+    steps = prefix_length + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = jnp.broadcast_to(steps[None], tokens.shape)
     return Decoder(model_config, keep).apply({"params": params}, tokens, positions, prefix)
 

@@ -80,7 +80,7 @@ def table_weights(table, model_config):
 def layer_weights(stacked, index, model_config):
     """One layer of the stacked parameters; one program serves all layers."""
 
-    def lay(name, value):
+    def lay_out(name, value):
         if "norm" in name:
             return value
         value = value.astype(model_config.compute_dtype)
@@ -90,7 +90,7 @@ def layer_weights(stacked, index, model_config):
             value = value.reshape(-1, value.shape[-1])
         return constrain(value.reshape(value.shape[0], -1).T, OUT_FIRST[name])
 
-    return {name: lay(name, value[index]) for name, value in stacked.items()}
+    return {name: lay_out(name, value[index]) for name, value in stacked.items()}
 
 
 def empty_cache(model_config: ModelConfig, rows: int, length: int) -> Cache:
@@ -106,15 +106,15 @@ def empty_cache(model_config: ModelConfig, rows: int, length: int) -> Cache:
 
 def filled_cache(kept: KeyValues, length: int) -> Cache:
     """What a prefill kept, as a cache of ``length`` positions."""
-    more = length - kept.keys.shape[2]
+    padding = length - kept.keys.shape[2]
 
-    def lay(stacked, order, axes):  # [L N S K Dh]
-        padded = jnp.pad(stacked, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0)))
+    def lay_out(stacked, order, axes):  # [L N S K Dh]
+        padded = jnp.pad(stacked, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
         return tuple(constrain(x, axes) for x in padded.transpose(order))
 
     return Cache(
-        keys=lay(kept.keys, (0, 1, 3, 4, 2), KEY_AXES),
-        values=lay(kept.values, (0, 1, 3, 2, 4), VALUE_AXES),
+        keys=lay_out(kept.keys, (0, 1, 3, 4, 2), KEY_AXES),
+        values=lay_out(kept.values, (0, 1, 3, 2, 4), VALUE_AXES),
     )
 
 
@@ -124,8 +124,8 @@ def resized(cache: Cache, length: int) -> Cache:
     def fit(x, axis):
         if length <= x.shape[axis]:
             return jax.lax.slice_in_dim(x, 0, length, axis=axis)
-        more = [(0, length - size if i == axis else 0) for i, size in enumerate(x.shape)]
-        return jnp.pad(x, more)
+        padding = [(0, length - size if i == axis else 0) for i, size in enumerate(x.shape)]
+        return jnp.pad(x, padding)
 
     return Cache(
         keys=tuple(fit(x, 3) for x in cache.keys), values=tuple(fit(x, 2) for x in cache.values)
@@ -206,7 +206,7 @@ def write(store, new: Float[Array, "N K Dh"], positions, *, axis: int):
     """Each row's entry into its own position of ``store``, in place where it is donated. Row by row
     (vmap), so that on a mesh every device writes its own rows and nothing travels."""
 
-    def one(row, entry, at):
+    def write_row(row, entry, at):
         return jax.lax.dynamic_update_index_in_dim(row, entry, at, axis - 1)
 
-    return jax.vmap(one)(store, new.astype(store.dtype), positions)
+    return jax.vmap(write_row)(store, new.astype(store.dtype), positions)

@@ -77,13 +77,15 @@ def _scores(temperature, chunk, hidden, weight, targets, counts):
         scaled = _scaled_logits(part, weight, temperature)
         return _statistics(scaled, target), scaled if steps <= chunk else None
 
-    def one(_, parts):
-        *given, count = parts
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, *given))
-        return None, jax.lax.cond(jnp.any(count), score, lambda *_: nothing, *given)
+    def score_chunk(_, parts):
+        *operands, count = parts
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, *operands)
+        )
+        return None, jax.lax.cond(jnp.any(count), score, lambda *_: zeros, *operands)
 
     parts = [_split(x, chunk) for x in (hidden, targets, counts)]
-    statistics, scaled = jax.lax.scan(one, None, parts)[1]
+    statistics, scaled = jax.lax.scan(score_chunk, None, parts)[1]
     return tuple(_join(x, steps) for x in statistics), scaled
 
 
@@ -104,9 +106,9 @@ def _statistics(scaled, targets):
 
 
 def _scores_forward(temperature, chunk, hidden, weight, targets, counts):
-    given = [x.value for x in (hidden, weight, targets, counts)]
-    (logprobs, entropy, lse), scaled = _scores(temperature, chunk, *given)
-    return (logprobs, entropy), (*given, entropy, lse, scaled)
+    operands = [x.value for x in (hidden, weight, targets, counts)]
+    (logprobs, entropy, lse), scaled = _scores(temperature, chunk, *operands)
+    return (logprobs, entropy), (*operands, entropy, lse, scaled)
 
 
 def _scores_backward(temperature, chunk, kept, slopes):
@@ -114,7 +116,7 @@ def _scores_backward(temperature, chunk, kept, slopes):
     slope, entropy_slope = (None if isinstance(x, SymbolicZero) else x for x in slopes)
     low = weight.astype(hidden.dtype)
 
-    def push(part, target, lse, entropy, slope, entropy_slope, scaled):
+    def chunk_gradients(part, target, lse, entropy, slope, entropy_slope, scaled):
         """d hidden [N C D] and d weight [V D] of one chunk."""
         if scaled is None:
             scaled = _scaled_logits(part, low, temperature)
@@ -133,20 +135,20 @@ def _scores_backward(temperature, chunk, kept, slopes):
         of_weight = jnp.einsum("ncv,ncd->vd", back, part, preferred_element_type=jnp.float32)
         return of_hidden.astype(part.dtype), of_weight
 
-    def one(total, parts):
-        *given, count = parts
+    def add_chunk(total, parts):
+        *operands, count = parts
 
         def add(total):
-            of_hidden, of_weight = push(*given)
+            of_hidden, of_weight = chunk_gradients(*operands)
             return constrain(total + of_weight, ("vocab", "embed")), of_hidden
 
-        skip = lambda total: (total, jnp.zeros_like(given[0]))  # noqa: E731
+        skip = lambda total: (total, jnp.zeros_like(operands[0]))  # noqa: E731
         return jax.lax.cond(jnp.any(count), add, skip, total)
 
-    given = (hidden, targets, lse, entropy, slope, entropy_slope)
-    parts = jax.tree.map(lambda x: _split(x, chunk), given)
+    operands = (hidden, targets, lse, entropy, slope, entropy_slope)
+    parts = jax.tree.map(lambda x: _split(x, chunk), operands)
     total = constrain(jnp.zeros(weight.shape, jnp.float32), ("vocab", "embed"))
-    of_weight, of_hidden = jax.lax.scan(one, total, (*parts, scaled, _split(counts, chunk)))
+    of_weight, of_hidden = jax.lax.scan(add_chunk, total, (*parts, scaled, _split(counts, chunk)))
     of_hidden = _join(of_hidden, targets.shape[1])
     return of_hidden, of_weight.astype(weight.dtype), None, None
 
@@ -163,8 +165,8 @@ def chunk_count(steps: int, chunk: int) -> int:
     """Chunks of at most ``chunk`` positions; where one would do, ``PIECES`` if the batch is on one
     device. On several, each chunk's weight gradient is summed over them: one is enough."""
     mesh = jax.sharding.get_abstract_mesh()
-    least = PIECES if mesh.empty or batch_shards(mesh) == 1 else 1
-    return least if steps <= chunk else -(-steps // chunk)
+    minimum = PIECES if mesh.empty or batch_shards(mesh) == 1 else 1
+    return minimum if steps <= chunk else -(-steps // chunk)
 
 
 def _split(x, chunk):

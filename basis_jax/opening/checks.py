@@ -49,9 +49,9 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
             )
 
 
-def check_words(*given: tuple[str, str, Sequence[str]]) -> None:
+def check_words(*fields: tuple[str, str, Sequence[str]]) -> None:
     """Raise a ValueError for the first (name, value, allowed) whose value is not allowed."""
-    for name, value, allowed in given:
+    for name, value, allowed in fields:
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
 
@@ -165,13 +165,13 @@ def check_memory(
 
 
 def _check_fits(what: str, parts: Mapping[str, int], mesh: Mesh, advice: str) -> None:
-    needed, there = sum(parts.values()), device_memory(list(mesh.devices.ravel()))
-    if needed > there:
+    needed, available = sum(parts.values()), device_memory(list(mesh.devices.ravel()))
+    if needed > available:
         biggest = sorted(parts.items(), key=lambda part: -part[1])[:3]
         named = ", ".join(f"{name} {gigabytes(size)}" for name, size in biggest if size)
         raise ValueError(
             f"{what} needs {gigabytes(needed)} a device ({named}) and there are "
-            f"{gigabytes(there)}; {advice}"
+            f"{gigabytes(available)}; {advice}"
         )
 
 
@@ -198,11 +198,11 @@ AT_LEAST = {
 
 def check_ranges(config: Config) -> None:
     """Raise a ValueError for the first number below what it can mean."""
-    for least, names in AT_LEAST.items():
+    for minimum, names in AT_LEAST.items():
         for name in names.split():
             value = functools.reduce(getattr, name.split("."), config)
-            if value < least:
-                raise ValueError(f"{name} is {value}; give {least} or more")
+            if value < minimum:
+                raise ValueError(f"{name} is {value}; give {minimum} or more")
     if not 0 < config.sampling.top_p <= 1:
         raise ValueError(f"sampling.top_p is {config.sampling.top_p}; give more than 0, at most 1")
 

@@ -27,7 +27,7 @@ class Compiles:
 
 
 @contextmanager
-def counted() -> Iterator[Compiles]:
+def count_compiles() -> Iterator[Compiles]:
     """Count what is compiled inside the block."""
     compiles = Compiles()
     jax.monitoring.register_event_duration_secs_listener(compiles.add)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from basis_jax.files import append_json_lines, whole_lines
-from basis_jax.runs.terminal import _Terminal
+from basis_jax.runs.terminal import Terminal
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ class Records:
             self._samples, _ = _open_lines(run_dir / "samples.jsonl", resume_step)
             opened.enter_context(self._samples)
             stream = sys.stdout if stream is None else stream
-            self._terminal = opened.enter_context(_Terminal(total_steps, resume_step, stream))
+            self._terminal = opened.enter_context(Terminal(total_steps, resume_step, stream))
             self._events = self._tensorboard(run_dir / "tensorboard", resume_step + 1)
             if self._events is not None:
                 opened.enter_context(self._events)

@@ -105,10 +105,10 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Sequence[Mapping[st
         else:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
             axes.plot(steps, _smooth(values), color=color, linewidth=1.8)
-    _dress(axes, panel)
+    _style_axes(axes, panel)
 
 
-def _dress(axes: Axes, panel: Panel) -> None:
+def _style_axes(axes: Axes, panel: Panel) -> None:
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
     axes.set_ylabel(panel.unit)
     axes.set_xlabel("step")

@@ -21,7 +21,7 @@ FIELDS = (
 """What the terminal shows of a step: label, metric key, format."""
 
 
-class _Terminal:
+class Terminal:
     """A progress bar on a terminal (with rich), one plain line a step anywhere else."""
 
     def __init__(self, total: int, done: int, stream: TextIOBase):
@@ -67,7 +67,7 @@ class _Terminal:
         else:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def __enter__(self) -> "_Terminal":
+    def __enter__(self) -> "Terminal":
         return self
 
     def __exit__(self, *_) -> None:

@@ -50,18 +50,18 @@ def prefill(
         params, model_config, prompts.tokens[:, shared:], prefix=prefix, keep=True
     )
     if prefix is not None:
-        kept = jax.tree.map(jax.vmap(decoder.after), prefix, kept)
+        kept = jax.tree.map(jax.vmap(decoder.prepend_prefix), prefix, kept)
     at = (prompts.lengths - 1 - shared)[:, None, None]
     last = jnp.take_along_axis(hidden, at, axis=1)[:, 0]
     inside = jnp.arange(length, dtype=jnp.int32)[None] < prompts.lengths[:, None]
     tokens = jnp.pad(prompts.tokens, ((0, 0), (0, length - width)))
-    nothing = jnp.zeros(rows, jnp.int32)
-    first = draw(decoder.logits(params, model_config, last).T, token_keys(keys, nothing), sampling)
+    zeros = jnp.zeros(rows, jnp.int32)
+    first = draw(decoder.logits(params, model_config, last).T, token_keys(keys, zeros), sampling)
     return Slots(
         tokens=jnp.where(inside, tokens, 0),
         logprobs=jnp.zeros((rows, length), jnp.float32),
         prompt_lengths=prompts.lengths,
-        lengths=nothing,
+        lengths=zeros,
         alive=jnp.ones(rows, bool),
         terminated=jnp.zeros(rows, bool),
         next_token=first[0],
@@ -71,22 +71,23 @@ def prefill(
     )
 
 
-def decode(
+def decode_rows(
     weights: DecodeWeights,
     model_config: ModelConfig,
     slots: Slots,
     *,
     sampling: SamplingSection,
     eos_ids: tuple[int, ...],
-    enough: Int[Array, ""] | int,
+    stop_at_alive: Int[Array, ""] | int,
 ) -> Slots:
-    """Extend the living rows until no more than ``enough`` live or one has filled the cache."""
+    """Extend the rows that are alive until at most ``stop_at_alive`` are, or until one of them has
+    filled the cache."""
     row = jnp.arange(slots.alive.size, dtype=jnp.int32)
-    room, width = slots.cache.length, slots.tokens.shape[1]
+    cache_length, width = slots.cache.length, slots.tokens.shape[1]
 
     def unfinished(slots):
         reached = jnp.where(slots.alive, slots.prompt_lengths + slots.lengths, 0)
-        return (jnp.sum(slots.alive) > enough) & jnp.all(reached < room)
+        return (jnp.sum(slots.alive) > stop_at_alive) & jnp.all(reached < cache_length)
 
     def extend(slots):
         token = slots.next_token
@@ -95,7 +96,7 @@ def decode(
         ended = is_in(token, eos_ids)
         lengths = slots.lengths + slots.alive.astype(jnp.int32)
         logits, cache = decode_step(
-            weights, model_config, token, jnp.minimum(at, room - 1), slots.cache
+            weights, model_config, token, jnp.minimum(at, cache_length - 1), slots.cache
         )
         next_token, next_logprob = draw(logits, token_keys(slots.keys, lengths), sampling)
         return dataclasses.replace(
@@ -143,7 +144,9 @@ def sample(
 def sample_with(params, weights, prompts, keys, *, model_config, sampling, eos_ids) -> Rollouts:
     length = prompts.tokens.shape[1] + sampling.max_new_tokens
     slots = prefill(params, model_config, prompts, keys, sampling=sampling, length=length)
-    slots = decode(weights, model_config, slots, sampling=sampling, eos_ids=eos_ids, enough=0)
+    slots = decode_rows(
+        weights, model_config, slots, sampling=sampling, eos_ids=eos_ids, stop_at_alive=0
+    )
     return Rollouts(
         tokens=slots.tokens,
         prompt_lengths=slots.prompt_lengths,

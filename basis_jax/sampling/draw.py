@@ -84,9 +84,9 @@ def draw(
         return tokens, -jnp.log(jnp.sum(mass, axis=0))
     noise = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     block = pick(mass.T, noise[:, 0])
-    near = jnp.take_along_axis(blocks, block[None, None], axis=0)[0].T - top.T
-    within = pick(jnp.exp(near), noise[:, 1])
-    logprobs = jnp.take_along_axis(near, within[:, None], axis=1)[:, 0]
+    block_logits = jnp.take_along_axis(blocks, block[None, None], axis=0)[0].T - top.T
+    within = pick(jnp.exp(block_logits), noise[:, 1])
+    logprobs = jnp.take_along_axis(block_logits, within[:, None], axis=1)[:, 0]
     return block * BLOCK + within, logprobs - jnp.log(jnp.sum(mass, axis=0))
 
 

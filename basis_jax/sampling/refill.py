@@ -20,29 +20,31 @@ from basis_jax.model import decoder
 from basis_jax.model.decoder import KeyValues, ModelConfig
 from basis_jax.model.decoding import CACHE_AXES, DecodeWeights, decode_weights, empty_cache, resized
 from basis_jax.model.sharding import batch_shards, constrain, put_rows
-from basis_jax.sampling.decode import Slots, decode, prefill, sample_with
+from basis_jax.sampling.decode import Slots, decode_rows, prefill, sample_with
 from basis_jax.types import Prompts, Rollouts
 
-LEAST = 16  # slots after halving, and prompt positions
-ROOM = 64  # least cache positions
-WORTH_IT = 32  # tokens: below, compiling costs more than rows that wait for the longest
-SHARED = 32  # prefixes are shared in multiples of so many tokens: few programs
+MIN_SLOTS = 16  # slots are not halved below this number
+MIN_WIDTH = 16  # positions of a prefill
+MIN_HEADROOM = 16  # free cache positions behind the longest row when decoding starts
+MIN_CACHE = 64  # positions of the cache
+MIN_REFILL_TOKENS = 32  # for shorter completions, compiling costs more than waiting for the longest
+PREFIX_MULTIPLE = 32  # the shared prefix is a multiple of this many tokens: few programs
 
 
-@functools.partial(jax.jit, static_argnames=("model_config", "rows", "length", "room"))
-def empty_slots(model_config: ModelConfig, *, rows: int, length: int, room: int) -> Slots:
-    nothing = jnp.zeros(rows, jnp.int32)
+@functools.partial(jax.jit, static_argnames=("model_config", "rows", "length", "cache_length"))
+def empty_slots(model_config: ModelConfig, *, rows: int, length: int, cache_length: int) -> Slots:
+    zeros = jnp.zeros(rows, jnp.int32)
     return Slots(
         tokens=jnp.zeros((rows, length), jnp.int32),
         logprobs=jnp.zeros((rows, length), jnp.float32),
-        prompt_lengths=nothing,
-        lengths=nothing,
+        prompt_lengths=zeros,
+        lengths=zeros,
         alive=jnp.zeros(rows, bool),
         terminated=jnp.zeros(rows, bool),
-        next_token=nothing,
+        next_token=zeros,
         next_logprob=jnp.zeros(rows, jnp.float32),
         keys=jax.random.split(jax.random.key(0), rows),
-        cache=empty_cache(model_config, rows, room),
+        cache=empty_cache(model_config, rows, cache_length),
     )
 
 
@@ -58,8 +60,11 @@ def admit(
     model_config: ModelConfig,
     sampling: SamplingSection,
 ) -> Slots:
-    """Prefill prompts and put them into the slots ``into``: the numbers within each device's own
-    (beyond the last: nowhere), so that no cache travels between devices."""
+    """Prefill prompts and put them into the slots ``into``.
+
+    These numbers count the slots of each device from 0, so that no cache travels between devices.
+    A row whose number is beyond the last slot is discarded.
+    """
     width = prompts.tokens.shape[1]
     new = prefill(
         params, model_config, prompts, keys, sampling=sampling, length=width, prefix=prefix
@@ -74,11 +79,11 @@ def admit(
         parts = by_device(old, into.shape[0]), by_device(row, into.shape[0])
         return jax.vmap(on_device)(*parts, into).reshape(old.shape)
 
-    behind = ((0, 0), (0, slots.tokens.shape[1] - width))
+    padding = ((0, 0), (0, slots.tokens.shape[1] - width))
     new = dataclasses.replace(
-        new, tokens=jnp.pad(new.tokens, behind), logprobs=jnp.pad(new.logprobs, behind)
+        new, tokens=jnp.pad(new.tokens, padding), logprobs=jnp.pad(new.logprobs, padding)
     )
-    return laid_out(jax.tree.map(put, slots, new))
+    return constrain_slots(jax.tree.map(put, slots, new))
 
 
 @functools.partial(
@@ -87,31 +92,38 @@ def admit(
 def advance(
     weights: DecodeWeights,
     slots: Slots,
-    enough: Int[Array, ""],
+    stop_at_alive: Int[Array, ""],
     *,
     model_config: ModelConfig,
     sampling: SamplingSection,
     eos_ids: tuple[int, ...],
 ) -> Slots:
-    slots = decode(weights, model_config, slots, sampling=sampling, eos_ids=eos_ids, enough=enough)
-    return laid_out(slots)
+    slots = decode_rows(
+        weights,
+        model_config,
+        slots,
+        sampling=sampling,
+        eos_ids=eos_ids,
+        stop_at_alive=stop_at_alive,
+    )
+    return constrain_slots(slots)
 
 
-@functools.partial(jax.jit, static_argnames="room")
-def make_room(slots: Slots, *, room: int) -> Slots:
-    """Slots whose cache has ``room`` positions."""
-    return laid_out(dataclasses.replace(slots, cache=resized(slots.cache, room)))
+@functools.partial(jax.jit, static_argnames="cache_length")
+def resize_cache(slots: Slots, *, cache_length: int) -> Slots:
+    """The slots with a cache of ``cache_length`` positions."""
+    return constrain_slots(dataclasses.replace(slots, cache=resized(slots.cache, cache_length)))
 
 
 @jax.jit
-def chosen(slots: Slots, index: Int[Array, "shards each"]) -> Slots:
-    """The slots of these numbers within each device's own."""
+def select_slots(slots: Slots, index: Int[Array, "shards each"]) -> Slots:
+    """The slots with these numbers; each device counts its own slots from 0."""
 
     def take(x):
-        found = jax.vmap(lambda rows, at: rows[at])(by_device(x, index.shape[0]), index)
-        return found.reshape((index.size, *x.shape[1:]))
+        taken = jax.vmap(lambda rows, at: rows[at])(by_device(x, index.shape[0]), index)
+        return taken.reshape((index.size, *x.shape[1:]))
 
-    return laid_out(jax.tree.map(take, slots))
+    return constrain_slots(jax.tree.map(take, slots))
 
 
 def by_device(x, shards: int):
@@ -119,15 +131,15 @@ def by_device(x, shards: int):
     return x.reshape((shards, x.shape[0] // shards, *x.shape[1:]))
 
 
-def laid_out(slots: Slots) -> Slots:
-    """Split over the mesh in one way, whichever call they come from: one program serves them."""
+def constrain_slots(slots: Slots) -> Slots:
+    """Pin the slots' layout on the mesh, so that one program serves the slots of every call."""
 
-    def lay(path, x):
+    def pin(path, x):
         of_cache = path[0].name == "cache"
         axes = CACHE_AXES[path[1].name] if of_cache else ("batch",) + (None,) * (x.ndim - 1)
         return constrain(x, axes)
 
-    return jax.tree.map_with_path(lay, slots)
+    return jax.tree.map_with_path(pin, slots)
 
 
 @functools.partial(jax.jit, static_argnames="model_config")
@@ -140,10 +152,11 @@ def read_prefix(
 
 
 def shared_prefix(prompts: Prompts) -> int:
-    """How many tokens all prompts begin with, in multiples of ``SHARED``; one or more is left."""
+    """How many tokens all prompts begin with, rounded down to a multiple of
+    ``PREFIX_MULTIPLE``; at least one token of every prompt is not part of it."""
     first, shortest = prompts.tokens[:1], int(prompts.lengths.min())
     alike = np.all(prompts.tokens == first, axis=0)[: shortest - 1]
-    return int(np.argmin(np.append(alike, False))) // SHARED * SHARED
+    return int(np.argmin(np.append(alike, False))) // PREFIX_MULTIPLE * PREFIX_MULTIPLE
 
 
 def sample_rows(
@@ -156,118 +169,123 @@ def sample_rows(
     keys: Key[Array, " N"],
     mesh: Mesh,
     rows_at_once: int,
-    ended: Callable[[Rollouts, np.ndarray], None] | None = None,
+    on_ended: Callable[[Rollouts, np.ndarray], None] | None = None,
 ) -> Rollouts:
     """A completion for any number of prompts, as host arrays.
 
     At most ``rows_at_once`` rows (rounded up to the batch's devices) are decoded at once, in slots
-    that are refilled as rows end; completions shorter than ``WORTH_IT`` tokens go call after call
-    of ``sample`` instead. The draws do not depend on it. ``ended(rollouts, rows)`` is called with
-    the numbers of rows that are complete, while the device goes on with others.
+    that are refilled as rows end. Completions shorter than ``MIN_REFILL_TOKENS`` tokens are made by
+    one call of ``sample`` after another instead. The draws do not depend on it.
+    ``on_ended(rollouts, rows)`` is called with the numbers of the rows that are complete, while the
+    device works on the others.
     """
     model_config = decoder.computed_in(model_config, sampling.dtype)
     prompts, shards = jax.tree.map(np.asarray, prompts), batch_shards(mesh)
     size = -(-min(rows_at_once, len(prompts.lengths)) // shards) * shards
-    found = nothing_yet(prompts, prompts.tokens.shape[1] + sampling.max_new_tokens)
+    rollouts = empty_rollouts(prompts, prompts.tokens.shape[1] + sampling.max_new_tokens)
     common = {"sampling": sampling, "eos_ids": eos_ids, "keys": keys, "mesh": mesh, "size": size}
-    way = refill if sampling.max_new_tokens >= WORTH_IT else by_batches
-    for rows in way(params, model_config, prompts, found, **common):
-        if ended is not None:
-            ended(found, rows)
-    return found
+    method = refill if sampling.max_new_tokens >= MIN_REFILL_TOKENS else by_batches
+    for rows in method(params, model_config, prompts, rollouts, **common):
+        if on_ended is not None:
+            on_ended(rollouts, rows)
+    return rollouts
 
 
-def by_batches(params, model_config, prompts, found, *, sampling, eos_ids, keys, mesh, size):
-    """``sample`` for ``size`` rows after the other; yields the rows that have been written."""
+def by_batches(params, model_config, prompts, rollouts, *, sampling, eos_ids, keys, mesh, size):
+    """``sample`` for ``size`` rows at a time; yields the rows that have been written into
+    ``rollouts``."""
     rows, under_way = len(prompts.lengths), []
     weights = decode_weights(params, model_config)
+    fixed = {"model_config": model_config, "sampling": sampling, "eos_ids": eos_ids}
     for start in range(0, rows, size):
         index = np.arange(start, start + size)
         index = np.where(index < rows, index, start)  # one shape: the last call has copies
         part = put_rows(mesh, jax.tree.map(lambda x, i=index: x[i], prompts))
-        given = {"model_config": model_config, "sampling": sampling, "eos_ids": eos_ids}
-        part = sample_with(params, weights, part, keys[index], **given)
+        part = sample_with(params, weights, part, keys[index], **fixed)
         under_way.append((np.arange(start, min(start + size, rows)), part))
         if len(under_way) == 2:  # the device has the next before the host looks at this one
-            yield fetch(found, *under_way.pop(0))
-    yield fetch(found, *under_way.pop())
+            yield store_batch(rollouts, *under_way.pop(0))
+    yield store_batch(rollouts, *under_way.pop())
 
 
-def fetch(found: Rollouts, rows: np.ndarray, part: Rollouts) -> np.ndarray:
-    """Write a batch of finished rows into ``found``; which rows they are."""
+def store_batch(rollouts: Rollouts, rows: np.ndarray, part: Rollouts) -> np.ndarray:
+    """Write a batch of finished rows into ``rollouts``; returns the rows."""
 
     def write(whole, new):
         whole[rows] = new[: rows.size]
 
-    jax.tree.map(write, found, jax.device_get(part))
+    jax.tree.map(write, rollouts, jax.device_get(part))
     return rows
 
 
-def refill(params, model_config, prompts, found, *, sampling, eos_ids, keys, mesh, size):
-    """``sample`` in ``size`` slots: rows that ended leave, prompts that wait take their places.
-    Yields the rows that have been written into ``found``.
+def refill(params, model_config, prompts, rollouts, *, sampling, eos_ids, keys, mesh, size):
+    """``sample`` in ``size`` slots: rows that ended leave, and waiting prompts take their places.
+    Yields the rows that have been written into ``rollouts``.
 
-    A call of ``advance`` ends when an eighth of its slots is free (while prompts wait), when half
-    are (afterwards: the rest moves into half as many slots), or when a row has filled the cache.
-    So few shapes occur, whatever the lengths: the cache grows in powers of two from ``ROOM`` and is
-    cut when half would do, the slots are halved down to ``LEAST``, and a prefill has one of two
-    counts (``seats``) and a quarter, half or all of the width. Programs: one of ``advance`` for
-    each (slots, room) that occurs, at most 6 of ``admit`` for each of them; 512 slots and 32,768
-    tokens: 60 at the very most, and a step has seen most of them when it ends.
-    What all prompts begin with is read once (with plain attention: NVIDIA's kernel has no prefix).
+    A call of ``advance`` ends when an eighth of the slots is free (while prompts wait), when half
+    are free (afterwards: the rest moves into half as many slots), or when a row has filled the
+    cache. So few shapes occur, whatever the lengths: the cache grows in powers of two from
+    ``MIN_CACHE`` and is cut when half would do, the slots are halved down to ``MIN_SLOTS``, and a
+    prefill has one of two numbers of rows (``prefill_groups``) and a quarter, half or all of the
+    width. Programs: one of ``advance`` for each (slots, cache length) that occurs, at most 6 of
+    ``admit`` for each of them; with 512 slots and 32,768 tokens at most 60, and a step has seen
+    most of them when it ends.
     Each device has its own slots: rows do not travel.
     Memory a device: a copy of the weights; the slots' cache at the length in use, and once more
     while it grows; tokens and log-probabilities at full length.
     """
     shards, waiting = batch_shards(mesh), 0  # the first row that has had no slot yet
-    rows, length = found.tokens.shape
-    weights, prefix = decode_weights(params, model_config), None
-    shared = shared_prefix(prompts) if model_config.attention == "plain" else 0
-    if shared:
-        tokens = put_rows(mesh, np.repeat(prompts.tokens[:1, :shared], shards, axis=0))
-        prefix = read_prefix(params, tokens, model_config=model_config)
-    slots = empty_slots(model_config, rows=size, length=length, room=min(length, ROOM))
+    rows, length = rollouts.tokens.shape
+    weights = decode_weights(params, model_config)
+    prefix = common_prefix(params, model_config, prompts, mesh)
+    slots = empty_slots(model_config, rows=size, length=length, cache_length=min(length, MIN_CACHE))
+    fixed = {"model_config": model_config, "sampling": sampling}
     owner = np.full(size, -1)  # the row in each slot; -1: free
     while waiting < rows or np.any(owner >= 0):
-        free = in_turn(np.flatnonzero(owner < 0), size // shards)[: rows - waiting]
+        free = round_robin(np.flatnonzero(owner < 0), size // shards)[: rows - waiting]
         new = np.arange(waiting, waiting + free.size)
         owner[free], waiting = new, waiting + free.size
-        reached = (prompts.lengths + found.completion_lengths)[owner[owner >= 0]]
-        room = min(length, round_up(int(reached.max()) + LEAST, ROOM))
-        if room > slots.cache.length or 2 * room <= slots.cache.length:
-            slots = make_room(slots, room=room)
-        for index, into in seats(new, free, size, shards):
+        reached = (prompts.lengths + rollouts.completion_lengths)[owner[owner >= 0]]
+        cache_length = min(length, round_up(int(reached.max()) + MIN_HEADROOM, MIN_CACHE))
+        if cache_length > slots.cache.length or 2 * cache_length <= slots.cache.length:
+            slots = resize_cache(slots, cache_length=cache_length)
+        for index, into in prefill_groups(new, free, size, shards):
             part = put_rows(mesh, take_prompts(prompts, index, slots.cache.length))
-            given = {
-                "into": into,
-                "prefix": prefix,
-                "model_config": model_config,
-                "sampling": sampling,
-            }
-            slots = admit(params, slots, part, keys[index], **given)
-        halves = waiting == rows and size // 2 >= LEAST and size // 2 % shards == 0
-        enough = size - -(-size // 8) if waiting < rows else size // 2 if halves else 0
-        slots = advance(
-            weights,
-            slots,
-            np.int32(min(enough, reached.size - 1)),
-            model_config=model_config,
-            sampling=sampling,
-            eos_ids=eos_ids,
-        )
-        ended = collect(found, slots, owner)
+            slots = admit(params, slots, part, keys[index], into=into, prefix=prefix, **fixed)
+        halves = waiting == rows and size // 2 >= MIN_SLOTS and size // 2 % shards == 0
+        stop_at_alive = size - -(-size // 8) if waiting < rows else size // 2 if halves else 0
+        stop_at_alive = np.int32(min(stop_at_alive, reached.size - 1))
+        slots = advance(weights, slots, stop_at_alive, eos_ids=eos_ids, **fixed)
+        ended = store_ended(rollouts, slots, owner)
         if ended.any():
             yield owner[ended]
         owner = np.where(ended, -1, owner)
         if halves and np.any(owner >= 0):
-            kept = np.argsort(by_device(owner < 0, shards), axis=1, kind="stable")
-            kept = kept[:, : size // shards // 2]  # the busy ones first
-            staying = np.take_along_axis(by_device(owner, shards), kept, axis=1).ravel()
-            if np.sum(staying >= 0) == np.sum(owner >= 0):
-                slots, owner, size = chosen(slots, kept), staying, size // 2
+            slots, owner = halve_slots(slots, owner, shards)
+            size = owner.size
 
 
-def nothing_yet(prompts: Prompts, length: int) -> Rollouts:
+def common_prefix(params, model_config, prompts: Prompts, mesh: Mesh) -> KeyValues | None:
+    """Keys and values of what all prompts begin with, read once; None where that is too short or
+    the attention is NVIDIA's kernel, which takes no prefix."""
+    shared = shared_prefix(prompts) if model_config.attention == "plain" else 0
+    if not shared:
+        return None
+    tokens = np.repeat(prompts.tokens[:1, :shared], batch_shards(mesh), axis=0)
+    return read_prefix(params, put_rows(mesh, tokens), model_config=model_config)
+
+
+def halve_slots(slots: Slots, owner: np.ndarray, shards: int) -> tuple[Slots, np.ndarray]:
+    """Half of each device's slots, with their owners, if all busy ones fit; otherwise unchanged."""
+    kept = np.argsort(by_device(owner < 0, shards), axis=1, kind="stable")
+    kept = kept[:, : owner.size // shards // 2]  # the busy ones first
+    staying = np.take_along_axis(by_device(owner, shards), kept, axis=1).ravel()
+    if np.sum(staying >= 0) < np.sum(owner >= 0):
+        return slots, owner
+    return select_slots(slots, kept), staying
+
+
+def empty_rollouts(prompts: Prompts, length: int) -> Rollouts:
     """Host arrays that the rollouts are written into."""
     rows = len(prompts.lengths)
     return Rollouts(
@@ -280,63 +298,63 @@ def nothing_yet(prompts: Prompts, length: int) -> Rollouts:
     )
 
 
-def in_turn(free: np.ndarray, each: int) -> np.ndarray:
-    """Free slots, one of every device (which has ``each``) after the other."""
-    device = free // each
+def round_robin(free: np.ndarray, per_device: int) -> np.ndarray:
+    """Free slots, one of each device after the other; a device has ``per_device`` slots."""
+    device = free // per_device
     return free[np.lexsort((device, rank_on_device(device)))]
 
 
 def rank_on_device(device: np.ndarray) -> np.ndarray:
-    """The how-manieth each one is of those with the same number."""
+    """Rank of each slot among the slots of its device."""
     order = np.argsort(device, kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(order.size) - np.searchsorted(device[order], device[order])
     return rank
 
 
-def seats(new: np.ndarray, free: np.ndarray, size: int, shards: int):
-    """Yield (rows to prefill [shards x each], their slots within each device's own [shards, each]).
+def prefill_groups(new: np.ndarray, free: np.ndarray, size: int, shards: int):
+    """Yield (rows to prefill [shards x count], their slots on each device [shards, count]).
 
-    A prefill has an eighth or a quarter of the slots: what it holds at once is bounded, and rows
-    that wait for few free slots cost few. It is filled up with copies of a row whose slot is
-    beyond the last.
+    A prefill has an eighth or a quarter of the slots: its memory is bounded, and a prefill for a
+    few free slots stays small. It is filled up with copies of a row whose slot is beyond the last.
     """
-    each = size // shards
-    most = -(-each // 4)
-    device, within = free // each, free % each
+    per_device = size // shards
+    max_rows = -(-per_device // 4)
+    device, within = free // per_device, free % per_device
     rank = rank_on_device(device)
-    for start in range(0, int(rank.max(initial=-1)) + 1, most):
-        now = (rank >= start) & (rank < start + most)
-        needed = int(rank[now].max()) + 1 - start
-        count = most if needed > -(-most // 2) else -(-most // 2)
-        index, into = np.full((shards, count), new[now][0]), np.full((shards, count), each)
-        index[device[now], rank[now] - start] = new[now]
-        into[device[now], rank[now] - start] = within[now]
+    for start in range(0, int(rank.max(initial=-1)) + 1, max_rows):
+        in_group = (rank >= start) & (rank < start + max_rows)
+        needed = int(rank[in_group].max()) + 1 - start
+        count = max_rows if needed > -(-max_rows // 2) else -(-max_rows // 2)
+        index = np.full((shards, count), new[in_group][0])
+        into = np.full((shards, count), per_device)
+        index[device[in_group], rank[in_group] - start] = new[in_group]
+        into[device[in_group], rank[in_group] - start] = within[in_group]
         yield index.ravel(), into.astype(np.int32)
 
 
-def take_prompts(prompts: Prompts, index: np.ndarray, room: int) -> Prompts:
-    """Prompts of these rows, as wide as the longest needs, in few different widths."""
+def take_prompts(prompts: Prompts, index: np.ndarray, cache_length: int) -> Prompts:
+    """Prompts of these rows, as wide as the longest of them needs, in one of few widths."""
     part = jax.tree.map(lambda x: x[index], prompts)
-    width = min(room, prompts.tokens.shape[1])
-    wide = min(width, round_up(int(part.lengths.max()), max(LEAST, -(-width // 4))))
-    return dataclasses.replace(part, tokens=part.tokens[:, :wide])
+    full_width = min(cache_length, prompts.tokens.shape[1])
+    width = min(full_width, round_up(int(part.lengths.max()), max(MIN_WIDTH, -(-full_width // 4))))
+    return dataclasses.replace(part, tokens=part.tokens[:, :width])
 
 
-def collect(found: Rollouts, slots: Slots, owner: np.ndarray) -> np.ndarray:
-    """Write what the slots hold of the rows that ended into ``found``; which slots these are."""
+def store_ended(rollouts: Rollouts, slots: Slots, owner: np.ndarray) -> np.ndarray:
+    """Write the rows that ended from their slots into ``rollouts``; which slots these are."""
     lengths, alive, terminated = jax.device_get((slots.lengths, slots.alive, slots.terminated))
     busy = owner >= 0
-    found.completion_lengths[owner[busy]] = lengths[busy]
+    rollouts.completion_lengths[owner[busy]] = lengths[busy]
     ended = busy & ~alive
     if ended.any():
         tokens, logprobs = jax.device_get((slots.tokens, slots.logprobs))
-        found.tokens[owner[ended]] = tokens[ended]
-        found.sampler_logprobs[owner[ended]] = logprobs[ended]
-        found.terminated[owner[ended]] = terminated[ended]
+        rollouts.tokens[owner[ended]] = tokens[ended]
+        rollouts.sampler_logprobs[owner[ended]] = logprobs[ended]
+        rollouts.terminated[owner[ended]] = terminated[ended]
     return ended
 
 
-def round_up(number: int, least: int) -> int:
-    """The smallest ``least`` times a power of two that is not below ``number``."""
-    return least * 2 ** max(0, math.ceil(math.log2(number / least)))
+def round_up(number: int, unit: int) -> int:
+    """The smallest ``unit`` times a power of two that is not below ``number``."""
+    return unit * 2 ** max(0, math.ceil(math.log2(number / unit)))

@@ -1,7 +1,7 @@
-"""Rolling prompts out and having the completions graded: what training, evaluation and the
-reference table share."""
+"""Sample completions and grade them: what training, evaluation and the reference table share."""
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +19,13 @@ from basis_jax.sampling.draw import row_keys
 from basis_jax.sampling.refill import sample_rows
 from basis_jax.types import Prompts, Rollouts
 
-ROUNDS = 8  # times ``rows_at_once`` that a table or an evaluation asks for: slots can be refilled
+ROWS_PER_SLOT = 8
+"""A table or an evaluation samples this many times ``rows_at_once`` rows in one call, so that slots
+can be refilled."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class RolloutSetup:
     """What stays fixed for all rollouts of a run."""
 
     model_config: ModelConfig
@@ -53,9 +55,47 @@ class Graded:
         return int(self.rollouts.completion_lengths.sum())
 
 
+class BackgroundGrader:
+    """Texts and verdicts of rows, made in a thread of their own while the device works.
+
+    A context manager: leaving it drops what has not begun.
+    """
+
+    def __init__(self, setup: RolloutSetup, answers: Sequence[str]):
+        self._setup, self._answers = setup, answers
+        self.completions: list[str] = [""] * len(answers)
+        self.verdicts: list[Any] = [None] * len(answers)
+        self._parts: list[Future] = []
+        self._thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "BackgroundGrader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def submit(self, rollouts: Rollouts, rows: np.ndarray) -> None:
+        """Begin to grade these rows. Raises the error of an earlier part that failed, so that it is
+        known before the rest is sampled."""
+        self._parts.append(self._thread.submit(self._grade, rollouts, rows))
+        for part in filter(Future.done, self._parts):
+            part.result()
+
+    def wait(self) -> None:
+        """Wait until all rows are graded."""
+        for part in self._parts:
+            part.result()
+
+    def _grade(self, rollouts: Rollouts, rows: np.ndarray) -> None:
+        texts = completion_texts(jax.tree.map(lambda x: x[rows], rollouts), self._setup.tokenizer)
+        verdicts = self._setup.verifier.grade(texts, [self._answers[row] for row in rows])
+        for row, text, verdict in zip(rows, texts, verdicts, strict=True):
+            self.completions[row], self.verdicts[row] = text, verdict
+
+
 def roll_out(
     params: PyTree,
-    setting: Setting,
+    setup: RolloutSetup,
     problems: EncodedProblems,
     *,
     ids: np.ndarray,
@@ -69,44 +109,26 @@ def roll_out(
     started = time.perf_counter()
     prompts = Prompts(tokens=problems.tokens[ids], lengths=problems.lengths[ids], problem_ids=ids)
     keys = row_keys(
-        setting.seed, stream, step, problem_ids=jnp.asarray(ids), samples=jnp.asarray(samples)
+        setup.seed, stream, step, problem_ids=jnp.asarray(ids), samples=jnp.asarray(samples)
     )
-    completions, verdicts = [""] * len(ids), [None] * len(ids)
-
-    def grade(rollouts, rows):
-        texts = decode(jax.tree.map(lambda x: x[rows], rollouts), setting.tokenizer)
-        found = setting.verifier.grade(texts, [problems.problems[i].answer for i in ids[rows]])
-        for row, text, verdict in zip(rows, texts, found, strict=True):
-            completions[row], verdicts[row] = text, verdict
-
-    under_way: list[Future] = []
-
-    def ended(rollouts, rows):
-        under_way.append(grader.submit(grade, rollouts, rows))
-        for part in filter(Future.done, under_way):
-            part.result()  # what went wrong is known before the rest is sampled
-
-    grader = ThreadPoolExecutor(1)  # texts and verdicts while the device works
-    try:
+    with BackgroundGrader(setup, [problems.problems[i].answer for i in ids]) as grader:
         rollouts = sample_rows(
             params,
-            setting.model_config,
+            setup.model_config,
             prompts,
             sampling=sampling,
-            eos_ids=setting.eos_ids,
+            eos_ids=setup.eos_ids,
             keys=keys,
-            mesh=setting.mesh,
-            rows_at_once=setting.rows_at_once,
-            ended=ended,
+            mesh=setup.mesh,
+            rows_at_once=setup.rows_at_once,
+            on_ended=grader.submit,
         )
         sampled = time.perf_counter()
-        for part in under_way:
-            part.result()
-    finally:
-        grader.shutdown(cancel_futures=True)
+        grader.wait()
+    verdicts = grader.verdicts
     return Graded(
         rollouts=rollouts,
-        completions=completions,
+        completions=grader.completions,
         rewards=np.array([v.reward if v.valid else 0.0 for v in verdicts], np.float32),
         valid=np.array([v.valid for v in verdicts]),
         reasons=[v.reason for v in verdicts],
@@ -115,7 +137,7 @@ def roll_out(
     )
 
 
-def decode(rollouts: Rollouts, tokenizer) -> list[str]:
+def completion_texts(rollouts: Rollouts, tokenizer) -> list[str]:
     """Completion texts without special tokens."""
     starts, lengths = rollouts.prompt_lengths, rollouts.completion_lengths
     ids = [

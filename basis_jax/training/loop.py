@@ -14,7 +14,7 @@ from basis_jax.config import Config
 from basis_jax.data.order import batch_indices
 from basis_jax.evaluation.evaluate import evaluate
 from basis_jax.runs import checkpoint
-from basis_jax.runs.compiles import counted
+from basis_jax.runs.compiles import count_compiles
 from basis_jax.runs.identity import lock_run, open_run
 from basis_jax.runs.metrics import Records
 from basis_jax.sampling.rollouts import Graded, roll_out
@@ -66,7 +66,7 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), report=print) -
         }
         open_run(config, devices=[str(d) for d in jax.devices()], identity=identity)
         with (
-            jax.set_mesh(session.setting.mesh),
+            jax.set_mesh(session.setup.mesh),
             checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints,
         ):
             run_steps(session, run_dir, checkpoints, callbacks, report)
@@ -81,7 +81,7 @@ def run_steps(session: Session, run_dir: Path, checkpoints, callbacks=(), report
     state = first_state(session, run_dir, report) if restored is None else restored
     start, last = int(state.step), config.train.steps
     resume_step = -1 if restored is None else start
-    with counted() as compiled, Records(run_dir, last, resume_step) as records:
+    with count_compiles() as compiled, Records(run_dir, last, resume_step) as records:
         if restored is None:
             records.log(0, evaluate_now(state.params, session) | compiled.take())
         for done in range(start + 1, last + 1):
@@ -100,9 +100,9 @@ def run_steps(session: Session, run_dir: Path, checkpoints, callbacks=(), report
 def make_step(session: Session) -> Callable[[TrainState, int], Step]:
     """One training step as a function of (state, step), step 0 being the first.
 
-    Call it under ``jax.set_mesh(session.setting.mesh)``; the state it is given is donated.
+    Call it under ``jax.set_mesh(session.setup.mesh)``; the state it is given is donated.
 
-        with open_session(config, training=True) as session, jax.set_mesh(session.setting.mesh):
+        with open_session(config, training=True) as session, jax.set_mesh(session.setup.mesh):
             step, state = make_step(session), first_state(session, Path("scratch"))
             for number in range(10):
                 state, metrics, graded, estimate = step(state, number)
@@ -110,7 +110,7 @@ def make_step(session: Session) -> Callable[[TrainState, int], Step]:
     estimate_values = make_estimate(session.estimator)
     make_microbatches = microbatch_maker(session)
     update = make_update(
-        session.setting.model_config, optimizer_of(session.config), **objective_of(session.config)
+        session.setup.model_config, optimizer_of(session.config), **objective_of(session.config)
     )
 
     def step(state: TrainState, number: int) -> Step:
@@ -140,7 +140,7 @@ def sample_and_verify(params: PyTree, session: Session, number: int) -> Graded:
     )
     return roll_out(
         params,
-        session.setting,
+        session.setup,
         session.train_set,
         ids=np.repeat(problems, group_size),
         samples=np.tile(np.arange(group_size, dtype=np.int32), len(problems)),
@@ -166,7 +166,7 @@ def optimizer_of(config: Config):
 def microbatch_maker(session: Session):
     """(graded, estimate, params) -> the microbatches of every update of a step."""
     config = session.config
-    score = make_score(session.setting.model_config, **objective_of(config))
+    score = make_score(session.setup.model_config, **objective_of(config))
     reference = start_params(session) if config.loss.kl_coef else None
 
     def make(graded: Graded, estimate: Estimate, *, params: PyTree):
@@ -177,7 +177,7 @@ def microbatch_maker(session: Session):
             score=score,
             params=params,
             reference=reference,
-            mesh=session.setting.mesh,
+            mesh=session.setup.mesh,
         )
 
     return make
@@ -191,8 +191,8 @@ def first_state(session: Session, run_dir: Path, report=print) -> TrainState:
         params,
         optimizer_of(session.config),
         first_estimator_state(session, params, run_dir / "reference.npz", report),
-        model_config=session.setting.model_config,
-        mesh=session.setting.mesh,
+        model_config=session.setup.model_config,
+        mesh=session.setup.mesh,
     )
 
 
@@ -201,16 +201,14 @@ def state_shapes(session: Session) -> TrainState:
     return abstract_state(
         optimizer_of(session.config),
         estimator_state_shapes(session),
-        model_config=session.setting.model_config,
-        mesh=session.setting.mesh,
+        model_config=session.setup.model_config,
+        mesh=session.setup.mesh,
     )
 
 
 def start_params(session: Session) -> PyTree:
     """The model folder's weights: where training starts, and what a KL term refers to."""
-    return huggingface.load_params(
-        session.folder, session.setting.model_config, session.setting.mesh
-    )
+    return huggingface.load_params(session.folder, session.setup.model_config, session.setup.mesh)
 
 
 def evaluate_now(params: PyTree, session: Session) -> dict[str, float]:
@@ -220,7 +218,7 @@ def evaluate_now(params: PyTree, session: Session) -> dict[str, float]:
     started = time.perf_counter()
     config = session.config
     metrics = evaluate(
-        params, session.setting, session.held_out, section=config.eval, sampling=config.sampling
+        params, session.setup, session.held_out, section=config.eval, sampling=config.sampling
     )
     return metrics | {"time/eval_s": time.perf_counter() - started}
 

@@ -44,10 +44,10 @@ def make_batches(
     the first update. ``reference``: the parameters that the KL term of ``loss.kl_coef`` refers to.
     """
     rollouts, rows = graded.rollouts, config.train.minibatch_rollouts
-    room = rollouts.tokens.shape[1]
+    max_width = rollouts.tokens.shape[1]
     lengths = np.where(graded.valid, rollouts.prompt_lengths + rollouts.completion_lengths, 0)
     mask = completion_mask(
-        jnp.asarray(rollouts.prompt_lengths), jnp.asarray(rollouts.completion_lengths), room
+        jnp.asarray(rollouts.prompt_lengths), jnp.asarray(rollouts.completion_lengths), max_width
     )
     mask = mask & jnp.asarray(graded.valid)[:, None]
     advantages, off_policy = np.asarray(estimate.advantages), updates_per_step(config) > 1
@@ -58,7 +58,7 @@ def make_batches(
             config.loss.aggregation,
             max_length=config.sampling.max_new_tokens,
         )
-        whole = Batch(
+        minibatch = Batch(
             tokens=rollouts.tokens[start : start + rows],
             completion_mask=np.asarray(mask[start : start + rows]),
             loss_weights=np.asarray(weights),
@@ -68,9 +68,11 @@ def make_batches(
         )
         micros = []
         for index, width in cut_rows(
-            lengths[start : start + rows], rows=config.train.microbatch_rollouts, room=room
+            lengths[start : start + rows],
+            rows=config.train.microbatch_rollouts,
+            max_width=max_width,
         ):
-            part = put_rows(mesh, take_rows(whole, index, width))
+            part = put_rows(mesh, take_rows(minibatch, index, width))
             scored = functools.partial(score, tokens=part.tokens, mask=part.completion_mask)
             old = scored(params) if off_policy else None
             ref = None if reference is None else scored(reference)
@@ -85,15 +87,16 @@ def take_rows(batch: Batch, index: np.ndarray, width: int) -> Batch:
 
 
 def cut_rows(
-    lengths: np.ndarray, *, rows: int, room: int, least: int = 64
+    lengths: np.ndarray, *, rows: int, max_width: int, min_width: int = 64
 ) -> list[tuple[np.ndarray, int]]:
     """(row numbers, width) of every microbatch of an update, the longest rows first.
 
-    A microbatch is as wide as the least of ``least`` 2^k (1, 1.25, 1.5 or 1.75) that holds its
-    longest row, at most ``room``. At full width it has ``rows`` rows, narrower ones ``rows`` 2^k,
-    as many as keep rows x width at or below ``rows`` x ``room``: the memory of a pass stays what it
-    is at full width. It is halved while its shorter half would fit into half the width. Rows of
-    length 0 say nothing: they come last, and a microbatch of nothing else is left out.
+    A microbatch is as wide as the least of ``min_width`` 2^k (1, 1.25, 1.5 or 1.75) that holds its
+    longest row, at most ``max_width``. At full width it has ``rows`` rows; a narrower one has
+    ``rows`` 2^k, as many as keep its positions at or below ``rows`` x ``max_width``, so a pass
+    needs no more memory than at full width. It is halved while its shorter half would fit into half
+    the width. Rows of length 0 contribute nothing: they come last, and a microbatch that holds
+    nothing else is left out.
 
     Every device has the same number of rows of one width, so none waits for another. There are four
     widths an octave: 37 up to 32,768 tokens, a dozen in a step, three dozen in a run; each
@@ -103,9 +106,9 @@ def cut_rows(
     cuts, start = [], 0
     while start < len(order) and (not cuts or lengths[order[start]] > 0):
         longest = max(1, int(lengths[order[start]]))
-        width = min(room, *(round_up(longest, least * part // 4) for part in (4, 5, 6, 7)))
-        most = min(room // width, (len(order) - start) // rows)
-        count = rows * 2 ** (most.bit_length() - 1)
+        width = min(max_width, *(round_up(longest, min_width * part // 4) for part in (4, 5, 6, 7)))
+        max_multiple = min(max_width // width, (len(order) - start) // rows)
+        count = rows * 2 ** (max_multiple.bit_length() - 1)
         while count > rows and 2 * lengths[order[start + count // 2]] <= width:
             count //= 2
         cuts.append((order[start : start + count], width))

@@ -48,10 +48,10 @@ def prompt_features(
         return np.asarray(middle_states(params, model_config, tokens, lengths))[: count - start]
 
     starts = range(0, count, rows)
-    known = [states(start) for start in starts if start < SAMPLE]
-    mean, directions = principal(np.concatenate(known)[:SAMPLE], size)
-    features = [(part - mean) @ directions for part in known]
-    features += [(states(start) - mean) @ directions for start in starts[len(known) :]]
+    sampled = [states(start) for start in starts if start < SAMPLE]
+    mean, directions = principal(np.concatenate(sampled)[:SAMPLE], size)
+    features = [(part - mean) @ directions for part in sampled]
+    features += [(states(start) - mean) @ directions for start in starts[len(sampled) :]]
     return np.concatenate(features).astype(np.float32)
 
 

@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 from basis_jax.config import SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.files import replace_file
-from basis_jax.sampling.rollouts import ROUNDS, Setting, roll_out
+from basis_jax.sampling.rollouts import ROWS_PER_SLOT, RolloutSetup, roll_out
 from basis_jax.training.prompt_features import prompt_features
 
 SAVE_EVERY_S = 10.0
@@ -39,17 +39,19 @@ class ReferenceTable:
     position: int
 
 
-def made_by(setting: Setting, *, model: str, sampling: SamplingSection, verifier: str) -> dict:
+def table_origin(
+    setup: RolloutSetup, *, model_fingerprint: str, sampling: SamplingSection, verifier: str
+) -> dict:
     """What two tables must share to count the same thing, the rounding of the dtype that rollouts
-    are decoded in aside. ``model``: its fingerprint."""
+    are decoded in aside."""
     return {
-        "model": model,
+        "model": model_fingerprint,
         "verifier": verifier,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "max_new_tokens": sampling.max_new_tokens,
-        "eos_ids": list(setting.eos_ids),
+        "eos_ids": list(setup.eos_ids),
     }
 
 
@@ -90,15 +92,15 @@ def load(path: Path) -> ReferenceTable:
 
 
 def rows_for(
-    table: ReferenceTable, problems: EncodedProblems, wanted: dict, path: Path
+    table: ReferenceTable, problems: EncodedProblems, origin: dict, path: Path
 ) -> ReferenceTable:
     """The table of ``problems``, in their order; the one on disk may hold more of them.
 
     Raises ValueError where the table was made otherwise, is unfinished or lacks a problem.
     """
-    differing = [key for key in wanted if table.made_by.get(key) != wanted[key]]
+    differing = [key for key in origin if table.made_by.get(key) != origin[key]]
     if differing:
-        says = "; ".join(f"{k} {table.made_by.get(k)!r}, run {wanted[k]!r}" for k in differing)
+        says = "; ".join(f"{k} {table.made_by.get(k)!r}, run {origin[k]!r}" for k in differing)
         raise ValueError(
             f"reference table {path} does not fit this run ({says}); make one for this run with "
             "scripts/reference_stats.py"
@@ -128,13 +130,13 @@ def rows_for(
 
 def build(
     params: PyTree,
-    setting: Setting,
+    setup: RolloutSetup,
     problems: EncodedProblems,
     *,
     samples: int,
     features: int = 0,
     sampling: SamplingSection,
-    wanted: dict,
+    origin: dict,
     path: Path,
     report=lambda text: None,
 ) -> ReferenceTable:
@@ -144,31 +146,31 @@ def build(
     a killed run goes on where the last save (every 10 s) left it, and counts nothing twice.
     """
     size = len(problems.problems)
-    wanted = {**wanted, "samples": samples, "features": features, "seed": setting.seed}
+    origin = {**origin, "samples": samples, "features": features, "seed": setup.seed}
     table = ReferenceTable(
         successes=np.zeros(size, np.int32),
         trials=np.zeros(size, np.int32),
         uids=np.array([p.uid for p in problems.problems], np.int64),
         prompt_hashes=prompt_hashes(problems),
         features=np.zeros((size, 0), np.float32),
-        made_by=wanted,
+        made_by=origin,
         position=0,
     )
     if path.exists():
         table = resumed(load(path), table, path)
     if table.features.shape[1] < features:
-        made = prompt_features(
-            params, setting.model_config, problems, mesh=setting.mesh, size=features
+        made_features = prompt_features(
+            params, setup.model_config, problems, mesh=setup.mesh, size=features
         )
-        table = replace(table, features=made)
+        table = replace(table, features=made_features)
         save(table, path)
         report(f"reference table: {features} features of {size} problems")
     saved = time.monotonic()
     while table.position < size * samples:
         units = np.arange(
-            table.position, min(table.position + ROUNDS * setting.rows_at_once, size * samples)
+            table.position, min(table.position + ROWS_PER_SLOT * setup.rows_at_once, size * samples)
         )
-        table = counted(params, setting, problems, table, sampling=sampling, units=units)
+        table = with_rollouts(params, setup, problems, table, sampling=sampling, units=units)
         done = table.position == size * samples
         if done or time.monotonic() - saved > SAVE_EVERY_S:
             save(table, path)
@@ -192,13 +194,13 @@ def resumed(begun: ReferenceTable, empty: ReferenceTable, path: Path) -> Referen
     return begun
 
 
-def counted(params, setting, problems, table, *, sampling, units) -> ReferenceTable:
+def with_rollouts(params, setup, problems, table, *, sampling, units) -> ReferenceTable:
     """The table after the rollouts ``units`` of the plan."""
     size = len(problems.problems)
     ids = (units % size).astype(np.int32)
     graded = roll_out(
         params,
-        setting,
+        setup,
         problems,
         ids=ids,
         samples=(units // size).astype(np.int32),

@@ -17,11 +17,11 @@ from basis_jax.data.overlap import OVERLAP, overlapping
 from basis_jax.data.sources import load_held_out, load_training
 from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.checks import check, check_memory
-from basis_jax.opening.setting import stop_ids
+from basis_jax.opening.rollout_setup import stop_ids
 from basis_jax.sampling.draw import check_trainable
-from basis_jax.sampling.rollouts import Setting
+from basis_jax.sampling.rollouts import RolloutSetup
 from basis_jax.training import prompt_features
-from basis_jax.training.reference_table import ReferenceTable, build, load, made_by, rows_for
+from basis_jax.training.reference_table import ReferenceTable, build, load, rows_for, table_origin
 from basis_jax.verify import make_verifier
 from basis_jax.weights import huggingface
 
@@ -30,7 +30,7 @@ from basis_jax.weights import huggingface
 class Session:
     config: Config
     folder: Path  # of the model
-    setting: Setting
+    setup: RolloutSetup
     estimator: estimators.Estimator
     train_set: EncodedProblems
     held_out: dict[str, EncodedProblems]
@@ -69,7 +69,7 @@ def open_session(config: Config, report=print, *, training: bool = False):
     if config.estimator.features:
         prompt_features.check_size(config.estimator.features, train_set, model_config)
     with make_verifier(config.data.verifier) as verifier:
-        setting = Setting(
+        setup = RolloutSetup(
             model_config=model_config,
             mesh=mesh,
             tokenizer=tokenizer,
@@ -78,7 +78,7 @@ def open_session(config: Config, report=print, *, training: bool = False):
             seed=config.seed,
             rows_at_once=config.train.sample_rollouts,
         )
-        yield Session(config, folder, setting, estimator, train_set, held_out)
+        yield Session(config, folder, setup, estimator, train_set, held_out)
 
 
 def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Estimator:
@@ -89,8 +89,8 @@ def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Est
             f"{section.name} compares the rollouts of a prompt but sampling.group_size is "
             f"{group_size}; give 2 or more"
         )
-    given = {"group_size": group_size} if "group_size" in names else {}
-    estimator = estimators.make(section.name, **section.options, **given)
+    group = {"group_size": group_size} if "group_size" in names else {}
+    estimator = estimators.make(section.name, **section.options, **group)
     if section.features and "features" not in names:
         raise ValueError(
             f"estimator.features is {section.features} but {section.name} takes no features; set "
@@ -132,11 +132,11 @@ def report_overlap(
     train_set: EncodedProblems, held_out: dict[str, EncodedProblems], report
 ) -> None:
     """Warn of every held-out set that shares problems or texts with the training problems."""
-    known = {p.uid for p in train_set.problems}
-    asked = [p for problems in held_out.values() for p in problems.problems]
-    words = {p: shared for p, _, shared in overlapping(asked, train_set.problems)}
+    training_uids = {p.uid for p in train_set.problems}
+    held_out_problems = [p for problems in held_out.values() for p in problems.problems]
+    words = {p: shared for p, _, shared in overlapping(held_out_problems, train_set.problems)}
     for name, problems in held_out.items():
-        same = sum(p.uid in known for p in problems.problems)
+        same = sum(p.uid in training_uids for p in problems.problems)
         if same:
             report(f"warning: {same} held-out problems of {name} are also training problems")
         alike = [p for p in problems.problems if p in words]
@@ -154,25 +154,25 @@ def reference_table(session: Session, params: PyTree, path: Path, report=print) 
     Call under ``jax.set_mesh``. Raises ValueError where the table on disk does not fit the run.
     """
     section = session.config.estimator
-    wanted = made_by(
-        session.setting,
-        model=huggingface.fingerprint(session.folder),
+    origin = table_origin(
+        session.setup,
+        model_fingerprint=huggingface.fingerprint(session.folder),
         sampling=session.config.sampling,
         verifier=session.config.data.verifier,
     )
     if section.table:
         table_path = Path(section.table)
         if section.features:
-            wanted["features"] = section.features
-        return rows_for(load(table_path), session.train_set, wanted, table_path)
+            origin["features"] = section.features
+        return rows_for(load(table_path), session.train_set, origin, table_path)
     return build(
         params,
-        session.setting,
+        session.setup,
         session.train_set,
         samples=section.table_samples,
         features=section.features,
         sampling=session.config.sampling,
-        wanted=wanted,
+        origin=origin,
         path=path,
         report=report,
     )
@@ -182,17 +182,17 @@ def estimator_state_shapes(session: Session) -> PyTree:
     """The shapes of the estimator's state, without a reference table or any array."""
     size, features = len(session.train_set.problems), session.config.estimator.features
     counts = jax.ShapeDtypeStruct((size,), np.int32)
-    given = {"features": jax.ShapeDtypeStruct((size, features), np.float32)} if features else {}
-    return jax.eval_shape(session.estimator.init, counts, counts, **given)
+    options = {"features": jax.ShapeDtypeStruct((size, features), np.float32)} if features else {}
+    return jax.eval_shape(session.estimator.init, counts, counts, **options)
 
 
 def first_estimator_state(session: Session, params: PyTree, path: Path, report=print) -> PyTree:
     """The estimator's state before the first step, from the reference table where it takes one."""
     section = session.config.estimator
-    asked = section.table or section.table_samples or section.features
-    if not (asked and session.estimator.takes_table):
-        nothing = np.zeros(len(session.train_set.problems), np.int32)
-        return session.estimator.init(nothing, nothing)
+    uses_table = section.table or section.table_samples or section.features
+    if not (uses_table and session.estimator.takes_table):
+        zeros = np.zeros(len(session.train_set.problems), np.int32)
+        return session.estimator.init(zeros, zeros)
     table = reference_table(session, params, path, report)
     features = {"features": table.features} if section.features else {}
     return session.estimator.init(table.successes, table.trials, **features)

@@ -26,14 +26,14 @@ from basis_jax.types import Batch, Estimate, Signals, TrainState
 def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW under a warm-up and a schedule over ``updates`` updates."""
     decay = max(1, updates - section.warmup_steps)
-    after = {
+    main_schedule = {
         "constant": optax.constant_schedule(section.lr),
         "linear": optax.linear_schedule(section.lr, 0.0, decay),
         "cosine": optax.cosine_decay_schedule(section.lr, decay),
     }[section.schedule]
     share = section.lr / (section.warmup_steps + 1)  # the first update learns too
     warmup = optax.linear_schedule(share, section.lr, max(1, section.warmup_steps))
-    schedule = optax.join_schedules([warmup, after], [section.warmup_steps])
+    schedule = optax.join_schedules([warmup, main_schedule], [section.warmup_steps])
     adamw = optax.adamw(
         schedule, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay
     )

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from basis_jax.weights.layout import few, write_folder
+from basis_jax.weights.layout import list_names, write_folder
 
 TENSORS = {  # GGUF -> Hugging Face
     "token_embd": "model.embed_tokens",
@@ -104,10 +104,12 @@ def config_json(fields: dict[str, Any], names: set[str]) -> dict[str, Any]:
         raise ValueError(f"GGUF of {fields.get('general.architecture')} is not supported; llama is")
     scaled = {name for name in fields if "rope.scaling" in name}
     if scaled:
-        raise ValueError(f"scaled rotary frequencies ({few(scaled)}) are not supported in a GGUF")
+        raise ValueError(
+            f"scaled rotary frequencies ({list_names(scaled)}) are not supported in a GGUF"
+        )
     needed = {*SIZES, EPSILON, "tokenizer.ggml.tokens", "tokenizer.ggml.eos_token_id"}
     if needed - fields.keys():
-        raise ValueError(f"the GGUF has no {few(needed - fields.keys())}")
+        raise ValueError(f"the GGUF has no {list_names(needed - fields.keys())}")
     sizes = {theirs: fields[ours] for ours, theirs in SIZES.items()}
     heads = sizes["num_attention_heads"]
     ids = {f"{n}_id": fields.get(f"tokenizer.ggml.{k}_token_id") for n, k in TOKEN_IDS.items()}
@@ -140,7 +142,8 @@ def tokenizer_files(fields: dict[str, Any]) -> dict[str, bytes]:
     if get.get("model") != "gpt2" or get.get("pre") not in splitters or get.get("add_bos_token"):
         raise ValueError(
             f"tokenizer {get.get('model')}/{get.get('pre')}, add_bos_token "
-            f"{get.get('add_bos_token')} is not supported; gpt2/{{{few(splitters)}}} without BOS is"
+            f"{get.get('add_bos_token')} is not supported; gpt2/{{{list_names(splitters)}}} "
+            "without BOS is"
         )
     words = get["tokens"]
     merges = [tuple(pair.split(" ")) for pair in get["merges"]]

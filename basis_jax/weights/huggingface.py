@@ -22,7 +22,7 @@ from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig, RopeScaling
 from basis_jax.model.sharding import named
 from basis_jax.weights import layout
-from basis_jax.weights.layout import DTYPES, few
+from basis_jax.weights.layout import DTYPES, list_names
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -101,7 +101,7 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, None
     absent = [name for name in SCALING if rope.get(name) is None]
     if absent:
-        raise ValueError(f"rotary embedding of type llama3 needs {few(absent)}")
+        raise ValueError(f"rotary embedding of type llama3 needs {list_names(absent)}")
     return theta, RopeScaling(
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),
@@ -113,10 +113,10 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 def _check_supported(raw: Mapping[str, Any]) -> None:
     kind = raw.get("model_type")
     if kind not in ARCHITECTURES:
-        raise ValueError(f"model_type {kind!r} is not supported; {few(ARCHITECTURES)} are")
+        raise ValueError(f"model_type {kind!r} is not supported; {list_names(ARCHITECTURES)} are")
     absent = [name for name in SIZES if not isinstance(raw.get(name), int)]
     if absent:
-        raise ValueError(f"{few(absent)} must be given as whole numbers")
+        raise ValueError(f"{list_names(absent)} must be given as whole numbers")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported; silu is")
     if raw.get("quantization_config"):
@@ -128,7 +128,7 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
     others = {*(kinds or ())} - {"full_attention"}
     if others:
         raise ValueError(
-            f"layers with {few(others)} are not supported; full_attention is "
+            f"layers with {list_names(others)} are not supported; full_attention is "
             "(use_sliding_window false)"
         )
 
@@ -241,7 +241,7 @@ def save_params(
     ``model_config`` disagree.
     """
     if dtype not in (None, *DTYPES.values()):
-        raise ValueError(f"dtype is {dtype!r}; None, {few(DTYPES.values())} are allowed")
+        raise ValueError(f"dtype is {dtype!r}; None, {list_names(DTYPES.values())} are allowed")
     raw, files, stored = describe(model_config), {}, {}
     if source is not None:
         source = Path(source)
@@ -274,7 +274,8 @@ def load_tokenizer(folder: str | Path):
     vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((Path(folder) / name).is_file() for name in vocabularies):
         raise ValueError(  # transformers would make an empty one
-            f"{folder} holds no tokenizer ({few(vocabularies)}); copy that of the model there"
+            f"{folder} holds no tokenizer ({list_names(vocabularies)}); copy that of the "
+            "model there"
         )
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from transformers import AutoTokenizer

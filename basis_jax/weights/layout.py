@@ -53,13 +53,13 @@ class Layout:
         A joined axis of ``stored`` is cut in the file by its first letter, in memory by the rest.
         """
         sizes = dict(zip(self.ours, shape, strict=True))
-        wanted = {a: range(*s.indices(sizes[a])) for a, s in zip(self.ours, index, strict=True)}
+        ranges = {a: range(*s.indices(sizes[a])) for a, s in zip(self.ours, index, strict=True)}
         cuts, split, inner = [], [], []
         for first, *rest in self.theirs.split():
             step = math.prod(sizes[a] for a in rest)
-            cuts.append(slice(wanted[first].start * step, wanted[first].stop * step))
-            split += [len(wanted[first]), *(sizes[a] for a in rest)]
-            inner += [slice(None), *(slice(wanted[a].start, wanted[a].stop) for a in rest)]
+            cuts.append(slice(ranges[first].start * step, ranges[first].stop * step))
+            split += [len(ranges[first]), *(sizes[a] for a in rest)]
+            inner += [slice(None), *(slice(ranges[a].start, ranges[a].stop) for a in rest)]
         block = stored[tuple(cuts)].reshape(split)[tuple(inner)]
         letters = self.theirs.replace(" ", "")
         return block.transpose([letters.index(a) for a in self.ours])
@@ -139,7 +139,7 @@ def parameters(model_config: ModelConfig) -> list[Parameter]:
     return found
 
 
-def few(names: Iterable[object]) -> str:
+def list_names(names: Iterable[object]) -> str:
     """The first five of the names in order, and how many more there are."""
     names = sorted(str(name) for name in names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -156,11 +156,13 @@ def weight_files(folder: str | Path) -> list[Path]:
             f"{folder} holds neither {single.name} nor {index.name}; only safetensors are read "
             "(scripts/convert.py makes a folder out of a .gguf file)"
         )
-    where = read_json(index).get("weight_map")
-    names = {str(name) for name in where.values()} if isinstance(where, dict) else set()
+    weight_map = read_json(index).get("weight_map")
+    names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
     absent = {n for n in names if Path(n).name != n or not (folder / n).is_file()}
     if absent or not names:
-        raise ValueError(f"{index} needs files that {folder} lacks: {few(absent) or 'it has none'}")
+        raise ValueError(
+            f"{index} needs files that {folder} lacks: {list_names(absent) or 'it has none'}"
+        )
     return [folder / name for name in sorted(names)]
 
 
@@ -195,11 +197,17 @@ def check_tensors(
         "missing": set(expected) - set(tensors),
         "unknown": surplus,
         "misshapen": {f"{n} {s} not {expected[n]}" for n, s in shapes.items() if s != expected[n]},
-        f"not {few(DTYPES)}": {f"{n} {kind}" for n, kind in kinds.items() if kind not in DTYPES},
+        f"not {list_names(DTYPES)}": {
+            f"{n} {kind}" for n, kind in kinds.items() if kind not in DTYPES
+        },
     }
-    said = [f"{problem}: {few(names)}" for problem, names in problems.items() if names]
-    if said:
-        raise ValueError(f"the weights of {folder} do not fit its config.json; {'; '.join(said)}")
+    descriptions = [
+        f"{problem}: {list_names(names)}" for problem, names in problems.items() if names
+    ]
+    if descriptions:
+        raise ValueError(
+            f"the weights of {folder} do not fit its config.json; {'; '.join(descriptions)}"
+        )
 
 
 def _check_tied(tensors: Mapping[str, Any], folder: str | Path, rows: int = 4096) -> None:
@@ -286,10 +294,10 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], limit
     if len(shards) == 1:
         (folder / "0.safetensors").rename(folder / "model.safetensors")
         return
-    where = {}
+    weight_map = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         (folder / f"{i}.safetensors").rename(folder / file)
-        where |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import named_tree
-from basis_jax.weights.layout import few
+from basis_jax.weights.layout import list_names
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -45,7 +45,9 @@ def model_path(checkpoint: Path) -> str:
         return saved["model"]["path"]
 
 
-def load_params(checkpoint: Path, model_config: ModelConfig, mesh: Mesh | None = None) -> PyTree:
+def load_checkpoint_params(
+    checkpoint: Path, model_config: ModelConfig, mesh: Mesh | None = None
+) -> PyTree:
     """float32 parameters of a checkpoint, laid out over the mesh; without one, NumPy arrays.
 
     Raises ValueError where it cannot be read or its parameters are not those of ``model_config``.
@@ -55,38 +57,38 @@ def load_params(checkpoint: Path, model_config: ModelConfig, mesh: Mesh | None =
     with _reading(checkpoint):
         stored = {}
         for name, leaf in handler.metadata(folder).tree.items():  # "01.params['embedding']"
-            _, found, path = name.partition(".params")
-            if found:
+            _, is_param, path = name.partition(".params")
+            if is_param:
                 stored[path] = (name, tuple(leaf.shape))
     shapes = decoder.param_shapes(model_config)
-    wanted = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(shapes)}
-    _check_same_model(checkpoint, {k: v for k, (_, v) in stored.items()}, wanted)
-    names = [stored[path][0] for path in wanted]
+    expected = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(shapes)}
+    _check_same_model(checkpoint, {k: v for k, (_, v) in stored.items()}, expected)
+    names = [stored[path][0] for path in expected]
     if mesh is None:
-        how = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(names)
+        restore_args = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(names)
     else:
         axes = jax.tree.leaves(named_tree(mesh, decoder.param_axes(model_config)))
-        how = [ocp.ArrayRestoreArgs(sharding=s, dtype=jnp.float32) for s in axes]
-    item = dict(zip(names, wanted.values(), strict=True))
+        restore_args = [ocp.ArrayRestoreArgs(sharding=s, dtype=jnp.float32) for s in axes]
+    item = dict(zip(names, expected.values(), strict=True))
     args = ocp.args.PyTreeRestore(
-        item=item, restore_args=dict(zip(names, how, strict=True)), partial_restore=True
+        item=item, restore_args=dict(zip(names, restore_args, strict=True)), partial_restore=True
     )
     with _reading(checkpoint):
         restored = handler.restore(folder, args=args)
     return jax.tree.unflatten(jax.tree.structure(shapes), [restored[name] for name in names])
 
 
-def _check_same_model(checkpoint: Path, stored: dict, wanted: dict) -> None:
-    here = {path: leaf.shape for path, leaf in wanted.items()}
+def _check_same_model(checkpoint: Path, stored: dict, expected: dict) -> None:
+    expected_shapes = {path: leaf.shape for path, leaf in expected.items()}
     differing = [
-        f"{path} {stored.get(path, 'absent')} there and {here.get(path, 'absent')} here"
-        for path in stored.keys() | here.keys()
-        if stored.get(path) != here.get(path)
+        f"{path} {stored.get(path, 'absent')} there and {expected_shapes.get(path, 'absent')} here"
+        for path in stored.keys() | expected_shapes.keys()
+        if stored.get(path) != expected_shapes.get(path)
     ]
     if differing:
         raise ValueError(
-            f"checkpoint {checkpoint} is of another model: {few(differing)}; give the model folder "
-            "that its training began from"
+            f"checkpoint {checkpoint} is of another model: {list_names(differing)}; give the model "
+            "folder that its training began from"
         )
 
 
