@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from basis_jax.config import Config
@@ -43,10 +44,10 @@ def load_config(name: str | Path) -> Config:
     Raises ValueError where there is no such file or it returns none.
     """
     path = find_config(name)
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
+    loader = SourceFileLoader(f"config_{path.stem}", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
         config = module.config()
     except (SyntaxError, AttributeError, ImportError, NameError, TypeError) as error:
         raise ValueError(

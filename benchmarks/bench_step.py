@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import median
 
 import jax
-import numpy as np
 
 from basis_jax import command_line
 from basis_jax.config import (
@@ -36,19 +35,8 @@ from basis_jax.config import (
     SamplingSection,
     TrainSection,
 )
-from basis_jax.sampling.rollouts import roll_out
-from basis_jax.training.microbatches import make_batches
-from basis_jax.training.session import first_estimator_state, open_session
-from basis_jax.training.update import (
-    finish_step,
-    make_estimate,
-    make_optimizer,
-    make_score,
-    make_state,
-    make_update,
-    merge_updates,
-)
-from basis_jax.weights import huggingface
+from basis_jax.training.loop import first_state, make_step
+from basis_jax.training.session import open_session
 from benchmarks.bench_models import write_result
 
 PARTS = ("sample", "verify", "update", "step")
@@ -115,50 +103,18 @@ def make_config(options) -> Config:
 
 
 def our_step(session, options):
-    """A function that takes one step as scripts/train.py does and returns its seconds by part."""
-    config, mesh = session.config, session.setup.mesh
-    setup = dataclasses.replace(session.setup, eos_ids=(10**9,))  # no such token
-    optimizer = make_optimizer(config.optim, updates=options.steps + 1)
-    common = {"loss": config.loss, "temperature": 1.0, "microbatch": options.microbatch}
-    estimate_values = make_estimate(session.estimator)
-    update = make_update(setup.model_config, optimizer, **common)
-    score = make_score(setup.model_config, **common)
-    params = huggingface.load_params(session.folder, setup.model_config, mesh)
-    first = first_estimator_state(session, params, Path())
-    state = make_state(params, optimizer, first, model_config=setup.model_config, mesh=mesh)
+    """A function that takes one training step and returns its seconds by part."""
+    setup = dataclasses.replace(session.setup, eos_ids=(10**9,))  # no such token: nothing stops
+    session = dataclasses.replace(session, setup=setup)
+    take_step, state = make_step(session), first_state(session, Path())
 
     def step() -> dict[str, float]:
         nonlocal state
         started = time.perf_counter()
-        count = np.arange(options.rollouts, dtype=np.int32)
-        graded = roll_out(
-            state.params,
-            setup,
-            session.train_set,
-            ids=(count + int(state.step) * options.rollouts) % len(session.train_set.problems),
-            samples=np.zeros_like(count),
-            sampling=config.sampling,
-            stream="train",
-            step=int(state.step),
-        )
+        state, metrics, graded, _ = take_step(state, int(state.step))
+        seconds = time.perf_counter() - started
         check_work(graded.rollouts.completion_lengths, options)
-        rolled = time.perf_counter()
-        estimator_state, estimate = estimate_values(state.estimator_state, graded)
-        outcomes = []
-        for batch in make_batches(
-            graded, estimate, config=config, score=score, params=state.params, mesh=mesh
-        ):
-            state, outcome = update(state, batch)
-            outcomes.append(outcome)
-        state = finish_step(state, estimator_state)
-        merge_updates(outcomes)  # waits for the device
-        ended = time.perf_counter()
-        return {
-            "sample": graded.sample_seconds,
-            "verify": graded.verify_seconds,
-            "update": ended - rolled,
-            "step": ended - started,
-        }
+        return {"step": seconds} | {name: metrics[f"time/{name}_s"] for name in PARTS[:3]}
 
     return step
 

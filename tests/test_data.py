@@ -14,6 +14,7 @@ import transformers
 from basis_jax.config import DataSection
 from basis_jax.data import encoding, order, overlap, sources, tasks
 from basis_jax.data.problem import Problem
+from basis_jax.opening.checks import check_data
 from basis_jax.training.session import report_overlap
 from basis_jax.verify.notation import number
 
@@ -258,9 +259,9 @@ def test_plain_text_has_the_tokenizers_own_special_tokens_and_no_template(tokeni
 
 def test_wrong_settings_are_sentences(tokenizer):
     with pytest.raises(ValueError, match="prompt_format is 'txt'; allowed are chat, text"):
-        encoding.encode_prompts(plain(1), DataSection(prompt_format="txt"), tokenizer)
+        check_data(DataSection(prompt_format="txt"))
     with pytest.raises(ValueError, match="write {problem}"):
-        load(HERE / "dapo_layout.jsonl", problem_wrapper="Solve: ")
+        check_data(DataSection(problem_wrapper="Solve: "))
     with pytest.raises(ValueError, match="unknown task 'sums'; allowed are arithmetic"):
         load("task:sums")
 

@@ -18,12 +18,12 @@ import tiny
 from test_reference_table import SAMPLING, SIZE, problems, setup  # noqa: F401
 from whole_runs import environment, lines, run, run_killed, small
 
+from basis_jax.commands.evaluate import check_out
 from basis_jax.config import Config, EvalSection
 from basis_jax.evaluation import completions
 from basis_jax.evaluation.evaluate import (
     Evaluation,
     bootstrap_interval,
-    check_out,
     evaluate,
     problem_scores,
     protocol,

@@ -15,10 +15,11 @@ from basis_jax.masked import completion_mask
 from basis_jax.model import decoder
 from basis_jax.model.decoding import decode_weights
 from basis_jax.model.sharding import make_mesh, named_tree, put_rows
+from basis_jax.opening.checks import check_trainable
 from basis_jax.runs.compiles import count_compiles
 from basis_jax.sampling import refill
 from basis_jax.sampling.decode import sample
-from basis_jax.sampling.draw import check_trainable, draw, pick, row_keys, truncate
+from basis_jax.sampling.draw import draw, pick, row_keys, truncate
 from basis_jax.sampling.refill import sample_rows
 
 SAMPLING = SamplingSection(max_new_tokens=9)

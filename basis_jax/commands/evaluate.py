@@ -13,12 +13,13 @@ with 95 % intervals) and report.html (problem by problem, to be looked at).
 """
 
 import json
+from pathlib import Path
 
 import jax
 
 from basis_jax import command_line
 from basis_jax.evaluation.completions import results, write_completions
-from basis_jax.evaluation.evaluate import check_out, open_evaluation, protocol
+from basis_jax.evaluation.evaluate import open_evaluation, protocol
 from basis_jax.evaluation.report import report, table
 from basis_jax.files import replace_file
 from basis_jax.runs.provenance import provenance
@@ -41,6 +42,13 @@ def main() -> None:
     print("\n".join(table(found)))
     for name in ("completions.jsonl", "protocol.json", "results.json", "report.html"):
         print(f"{name:18} {out / name}")
+
+
+def check_out(out: str) -> Path:
+    """The folder to write to. Raises ValueError where none is named or it is a file."""
+    if not out or Path(out).is_file():
+        raise ValueError(f"the evaluation's folder is --out {out or '(missing)'}; give a folder")
+    return Path(out)
 
 
 def load(evaluation, checkpoint: str):

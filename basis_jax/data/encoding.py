@@ -31,10 +31,6 @@ class EncodedProblems:
 
 def as_text(problem: Problem, section: DataSection, tokenizer) -> str:
     """The prompt as the model reads it."""
-    if section.prompt_format not in FORMATS:
-        raise ValueError(
-            f"data.prompt_format is {section.prompt_format!r}; allowed are {', '.join(FORMATS)}"
-        )
     messages = problem.prompt
     if isinstance(messages, str):
         messages = (("user", messages),)

@@ -47,12 +47,7 @@ BENCHMARKS = {
 
 
 def load_training(section: DataSection) -> list[Problem]:
-    """The training problems. Raises ValueError as ``load``, and for a wrapper without a place."""
-    if section.problem_wrapper and "{problem}" not in section.problem_wrapper:
-        raise ValueError(
-            f"data.problem_wrapper is {section.problem_wrapper!r}; write {{problem}} where the "
-            "problem stands in it"
-        )
+    """The training problems. Raises ValueError as ``load``."""
     source = Source(
         path=section.path,
         split=section.split,

@@ -24,9 +24,8 @@ from basis_jax.data.sources import load_held_out
 from basis_jax.evaluation import scores
 from basis_jax.evaluation.scores import bootstrap_interval
 from basis_jax.model.decoder import ModelConfig, computed_in
-from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.checks import check_evaluation, check_memory
-from basis_jax.opening.rollout_setup import stop_ids
+from basis_jax.opening.rollout_setup import locate_model, open_setup
 from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
 from basis_jax.weights import huggingface, layout
 
@@ -128,11 +127,7 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print):
 
     Raises ValueError for settings that cannot be evaluated, before weights are read.
     """
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    folder = huggingface.resolve_folder(config.model.path)
-    model_config = huggingface.read_model_config(
-        folder, compute_dtype=config.model.compute_dtype, attention=config.model.attention
-    )
+    folder, model_config, mesh = locate_model(config)
     check_evaluation(config, model_config, mesh)
     tokenizer = huggingface.load_tokenizer(folder)
     sets = {}
@@ -148,24 +143,8 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print):
             prompt_width=sets[name].tokens.shape[1],
             rows=len(sets[name].problems) * config.eval.samples,
         )
-    with verify.make_verifier(config.data.verifier) as verifier:
-        setup = RolloutSetup(
-            model_config=model_config,
-            mesh=mesh,
-            tokenizer=tokenizer,
-            eos_ids=huggingface.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer),
-            verifier=verifier,
-            seed=config.seed,
-            rows_at_once=config.train.sample_rollouts,
-        )
+    with open_setup(config, folder, model_config, mesh, tokenizer) as setup:
         yield Evaluation(config, folder, setup, sets)
-
-
-def check_out(out: str) -> Path:
-    """The folder to write to. Raises ValueError where none is named or it is a file."""
-    if not out or Path(out).is_file():
-        raise ValueError(f"the evaluation's folder is --out {out or '(missing)'}; give a folder")
-    return Path(out)
 
 
 def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:

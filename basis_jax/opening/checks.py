@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from jax.sharding import Mesh
 
-from basis_jax.config import Config, LossSection
+from basis_jax.config import Config, DataSection, LossSection, SamplingSection
+from basis_jax.data.encoding import FORMATS
 from basis_jax.data.tasks import GYM
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
 from basis_jax.model import costs
@@ -21,6 +22,8 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     """Raise a ValueError for unknown words and sizes that do not divide, before reading weights."""
     train, group = config.train, config.sampling.group_size
     check_ranges(config)
+    check_trainable(config.sampling)
+    check_data(config.data)
     check_words(
         ("optim.schedule", config.optim.schedule, SCHEDULES),
         ("loss.aggregation", config.loss.aggregation, AGGREGATIONS),
@@ -88,6 +91,7 @@ def check_scorers(verifier: str, paths: Sequence[str]) -> None:
 def check_evaluation(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     """Raise a ValueError for numbers that make no evaluation and a model that does not fit."""
     check_ranges(config)
+    check_data(config.data)
     check_model(config, model_config, mesh)
     section = config.eval
     if not section.sets:
@@ -222,4 +226,38 @@ def check_loss(loss: LossSection) -> None:
         raise ValueError(
             f"loss.objective gspo is a mean over sequences, loss.aggregation is "
             f"{loss.aggregation!r}; set it to sequence_mean"
+        )
+
+
+def check_trainable(sampling: SamplingSection) -> None:
+    """Raise ValueError where rollouts would not come from the distribution that is trained."""
+    if sampling.top_p < 1 or sampling.top_k > 0:
+        raise ValueError(
+            f"sampling.top_p = {sampling.top_p} and top_k = {sampling.top_k} truncate the "
+            "distribution while the gradient is that of the full softmax; train with top_p 1 and "
+            "top_k 0"
+        )
+    if sampling.temperature <= 0:
+        raise ValueError(
+            f"sampling.temperature is {sampling.temperature}; training needs one above 0"
+        )
+
+
+def check_features(size: int, count: int, width: int) -> None:
+    """Raise a ValueError where there are not so many prompt features of ``count`` problems."""
+    most = min(count - 1, width)
+    if not 1 <= size <= most:
+        raise ValueError(
+            f"estimator.features is {size} for {count} problems with states of {width} numbers; "
+            f"give 1 to {most}"
+        )
+
+
+def check_data(section: DataSection) -> None:
+    """Raise a ValueError for a wrapper without a place for the problem and an unknown format."""
+    check_words(("data.prompt_format", section.prompt_format, FORMATS))
+    if section.problem_wrapper and "{problem}" not in section.problem_wrapper:
+        raise ValueError(
+            f"data.problem_wrapper is {section.problem_wrapper!r}; write {{problem}} where the "
+            "problem stands in it"
         )

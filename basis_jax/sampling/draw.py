@@ -15,20 +15,6 @@ from basis_jax.config import SamplingSection
 STREAMS = ("train", "reference", "evaluate")
 
 
-def check_trainable(sampling: SamplingSection) -> None:
-    """Raise ValueError where rollouts would not come from the distribution that is trained."""
-    if sampling.top_p < 1 or sampling.top_k > 0:
-        raise ValueError(
-            f"sampling.top_p = {sampling.top_p} and top_k = {sampling.top_k} truncate the "
-            "distribution while the gradient is that of the full softmax; train with top_p 1 and "
-            "top_k 0"
-        )
-    if sampling.temperature <= 0:
-        raise ValueError(
-            f"sampling.temperature is {sampling.temperature}; training needs one above 0"
-        )
-
-
 def row_keys(
     seed: int, stream: str, step: int, *, problem_ids: Int[Array, " N"], samples: Int[Array, " N"]
 ) -> Key[Array, " N"]:

@@ -19,6 +19,7 @@ from basis_jax.data.encoding import EncodedProblems
 from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards, put_rows
+from basis_jax.opening.checks import check_features
 from basis_jax.types import Array
 
 SAMPLE = 8192  # problems that the principal directions are taken from
@@ -38,8 +39,8 @@ def prompt_features(
     The directions come from the first ``SAMPLE`` problems, a random subset as uids are hashes; the
     others are projected batch by batch, so that 1 M problems need 4 ``size`` MB and one pass.
     """
-    check_size(size, problems, model_config)
     count = len(problems.problems)
+    check_features(size, count, model_config.embed)
     rows = -(-min(rows_at_once, count) // batch_shards(mesh)) * batch_shards(mesh)
 
     def states(start: int) -> np.ndarray:
@@ -53,16 +54,6 @@ def prompt_features(
     features = [(part - mean) @ directions for part in sampled]
     features += [(states(start) - mean) @ directions for start in starts[len(sampled) :]]
     return np.concatenate(features).astype(np.float32)
-
-
-def check_size(size: int, problems: EncodedProblems, model_config: ModelConfig) -> None:
-    """Raise a ValueError where ``size`` exceeds the problems or the state's width."""
-    count, width = len(problems.problems), model_config.embed
-    if not 1 <= size <= min(count - 1, width):
-        raise ValueError(
-            f"estimator.features is {size} for {count} problems with states of {width} numbers; "
-            f"give 1 to {min(count - 1, width)}"
-        )
 
 
 @functools.partial(jax.jit, static_argnames="model_config")

@@ -1,6 +1,5 @@
 """Everything that a run holds fixed, built from its config: mesh, model, data, verifier."""
 
-import dataclasses
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,10 @@ from basis_jax.data.encoding import EncodedProblems, encode_prompts
 from basis_jax.data.order import batch_indices
 from basis_jax.data.overlap import OVERLAP, overlapping
 from basis_jax.data.sources import load_held_out, load_training
-from basis_jax.model.sharding import make_mesh
-from basis_jax.opening.checks import check, check_memory
-from basis_jax.opening.rollout_setup import stop_ids
-from basis_jax.sampling.draw import check_trainable
+from basis_jax.opening.checks import check, check_features, check_memory
+from basis_jax.opening.rollout_setup import locate_model, open_setup
 from basis_jax.sampling.rollouts import RolloutSetup
-from basis_jax.training import prompt_features
 from basis_jax.training.reference_table import ReferenceTable, build, load, rows_for, table_origin
-from basis_jax.verify import make_verifier
 from basis_jax.weights import huggingface
 
 
@@ -43,16 +38,8 @@ def open_session(config: Config, report=print, *, training: bool = False):
     Cheap checks come first: everything wrong with the config is said before weights are read.
     ``training``: memory for updates is needed too.
     """
-    check_trainable(config.sampling)
     estimator = make_estimator(config.estimator, config.sampling.group_size)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    folder = huggingface.resolve_folder(config.model.path)
-    model_config = huggingface.read_model_config(
-        folder,
-        compute_dtype=config.model.compute_dtype,
-        remat=config.model.remat,
-        attention=config.model.attention,
-    )
+    folder, model_config, mesh = locate_model(config)
     check(config, model_config, mesh)
     tokenizer = huggingface.load_tokenizer(folder)
     train_set, held_out = load_sets(config, tokenizer, report)
@@ -67,17 +54,8 @@ def open_session(config: Config, report=print, *, training: bool = False):
         training=training,
     )
     if config.estimator.features:
-        prompt_features.check_size(config.estimator.features, train_set, model_config)
-    with make_verifier(config.data.verifier) as verifier:
-        setup = RolloutSetup(
-            model_config=model_config,
-            mesh=mesh,
-            tokenizer=tokenizer,
-            eos_ids=huggingface.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer),
-            verifier=verifier,
-            seed=config.seed,
-            rows_at_once=config.train.sample_rollouts,
-        )
+        check_features(config.estimator.features, size, model_config.embed)
+    with open_setup(config, folder, model_config, mesh, tokenizer) as setup:
         yield Session(config, folder, setup, estimator, train_set, held_out)
 
 

@@ -38,11 +38,15 @@ def find_checkpoint(path: str | Path) -> Path:
     return max(steps, key=lambda step: int(step.name))
 
 
+def saved_config(checkpoint: Path) -> dict:
+    """The fields of the config that made the checkpoint, by section."""
+    with _reading(checkpoint):
+        return dict(ocp.JsonCheckpointHandler().restore((checkpoint / "config").absolute()))
+
+
 def model_path(checkpoint: Path) -> str:
     """``model.path`` of the config that made the checkpoint."""
-    with _reading(checkpoint):
-        saved = ocp.JsonCheckpointHandler().restore((checkpoint / "config").absolute())
-        return saved["model"]["path"]
+    return saved_config(checkpoint)["model"]["path"]
 
 
 def load_checkpoint_params(
