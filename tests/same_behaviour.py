@@ -35,6 +35,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("basis_jax", "scripts", "studies", "benchmarks", "configs")
 STEPS, MIDDLE = 10, 5
+LOCATION = re.compile(r' loc\((?:#loc\d*|unknown|"[^"]*"(?:\([^()]*\))?)\)')
 CHANGING = ("time/", "throughput/", "compile/")
 
 
@@ -148,7 +149,8 @@ def compare_counts(old: int, new: int) -> list[str]:
 
 
 def environment(tree: Path, **more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(tree), "JAX_PLATFORMS": "cpu", **more}
+    settings = {"PYTHONPATH": str(tree), "JAX_PLATFORMS": "cpu", "PYTHONHASHSEED": "0"}
+    return {**os.environ, **settings, **more}
 
 
 def train(tree: Path, run_dir: Path, **more: str) -> None:
@@ -222,7 +224,8 @@ def programs(run_dir: Path) -> collections.Counter:
     """Name and hash of every dumped program; names of functions inside are replaced by numbers."""
     found = collections.Counter()
     for path in run_dir.with_name("programs").glob("*.mlir"):
-        text = re.sub(r"\s*loc\([^\n]*|^#loc[^\n]*", "", path.read_text(), flags=re.MULTILINE)
+        text = re.sub(r"^#loc.*\n", "", path.read_text(), flags=re.MULTILINE)
+        text = LOCATION.sub("", text)
         numbers: dict[str, str] = {}
         text = re.sub(r"@[\w.]+", lambda m, n=numbers: n.setdefault(m.group(), f"@{len(n)}"), text)
         found[hashlib.sha256(text.encode()).hexdigest()] += 1

@@ -68,5 +68,21 @@ def test_the_quickstart_learns_what_its_config_says(tmp_path):
 
 
 def test_the_value_study_finds_its_order_on_the_papers_problems(tmp_path):
-    shown = python("-m", "studies.value_study", "simulate", "--help", cwd=ROOT)
-    assert "--out" in shown
+    """200 batches of 64: below the batch mean, near fresh groups of 8, as in the paper's figure."""
+    small = "--batches 200 --runs 1 --long-problems 512 --long-batch 128 --long-epochs 2"
+    small += " --trials 64 --groups 1 8"
+    out = ["--out", tmp_path / "study"]
+    python("-m", "studies.value_study", "simulate", *small.split(), *out, cwd=ROOT)
+    rows = json.loads((tmp_path / "study.json").read_text())["parts"][0]["rows"]
+    error = {(row["estimator"], row["G"]): row["slices"]["all"]["mse"] for row in rows}
+    basis, batch_mean = error["basis robust", 1], error["reinforce_pp", 1]
+    assert basis < 0.5 * batch_mean and basis < 1.5 * error["grpo group mean", 8]
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_the_policy_study_compares_two_methods_over_two_seeds(tmp_path):
+    study = ["--config", "quickstart", "--out", tmp_path / "study", "--seeds", "2", "--steps", "2"]
+    study += ["--methods", "reinforce_pp", "basis_robust", "--table-samples", "2"]
+    study += ["--problems", "128", "--rollouts", "64", "--eval.every", "2", "--eval.size", "40"]
+    python("-m", "studies.policy_study", *study, cwd=ROOT)
+    assert len(list((tmp_path / "study").glob("*/seed_*/metrics.jsonl"))) == 4
