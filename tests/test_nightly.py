@@ -83,6 +83,17 @@ def test_the_value_study_finds_its_order_on_the_papers_problems(tmp_path):
 def test_the_policy_study_compares_two_methods_over_two_seeds(tmp_path):
     study = ["--config", "quickstart", "--out", tmp_path / "study", "--seeds", "2", "--steps", "2"]
     study += ["--methods", "reinforce_pp", "basis_robust", "--table-samples", "2"]
-    study += ["--problems", "128", "--rollouts", "64", "--eval.every", "2", "--eval.size", "40"]
+    study += [
+        "--report",
+        tmp_path / "report",
+        "--problems",
+        "128",
+        "--rollouts",
+        "64",
+        "--eval.every",
+        "2",
+        "--eval.size",
+        "40",
+    ]
     python("-m", "studies.policy_study", *study, cwd=ROOT)
     assert len(list((tmp_path / "study").glob("*/seed_*/metrics.jsonl"))) == 4
