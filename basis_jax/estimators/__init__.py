@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from basis_jax.estimators.basis import basis
+from basis_jax.estimators.batchwise import basis
 from basis_jax.estimators.critic import gae, sr_ppo, vineppo
 from basis_jax.estimators.group import dr_grpo, gpg, grpo, opo, reinforce_pp_baseline, rloo
+from basis_jax.estimators.group_best import best_of_group, pass_at_k, ucpo
 from basis_jax.estimators.history import (
     Evidence,
     dbb_init,
@@ -30,11 +31,10 @@ from basis_jax.estimators.history import (
     spo_pp_update,
     spo_update,
 )
-from basis_jax.estimators.kae import KernelHistory, kae_init, kae_update
-from basis_jax.estimators.pass_at_k import best_of_group, pass_at_k, ucpo
+from basis_jax.estimators.kernel import KernelHistory, kae_init, kae_update
+from basis_jax.estimators.optimal_value import a_star_po
 from basis_jax.estimators.shrinkage import james_stein, v05
 from basis_jax.estimators.single import batch_mean, reinforce, reinforce_pp, remax
-from basis_jax.estimators.soft_value import a_star_po
 from basis_jax.estimators.table import Table, init_table
 from basis_jax.estimators.value_filter import FilterState, value_filter_init, value_filter_update
 from basis_jax.types import Estimate, Signals
