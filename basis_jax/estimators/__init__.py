@@ -15,11 +15,20 @@ Two faces. Library: one function each, ``basis(rewards, successes, trials) -> Es
 >>> isinstance(state, estimators.Table) and isinstance(estimate, estimators.Estimate)
 True
 
-An own estimator is declared with ``stateless`` or ``stateful`` (module ``declare``) and made by
-reference: ``make("my_file.py:my_estimator")``.
+You declare an estimator of your own with ``stateless`` or ``stateful`` (module ``declare``) and
+make it by reference: ``make("my_file.py:my_estimator")``. ``ESTIMATORS`` lists the built-in ones,
+and the module ``rows`` has what most of them do first and last:
 
-The examples of all docstrings begin after these imports: ``import jax``, ``import jax.numpy as
-jnp``, ``import numpy as np`` and ``from basis_jax import estimators``.
+>>> [name for name, declared in estimators.ESTIMATORS.items() if "table" in declared.needs]
+['a_star_po', 'basis', 'v05']
+
+The examples in the docstrings begin after these lines:
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from basis_jax import estimators
+    np.set_printoptions(precision=3, suppress=True)
 """
 
 from basis_jax.estimators import rows
