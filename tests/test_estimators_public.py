@@ -6,7 +6,9 @@ import inspect
 import pkgutil
 import re
 import textwrap
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -65,3 +67,41 @@ def test_no_function_has_to_be_imported_from_a_module(module):
     public = {n for n in here if {f"estimators.{n}", f"estimators.{module}.{n}"} & PUBLIC.keys()}
     private = {n for n in here if n.startswith("_") or f"{module}.{n}" in INSIDE}
     assert here == public | private and not public & private
+
+
+# --------------------------------------------------------------------------------------- README
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SECTION = README.split("## The estimators alone\n")[1].split("\n## ")[0]
+BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
+
+
+def test_the_estimators_of_the_readme_are_called_as_it_shows(capsys):
+    """The first two blocks, in one scope; each call of the second gives one advantage per row."""
+    scope = {}
+    exec(BLOCKS[0], scope)
+    calls = [line for line in BLOCKS[1].splitlines() if line.startswith("estimators.")]
+    exec("\n".join(line for line in BLOCKS[1].splitlines() if line not in calls), scope)
+    assert len(calls) == 5
+    for call in calls:
+        estimate = eval(call, scope)
+        assert estimate.advantages.shape == (512,) and np.any(estimate.advantages)
+    assert f"the {len(estimators.ESTIMATORS)} in `estimators.ESTIMATORS`" in SECTION
+
+
+def test_the_readmes_own_estimators_are_made_as_it_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = BLOCKS[2].splitlines()[0].removeprefix("# ")
+    Path(name).write_text(BLOCKS[2])
+    made = SECTION[SECTION.index('estimators.make("') :].split("`")[0]
+    assert f'"{name}:' in made and f"--estimator.name {name}:shifted_mean" in SECTION
+    signals = estimators.Signals(
+        rewards=jnp.float32([1, 0]),
+        valid=jnp.array([True, True]),
+        problem_ids=jnp.array([2, 0]),
+        lengths=jnp.array([3, 4]),
+    )
+    _, e = eval(made).update((), signals)
+    np.testing.assert_allclose(e.values, [0.1, 1.1])
+    last = estimators.make(f"{name}:last_reward", first=0.25)
+    state, e = last.update(last.init(np.int32([4, 0, 0]), np.int32([8, 0, 0])), signals)
+    assert e.values.tolist() == [0.25, 0.5] and state.tolist() == [0, 0.25, 1]

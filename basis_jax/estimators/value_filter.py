@@ -51,7 +51,7 @@ NODES = 15  # of the quadrature over a logit
 class FilterState:
     """u_i ~ N(own_mean, own_variance) as of step ``last``; w ~ N(mean, covariance).
 
-    >>> state = estimators.value_filter_init(np.full(9, 4), np.full(9, 8))
+    >>> state = jax.eval_shape(estimators.value_filter_init, np.zeros(9), np.zeros(9))
     >>> isinstance(state, estimators.FilterState), state.features.shape
     (True, (9, 1))
     """
