@@ -78,17 +78,18 @@ class SamplingSection:
 @dataclass(frozen=True)
 class EstimatorSection:
     name: str = "basis"
-    """``basis``, ``reinforce``, ``reinforce_pp``, ``grpo``, ``dr_grpo``, ``rloo``, ..."""
+    """``basis``, ``reinforce_pp``, ``grpo``, ``dr_grpo``, ``rloo``, ``spo``, ..., or your own:
+    ``FILE.py:NAME`` (a path relative to the current directory) or ``package.module:NAME``."""
     options: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Keyword options of ``estimators.make``."""
+    """The estimator's keyword options."""
     table: str = ""
     """Offline reference table (.npz); empty: made in the run folder when one is needed."""
     table_samples: int = 64
-    """Reference rollouts per problem of a table made here (0: none, where the estimator can start
-    without: SPO, value_filter)."""
+    """Reference rollouts per problem of a table made here (0: none, for estimators that can start
+    without a table: SPO, value_filter)."""
     features: int = 0
-    """Numbers a problem out of the reference policy's state at the end of the prompt, one prefill
-    each, for value_filter (0: none); they are kept in the table."""
+    """Numbers per problem from the reference policy's state at the end of the prompt, one prefill
+    each, for estimators that take features: value_filter (0: none). They are kept in the table."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 
 from basis_jax import command_line, estimators
 from basis_jax.estimators import Signals
-from basis_jax.estimators.basis import BETAS
+from basis_jax.estimators.batchwise import BETAS
 from basis_jax.runs.provenance import provenance
 
 PRINTED_LIMIT = 1024

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from basis_jax import estimators
 from basis_jax.config import Config
 from basis_jax.data.order import batch_indices
 from basis_jax.evaluation.evaluate import evaluate
@@ -60,17 +61,24 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), report=print) -
     """
     opened = open_session(config, report, training=True)
     with opened as session, lock_run(config.run_dir) as run_dir:
-        identity = {
-            "model.path": huggingface.fingerprint(session.folder),
-            "data.path": session.train_set.fingerprint(),
-        }
-        open_run(config, devices=[str(d) for d in jax.devices()], identity=identity)
+        devices = [str(device) for device in jax.devices()]
+        open_run(config, devices=devices, identity=identity_of(session))
         with (
             jax.set_mesh(session.setup.mesh),
             checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints,
         ):
             run_steps(session, run_dir, checkpoints, callbacks, report)
     return run_dir
+
+
+def identity_of(session: Session) -> dict[str, str]:
+    """Hashes of what the config only names: the model, the problems, a user's own estimator."""
+    own_estimator = estimators.source_fingerprint(session.config.estimator.name)
+    return {
+        "model.path": huggingface.fingerprint(session.folder),
+        "data.path": session.train_set.fingerprint(),
+        **({} if own_estimator is None else {"estimator.name": own_estimator}),
+    }
 
 
 def run_steps(session: Session, run_dir: Path, checkpoints, callbacks=(), report=print) -> None:

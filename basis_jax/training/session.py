@@ -61,18 +61,25 @@ def open_session(config: Config, report=print, *, training: bool = False):
 
 def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Estimator:
     """The config's estimator. Raises ValueError for what it cannot start from."""
-    names = estimators.option_names(section.name)
-    if "group_size" in names and group_size < 2:
+    declared = estimators.definition(section.name)
+    by_run = {"group_size": "sampling.group_size", "features": "estimator.features"}
+    for option in by_run.keys() & section.options.keys() & set(declared.provided):
+        raise ValueError(f"estimator.options has {option!r}; give it as {by_run[option]} instead")
+    if "group_size" in declared.needs and group_size < 2:
         raise ValueError(
             f"{section.name} compares the rollouts of a prompt but sampling.group_size is "
             f"{group_size}; give 2 or more"
         )
-    group = {"group_size": group_size} if "group_size" in names else {}
-    estimator = estimators.make(section.name, **section.options, **group)
-    if section.features and "features" not in names:
+    group = {"group_size": group_size} if "group_size" in declared.provided else {}
+    estimator = estimators.make(declared, **section.options, **group)
+    if section.features and "features" not in declared.provided:
         raise ValueError(
             f"estimator.features is {section.features} but {section.name} takes no features; set "
             "it to 0 or use value_filter"
+        )
+    if "features" in declared.needs and not section.features:
+        raise ValueError(
+            f"{section.name} needs prompt features but estimator.features is 0; give their number"
         )
     if min(section.features, section.table_samples) < 0:
         raise ValueError(

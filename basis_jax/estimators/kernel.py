@@ -15,7 +15,13 @@ from basis_jax.types import Estimate, Signals
 
 @pytree
 class KernelHistory:
-    """The last W steps of every problem; step s lives in row s mod W."""
+    """The last W steps of every problem; step s lives in row s mod W.
+
+    >>> history = estimators.KernelHistory(sums=jnp.zeros((5, 9)), counts=jnp.zeros((5, 9)),
+    ...                                    step=jnp.int32(0))
+    >>> history.sums.shape  # five steps of nine problems
+    (5, 9)
+    """
 
     sums: Float[Array, "W M"]  # of the rewards seen in that step
     counts: Float[Array, "W M"]
@@ -25,7 +31,13 @@ class KernelHistory:
 def kae_init(
     successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"], *, window: int = 5
 ) -> KernelHistory:
-    """Empty histories; the offline table is checked and not used. ValueError for window < 1."""
+    """Empty histories of the last ``window`` steps; the offline table is checked (``init_table``)
+    and not used. ValueError for window < 1.
+
+    >>> history = estimators.kae_init(np.zeros(9), np.zeros(9), window=5)
+    >>> history.sums.shape
+    (5, 9)
+    """
     if window < 1:
         raise ValueError(f"got window={window}; the kernel needs 1 step or more")
     empty = jnp.zeros((window, init_table(successes, trials).trials.size))
@@ -41,6 +53,14 @@ def kae_update(state: KernelHistory, signals: Signals) -> tuple[KernelHistory, E
     alone in the batch without recent history has the mean of the batch's other rows
     (``fallback_share``). Any number of rows a problem; the own reward is in no V. Invalid rows are
     not remembered.
+
+    >>> history = estimators.kae_init(np.zeros(9), np.zeros(9))
+    >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
+    ...                              problem_ids=jnp.array([3, 7]), lengths=jnp.array([5, 6]))
+    >>> history, estimate = estimators.kae_update(history, signals)  # no history: the other row
+    >>> history, estimate = estimators.kae_update(history, signals)  # each problem's last reward
+    >>> estimate.values.tolist()
+    [1.0, 0.0]
     """
     rewards, valid = read(signals.rewards, signals.valid)
     window, problems = state.sums.shape

@@ -20,7 +20,12 @@ def a_star_po(
     2025, arXiv 2505.20686. The loss adds -beta2 * sum(logprobs - ref_logprobs) to the residual.
 
     Rewards 0 or 1. Without trials V* is that of a success rate 1/2 (``fallback_share``). A prompt
-    without a success has V* = 0, and a failure there no residual (``zero_share``).
+    without a success has V* = 0, and a failure there no residual (``zero_share``). ValueError for
+    beta < 0.
+
+    >>> successes, trials = np.array([4, 0]), np.array([8, 8])  # of two prompts
+    >>> print(estimators.a_star_po(np.float32([1, 0]), successes, trials).values)
+    [0.717 0.   ]
     """
     rewards, valid = read(rewards, valid, successes=successes, trials=trials)
     successes, trials = jnp.asarray(successes, jnp.float32), jnp.asarray(trials, jnp.float32)
@@ -35,6 +40,9 @@ def soft_value(rate: Float[Array, "*s"], beta: float) -> Float[Array, "*s"]:
 
     beta = 0: the rate itself, as the authors' code has it (the limit would be 1). This is not
     BASIS's tilted value E_ref[r exp(r / beta)] / E_ref[exp(r / beta)]. ValueError for beta < 0.
+
+    >>> print(estimators.soft_value(jnp.float32([0, 0.5, 1]), 0.5))
+    [0.    0.717 1.   ]
     """
     if beta < 0:
         raise ValueError(f"got beta={beta}; the soft value needs beta >= 0")

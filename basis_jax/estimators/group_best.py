@@ -25,7 +25,13 @@ def pass_at_k(
     n rollouts, w wrong: R = 1 - C(w, k) / C(n, k), sd = sqrt(R (1 - R)); right rollouts get
     (1 - R) / (sd + 1e-6), wrong ones (1 - R - C(w - 1, k - 1) / C(n - 1, k - 1)) / (sd + 1e-6).
     k = 1 is GRPO with ddof = 0. A group without a success, with fewer than k failures or with
-    fewer than k valid rollouts gives 0. ``values`` are R. ValueError unless 1 <= k <= group_size.
+    fewer than k valid rollouts gives 0. ``values`` are R. Raises ValueError as ``rloo``, and
+    unless 1 <= k <= group_size.
+
+    >>> rewards = np.float32([1, 0, 0, 0])  # one prompt, four rollouts
+    >>> estimate = estimators.pass_at_k(rewards, group_size=4, k=2)
+    >>> print(estimate.advantages, estimate.values)
+    [ 1.    -0.333 -0.333 -0.333] [0.5 0.5 0.5 0.5]
     """
     if not 1 <= k <= group_size:
         raise ValueError(f"got k={k} for group_size={group_size}; k is between 1 and group_size")
@@ -54,7 +60,12 @@ def best_of_group(
     scale: bool = False,
 ) -> Estimate:
     """Only the best rollout counts: best - second best, the others 0. arXiv 2503.19595, as verl's
-    ``grpo_passk``; ``scale`` divides by the group's sd + 1e-6 (ddof = 1). Ties give 0.
+    ``grpo_passk``; ``scale`` divides by the group's sd + 1e-6 (ddof = 1). Ties give 0. Raises
+    ValueError as ``rloo``.
+
+    >>> rewards = np.float32([0.2, 0.9, 0.6, 0.1])  # one prompt, four rollouts
+    >>> print(estimators.best_of_group(rewards, group_size=4).advantages)
+    [0.  0.3 0.  0. ]
     """
     r, w = split(rewards, valid, group_size)
     ranked = jnp.sort(jnp.where(w > 0, r, -jnp.inf), 1)
@@ -81,6 +92,11 @@ def ucpo(
     ``logprobs_mean``: a completion's mean token log-probability under the old policy; q is their
     softmax over the right rollouts, at least 1e-6. With n_c >= 2 right rollouts these get
     n_c A w_i, w_i = (1 - weight) / n_c + weight (1 / q_i) / sum_j 1 / q_j; the rest is GRPO.
+    Raises ValueError as ``rloo``.
+
+    >>> rewards, logprobs_mean = np.float32([1, 1, 0, 0]), np.float32([-1, -3, -1, -1])
+    >>> print(estimators.ucpo(rewards, logprobs_mean, group_size=4).advantages)
+    [ 0.734  0.998 -0.866 -0.866]
     """
     r, w = split(rewards, valid, group_size, logprobs_mean=logprobs_mean)
     e = grpo(rewards, group_size=group_size, valid=valid, convention="oat")

@@ -97,7 +97,13 @@ def basis(
     [0, 1]. Where no beta counts, or fewer than 3 rows are valid, it is the largest.
 
     Info: ``beta`` (mean over rows), ``active_fraction``, ``fallback_share`` (rows whose baseline
-    is the Jeffreys value, or the published 0), ``zero_share`` (rows with advantage 0).
+    is the Jeffreys value, or the published 0), ``zero_share`` (rows with advantage 0). ValueError
+    for another ``variant`` or ``rule``, ``folds`` < 3, and arrays of unequal length.
+
+    >>> rewards, successes = np.float32([1, 0, 1, 0]), np.array([6, 2, 7, 1])
+    >>> estimate = estimators.basis(rewards, successes, np.full(4, 8))  # of 8 reference completions
+    >>> print(estimate.values)
+    [1.    0.339 1.    0.167]
     """
     _check(variant, rule, folds)
     rewards, valid = read(rewards, valid, successes=successes, trials=trials)
