@@ -7,13 +7,12 @@ Every ``[N T]`` array is token-aligned: entry t says something about token t.
 
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from basis_jax.pytree import pytree
 
-AnyArray = jax.Array | np.ndarray
+AnyArray = Array | np.ndarray
 """On a device or on the host: prompts come from the host, rollouts are verified there."""
 
 

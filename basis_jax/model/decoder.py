@@ -125,7 +125,7 @@ def rms_norm(
 
 def logical(initial: Callable[..., Array], axes: tuple[str | None, ...]) -> Callable[..., Array]:
     """An initializer that records the parameter's logical axes. Inside a module flax unboxes it."""
-    return nn.with_logical_partitioning(initial, axes)  # type: ignore[return-value]  # boxed
+    return nn.with_logical_partitioning(initial, axes)  # type: ignore[return-value]  # unboxed later
 
 
 class Block(nn.Module):
