@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import Any
 
 from basis_jax.config import Config
 
@@ -45,7 +46,9 @@ def load_config(name: str | Path) -> Config:
     """
     path = find_config(name)
     loader = SourceFileLoader(f"config_{path.stem}", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None  # every source file has one
+    module = importlib.util.module_from_spec(spec)
     try:
         loader.exec_module(module)
         config = module.config()
@@ -62,7 +65,7 @@ def load_config(name: str | Path) -> Config:
     return config
 
 
-def field_names(config, prefix: str = "") -> list[str]:
+def field_names(config: Any, prefix: str = "") -> list[str]:
     """Dotted names of every field that can be overridden."""
     names = []
     for field in dataclasses.fields(config):

@@ -111,7 +111,7 @@ def read_json_rows(path: Path, option: str) -> Iterator[Mapping[str, Any]]:
         raise ValueError(f"cannot read {path} ({error}); give another with {option}") from error
     try:
         if text.lstrip().startswith("["):
-            rows = enumerate(json.loads(text), start=1)
+            rows: Iterator[tuple[int, Any]] = enumerate(json.loads(text), start=1)
         else:  # not splitlines(): JSON strings may hold other line separators as they are
             lines = enumerate(text.split("\n"), start=1)
             rows = ((number, json.loads(line)) for number, line in lines if line.strip())
@@ -125,7 +125,7 @@ def read_json_rows(path: Path, option: str) -> Iterator[Mapping[str, Any]]:
         ) from error
 
 
-def read_dataset(path: str, *, split: str, option: str):
+def read_dataset(path: str, *, split: str, option: str) -> Any:
     """A ``datasets.Dataset``. ``name:subset`` asks the hub for a subset, as in openai/gsm8k:main.
 
     Raises one ValueError for whatever keeps it from being read, with what to do.
@@ -161,8 +161,8 @@ def read_dataset(path: str, *, split: str, option: str):
 
 def fill_in(columns: tuple[str, str], row: Mapping[str, Any], path: str) -> tuple[str, str]:
     """Column names where the config leaves them empty: those of the first layout that fits."""
-    for layout in COLUMN_LAYOUTS:
-        named = tuple(name or default for name, default in zip(columns, layout, strict=True))
+    for problem, answer in COLUMN_LAYOUTS:
+        named = (columns[0] or problem, columns[1] or answer)
         if all(name.split(".")[0] in row for name in named):
             return named
     raise ValueError(

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,7 @@ class Evaluation:
 
 
 @contextmanager
-def open_evaluation(config: Config, report: Callable[[str], None] = print):
+def open_evaluation(config: Config, report: Callable[[str], None] = print) -> Iterator[Evaluation]:
     """Yield the Evaluation; its verifier's processes end with the block. Needs no training data.
 
     Raises ValueError for settings that cannot be evaluated, before weights are read.
@@ -191,7 +191,7 @@ def params_sha256(params: PyTree, model_config: ModelConfig) -> str:
     digest = hashlib.sha256()
     for name, tensor in layout.stored_tensors(params, model_config):
         digest.update(f"{name}\0{tensor.shape}\0".encode())
-        digest.update(np.ascontiguousarray(tensor, np.float32))
+        digest.update(np.ascontiguousarray(tensor, np.float32).data)
     return digest.hexdigest()
 
 

@@ -1,8 +1,8 @@
 """What a config may say, as far as it can be told before weights are read."""
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -204,7 +204,9 @@ def check_ranges(config: Config) -> None:
     """Raise a ValueError for the first number below what it can mean."""
     for minimum, names in AT_LEAST.items():
         for name in names.split():
-            value = functools.reduce(getattr, name.split("."), config)
+            value: Any = config
+            for part in name.split("."):
+                value = getattr(value, part)
             if value < minimum:
                 raise ValueError(f"{name} is {value}; give {minimum} or more")
     if not 0 < config.sampling.top_p <= 1:

@@ -13,9 +13,9 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from io import BufferedWriter, TextIOBase
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from basis_jax.files import append_json_lines, whole_lines
 from basis_jax.runs.terminal import Terminal
@@ -45,7 +45,7 @@ class Records:
         total_steps: int,
         resume_step: int = -1,
         *,
-        stream: TextIOBase | None = None,
+        stream: TextIO | None = None,
     ):
         run_dir = Path(run_dir)
         with ExitStack() as opened:  # closes what is open when a later line raises
@@ -93,10 +93,10 @@ class Records:
     def __enter__(self) -> "Records":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _tensorboard(self, folder: Path, next_step: int):
+    def _tensorboard(self, folder: Path, next_step: int) -> Any:
         try:
             from tensorboardX import SummaryWriter
         except ImportError:

@@ -4,8 +4,8 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from datetime import timedelta
-from io import TextIOBase
 from statistics import median_low
+from typing import Any, TextIO
 
 FIELDS = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -24,7 +24,7 @@ FIELDS = (
 class Terminal:
     """A progress bar on a terminal (with rich), one plain line a step anywhere else."""
 
-    def __init__(self, total: int, done: int, stream: TextIOBase):
+    def __init__(self, total: int, done: int, stream: TextIO):
         self._total, self._stream = total, stream
         self._seconds: deque[float] = deque(maxlen=20)  # of the last steps
         self._then = time.monotonic()
@@ -70,12 +70,12 @@ class Terminal:
     def __enter__(self) -> "Terminal":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 
 
-def _live(stream: TextIOBase):
+def _live(stream: TextIO) -> Any:
     try:
         from rich.console import Console
         from rich.live import Live

@@ -71,7 +71,7 @@ class BackgroundGrader:
     def __enter__(self) -> "BackgroundGrader":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
 
     def submit(self, rollouts: Rollouts, rows: np.ndarray) -> None:
@@ -137,7 +137,7 @@ def roll_out(
     )
 
 
-def completion_texts(rollouts: Rollouts, tokenizer) -> list[str]:
+def completion_texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:
     """Completion texts without special tokens."""
     starts, lengths = rollouts.prompt_lengths, rollouts.completion_lengths
     ids = [

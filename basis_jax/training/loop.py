@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ from basis_jax.training.update import (
     merge_updates,
     reward_metrics,
 )
-from basis_jax.types import Estimate, TrainState
+from basis_jax.types import Batch, Estimate, TrainState
 from basis_jax.weights import huggingface
 
 Callback = Callable[[int, TrainState, Mapping[str, float]], None]
@@ -53,7 +53,12 @@ class Step(NamedTuple):
     estimate: Estimate
 
 
-def train(config: Config, *, callbacks: Sequence[Callback] = (), report=print) -> Path:
+def train(
+    config: Config,
+    *,
+    callbacks: Sequence[Callback] = (),
+    report: Callable[[str], None] = print,
+) -> Path:
     """Train as ``config`` says, or go on where its run folder ended; returns the run folder.
 
     ``report`` is called with a line of text while things are opened. Raises ValueError for settings
@@ -81,7 +86,13 @@ def identity_of(session: Session) -> dict[str, str]:
     }
 
 
-def run_steps(session: Session, run_dir: Path, checkpoints, callbacks=(), report=print) -> None:
+def run_steps(
+    session: Session,
+    run_dir: Path,
+    checkpoints: Any,
+    callbacks: Sequence[Callback] = (),
+    report: Callable[[str], None] = print,
+) -> None:
     """All steps that are left. A step is logged before its checkpoint is saved: see ``Records``."""
     config = session.config
     step = make_step(session)
@@ -158,7 +169,7 @@ def sample_and_verify(params: PyTree, session: Session, number: int) -> Graded:
     )
 
 
-def objective_of(config: Config) -> dict:
+def objective_of(config: Config) -> dict[str, Any]:
     """What update and scoring of log-probabilities share."""
     return {
         "loss": config.loss,
@@ -167,17 +178,17 @@ def objective_of(config: Config) -> dict:
     }
 
 
-def optimizer_of(config: Config):
+def optimizer_of(config: Config) -> Any:
     return make_optimizer(config.optim, updates=config.train.steps * updates_per_step(config))
 
 
-def microbatch_maker(session: Session):
+def microbatch_maker(session: Session) -> Callable[..., list[list[Batch]]]:
     """(graded, estimate, params) -> the microbatches of every update of a step."""
     config = session.config
     score = make_score(session.setup.model_config, **objective_of(config))
     reference = start_params(session) if config.loss.kl_coef else None
 
-    def make(graded: Graded, estimate: Estimate, *, params: PyTree):
+    def make(graded: Graded, estimate: Estimate, *, params: PyTree) -> list[list[Batch]]:
         return make_batches(
             graded,
             estimate,
@@ -191,7 +202,9 @@ def microbatch_maker(session: Session):
     return make
 
 
-def first_state(session: Session, run_dir: Path, report=print) -> TrainState:
+def first_state(
+    session: Session, run_dir: Path, report: Callable[[str], None] = print
+) -> TrainState:
     """The state before the first step: weights from the model folder, estimator state from the
     reference table where the estimator takes one (made at ``run_dir/reference.npz``)."""
     params = start_params(session)

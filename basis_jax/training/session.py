@@ -1,8 +1,10 @@
 """Everything that a run holds fixed, built from its config: mesh, model, data, verifier."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +34,9 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config, report=print, *, training: bool = False):
+def open_session(
+    config: Config, report: Callable[[str], None] = print, *, training: bool = False
+) -> Iterator[Session]:
     """Yield the Session; its verifier's processes end with the block.
 
     Cheap checks come first: everything wrong with the config is said before weights are read.
@@ -95,7 +99,7 @@ def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Est
 
 
 def load_sets(
-    config: Config, tokenizer, report
+    config: Config, tokenizer: Any, report: Callable[[str], None]
 ) -> tuple[EncodedProblems, dict[str, EncodedProblems]]:
     """Training problems and the held-out sets by name, as tokens; what was left out is reported."""
 
@@ -114,7 +118,9 @@ def load_sets(
 
 
 def report_overlap(
-    train_set: EncodedProblems, held_out: dict[str, EncodedProblems], report
+    train_set: EncodedProblems,
+    held_out: dict[str, EncodedProblems],
+    report: Callable[[str], None],
 ) -> None:
     """Warn of every held-out set that shares problems or texts with the training problems."""
     training_uids = {p.uid for p in train_set.problems}
@@ -133,7 +139,9 @@ def report_overlap(
             )
 
 
-def reference_table(session: Session, params: PyTree, path: Path, report=print) -> ReferenceTable:
+def reference_table(
+    session: Session, params: PyTree, path: Path, report: Callable[[str], None] = print
+) -> ReferenceTable:
     """The training problems' table: read from ``estimator.table``, or made or finished at ``path``.
 
     Call under ``jax.set_mesh``. Raises ValueError where the table on disk does not fit the run.
@@ -171,7 +179,9 @@ def estimator_state_shapes(session: Session) -> PyTree:
     return jax.eval_shape(session.estimator.init, counts, counts, **options)
 
 
-def first_estimator_state(session: Session, params: PyTree, path: Path, report=print) -> PyTree:
+def first_estimator_state(
+    session: Session, params: PyTree, path: Path, report: Callable[[str], None] = print
+) -> PyTree:
     """The estimator's state before the first step, from the reference table where it takes one."""
     section = session.config.estimator
     uses_table = section.table or section.table_samples or section.features

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from basis_jax.config import LossSection, OptimSection
 from basis_jax.estimators import Estimator
@@ -122,7 +122,7 @@ def finish_step(state: TrainState, estimator_state: PyTree) -> TrainState:
     return replace(state, step=state.step + 1, estimator_state=estimator_state)
 
 
-def merge_updates(outcomes: list[dict[str, jax.Array]]) -> dict[str, float]:
+def merge_updates(outcomes: list[dict[str, Float[Array, ""]]]) -> dict[str, float]:
     """Metrics of a step's updates: the mean, and the maximum where the name says so.
 
     Raises ValueError where a gradient or an update is not finite: the parameters are then spoilt.
@@ -143,14 +143,16 @@ def merge_updates(outcomes: list[dict[str, jax.Array]]) -> dict[str, float]:
 
 def make_score(
     model_config: ModelConfig, *, loss: LossSection, temperature: float, microbatch: int
-) -> Callable[[PyTree, jax.Array, jax.Array], jax.Array]:
+) -> Callable[[PyTree, Array, Array], Array]:
     """jitted (params, tokens [N T], mask [N T]) -> log-probabilities [N T] of the trainer's policy
     where mask, 0 elsewhere, for one microbatch."""
-    options = {"loss": loss, "temperature": temperature, "microbatch": microbatch}
+    score_micro = functools.partial(
+        micro_logprobs, loss=loss, temperature=temperature, microbatch=microbatch
+    )
 
     @jax.jit
     def score(params, tokens, mask):
-        return micro_logprobs(params, model_config, tokens, mask, **options)[0]
+        return score_micro(params, model_config, tokens, mask)[0]
 
     return score
 
@@ -158,13 +160,13 @@ def make_score(
 def micro_logprobs(
     params: PyTree,
     model_config: ModelConfig,
-    tokens: jax.Array,
-    mask: jax.Array,
+    tokens: Int[Array, "N T"],
+    mask: Bool[Array, "N T"],
     *,
     loss: LossSection,
     temperature: float,
     microbatch: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     """``token_logprobs`` in chunks of microbatch x logprob_chunk tokens, of fewer positions where a
     microbatch has more rows."""
     chunk = max(1, loss.logprob_chunk * microbatch // tokens.shape[0])
@@ -181,13 +183,14 @@ def policy_objective(
     loss: LossSection,
     temperature: float,
     microbatch: int,
-) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
+) -> tuple[Float[Array, ""], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]:
     """The microbatch's share of the loss; its sums over tokens, and its largest log-prob gap."""
+    mask = jnp.asarray(batch.completion_mask)
     logprobs, entropy = micro_logprobs(
         params,
         model_config,
-        batch.tokens,
-        batch.completion_mask,
+        jnp.asarray(batch.tokens),
+        mask,
         loss=loss,
         temperature=temperature,
         microbatch=microbatch,
@@ -201,8 +204,7 @@ def policy_objective(
         dual_clip=loss.dual_clip,
         tis_cap=loss.tis_cap,
     )
-    old = logprobs if batch.old_logprobs is None else batch.old_logprobs
-    mask = batch.completion_mask
+    old = logprobs if batch.old_logprobs is None else jnp.asarray(batch.old_logprobs)
     gap = jnp.abs(old - batch.sampler_logprobs)
     sums = {
         "tokens": jnp.sum(mask).astype(jnp.float32),
@@ -231,7 +233,7 @@ def make_update(
     loss: LossSection,
     temperature: float,
     microbatch: int,
-) -> Callable[[TrainState, list[Batch]], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, list[Batch]], tuple[TrainState, dict[str, Array]]]:
     """(state, microbatches) -> state, metrics: gradients added up, then one optimizer update.
 
     The microbatches' ``loss_weights`` hold the global denominators, so the summed gradients are the
@@ -262,7 +264,7 @@ def make_update(
 
     apply = jax.jit(functools.partial(apply_gradients, optimizer), donate_argnums=(0, 1))
 
-    def update(state: TrainState, micros: list[Batch]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(state: TrainState, micros: list[Batch]) -> tuple[TrainState, dict[str, Array]]:
         total = functools.reduce(add, (gradient(state.params, micro) for micro in micros))
         params, opt_state, metrics = apply(state.params, state.opt_state, total)
         return replace(state, params=params, opt_state=opt_state), metrics
@@ -272,7 +274,7 @@ def make_update(
 
 def apply_gradients(
     optimizer: optax.GradientTransformation, params: PyTree, opt_state: PyTree, total: PyTree
-) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+) -> tuple[PyTree, PyTree, dict[str, Float[Array, ""]]]:
     """Parameters and moments after one step of the optimizer; the update's metrics per token."""
     gradients, (sums, gap) = total
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its counts with floats
