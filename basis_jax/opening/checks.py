@@ -1,12 +1,13 @@
 """What a config may say, as far as it can be told before weights are read."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from basis_jax.config import Config, DataSection, LossSection, SamplingSection
+from basis_jax.config import Config, DataSection, LossSection, SamplingSection, WatchSection
 from basis_jax.data.encoding import FORMATS
 from basis_jax.data.tasks import GYM
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
@@ -14,6 +15,7 @@ from basis_jax.model import costs
 from basis_jax.model.decoder import ATTENTION, REMAT, ModelConfig, computed_in
 from basis_jax.model.sharding import batch_shards, check_divides
 
+WARNINGS = tuple(field.name for field in dataclasses.fields(WatchSection))
 SCHEDULES = ("constant", "linear", "cosine")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -23,6 +25,7 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     train, group = config.train, config.sampling.group_size
     check_ranges(config)
     check_trainable(config.sampling)
+    check_words(*(("train.abort_on", name, WARNINGS) for name in config.train.abort_on))
     check_data(config.data)
     check_words(
         ("optim.schedule", config.optim.schedule, SCHEDULES),
@@ -193,7 +196,7 @@ def device_memory(devices: Sequence) -> int:
 
 AT_LEAST = {
     1: "train.steps train.sample_rollouts checkpoint.every checkpoint.keep "
-    "eval.samples loss.logprob_chunk sampling.group_size sampling.max_new_tokens "
+    "eval.samples train.patience loss.logprob_chunk sampling.group_size sampling.max_new_tokens "
     "data.max_prompt_tokens",
     0: "seed data.size eval.size eval.every eval.temperature train.log_samples optim.lr optim.eps "
     "optim.warmup_steps optim.weight_decay optim.max_grad_norm sampling.top_k",

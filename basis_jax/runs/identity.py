@@ -18,6 +18,9 @@ MAY_DIFFER = (
     "train.log_samples",
     "train.microbatch_rollouts",
     "train.sample_rollouts",
+    "train.patience",
+    "train.abort_on",
+    "watch.",
     "eval.every",
     "mesh.",
     "checkpoint.",
@@ -65,7 +68,7 @@ def open_run(
         if any((run_dir / "checkpoints").glob("[0-9]*")):
             _check_same(
                 run_dir,
-                {**before["config"], "contents of": before.get("identity", {})},
+                {**_with_defaults(before["config"]), "contents of": before.get("identity", {})},
                 {**fields, "contents of": dict(identity or {})},
             )
             starts = before["starts"]
@@ -99,6 +102,16 @@ def _check_same(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             f"run folder {run_dir} holds a run of another configuration: {'; '.join(differing)}; "
             "take the values that are there, or give another --run-dir"
         )
+
+
+def _with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of an older version: fields that it did not have yet were at their defaults."""
+    defaults = json.loads(json.dumps(asdict(Config(run_dir=""))))
+    merged = {**defaults, **fields}
+    for name, section in defaults.items():
+        if isinstance(section, dict) and name in fields:
+            merged[name] = {**section, **fields[name]}
+    return merged
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from basis_jax.evaluation.evaluate import evaluate
 from basis_jax.runs import checkpoint
 from basis_jax.runs.compiles import count_compiles
 from basis_jax.runs.identity import lock_run, open_run
-from basis_jax.runs.metrics import Records
+from basis_jax.runs.metrics import Records, read_metrics
 from basis_jax.sampling.rollouts import Graded, roll_out
 from basis_jax.training.microbatches import make_batches, updates_per_step
 from basis_jax.training.session import (
@@ -37,6 +37,7 @@ from basis_jax.training.update import (
     merge_updates,
     reward_metrics,
 )
+from basis_jax.training.watch import Watch, has_signal
 from basis_jax.types import Batch, Estimate, TrainState
 from basis_jax.weights import huggingface
 
@@ -103,17 +104,26 @@ def run_steps(
     with count_compiles() as compiled, Records(run_dir, last, resume_step) as records:
         if restored is None:
             records.log(0, evaluate_now(state.params, session) | compiled.take())
+        watch = Watch(config, read_metrics(run_dir))
         for done in range(start + 1, last + 1):
+            if watch.solved:
+                break
             state, metrics, graded, estimate = step(state, done - 1)
-            if done == last or (config.eval.every and done % config.eval.every == 0):
+            watch.count(metrics)
+            at_end = done == last or watch.solved
+            if at_end or (config.eval.every and done % config.eval.every == 0):
                 metrics |= evaluate_now(state.params, session)
             shown = shown_rows(session, graded, estimate, config.train.log_samples)
             records.samples(done, shown)
             records.log(done, metrics | compiled.take())
-            if done == last or done % config.checkpoint.every == 0:
+            if at_end or done % config.checkpoint.every == 0:
                 checkpoint.save(checkpoints, state, dataclasses.asdict(config))
             for callback in callbacks:
                 callback(done, state, metrics)
+            for warning in watch.warnings(metrics, graded, answers_of(session, graded)):
+                records.message(warning)
+        if watch.solved:
+            records.message(watch.solved_message())
 
 
 def make_step(session: Session) -> Callable[[TrainState, int], Step]:
@@ -137,11 +147,13 @@ def make_step(session: Session) -> Callable[[TrainState, int], Step]:
         started = time.perf_counter()
         estimator_state, estimate = estimate_values(state.estimator_state, graded)
         outcomes = []
-        for microbatches in make_microbatches(graded, estimate, params=state.params):
-            state, outcome = update(state, microbatches)
-            outcomes.append(outcome)
+        if has_signal(graded):
+            for microbatches in make_microbatches(graded, estimate, params=state.params):
+                state, outcome = update(state, microbatches)
+                outcomes.append(outcome)
         state = finish_step(state, estimator_state)
         metrics = reward_metrics(graded, estimate) | merge_updates(outcomes)
+        metrics["estimate/no_signal"] = float(not outcomes)
         metrics["time/update_s"] = time.perf_counter() - started
         return Step(state, metrics, graded, estimate)
 
@@ -242,6 +254,11 @@ def evaluate_now(params: PyTree, session: Session) -> dict[str, float]:
         params, session.setup, session.held_out, section=config.eval, sampling=config.sampling
     )
     return metrics | {"time/eval_s": time.perf_counter() - started}
+
+
+def answers_of(session: Session, graded: Graded) -> list[str]:
+    """The right answer of every rollout."""
+    return [session.train_set.problems[i].answer for i in graded.rollouts.problem_ids]
 
 
 def shown_rows(session: Session, graded: Graded, estimate: Estimate, count: int) -> list[dict]:

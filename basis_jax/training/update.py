@@ -135,7 +135,7 @@ def merge_updates(outcomes: list[dict[str, Float[Array, ""]]]) -> dict[str, floa
             "would come to it again: give another --run-dir and a lower optim.lr, or float32"
         )
     merged = {}
-    for name in outcomes[0]:
+    for name in outcomes[0] if outcomes else ():
         values = [o[name] for o in outcomes]
         merged[name] = float(np.max(values) if name.endswith("_max") else np.mean(values))
     return merged
