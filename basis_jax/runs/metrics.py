@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from io import BufferedWriter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from basis_jax.files import append_json_lines, whole_lines
-from basis_jax.runs.terminal import Terminal
+from basis_jax.runs.terminal import Stream, Terminal
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ class Records:
         total_steps: int,
         resume_step: int = -1,
         *,
-        stream: TextIO | None = None,
+        stream: Stream | None = None,
     ):
         run_dir = Path(run_dir)
         with ExitStack() as opened:  # closes what is open when a later line raises

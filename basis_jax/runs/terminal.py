@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from datetime import timedelta
+from io import TextIOBase
 from statistics import median_low
 from typing import Any, TextIO
 
@@ -20,11 +21,14 @@ FIELDS = (
 )
 """What the terminal shows of a step: label, metric key, format."""
 
+Stream = TextIO | TextIOBase
+"""``sys.stdout`` is declared as the first; a ``StringIO`` passes run-time checks as the second."""
+
 
 class Terminal:
     """A progress bar on a terminal (with rich), one plain line a step anywhere else."""
 
-    def __init__(self, total: int, done: int, stream: TextIO):
+    def __init__(self, total: int, done: int, stream: Stream):
         self._total, self._stream = total, stream
         self._seconds: deque[float] = deque(maxlen=20)  # of the last steps
         self._then = time.monotonic()
@@ -75,10 +79,11 @@ class Terminal:
             self._live.stop()
 
 
-def _live(stream: TextIO) -> Any:
+def _live(stream: Stream) -> Any:
     try:
         from rich.console import Console
         from rich.live import Live
     except ImportError:  # plain lines do as well
         return None
-    return Live(console=Console(file=stream), auto_refresh=False)
+    console = Console(file=stream)  # type: ignore[arg-type]  # rich only writes to it
+    return Live(console=console, auto_refresh=False)
