@@ -25,6 +25,7 @@ from basis_jax.evaluation import scores
 from basis_jax.evaluation.scores import bootstrap_interval
 from basis_jax.model.decoder import ModelConfig, computed_in
 from basis_jax.opening.checks import check_evaluation, check_memory
+from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup
 from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
 from basis_jax.weights import huggingface, layout
@@ -127,6 +128,7 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print) -> It
 
     Raises ValueError for settings that cannot be evaluated, before weights are read.
     """
+    check_ranges(config)
     folder, model_config, mesh = locate_model(config)
     check_evaluation(config, model_config, mesh)
     tokenizer = huggingface.load_tokenizer(folder)

@@ -17,6 +17,7 @@ from basis_jax.data.order import batch_indices
 from basis_jax.data.overlap import OVERLAP, overlapping
 from basis_jax.data.sources import load_held_out, load_training
 from basis_jax.opening.checks import check, check_features, check_memory
+from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup
 from basis_jax.sampling.rollouts import RolloutSetup
 from basis_jax.training.reference_table import ReferenceTable, build, load, rows_for, table_origin
@@ -42,6 +43,7 @@ def open_session(
     Cheap checks come first: everything wrong with the config is said before weights are read.
     ``training``: memory for updates is needed too.
     """
+    check_ranges(config)
     estimator = make_estimator(config.estimator, config.sampling.group_size)
     folder, model_config, mesh = locate_model(config)
     check(config, model_config, mesh)
@@ -84,11 +86,6 @@ def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Est
     if "features" in declared.needs and not section.features:
         raise ValueError(
             f"{section.name} needs prompt features but estimator.features is 0; give their number"
-        )
-    if min(section.features, section.table_samples) < 0:
-        raise ValueError(
-            f"estimator.table_samples is {section.table_samples} and estimator.features "
-            f"{section.features}; give 0 or more"
         )
     if estimator.needs_table and not (section.table or section.table_samples):
         raise ValueError(
