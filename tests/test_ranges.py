@@ -1,6 +1,6 @@
 """Every number of a config has a range, and what is outside is refused by its name."""
 
-import dataclasses
+import copy
 import math
 from pathlib import Path
 
@@ -15,11 +15,11 @@ FIELDS = {name: kind for name, kind, _ in numbers(CONFIG)}
 
 
 def changed(name, value):
-    section, _, field = name.rpartition(".")
-    if not section:
-        return dataclasses.replace(CONFIG, **{field: value})
-    part = dataclasses.replace(getattr(CONFIG, section), **{field: value})
-    return dataclasses.replace(CONFIG, **{section: part})
+    """The config with this value, as a user's file may give it: no types are checked there."""
+    config, (*sections, field) = copy.deepcopy(CONFIG), name.split(".")
+    part = getattr(config, sections[0]) if sections else config
+    object.__setattr__(part, field, value)
+    return config
 
 
 def test_the_table_has_every_number_and_nothing_else():

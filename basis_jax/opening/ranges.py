@@ -87,8 +87,8 @@ RANGES = {
     "eval.samples": COUNT,
     "eval.temperature": TEMPERATURE,
     "mesh.data": Range(1, or_else=-1),
-    "mesh.fsdp": COUNT,
-    "mesh.tensor": COUNT,
+    "mesh.fsdp": Range(1, or_else=-1),
+    "mesh.tensor": Range(1, or_else=-1),
     "checkpoint.every": COUNT,
     "checkpoint.keep": COUNT,
 }
