@@ -5,9 +5,9 @@ from fractions import Fraction
 
 import pytest
 
-from basis_jax.verify import Verdict, extract, make_verifier
+from basis_jax.verify import extract, make_verifier
 from basis_jax.verify.compare import equivalent
-from basis_jax.verify.mathematics import glance
+from basis_jax.verify.mathematics import plain_verdict
 from basis_jax.verify.notation import canonical, number
 
 
@@ -144,13 +144,14 @@ def test_structure_is_compared_without_algebra(gold, answer, right):
 
 def test_a_right_answer_that_cannot_be_compared_is_an_error_and_not_a_zero():
     for gold in ("x" * 2000, "5\x00", "(" * 30 + "5" + ")" * 30):
-        assert glance(gold, "5") == Verdict(0.0, False, glance(gold, "5").reason)
-        assert glance("5", gold).valid and glance("5", gold).reward == 0
+        ungraded, wrong = plain_verdict(gold, "5"), plain_verdict("5", gold)
+        assert (ungraded.reward, ungraded.valid, ungraded.kind) == (0, False, "gold")
+        assert (wrong.reward, wrong.valid, wrong.kind) == (0, True, "unfit")
 
 
 def test_digits_of_other_scripts_are_no_digits():
     """Python's int() and regular expressions take them for digits."""
-    verdict = glance("x+5", "x+\u0665")
+    verdict = plain_verdict("x+5", "x+\u0665")
     assert verdict.valid and verdict.reward == 0 and "digits" in verdict.reason
 
 

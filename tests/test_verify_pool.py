@@ -20,15 +20,11 @@ PAIRS = [
     for line in (ROOT / "tests" / "data" / "answer_pairs.jsonl").read_text("utf-8").splitlines()
 ]
 EXPLAINED = {
-    (r"\pi", r"180^\circ"): "the degree sign is dropped, as MATH does: 90 is right for 90 degrees",
-    (r"\sqrt{3}", r"\tan 60^\circ"): "for the same reason",
-    (r"100 \text{ cm}", r"1 \text{ m}"): "units are told apart and not converted",
     (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"): "a matrix is not a tuple",
     ("2", r"\text{two}"): "numbers in words are not read",
     (r"\frac{1}{3}", "0.3333..."): "where the dots lead is not guessed",
     ("(-1,5)", r"x>-1 \text{ and } x<5"): "'and' separates a list, it does not intersect",
     ("|x-2|<3", "-1<x<5"): "inequalities with absolute values are not solved",
-    ("4", r"4 \text{ (mod } 7)"): "text with a bracket left open is no unit",
 }
 
 
@@ -70,7 +66,7 @@ def test_strict_mode_takes_no_answer_in_a_sentence():
 
 
 BACKSLASH = "\\"
-HOSTILE = {  # quick to refuse: each ends as wrong or error at once
+HOSTILE = {  # quick to refuse: each is wrong at once
     "a megabyte of digits": boxed("1" * 10**6),
     "a megabyte of prose": "x" * 10**6,
     "a megabyte of terms": boxed(r"\frac{1}{2}+" * 80_000 + "1"),
@@ -111,7 +107,7 @@ ENDLESS = {  # would compute for ever, or fill the memory
 
 
 @pytest.mark.parametrize("gold", ["5", r"x^2+\sqrt{2}"])
-def test_hostile_answers_are_wrong_or_errors_at_once(verifier, gold, tmp_path, monkeypatch):
+def test_hostile_answers_are_wrong_at_once(verifier, gold, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     verifier.grade([boxed("x")], ["y+1"])  # the workers run
     slow = {}
@@ -119,7 +115,7 @@ def test_hostile_answers_are_wrong_or_errors_at_once(verifier, gold, tmp_path, m
         started = time.perf_counter()
         (verdict,) = verifier.grade([completion], [gold])
         slow[name] = time.perf_counter() - started
-        assert verdict.reward == 0 and isinstance(verdict.valid, bool), name
+        assert verdict.reward == 0 and verdict.valid, (name, verdict)
     assert max(slow.values()) < 5, slow
     assert not list(tmp_path.rglob("PWNED")) and not (ROOT / "PWNED").exists()
 
@@ -135,7 +131,7 @@ def pids(verifier):
     return [worker.process.pid for worker in verifier.pool.workers]
 
 
-def test_an_endless_answer_is_an_error_within_the_limit_and_its_process_is_gone():
+def test_an_endless_answer_is_wrong_within_the_limit_and_its_process_is_gone():
     with make_verifier("math", workers=1, seconds=0.6) as verifier:
         assert pids(verifier) == []  # nothing starts before there is algebra to do
         assert verifier.grade([boxed("5")], ["5"])[0].reward == 1 and pids(verifier) == []
@@ -145,7 +141,7 @@ def test_an_endless_answer_is_an_error_within_the_limit_and_its_process_is_gone(
         started = time.perf_counter()
         (verdict,) = verifier.grade([boxed(ENDLESS["tower of powers"])], ["5"])
         assert time.perf_counter() - started < verifier.pool.seconds + 0.5
-        assert not verdict.valid and verdict.reward == 0 and "took more than" in verdict.reason
+        assert verdict.valid and verdict.reward == 0 and verdict.kind == "timeout"
         assert not alive(first)
         (after,) = verifier.grade([boxed("2x")], ["x+x"])
         assert after.reward == 1 and after.valid
@@ -154,11 +150,12 @@ def test_an_endless_answer_is_an_error_within_the_limit_and_its_process_is_gone(
 
 
 @pytest.mark.slow
-def test_every_endless_answer_is_an_error_and_its_neighbours_are_graded():
+def test_every_endless_answer_is_wrong_and_its_neighbours_are_graded():
     with make_verifier("math", workers=2, seconds=2.0) as verifier:
         completions = [c for text in ENDLESS.values() for c in (boxed(text), boxed("x+2x"))]
         verdicts = verifier.grade(completions, ["3x"] * len(completions))
-        assert not any(v.valid or v.reward for v in verdicts[::2])
+        assert {v.kind for v in verdicts[::2]} <= {"timeout", "memory", "nonsense"}
+        assert all(v.valid and v.reward == 0 for v in verdicts[::2])
         assert all(v.valid and v.reward == 1 for v in verdicts[1::2])
 
 
@@ -207,7 +204,7 @@ def test_a_right_answer_that_no_parser_reads_is_an_error(verifier):
 
 CONFINED = """
 import sys, os
-from basis_jax.verify.worker import confine
+from basis_jax.verify.confinement import confine
 refusals = confine(64)
 for name, forbidden in {
     "eval": lambda: eval("1"), "compile": lambda: compile("1", "x", "eval"),
@@ -271,7 +268,7 @@ def test_an_endless_job_ends_by_itself_where_nobody_is_left_to_kill_it():
         worker.stdin.write(json.dumps(["5", ENDLESS["tower of powers"]]).encode() + b"\n")
         worker.stdin.flush()
         try:
-            assert worker.wait(timeout=60) == -signal.SIGXCPU
+            assert worker.wait(timeout=60) == -signal.SIGPROF
         finally:
             worker.kill()
 

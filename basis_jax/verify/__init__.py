@@ -1,22 +1,56 @@
-"""Grading completions: right, wrong, or error (``valid`` False, never a silent 0). No JAX here."""
+"""Grading completions: right, wrong, or, where it is not the policy's doing that nothing can be
+told, invalid (``valid`` False, never a silent 0). No JAX here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 VERIFIERS = ("exact", "math", "math_strict", "gym")
+KINDS = {
+    "right": "equal to the right answer",
+    "wrong": "not equal to it",
+    "no_answer": "the completion gives no answer",
+    "unfit": "the answer is no text that can be compared: too long, nested too deep, odd characters",
+    "timeout": "comparing the answer takes too long",
+    "memory": "comparing the answer takes too much memory",
+    "nonsense": "comparing the answer ends in an error",
+    "refused": "comparing the answer needs what a grading process may not do",
+    "gold": "the right answer cannot be read (invalid)",
+    "failure": "the grading process was killed, or could not start (invalid)",
+}
+INVALID = ("gold", "failure")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``reward`` 1 or 0; ``valid`` False where nothing could be told; ``reason`` for a reader."""
+    """``reward`` 1 or 0; ``valid`` False where nothing could be told, for reasons that the policy
+    has no part in; ``reason`` for a reader; ``kind`` for counting, one of ``KINDS``."""
 
     reward: float
     valid: bool
     reason: str
+    kind: str = ""
 
 
-RIGHT = Verdict(1.0, True, "equal")
-WRONG = Verdict(0.0, True, "differs")
+def verdict_of(kind: str, reason: str) -> Verdict:
+    """What a kind means for reward and validity."""
+    return Verdict(float(kind == "right"), kind not in INVALID, reason, kind)
+
+
+RIGHT = verdict_of("right", "equal")
+WRONG = verdict_of("wrong", "differs")
+
+
+def shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """The share of each kind of verdict, as metrics: ``verify/timeout`` and so on. All kinds but
+    right and wrong, which are the reward. Raises ValueError where there are no verdicts."""
+    if not verdicts:
+        raise ValueError("no verdicts; give at least one")
+    kinds = [verdict.kind for verdict in verdicts]
+    return {
+        f"verify/{kind}": kinds.count(kind) / len(kinds)
+        for kind in KINDS
+        if kind not in ("right", "wrong")
+    }
 
 
 class Verifier:
@@ -46,9 +80,9 @@ class ExactVerifier(Verifier):
 
 def make_verifier(name: str, **options) -> Verifier:
     """The verifier called ``name``: ``exact``; ``math``, which finds and compares mathematical
-    answers (``MathVerifier`` has the options); ``math_strict``, which takes only boxed answers and
-    those after ``####``; ``gym``, the scorers of reasoning-gym. Raises ValueError for an unknown
-    name."""
+    answers (``MathVerifier`` has the options; ``mode`` is where answers stand by the data set's
+    prompt, ``extract.MODES``); ``math_strict``, which takes only boxed answers and those after
+    ``####``; ``gym``, the scorers of reasoning-gym. Raises ValueError for an unknown name."""
     if name not in VERIFIERS:
         raise ValueError(f"data.verifier is {name!r}; allowed are {', '.join(VERIFIERS)}")
     if name == "exact":
@@ -59,4 +93,6 @@ def make_verifier(name: str, **options) -> Verifier:
         return GymVerifier(**options)
     from basis_jax.verify.mathematics import MathVerifier
 
-    return MathVerifier(mode="strict" if name == "math_strict" else "lenient", **options)
+    if name == "math_strict":
+        options = {"mode": "strict"} | options
+    return MathVerifier(**options)
