@@ -9,7 +9,7 @@ KINDS = {
     "right": "equal to the right answer",
     "wrong": "not equal to it",
     "no_answer": "the completion gives no answer",
-    "unfit": "the answer is no text that can be compared: too long, nested too deep, odd characters",
+    "unfit": "the answer is too long, nested too deep or has odd characters",
     "timeout": "comparing the answer takes too long",
     "memory": "comparing the answer takes too much memory",
     "nonsense": "comparing the answer ends in an error",

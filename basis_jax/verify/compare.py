@@ -8,6 +8,7 @@ pairs go to ``scalars``, which knows algebra.
 import re
 import time
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 from basis_jax.verify.criteria import EXACT, Tolerance
 from basis_jax.verify.equations import (
@@ -27,14 +28,27 @@ Scalars = Callable[[str, str], bool]
 Same = Callable[[str, str], bool]
 
 ORDER = re.compile(r" ?(<|>|\\[lg]e(?![a-zA-Z])) ?")
+DISTANCE = re.compile(r"\|([a-z]) ?([-+] ?[0-9./]+)?\| ?(<|\\le) ?(\S+)")
 MATRIX = re.compile(r"\[?\\begin\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}\]?")
 BUILDER = re.compile(r"\\\{ ?([a-zA-Z]) ?(?:\\mid|\||:) ?(.*)\\\}")
 BASED = re.compile(r"\(?([0-9A-Z]*[0-9][0-9A-Z]*)\)?_ ?(?:([0-9]+)|\{ ?([0-9]+) ?\})")
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 WORDS = re.compile(r"[a-zA-Z][a-zA-Z0-9 '-]*")
 POINT = re.compile(r"[A-Z](?:_(?:\w|\{\w+\}))?'? ?(?=\()")
-CONSTANT = re.compile(r"\+ ?(?:[CcKk](?:_(?:\d|\{\d\}))?|\\text ?\{ ?[Cc](?:onst(?:ant|\.)?)? ?\})$")
+CONSTANT = re.compile(
+    r"\+ ?(?:[CcKk](?:_(?:\d|\{\d\}))?|\\text ?\{ ?[Cc](?:onst(?:ant|\.)?)? ?\})$"
+)
+REPEATED = re.compile(r"(?:\\%|\^\\circ) ?(?:\\%|\^)")  # 50%% is nothing
 APPROXIMATE = re.compile(r"(.+?) ?\\approx(?![a-zA-Z]) ?(.*)")
+
+
+COUNTS = {
+    name: str(count)
+    for count, name in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+        " fifteen sixteen seventeen eighteen nineteen twenty".split()
+    )
+}
 
 
 class Overtime(Exception):
@@ -88,6 +102,8 @@ class Comparison:
         values = number(gold), number(answer)
         if None not in values:
             return self.tolerance.allows(*values)
+        if REPEATED.search(answer):
+            return False
         for compare in KINDS:
             verdict = compare(gold, answer, self.same)
             if verdict is not None:
@@ -129,12 +145,22 @@ def usual_brackets(text: str) -> str:
 
 
 def upward(condition: str) -> str:
-    """``b > x`` as ``x<b``."""
+    """``b > x`` as ``x<b``, and ``|x - 2| < 3`` as ``-1<x<5``."""
+    if distance := DISTANCE.fullmatch(condition):
+        variable, middle, order, radius = distance.groups()
+        middle, radius = -(number(middle or "0") or 0), number(radius)
+        if radius is not None and radius > 0:
+            low, high = (plain_fraction(middle + side * radius) for side in (-1, 1))
+            return f"{low}{order}{variable}{order}{high}"
     parts = ORDER.split(condition)
     if ">" not in parts and r"\ge" not in parts:
         return condition
     turned = {">": "<", r"\ge": r"\le ", "<": ">", r"\le": r"\ge "}
     return "".join(turned.get(part, part) for part in reversed(parts))
+
+
+def plain_fraction(value: Fraction) -> str:
+    return f"{value.numerator}/{value.denominator}" if value.denominator > 1 else str(value)
 
 
 def as_intervals(text: str) -> str:
@@ -179,7 +205,11 @@ def same_items(gold: str, answer: str, same: Same) -> bool | None:
     """Lists and sets in any order, tuples and intervals in theirs, brackets alike; a list without
     brackets may stand for a tuple, and named values have the order of their names. None where
     neither is one."""
-    (left, golds), (right, answers) = items(without_point(gold)), items(without_point(answer))
+    (left, golds), (right, answers) = items(gold), items(answer)
+    if left and len(golds) > 1 and not right:
+        right, answers = items(without_point(answer))
+    elif right and len(answers) > 1 and not left:
+        left, golds = items(without_point(gold))
     for brackets, parts in ((left, golds), (right, answers)):
         if not brackets and len(parts) == 1 and "=" in parts[0]:
             return None
@@ -261,12 +291,10 @@ def same_matrix(gold: str, answer: str, same: Same) -> bool | None:
 
 
 def same_percent(gold: str, answer: str, same: Same) -> bool | None:
-    r"""``50\%`` is 50, by convention, and a half, by meaning; ``50\%\%`` is nothing."""
+    r"""``50\%`` is 50, by convention, and a half, by meaning."""
     bare = [text.removesuffix(r"\%").strip() for text in (gold, answer)]
     if bare == [gold, answer]:
         return None
-    if any(text.endswith(r"\%") for text in bare):
-        return False
     if same(*bare):
         return True
     if gold.endswith(r"\%") == answer.endswith(r"\%"):
@@ -281,10 +309,10 @@ def same_percent(gold: str, answer: str, same: Same) -> bool | None:
 def same_choice(gold: str, answer: str, same: Same) -> bool | None:
     """The letter of an option, with or without what the option says: ``(C) 12`` is C, and 12."""
     (letter, says), (other, others) = choice(gold), choice(answer)
-    if not (says and letter) and not (others and other):
-        return None
     if letter and other:
         return letter == other
+    if not says and not others:
+        return None
     if letter:
         return same(says, answer)
     return same(gold, others)
@@ -328,6 +356,9 @@ def same_parts(gold: str, answer: str, same: Same) -> bool | None:
 def same_words(gold: str, answer: str, same: Same) -> bool | None:
     """Words, in any case; four letters together are a word and not a product."""
     left, right = (TEXT.sub(r"\1", text).strip() for text in (gold, answer))
+    counts = [COUNTS.get(text.casefold(), text) for text in (left, right)]
+    if counts != [left, right]:
+        return same(*counts)
     if WORDS.fullmatch(left) and WORDS.fullmatch(right) and len(left) > 1:
         if " ".join(left.split()).casefold() == " ".join(right.split()).casefold():
             return True

@@ -46,7 +46,9 @@ def criterion(answers: str | Sequence[str], tolerance: Tolerance = EXACT) -> str
     """The right answer as one string. Raises ValueError where there is none."""
     answers = [answers] if isinstance(answers, str) else list(answers)
     if not answers or not all(answer.strip() for answer in answers):
-        raise ValueError(f"the right answers are {answers!r}; give at least one, none of them empty")
+        raise ValueError(
+            f"the right answers are {answers!r}; give at least one, none of them empty"
+        )
     if len(answers) == 1 and tolerance == EXACT:
         return answers[0]
     return MARK + json.dumps(answers) + ", " + json.dumps(vars(tolerance))[1:]

@@ -44,13 +44,20 @@ def is_name(text: str) -> bool:
 def without_name(text: str) -> str:
     """What stands right of ``x =``, where something does."""
     name, *rest = split_top(text, "=")
-    return "=".join(rest) if rest and is_name(name) else text
+    return "=".join(rest) if rest and is_name(name) and not is_several(text) else text
+
+
+def is_several(text: str) -> bool:
+    """Whether it lists equations, as ``a = 3, b = 5`` does."""
+    return sum("=" in part for part in split_top(text)) > 1
 
 
 def same_relation(gold: str, answer: str, same: Same) -> bool | None:
     """A named value against a bare one. Whatever an answer equates without naming it must be the
     gold itself, so ``5 = 3`` is not 3, nor is ``x + 1 = 3``."""
     golds, answers = split_top(gold, "="), split_top(answer, "=")
+    if is_several(answer) and not is_several(gold):
+        return same(without_name(gold), answer) if without_name(gold) != gold else None
     if len(golds) > 1:
         return same_named(golds, answers, gold, answer=answer, same=same)
     if len(answers) == 1:

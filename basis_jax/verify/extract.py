@@ -11,6 +11,7 @@ from collections.abc import Callable
 from basis_jax.verify.prose import ADVERBS, without_talk
 
 TAIL = 100_000
+MAX_MARKS = 50  # of one sort that are looked behind, from the end
 Found = tuple[int, str]  # where the mark stands, the answer
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s?\{")
@@ -127,9 +128,14 @@ def after_hashes(text: str) -> str | None:
     return rest.lstrip(" \t").partition("\n")[0].strip() if mark else None
 
 
+def last_matches(mark: re.Pattern, text: str) -> list[re.Match]:
+    """The last first."""
+    return list(mark.finditer(text))[: -MAX_MARKS - 1 : -1]
+
+
 def last_hashes(text: str) -> Found | None:
     """After the last ``####`` that can be a value and no heading: a heading has words."""
-    for match in reversed(list(HASHES.finditer(text))):
+    for match in last_matches(HASHES, text):
         content = tidy(match[1])
         if content and is_value(content, last=not text[match.end() :].strip()):
             return match.start(), content
@@ -148,7 +154,7 @@ def is_value(content: str, *, last: bool) -> bool:
 
 def last_line(text: str) -> Found | None:
     """The last line ``Answer: x`` or what stands under a heading "Answer"."""
-    for match in reversed(list(LINE.finditer(text))):
+    for match in last_matches(LINE, text):
         content = value_at(text, match.end())
         if not PLACEHOLDER.fullmatch(content):
             return match.start(), content
@@ -157,7 +163,7 @@ def last_line(text: str) -> Found | None:
 
 def answer_colon(text: str) -> Found | None:
     """DAPO's: what follows the last ``Answer:``, to the end of the line."""
-    for match in reversed(list(ANSWER_COLON.finditer(text))):
+    for match in last_matches(ANSWER_COLON, text):
         content = tidy(text[match.end() :].partition("\n")[0])
         if not PLACEHOLDER.fullmatch(content):
             return match.start(), last_boxed(content) or content
@@ -186,7 +192,7 @@ def after_phrase(text: str) -> str | None:
     """What follows the last "answer is" with a value behind it, else the last with words that can
     be an answer: "the answer is correct" gives none."""
     words = None
-    for match in reversed(list(PHRASE.finditer(text))[-200:]):
+    for match in last_matches(PHRASE, text):
         content = value_at(text, match.end())
         if not content or PLACEHOLDER.fullmatch(content):
             continue

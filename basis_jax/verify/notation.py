@@ -33,6 +33,7 @@ BASES = {
         "two three four five six seven eight nine ten eleven twelve".split(), start=2
     )
 } | {"sixteen": 16}
+NUMERAL = "|".join(sorted(BASES, key=len, reverse=True))  # "six" would match in "sixteen"
 
 
 def combination(match: re.Match) -> str:
@@ -53,7 +54,10 @@ MODULI = (
         rf"| ?{TEXT}\( ?mod(?:ulo)? ?\}} ?([^()]*)\)",
         lambda match: rf" \pmod{{{next(m for m in match.groups() if m is not None)}}}",
     ),
-    (rf"\\bmod(?![a-zA-Z])|{TEXT}mod(?:ulo)? ?\}}|(?<![\\a-zA-Z])mod(?:ulo)?(?![a-zA-Z])", r"\\mod "),
+    (
+        rf"\\bmod(?![a-zA-Z])|{TEXT}mod(?:ulo)? ?\}}|(?<![\\a-zA-Z])mod(?:ulo)?(?![a-zA-Z])",
+        r"\\mod ",
+    ),
 )
 """Congruence, ``\\pmod{m}``, and the remainder as an operation, ``\\mod m``."""
 
@@ -103,7 +107,8 @@ RULES = [
         (rf"(?<!\\)%|{TEXT}(?:percent|\\?%) ?\}}|(?<![a-zA-Z])percent(?![a-zA-Z])", r"\\%"),
         (rf" ?(?:\^ ?(?:\{{ ?\\circ ?\}}|\\circ)|\\degree|{TEXT}degrees? ?\}}"
          r"|(?<![a-zA-Z])degrees?(?![a-zA-Z])) ?", r"^\\circ "),
-        (rf"\^\\circ (?:{TEXT}([CF]|Celsius|Fahrenheit) ?\}}|([CF]|Celsius|Fahrenheit)(?![a-zA-Z]))",
+        (rf"\^\\circ (?:{TEXT}([CF]|Celsius|Fahrenheit) ?\}}"
+         r"|([CF]|Celsius|Fahrenheit)(?![a-zA-Z]))",
          lambda match: r"\text{deg" + (match[1] or match[2])[0].lower() + "}"),
         *MODULI,
         (rf"(?:{TEXT})?[nN]o (?:real )?solutions?(?: ?\}})?", r"\\emptyset"),
@@ -124,8 +129,9 @@ RULES = [
         (rf"(?<![a-zA-Z\\{{]){LETTER_C} ?\^ ?{INDEX} ?_ ?{INDEX}", combination),
         # numerals
         (r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times "),
-        (rf"(?<=[0-9A-F)]) ?_ ?\{{? ?\(?(?:{TEXT})?(?:base[- ]?)?({'|'.join(BASES)}) ?\)?(?: ?\}})*",
+        (rf"(?<=[0-9A-F)]) ?_ ?\{{? ?\(?(?:{TEXT})?(?:base[- ]?)?({NUMERAL}) ?\)?(?: ?\}})*",
          lambda match: f"_{{{BASES[match[1]]}}}"),
+        (r"_ ?\{ ?\( ?(\d+) ?\) ?\}", r"_{\1}"),
         (rf"(?<=[0-9A-F)]) ?(?:{TEXT})?(?:in )?base[- ]? ?\}}? ?\{{?(\d+)(?: ?\}})?", r"_{\1}"),
         # between the items of a list
         (rf"(?<=[0-9}}]) ?(?:{TEXT}to ?\}}|(?<![\\a-zA-Z])to(?![a-zA-Z])) ?(?=[0-9\\])", ":"),
@@ -155,7 +161,7 @@ def canonical(text: str) -> str:
     text = without_talk(text.translate(SIGNS))
     for pattern, replacement in RULES:
         text = pattern.sub(replacement, text)
-    return peel(text)
+    return peel(re.sub(" +", " ", text))
 
 
 def peel(text: str) -> str:

@@ -4,10 +4,11 @@ import re
 
 LEAD = re.compile(
     r" ?(?:\\(?:text|mathrm|textbf) ?\{ ?)?(?:"
-    r"(?:the|there|so|thus|hence|therefore|then|we|it|our|this|that|total|final|answer|result"
+    r"(?:i|my|the|there|so|thus|hence|therefore|then|we|it|our|this|that|total|final|answer|result"
     r"|maximum|minimum|number|area|volume|length|value|probability|sum|product)\b[a-z ,'-]*?"
     r"\b(?:is|are|equals|be|get|have|gives|equal to) ?[:=]?"
-    r"|[a-z' -]*[a-z]{3,}(?: ?[:=]))(?: ?\})?(?![a-z])(?= ?\S)",
+    r"|[a-z' -]*[a-z]{3,}(?: ?[:=])|(?:so|thus|hence|therefore|finally) ?,)"
+    r"(?: ?\})?(?![a-z])(?= ?\S)",
     re.IGNORECASE,
 )
 """Words in front that end in a verb or a colon: at least three letters, so ``A: 5`` and ``a:b`` do
@@ -19,8 +20,8 @@ ADVERBS = re.compile(
 )
 COMMENT = re.compile(
     r" ?,?;? ?(?:\\(?:text|mathrm|textbf) ?\{[ ,;]*)?(?:"
-    r"\(? ?(?<![a-zA-Z\\])(?:since|because|as|which|whereby|where|due|thanks|using|obtained|attained"
-    r"|achieved|so that|so|thus|hence|therefore|i\.e\.|that is)"
+    r"\(? ?(?<![a-zA-Z\\])(?:since|because|as|which|whereby|where|due|thanks|using|obtained"
+    r"|attained|achieved|so that|so|thus|hence|therefore|i\.e\.|that is)"
     r"|\( ?(?:when|at|for|if|by|from|with|see|check|approximately|approx|rounded|exactly|namely)"
     r")\b(?![a-zA-Z{_^=(]).*",
     re.DOTALL,
@@ -41,9 +42,11 @@ def without_talk(text: str) -> str:
     return text[: comment.start()] if comment else text
 
 
-CHOICE = re.compile(r" ?(?:\(([A-J])\)|([A-J])(?: ?[.):](?!=))) ?(?=[^ ,;.&])")
+CHOICE = re.compile(
+    r" ?(?:[Oo]ption |[Cc]hoice )?(?:\(([A-J])\)|([A-J])(?: ?[.):](?!=))) ?(?=[^ ,;.&])"
+)
 ANOTHER = re.compile(r"\([A-J]\)")
-LETTER = re.compile(r"\(?([A-J])\)?")
+LETTER = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])\)?")
 
 
 def choice(text: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@ points."""
 
 import itertools
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 from sympy import (
     Abs,
@@ -11,6 +12,7 @@ from sympy import (
     Float,
     Mod,
     N,
+    Pow,
     Rational,
     Symbol,
     binomial,
@@ -18,6 +20,7 @@ from sympy import (
     factorial,
     floor,
     im,
+    log,
     re,
 )
 
@@ -49,9 +52,7 @@ def same_constants(left: Basic, right: Basic, tolerance: Tolerance = EXACT) -> b
     return bool(abs(values[0] - values[1]) <= max(limit, size / 10**50))
 
 
-def to_fraction(value: Rational):
-    from fractions import Fraction
-
+def to_fraction(value: Rational) -> Fraction:
     return Fraction(int(value.p), int(value.q))
 
 
@@ -117,6 +118,8 @@ def agree(left: Expr, right: Expr, points) -> bool | None:
     point with positive variables, or digits say nothing there."""
     told = None
     for values, positive in points:
+        if not positive and not (has_real_roots(left, values) and has_real_roots(right, values)):
+            continue
         sides = left.xreplace(values), right.xreplace(values)
         if not positive and not all(map(is_real, sides)):
             continue
@@ -127,8 +130,19 @@ def agree(left: Expr, right: Expr, points) -> bool | None:
     return told
 
 
+def has_real_roots(side: Expr, values: dict[Symbol, Rational]) -> bool:
+    """Whether no root and no logarithm in it is one of a negative number at a point. Two of them
+    can multiply to a real number, as sqrt(-2) sqrt(-3) does."""
+    for part in side.atoms(Pow, log):
+        inside = part.args[0].xreplace(values)
+        whole = isinstance(part, Pow) and part.exp.xreplace(values).is_integer
+        if not whole and inside.is_negative:
+            return False
+    return True
+
+
 def is_real(value: Expr) -> bool:
-    """Whether a constant has a finite real value."""
+    """Whether a constant is finite and real."""
     number = N(value.doit(), DIGITS)
     if not number.is_number or not number.is_finite:
         return False

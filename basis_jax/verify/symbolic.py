@@ -25,7 +25,10 @@ from basis_jax.verify.sampling import same_constants, same_functions
 NORMALIZATION = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
 CONVERSION = ConversionConfig(lowercase_symbols=False)
 
-ANGLE = rf"(?:\([^()]*\)|\{{[^{{}}]*\}}|\\frac ?{BRACED} ?{BRACED}|[0-9.]*(?:\\[a-z]+|[a-z])?|[0-9.]+)"
+ANGLE = (
+    r"(?:\((?:[^()]|\([^()]*\))*\)|\{[^{}]*\}"
+    rf"|\\frac ?{BRACED} ?{BRACED}|[0-9.]+(?:\\pi|[a-z])?|\\[a-z]+|[a-z])"
+)
 TRIGONOMETRY = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|cis)(?![a-zA-Z])")
 DEGREES = re.compile(rf"({ANGLE}) ?\^\\circ ?")
 CIS = re.compile(rf"\\cis ?({ANGLE}(?:/[0-9]+)?)")

@@ -103,11 +103,11 @@ MAGNITUDES = {
 }  # fmt: skip
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 TELLING = frozenset(
-    "or and to through between not no more less fewer than least most over under above below before"
-    " after plus minus times squared cubed even odd prime composite if when for where mod modulo base"
-    " remainder negative positive nonnegative integer is are was were has does do only except each"
-    " factorial percent half quarter thirds if iff any all bc ad factor multiple divides mod recurring"
-    " repeating".split()
+    """or and to through between not no more less fewer than least most over under above below
+    before after plus minus times squared cubed even odd prime composite if when for where mod
+    modulo base remainder negative positive nonnegative integer is are was were has does do only
+    except each factorial percent half quarter thirds iff any all bc ad factor multiple divides
+    recurring repeating""".split()
 )
 """Words that change what the number before them says, or are no unit of it."""
 
@@ -140,7 +140,7 @@ def same_quantities(gold: str, answer: str, same: Same) -> bool | None:
     if same(value, other):
         return True
     for angle, side, radians in ((unit, value, other), (others_unit, other, value)):
-        if angle and angle[0] == {"degree": 1} and r"\pi" in radians:
+        if angle and angle[0] == {"degree": 1} and number(radians) is None:
             return same(scaled(side, r"\frac{\pi}{180}"), radians)
     return False
 
@@ -229,7 +229,9 @@ def plain_unit(value: str, text: str, tail: str, *, unit: Unit | None) -> bool:
 
 def read_unit(text: str) -> tuple[Fraction, Unit | None, tuple[str, ...]]:
     """The magnitude, the unit (None where a word of it is not known) and the unknown words."""
-    text = re.sub(r"\\text ?\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 ", text).replace("^\\circ", "degree")
+    text = re.sub(r"\\text ?\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 ", text).replace(
+        "^\\circ", "degree"
+    )
     text = re.sub(r"\b([ap])\. ?m\b\.?", r"\1m", text.replace("\\cdot", " "))
     magnitude, size = Fraction(1), Fraction(1)
     dimensions: dict[str, int] = {}
@@ -242,7 +244,7 @@ def read_unit(text: str) -> tuple[Fraction, Unit | None, tuple[str, ...]]:
             size = add(dimensions, last, below * (int(power) - 1), size)
         elif name in MAGNITUDES and not dimensions:
             magnitude *= MAGNITUDES[name]
-        elif name in POWERS and not (name in ("squared", "cubed")):
+        elif name in POWERS and name not in ("squared", "cubed"):
             pending = POWERS[name]
         elif name in POWERS and last:
             size = add(dimensions, last, below * (POWERS[name] - 1), size)

@@ -134,7 +134,11 @@ def gym() -> Kind:
     def forget():
         random.seed(0)
 
-    return judge, forget, os.path.realpath(os.path.join(os.path.dirname(reasoning_gym.__file__), "data"))
+    return (
+        judge,
+        forget,
+        os.path.realpath(os.path.join(os.path.dirname(reasoning_gym.__file__), "data")),
+    )
 
 
 KINDS = {"math": mathematics, "gym": gym}
