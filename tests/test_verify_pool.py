@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_a_set_s_tolerance_holds_for_expressions_too_and_all_its_answers_are_wan
     olympiad = criteria.criterion([r"\sqrt{2}", "1,000"], criteria.olympiad_tolerance("0.01"))
     for gold, answer, reward in (
         (minerva, "0.333332", 1),
-        (minerva, "0.33333", 0),
+        (minerva, "0.3333", 0),
         (minerva, r"0.333332\cdot\sqrt{1}", 1),
         (olympiad, r"1000, 1.41", 1),
         (olympiad, r"1000, 1.40", 0),
@@ -169,12 +170,11 @@ def test_an_endless_answer_is_wrong_within_the_limit_and_its_process_is_gone():
     with make_verifier("math", workers=1, seconds=0.6) as verifier:
         assert pids(verifier) == []  # nothing starts before there is algebra to do
         assert verifier.grade([boxed("5")], ["5"])[0].reward == 1 and pids(verifier) == []
-        while not verifier.grade([boxed("x+1")], ["1+x"])[0].valid:  # a loaded machine
-            verifier.pool.seconds *= 2
+        assert verifier.grade([boxed("x+1")], ["1+x"])[0].reward == 1
         (first,) = pids(verifier)
-        started = time.perf_counter()
+        before = process_cpu_seconds(first) + children_cpu_seconds()
         (verdict,) = verifier.grade([boxed(ENDLESS["tower of powers"])], ["5"])
-        assert time.perf_counter() - started < verifier.pool.seconds + 0.5
+        assert children_cpu_seconds() - before < verifier.pool.seconds + 0.3
         assert verdict.valid and verdict.reward == 0 and verdict.kind == "timeout"
         assert not alive(first)
         (after,) = verifier.grade([boxed("2x")], ["x+x"])
@@ -424,13 +424,20 @@ def test_no_process_to_grade_with_is_said_in_one_sentence(monkeypatch):
         verifier.grade([boxed("x")], ["y+1"])
 
 
+def process_cpu_seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def children_cpu_seconds():
+    """Of child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def cpu_seconds(verifier):
     """Of this process and the workers: the clock would measure whatever else runs here."""
-    total = time.process_time()
-    for pid in pids(verifier):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
+    return time.process_time() + sum(map(process_cpu_seconds, pids(verifier)))
 
 
 @pytest.mark.slow

@@ -149,6 +149,7 @@ RULES = [
     )
 ]  # fmt: skip
 
+WRITTEN_PLAINLY = re.compile(r" *-?[0-9]+(?:\.[0-9]+)? *")  # nearly all answers: no rule applies
 LONE_DOLLAR = re.compile(r"(?<!\\)\$( ?[0-9.]|)")
 OPEN, CLOSE = "([{", ")]}"
 PEELED = ("{", r"\text{", r"\text {", r"\boxed{", "(")
@@ -156,6 +157,8 @@ PEELED = ("{", r"\text{", r"\text {", r"\boxed{", "(")
 
 def canonical(text: str) -> str:
     """The answer in the one notation, without what encloses the whole of it or is said about it."""
+    if WRITTEN_PLAINLY.fullmatch(text):
+        return text.strip()
     if len(LONE_DOLLAR.findall(text)) % 2:
         text = LONE_DOLLAR.sub(r"\\$\1", text)
     text = without_talk(text.translate(SIGNS))

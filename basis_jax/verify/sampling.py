@@ -96,7 +96,7 @@ def is_of_integers(side: Expr) -> bool:
 def real_points(symbols: Sequence[Symbol]) -> Iterator[tuple[dict[Symbol, Rational], bool]]:
     """Points, and whether all variables are positive there: twice all positive, all negative, and
     the signs in turn."""
-    for numerator, signs in ((17, (1,)), (31, (1,)), (23, (-1,)), (19, (1, -1)), (13, (-1, 1))):
+    for numerator, signs in ((17, (1,)), (31, (1,)), (23, (-1,)), (19, (1, -1))):
         if len(symbols) == 1 and len(signs) == 2:
             continue
         values = {
@@ -116,7 +116,7 @@ def integer_points(symbols: Sequence[Symbol]) -> Iterator[tuple[dict[Symbol, Rat
 def agree(left: Expr, right: Expr, points) -> bool | None:
     """Whether two expressions have equal values wherever they have any; None where that is at no
     point with positive variables, or digits say nothing there."""
-    told = None
+    verdict_so_far = None
     for values, positive in points:
         if not positive and not (has_real_roots(left, values) and has_real_roots(right, values)):
             continue
@@ -126,8 +126,8 @@ def agree(left: Expr, right: Expr, points) -> bool | None:
         verdict = same_constants(*sides)
         if verdict is False or (verdict is None and positive):
             return verdict
-        told = told or verdict
-    return told
+        verdict_so_far = verdict_so_far or verdict
+    return verdict_so_far
 
 
 def has_real_roots(side: Expr, values: dict[Symbol, Rational]) -> bool:
@@ -143,6 +143,8 @@ def has_real_roots(side: Expr, values: dict[Symbol, Rational]) -> bool:
 
 def is_real(value: Expr) -> bool:
     """Whether a constant is finite and real."""
+    if value.is_Rational:
+        return True
     number = N(value.doit(), DIGITS)
     if not number.is_number or not number.is_finite:
         return False
