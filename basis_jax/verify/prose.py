@@ -7,7 +7,7 @@ LEAD = re.compile(
     r"(?:i|my|the|there|so|thus|hence|therefore|then|we|it|our|this|that|total|final|answer|result"
     r"|maximum|minimum|number|area|volume|length|value|probability|sum|product)\b[a-z ,'-]*?"
     r"\b(?:is|are|equals|be|get|have|gives|equal to) ?[:=]?"
-    r"|[a-z' -]*[a-z]{3,}(?: ?[:=])|(?:so|thus|hence|therefore|finally) ?,)"
+    r"|[a-z' -]*(?:[a-z]{3,} ?:|[a-z]{4,} ?=)|(?:so|thus|hence|therefore|finally) ?,)"
     r"(?: ?\})?(?![a-z])(?= ?\S)",
     re.IGNORECASE,
 )
@@ -20,13 +20,14 @@ ADVERBS = re.compile(
 )
 COMMENT = re.compile(
     r" ?,?;? ?(?:\\(?:text|mathrm|textbf) ?\{[ ,;]*)?(?:"
-    r"\(? ?(?<![a-zA-Z\\])(?:since|because|as|which|whereby|where|due|thanks|using|obtained"
+    r"\(? ?(?<![a-zA-Z\\])(?:(since|because|which)|as|whereby|where|due|thanks|using|obtained"
     r"|attained|achieved|so that|so|thus|hence|therefore|i\.e\.|that is)"
     r"|\( ?(?:when|at|for|if|by|from|with|see|check|approximately|approx|rounded|exactly|namely)"
     r")\b(?![a-zA-Z{_^=(]).*",
     re.DOTALL,
 )
-"""A reason behind an answer; a condition or a place only in parentheses, where it is an aside."""
+"""A reason behind an answer; a condition or a place only in parentheses, where it is an aside.
+Behind words, only what is sure to be a reason: "increases as x decreases" is one answer."""
 
 
 def without_talk(text: str) -> str:
@@ -39,7 +40,13 @@ def without_talk(text: str) -> str:
         adverb = ADVERBS.match(text)
         text = text[adverb.end() :] if adverb else text
     comment = COMMENT.search(text, 1)
-    return text[: comment.start()] if comment else text
+    if not comment:
+        return text
+    before = text[: comment.start()]
+    words = re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{4,}", before) and not re.search("[0-9]", before)
+    if words and not comment[1]:
+        return text
+    return before + "}" * max(before.count("{") - before.count("}"), 0)
 
 
 CHOICE = re.compile(

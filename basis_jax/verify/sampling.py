@@ -13,7 +13,9 @@ from sympy import (
     Mod,
     N,
     Pow,
+    Product,
     Rational,
+    Sum,
     Symbol,
     binomial,
     ceiling,
@@ -27,9 +29,9 @@ from sympy import (
 from basis_jax.verify.criteria import EXACT, Tolerance
 
 DIGITS = 60  # e^(pi sqrt(163)) is a whole number to 30 of them
-INTEGER_NAMES = frozenset("klmnpqKLMNPQ") | {"j"}
+INTEGER_NAMES = frozenset("jkmnKMN")
 """Letters that stand for whole numbers where two expressions agree at those alone."""
-INTEGERS = ((7, 12), (6, 4), (9, 6), (10, 15), (5, 8), (12, 18))
+INTEGERS = ((7, 12), (6, 4), (9, 6), (10, 15), (5, 8), (12, 18), (-4, -9))
 """Values of the first two variables, with and without common factors, of either parity."""
 
 
@@ -79,7 +81,11 @@ def same_functions(left: Basic, right: Basic) -> bool | None:
     whole = None
     named = all(symbol.name.partition("_")[0] in INTEGER_NAMES for symbol in symbols)
     if discrete or named:
-        whole = agree(left, right, integer_points(symbols))
+        signed = not any(
+            side.has(factorial, binomial, Sum, Product) or is_of_integers(side)
+            for side in (left, right)
+        )
+        whole = agree(left, right, integer_points(symbols, signed=signed))
         if whole is False:
             return False
     if any(is_of_integers(side) for side in (left, right)):
@@ -94,9 +100,9 @@ def is_of_integers(side: Expr) -> bool:
 
 
 def real_points(symbols: Sequence[Symbol]) -> Iterator[tuple[dict[Symbol, Rational], bool]]:
-    """Points, and whether all variables are positive there: twice all positive, all negative, and
-    the signs in turn."""
-    for numerator, signs in ((17, (1,)), (31, (1,)), (23, (-1,)), (19, (1, -1))):
+    """Points, and whether all variables are positive there: thrice all positive (once all
+    large), all negative, and the signs in turn."""
+    for numerator, signs in ((17, (1,)), (31, (1,)), (1009, (1,)), (23, (-1,)), (19, (1, -1))):
         if len(symbols) == 1 and len(signs) == 2:
             continue
         values = {
@@ -106,11 +112,15 @@ def real_points(symbols: Sequence[Symbol]) -> Iterator[tuple[dict[Symbol, Ration
         yield values, signs == (1,)
 
 
-def integer_points(symbols: Sequence[Symbol]) -> Iterator[tuple[dict[Symbol, Rational], bool]]:
+def integer_points(
+    symbols: Sequence[Symbol], *, signed: bool
+) -> Iterator[tuple[dict[Symbol, Rational], bool]]:
+    """Points of integers, and whether all are positive there; all are unless ``signed``."""
     for first in INTEGERS:
         later = range(3, 3 + 2 * len(symbols), 2)
         values = dict(zip(symbols, (*first, *later), strict=False))
-        yield {symbol: Rational(value) for symbol, value in values.items()}, True
+        if signed or first[0] > 0:
+            yield {symbol: Rational(value) for symbol, value in values.items()}, first[0] > 0
 
 
 def agree(left: Expr, right: Expr, points) -> bool | None:

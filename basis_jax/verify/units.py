@@ -80,12 +80,12 @@ degc celsiu celsius: celsius 1
 degf fahrenheit: fahrenheit 1
 kelvin: kelvin 1
 hz hertz: time^-1 1
-newton n: newton 1
-joule j: joule 1
+newton: newton 1
+joule: joule 1
 kj kilojoule: joule 1000
-watt w: watt 1
+watt: watt 1
 kw kilowatt: watt 1000
-volt v: volt 1
+volt: volt 1
 pa pascal: pascal 1
 kpa: pascal 1000
 amp ampere: ampere 1
@@ -105,9 +105,9 @@ POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 TELLING = frozenset(
     """or and to through between not no more less fewer than least most over under above below
     before after plus minus times squared cubed even odd prime composite if when for where mod
-    modulo base remainder negative positive nonnegative integer is are was were has does do only
-    except each factorial percent half quarter thirds iff any all bc ad factor multiple divides
-    recurring repeating""".split()
+    modulo base remainder negative positive nonnegative integer only except each
+    factorial percent half quarter thirds iff bc ad factor multiple divides recurring
+    repeating""".split()
 )
 """Words that change what the number before them says, or are no unit of it."""
 
