@@ -5,7 +5,16 @@ from fractions import Fraction
 
 import pytest
 
-from basis_jax.verify import KINDS, criteria, extract, make_verifier, shares, verdict_of
+from basis_jax.verify import (
+    KINDS,
+    compare,
+    criteria,
+    extract,
+    make_verifier,
+    mathematics,
+    shares,
+    verdict_of,
+)
 from basis_jax.verify.compare import equivalent
 from basis_jax.verify.mathematics import plain_verdict
 from basis_jax.verify.notation import canonical, number
@@ -117,6 +126,7 @@ def test_minerva_s_numbers_may_differ_as_its_evaluation_lets_them(gold, answer, 
 def test_olympiad_bench_s_error_is_that_of_the_problem():
     assert criteria.olympiad_tolerance(None).absolute == pytest.approx(1.01e-8)
     assert criteria.olympiad_tolerance("1e-1").absolute == pytest.approx(0.101)
+    assert criteria.olympiad_tolerance("0.1, 0.01").absolute == pytest.approx(0.0101)
     with pytest.raises(ValueError):
         criteria.olympiad_tolerance("small")
 
@@ -214,6 +224,29 @@ def test_a_right_answer_that_cannot_be_compared_is_an_error_and_not_a_zero():
         ungraded, wrong = plain_verdict(gold, "5"), plain_verdict("5", gold)
         assert (ungraded.reward, ungraded.valid, ungraded.kind) == (0, False, "gold")
         assert (wrong.reward, wrong.valid, wrong.kind) == (0, True, "unfit")
+
+
+@pytest.mark.parametrize("error", [RecursionError, MemoryError, ValueError, compare.Overtime])
+def test_what_the_trainer_s_process_cannot_compare_at_once_goes_to_a_worker(monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(mathematics, "equivalent", fails)
+    assert plain_verdict("5", "6") is None
+
+
+def test_the_trainer_s_process_compares_nothing_long_and_for_no_long_time(monkeypatch):
+    many = ",".join(map(str, range(80)))
+    assert plain_verdict(many, many + ",80") is None  # by its length
+    with pytest.raises(compare.Overtime):
+        compare.equivalent("1,2", "2,1", never, seconds=-1.0)
+    monkeypatch.setattr(mathematics, "MAX_PLAIN_SECONDS", -1.0)
+    assert plain_verdict("1,2", "2,1") is None
+
+
+def test_parts_within_parts_are_compared_to_a_bounded_depth():
+    deep = "(1," * 30 + "2" + ")" * 30
+    assert equivalent(deep.replace("2", "3"), deep, never) is False
 
 
 def test_digits_of_other_scripts_are_no_digits():

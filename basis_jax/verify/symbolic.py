@@ -21,6 +21,7 @@ from sympy import Basic, Expr, Function, I, Integer, MatrixBase, Rational, Symbo
 from basis_jax.verify.criteria import EXACT, Tolerance
 from basis_jax.verify.notation import BRACED, number
 from basis_jax.verify.sampling import same_constants, same_functions
+from basis_jax.verify.units import TRIGONOMETRY
 
 NORMALIZATION = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
 CONVERSION = ConversionConfig(lowercase_symbols=False)
@@ -29,7 +30,6 @@ ANGLE = (
     r"(?:\((?:[^()]|\([^()]*\))*\)|\{[^{}]*\}"
     rf"|\\frac ?{BRACED} ?{BRACED}|[0-9.]+(?:\\pi|[a-z])?|\\[a-z]+|[a-z])"
 )
-TRIGONOMETRY = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|cis)(?![a-zA-Z])")
 DEGREES = re.compile(rf"({ANGLE}) ?\^\\circ ?")
 CIS = re.compile(rf"\\cis ?({ANGLE}(?:/[0-9]+)?)")
 CHOSEN = re.compile(r"(?<![a-zA-Z\\])C ?\( ?([0-9]+|[a-z]) ?, ?([0-9]+|[a-z]) ?\)")

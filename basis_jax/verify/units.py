@@ -119,7 +119,7 @@ BEHIND = re.compile(
 BARE = re.compile(
     rf"(.*?[0-9}}a-z]) ?(?<![a-zA-Z\\])([a-zA-Zµμ][a-zA-Z./ ]*?{POWER}(?: ?/ ?[a-zA-Z]+{POWER})?)"
 )
-TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis)(?![a-zA-Z])")
+TRIGONOMETRY = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|cis)(?![a-zA-Z])")
 CURRENCY = re.compile(r"([-+]?) ?\\text ?\{(dollar|euro|pound|yen|rupee)\} ?(.+)")
 WORD = re.compile(r"([a-zA-Zµμ¢]+)\.?|\^ ?\{? ?(-?[0-9]) ?\}?|(/)|([^ ])")
 
