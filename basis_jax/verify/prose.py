@@ -44,7 +44,8 @@ def without_talk(text: str) -> str:
         return text
     before = text[: comment.start()]
     words = re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{4,}", before) and not re.search("[0-9]", before)
-    if words and not comment[1]:
+    joined = re.search(r"\b(?:or|and|not) ?$", before)  # "4 or so, maybe 5"
+    if joined or (words and not comment[1]):
         return text
     return before + "}" * max(before.count("{") - before.count("}"), 0)
 
