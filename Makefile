@@ -2,10 +2,12 @@
 PYTHON ?= python3
 EXTRAS ?= llm,test
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast lint format clean
+.PHONY: help setup quickstart test test-fast nightly lint format clean
 export PYTHONUNBUFFERED = 1
 
 PY := .venv/bin/python
+# Two test processes; the tests of a file stay together and share what they compiled.
+WORKERS ?= -n 2 --dist loadfile
 # An editable install names its folder: another folder or other extras are another set-up.
 STAMP := .venv/ready-$(shell echo "$(CURDIR) $(EXTRAS)" | cksum | cut -d" " -f1)
 
@@ -13,7 +15,8 @@ help:
 	@echo "make quickstart   train the embedded model (a few minutes on 2 cores)"
 	@echo "make test         lint, format check and every test, as CI does"
 	@echo "make test-fast    the tests that are not slow"
-	@echo "make lint         ruff check, ruff format --check"
+	@echo "make nightly      what takes longer: studies in small, the wheel in an empty folder"
+	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make format       sort imports and format"
 	@echo "make clean        remove .venv and caches, keep runs/"
 	@echo "PYTHON=python3.12 chooses the interpreter of .venv, EXTRAS=llm,test,cuda the extras"
@@ -31,19 +34,23 @@ quickstart: $(STAMP)
 	$(PY) scripts/train.py --config configs/quickstart.py
 
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest $(WORKERS)
 
 test-fast: $(STAMP)
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest $(WORKERS) -m "not slow"
+
+nightly: $(STAMP)
+	$(PY) -m pytest -m nightly
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
-	find basis_jax configs scripts tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	find basis_jax benchmarks configs scripts studies tests -name __pycache__ -prune -exec rm -rf {} +

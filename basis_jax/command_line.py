@@ -7,25 +7,50 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import Any
 
 from basis_jax.config import Config
 
 
-def load_config(path: str | Path) -> Config:
-    """The ``Config`` that the file's ``config()`` returns. Raises ValueError without one."""
-    path = Path(path)
-    if not path.is_file():
-        files = path.parent.glob("*.py") if path.parent.is_dir() else []
-        near = sorted(p.name for p in files if "def config(" in p.read_text(errors="replace"))
-        raise ValueError(
-            f"no config file {path}; give a Python file with a function config(), such as "
-            f"{', '.join(near) or 'configs/quickstart.py'}"
-        )
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+def packaged_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name: those of ``configs/`` in its repository."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):  # a wheel; a source tree
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.py"))}
+    return {}
+
+
+def find_config(name: str | Path) -> Path:
+    """The file ``name``, or the packaged config of that name. Raises ValueError for neither."""
+    path, packaged = Path(name), packaged_configs()
+    if path.is_file():
+        return path
+    if str(name) in packaged:
+        return packaged[str(name)]
+    files = path.parent.glob("*.py") if path.parent.is_dir() else []
+    near = sorted(p.name for p in files if "def config(" in p.read_text(errors="replace"))
+    beside = f" ({path.parent} has {', '.join(near)})" if near else ""
+    raise ValueError(
+        f"no config file {path}{beside}; give a Python file with a function config(), or the name "
+        f"of a config in this package: {', '.join(packaged)}"
+    )
+
+
+def load_config(name: str | Path) -> Config:
+    """The ``Config`` that the ``config()`` of a file or of a packaged config returns.
+
+    Raises ValueError where there is no such file or it returns none.
+    """
+    path = find_config(name)
+    loader = SourceFileLoader(f"config_{path.stem}", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None  # every source file has one
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
         config = module.config()
     except (SyntaxError, AttributeError, ImportError, NameError, TypeError) as error:
         raise ValueError(
@@ -40,7 +65,7 @@ def load_config(path: str | Path) -> Config:
     return config
 
 
-def field_names(config, prefix: str = "") -> list[str]:
+def field_names(config: Any, prefix: str = "") -> list[str]:
     """Dotted names of every field that can be overridden."""
     names = []
     for field in dataclasses.fields(config):
@@ -54,7 +79,7 @@ def check_names(arguments: Sequence[str], config: Config) -> None:
     """Raise a ValueError for the first ``--field`` that the config does not have."""
     known = field_names(config)
     for argument in arguments:
-        if not argument.startswith("--") or argument == "--help":
+        if not argument.startswith("--") or argument in ("--help", "-h"):
             continue
         name = argument[2:].split("=")[0].replace("-", "_")
         if name.startswith("estimator.options."):
@@ -74,18 +99,24 @@ def check_names(arguments: Sequence[str], config: Config) -> None:
 def parse(
     description: str, *, options: Sequence[str] = (), argv: Sequence[str] | None = None
 ) -> tuple[Config, argparse.Namespace]:
-    """``--config FILE``, the script's own string ``options``, and overrides of any config field.
+    """``--config NAME``, the command's own string ``options``, and overrides of any config field.
 
-    Raises ValueError for a missing file or an unknown field; ``--help`` lists every field.
+    Raises ValueError without a config, for a missing file and for an unknown field. ``--help``
+    lists every field with the values of the config, or of the quickstart's where none is given.
     """
     import tyro  # here: estimators are used without it
 
     parser = argparse.ArgumentParser(description=description, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--config", metavar="FILE")
     for option in options:
         parser.add_argument(f"--{option}", default="")
     known, rest = parser.parse_known_args(argv)
-    default = load_config(known.config)
+    if not known.config and not {"--help", "-h"} & set(rest):
+        raise ValueError(
+            f"no config is given; add --config with a Python file or with one of "
+            f"{', '.join(packaged_configs())} (--help lists everything else)"
+        )
+    default = load_config(known.config or "quickstart")
     check_names(rest, default)
     return tyro.cli(Config, default=default, args=rest, description=description), known
 

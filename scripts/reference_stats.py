@@ -1,48 +1,12 @@
-"""Make the offline reference table of a config: pass counts and features of every training problem.
+"""Make the offline reference table of a config.
 
     python scripts/reference_stats.py --config configs/quickstart.py --out tables/quickstart.npz
-    python scripts/train.py --config configs/quickstart.py --estimator.table tables/quickstart.npz
 
-The reference policy is the config's model. The same command again goes on where a killed one
-stopped. Overrides as in train.py: ``--estimator.table-samples`` sets the rollouts a problem,
-``--estimator.features 32`` adds the prompt features that value_filter can start from, one prefill a
-problem; with ``--estimator.table-samples 0`` they are all, and nothing is generated.
+The same as ``basis-jax reference-stats``; see basis_jax/commands/reference_stats.py.
 """
 
-from pathlib import Path
-
-import jax
-import numpy as np
-
-from basis_jax import command_line, hf
-from basis_jax.session import open_session, reference_table
-
-
-def main() -> None:
-    config, options = command_line.parse(__doc__, options=("out",))
-    if not options.out or config.estimator.table:
-        raise SystemExit(
-            f"error: the table's file is --out {options.out or '(missing)'} and --estimator.table "
-            f"{config.estimator.table or '(empty)'}; give --out FILE.npz and no --estimator.table"
-        )
-    with open_session(config) as session, jax.set_mesh(session.setting.mesh):
-        params = hf.load_params(session.folder, session.setting.model, session.setting.mesh)
-        table = reference_table(session, params, Path(options.out))
-    print_summary(table.successes, table.trials)
-    print(f"reference table: {options.out}")
-
-
-def print_summary(successes: np.ndarray, trials: np.ndarray) -> None:
-    """Mean, spread and how many problems the table says nothing of but 0 or 1."""
-    if not trials.any():
-        return
-    rates = successes / np.maximum(trials, 1)
-    print(
-        f"{len(rates)} problems, {trials.sum()} graded rollouts: "
-        f"pass rate mean {rates.mean():.3f}, sd {rates.std():.3f}; "
-        f"never solved {np.mean(rates == 0):.1%}, always {np.mean(rates == 1):.1%}"
-    )
-
+from basis_jax import command_line
+from basis_jax.commands import reference_stats
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(reference_stats.main)

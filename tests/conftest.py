@@ -1,7 +1,9 @@
 """Every test runs with strict shapes and types, on four virtual CPU devices, without a network."""
 
 import importlib.util
+import json
 import os
+import random
 
 # Read when JAX starts its backend, and by the scripts that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+import tiny  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -27,3 +30,31 @@ def pytest_runtest_setup(item):
         pytest.skip("needs an accelerator (JAX_PLATFORMS=cuda)")
     if item.get_closest_marker("torch") and importlib.util.find_spec("torch") is None:
         pytest.skip("needs PyTorch")
+
+
+def pytest_collection_modifyitems(config, items):
+    """``nightly`` tests run only where they are asked for: ``-m nightly``."""
+    if "nightly" not in config.option.markexpr:
+        chosen = [item for item in items if not item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A Hugging Face folder with random weights, and a tokenizer of single characters."""
+    return tiny.write_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def dapo_file(tmp_path_factory):
+    """Problems in DAPO-Math-17K's columns."""
+    path = tmp_path_factory.mktemp("data") / "dapo.jsonl"
+    rng = random.Random(0)
+    rows = []
+    for _ in range(60):
+        a, b = rng.randrange(10), rng.randrange(10)
+        chat = [{"role": "user", "content": f"what is {a} + {b}?"}]
+        rows.append({"prompt": chat, "reward_model": {"ground_truth": str((a + b) % 10)}})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from basis_jax import estimators
-from basis_jax.estimators.basis import BETAS, VARIANTS
+from basis_jax.estimators.batchwise import BETAS, VARIANTS
 
 SETTINGS = settings(max_examples=40, deadline=None)
 FEW_BETAS = [0.01, 0.08, 0.2, 0.5, 1.0, 2.0, 5.0]

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tiny
 
-from basis_jax import costs, decoding, logprobs, model, train
 from basis_jax.config import (
     Config,
     LossSection,
@@ -19,17 +18,19 @@ from basis_jax.config import (
     SamplingSection,
     TrainSection,
 )
-from basis_jax.config_check import check_memory, device_memory
-from basis_jax.evaluate import open_evaluation
-from basis_jax.sampling import sample_with
-from basis_jax.session import open_session
-from basis_jax.sharding import make_mesh
+from basis_jax.evaluation.evaluate import open_evaluation
+from basis_jax.model import costs, decoder, decoding, logprobs
+from basis_jax.model.sharding import make_mesh
+from basis_jax.opening.checks import check_memory, device_memory
+from basis_jax.sampling.decode import sample_with
+from basis_jax.training import update
+from basis_jax.training.session import open_session
 from basis_jax.types import Batch, Prompts
 
 SMALL = dataclasses.replace(
     tiny.TINY, vocab_size=512, embed=64, layers=4, head_dim=16, mlp=192, max_positions=1024
 )
-SMOLLM2 = model.ModelConfig(
+SMOLLM2 = decoder.ModelConfig(
     architecture="llama",
     vocab_size=49152,
     embed=576,
@@ -53,12 +54,12 @@ def one_device():
 
 
 @functools.cache
-def compiled_update(architecture, rows, width, microbatch):
-    optimizer = train.make_optimizer(OptimSection(), updates=9)
-    update = train.make_update(
-        architecture, optimizer, loss=LossSection(), temperature=1.0, microbatch=microbatch
+def compiled_update(model_config, rows, width, microbatch):
+    optimizer = update.make_optimizer(OptimSection(), updates=9)
+    update_params = update.make_update(
+        model_config, optimizer, loss=LossSection(), temperature=1.0, microbatch=microbatch
     )
-    state = train.abstract_state(optimizer, {}, architecture=architecture, mesh=one_device())
+    state = update.abstract_state(optimizer, {}, model_config=model_config, mesh=one_device())
     numbers = np.zeros((microbatch, width), np.float32)
     batch = Batch(
         tokens=numbers.astype(np.int32),
@@ -69,31 +70,31 @@ def compiled_update(architecture, rows, width, microbatch):
         sampler_logprobs=numbers,
     )
     micros = [batch] * (rows // microbatch)
-    return jax.jit(update, donate_argnums=0).lower(state, micros).compile()
+    return jax.jit(update_params, donate_argnums=0).lower(state, micros).compile()
 
 
-def compiled_sample(architecture, rows, width, new):
+def compiled_sample(model_config, rows, width, new):
     zeros = np.zeros(rows, np.int32)
     return sample_with.lower(
-        model.param_shapes(architecture),
-        weight_shapes(architecture),
+        decoder.param_shapes(model_config),
+        weight_shapes(model_config),
         Prompts(tokens=np.zeros((rows, width), np.int32), lengths=zeros, problem_ids=zeros),
         jax.random.split(jax.random.key(0), rows),
-        config=architecture,
+        model_config=model_config,
         sampling=SamplingSection(max_new_tokens=new),
         eos_ids=(0,),
     ).compile()
 
 
-def weight_shapes(architecture):
+def weight_shapes(model_config):
     return jax.eval_shape(
-        lambda params: decoding.decode_weights(params, architecture),
-        model.param_shapes(architecture),
+        lambda params: decoding.decode_weights(params, model_config),
+        decoder.param_shapes(model_config),
     )
 
 
-def cache_shapes(architecture, rows, length):
-    return jax.eval_shape(lambda: decoding.empty_cache(architecture, rows, length))
+def cache_shapes(model_config, rows, length):
+    return jax.eval_shape(lambda: decoding.empty_cache(model_config, rows, length))
 
 
 def held(compiled):
@@ -108,7 +109,7 @@ def flops(function, *args):
 
 
 @pytest.mark.parametrize(
-    "architecture",
+    "model_config",
     [
         tiny.TINY,
         SMOLLM2,
@@ -116,10 +117,10 @@ def flops(function, *args):
         dataclasses.replace(SMALL, output_bias=True, mlp_bias=True),
     ],
 )
-def test_parameters_are_those_of_the_model(architecture):
-    leaves = jax.tree.leaves(model.param_shapes(architecture))
-    assert costs.parameters(architecture) == sum(leaf.size for leaf in leaves)
-    assert costs.parameter_bytes(architecture, one_device()) == 4 * costs.parameters(architecture)
+def test_parameters_are_those_of_the_model(model_config):
+    leaves = jax.tree.leaves(decoder.param_shapes(model_config))
+    assert costs.parameters(model_config) == sum(leaf.size for leaf in leaves)
+    assert costs.parameter_bytes(model_config, one_device()) == 4 * costs.parameters(model_config)
 
 
 @pytest.mark.parametrize("context", [8, 1000])
@@ -142,10 +143,10 @@ def test_a_prefills_flops_are_those_xla_counts():
     one, rows, width = dataclasses.replace(SMALL, layers=1), 16, 16
 
     def first(params, tokens):
-        hidden, _ = model.forward(params, one, tokens)
-        return model.logits(params, one, hidden[:, -1])
+        hidden, _ = decoder.forward(params, one, tokens)
+        return decoder.logits(params, one, hidden[:, -1])
 
-    counted = flops(first, model.param_shapes(one), shape((rows, width), jnp.int32))
+    counted = flops(first, decoder.param_shapes(one), shape((rows, width), jnp.int32))
     assert BAND[0] < costs.prefill(one, rows=rows, width=width).flops / counted < BAND[1]
 
 
@@ -177,9 +178,9 @@ def test_a_decode_step_moves_weights_and_cache_once():
 )
 def test_an_updates_memory_is_what_xla_plans(remat, layers, rows, width, least):
     """In one microbatch and in two: beside the gradients of one is the sum of all."""
-    architecture = dataclasses.replace(SMALL, remat=remat, layers=layers)
-    compiled = compiled_update(architecture, rows, width, 4)
-    parts = costs.update_memory(architecture, one_device(), rows=4, width=width, chunk=512)
+    model_config = dataclasses.replace(SMALL, remat=remat, layers=layers)
+    compiled = compiled_update(model_config, rows, width, 4)
+    parts = costs.update_memory(model_config, one_device(), rows=4, width=width, chunk=512)
     assert least < sum(parts.values()) / held(compiled) < BAND[1]
 
 
@@ -197,8 +198,8 @@ def test_what_a_mesh_splits_is_divided():
     at_four = costs.sampling_memory(SMALL, mesh, **sizes)
     assert at_four["key-value cache"] * 4 == at_one["key-value cache"]
     assert at_four["logits"] * 4 == at_one["logits"]
-    shardings = train.abstract_state(
-        train.make_optimizer(OptimSection(), updates=1), {}, architecture=SMALL, mesh=mesh
+    shardings = update.abstract_state(
+        update.make_optimizer(OptimSection(), updates=1), {}, model_config=SMALL, mesh=mesh
     ).params
     shares = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(shardings)]
     assert at_four["weights"] == sum(4 * math.prod(share) for share in shares)
@@ -212,7 +213,7 @@ LARGE = Config(
 
 
 def with_memory(monkeypatch, size):
-    monkeypatch.setattr("basis_jax.config_check.device_memory", lambda devices: size)
+    monkeypatch.setattr("basis_jax.opening.checks.device_memory", lambda devices: size)
 
 
 def test_slots_and_lengths_that_do_not_fit_are_refused_with_the_bytes(monkeypatch):
@@ -239,24 +240,24 @@ def test_a_session_says_so_before_it_reads_weights(monkeypatch, opened):
             pass
 
 
-def check_training(config, architecture):
-    check_memory(config, architecture, one_device(), prompt_width=64, rows=4, training=True)
+def check_training(config, model_config):
+    check_memory(config, model_config, one_device(), prompt_width=64, rows=4, training=True)
 
 
 def test_an_update_that_does_not_fit_is_refused_with_the_bytes(monkeypatch):
     with_memory(monkeypatch, 24 * 10**9)
-    few = dataclasses.replace(LARGE, train=TrainSection(sample_rollouts=4, microbatch_rollouts=4))
+    small = dataclasses.replace(LARGE, train=TrainSection(sample_rollouts=4, microbatch_rollouts=4))
     with pytest.raises(ValueError, match=r"microbatches of 4 rollouts of 4160 tokens .*activation"):
-        check_training(few, SMOLLM2)
+        check_training(small, SMOLLM2)
     remat = dataclasses.replace(SMOLLM2, remat="full")
-    check_training(few, remat)
+    check_training(small, remat)
     with_memory(monkeypatch, 4 * 540 * 10**6)  # weights, moments, gradients: 4 x 538 MB
     with pytest.raises(ValueError, match="weights 0.538 GB"):
-        check_training(few, remat)
+        check_training(small, remat)
 
 
 def test_a_devices_memory_is_what_it_says_or_its_share_of_the_machine():
-    told = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 7})
+    limited = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 7})
     silent = SimpleNamespace(memory_stats=lambda: None)
-    assert device_memory([told, told]) == 7
+    assert device_memory([limited, limited]) == 7
     assert 10**8 < device_memory([silent] * 4) == device_memory([silent]) // 4

@@ -11,10 +11,11 @@ import pytest
 import tokenizers
 import transformers
 
-from basis_jax import data, tasks
 from basis_jax.config import DataSection
-from basis_jax.session import report_overlap
-from basis_jax.tasks import Problem
+from basis_jax.data import encoding, order, overlap, sources, tasks
+from basis_jax.data.problem import Problem
+from basis_jax.opening.checks import check_data
+from basis_jax.training.session import report_overlap
 from basis_jax.verify.notation import number
 
 HERE = Path(__file__).parent / "data"
@@ -46,7 +47,7 @@ def tokenizer():
 
 
 def load(path, **options):
-    return data.load_training(DataSection(path=str(path), **options))
+    return sources.load_training(DataSection(path=str(path), **options))
 
 
 def write_lines(path, rows):
@@ -67,9 +68,9 @@ def test_dapo_rows_lose_their_chat_and_their_wrapper():
 
 def test_repeated_rows_are_one_object_and_one_problem(tokenizer):
     section = DataSection(path=str(HERE / "dapo_layout.jsonl"), max_prompt_tokens=1000)
-    problems = data.load_training(section)
+    problems = sources.load_training(section)
     assert problems[0] is problems[2]
-    encoded = data.encode_prompts(problems, section, tokenizer)
+    encoded = encoding.encode_prompts(problems, section, tokenizer)
     assert (encoded.counts["read"], encoded.counts["duplicate"], encoded.counts["used"]) == (
         4,
         1,
@@ -80,13 +81,13 @@ def test_repeated_rows_are_one_object_and_one_problem(tokenizer):
 def test_math_answers_are_the_last_box_and_proofs_have_none(tokenizer):
     problems = load(HERE / "math_layout.jsonl")
     assert [p.answer for p in problems] == [r"3\sqrt{2}", r"\frac{1}{2}", ""]
-    encoded = data.encode_prompts(problems, DataSection(max_prompt_tokens=200), tokenizer)
+    encoded = encoding.encode_prompts(problems, DataSection(max_prompt_tokens=200), tokenizer)
     assert encoded.counts["without text or answer"] == 1
     assert encoded.counts["used"] == 2
 
 
 def test_gsm8k_answers_follow_the_hashes():
-    problems = data.load_held_out(str(HERE / "gsm8k_layout.jsonl"))
+    problems = sources.load_held_out(str(HERE / "gsm8k_layout.jsonl"))
     assert [p.answer for p in problems] == ["1,350", "5"]
     assert problems[1].prompt.startswith("Tom has 9 pens")
 
@@ -106,11 +107,11 @@ def test_columns_can_be_named_and_reach_inside(tmp_path):
 
 def test_a_benchmark_is_read_from_a_folder_by_its_name(tmp_path):
     write_lines(tmp_path / "AIME24.jsonl", [{"id": 60, "problem": "2+2?", "answer": "4"}])
-    (problem,) = data.load_held_out("AIME24", str(tmp_path))
+    (problem,) = sources.load_held_out("AIME24", str(tmp_path))
     assert (problem.prompt, problem.answer) == ("2+2?", "4")
     rows = [{"question": "3+3?", "final_answer": ["$6$"], "solution": ["..."]}]
     write_lines(tmp_path / "OlympiadBench.jsonl", rows)
-    (problem,) = data.load_held_out("OlympiadBench", str(tmp_path))
+    (problem,) = sources.load_held_out("OlympiadBench", str(tmp_path))
     assert problem.answer == "$6$"
 
 
@@ -165,7 +166,7 @@ def test_an_unreachable_hub_is_one_sentence_with_what_to_do():
         load("BytedTsinghua-SIA/DAPO-Math-17k")
     assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match="HuggingFaceH4/MATH-500.*--eval.sets"):
-        data.load_held_out("MATH-500")
+        sources.load_held_out("MATH-500")
 
 
 @pytest.mark.parametrize("path", ["no/such/file.jsonl", "no_such.parquet", "./no/such/folder"])
@@ -184,8 +185,8 @@ def test_uids_are_63_bits_of_content_and_the_order_of_rows_is_theirs(tokenizer):
     problems = plain(50)
     shuffled = random.Random(0).sample(problems, 50)
     section = DataSection()
-    first = data.encode_prompts(problems, section, tokenizer)
-    second = data.encode_prompts(shuffled, section, tokenizer)
+    first = encoding.encode_prompts(problems, section, tokenizer)
+    second = encoding.encode_prompts(shuffled, section, tokenizer)
     assert first.problems == second.problems and (first.tokens == second.tokens).all()
     uids = [p.uid for p in first.problems]
     assert uids == sorted(uids) and 0 <= uids[0] and 2**60 < uids[-1] < 2**63
@@ -197,7 +198,7 @@ def test_uids_are_63_bits_of_content_and_the_order_of_rows_is_theirs(tokenizer):
 
 def test_long_prompts_are_left_out_and_counted_never_cut(tokenizer):
     problems = [*plain(12), Problem(prompt="x" * 100, answer="1")]
-    encoded = data.encode_prompts(problems, DataSection(), tokenizer)
+    encoded = encoding.encode_prompts(problems, DataSection(), tokenizer)
     assert encoded.counts == {
         "read": 13,
         "duplicate": 0,
@@ -208,12 +209,12 @@ def test_long_prompts_are_left_out_and_counted_never_cut(tokenizer):
     }
     assert encoded.tokens.shape[1] == encoded.lengths.max() <= 64
     with pytest.raises(ValueError, match="13 too long.*max_prompt_tokens is 5 .* 26 tokens"):
-        data.encode_prompts(problems, DataSection(max_prompt_tokens=5), tokenizer)
+        encoding.encode_prompts(problems, DataSection(max_prompt_tokens=5), tokenizer)
 
 
 def test_size_keeps_the_first_of_those_that_fit(tokenizer):
-    everything = data.encode_prompts(plain(20), DataSection(), tokenizer)
-    some = data.encode_prompts(plain(20), DataSection(), tokenizer, size=7)
+    everything = encoding.encode_prompts(plain(20), DataSection(), tokenizer)
+    some = encoding.encode_prompts(plain(20), DataSection(), tokenizer, size=7)
     assert some.problems == everything.problems[:7]
     assert some.counts["not asked for"] == 13
 
@@ -227,7 +228,7 @@ def test_a_chat_prompt_is_the_template_around_prefix_problem_and_suffix(tokenize
         system_prompt="Be brief.", problem_prefix="Q: ", problem_suffix=" Box it.",
         max_prompt_tokens=200,
     )  # fmt: skip
-    encoded = data.encode_prompts([Problem(prompt="2+2?", answer="4")], section, tokenizer)
+    encoded = encoding.encode_prompts([Problem(prompt="2+2?", answer="4")], section, tokenizer)
     expected = "<system>Be brief.<user>Q: 2+2? Box it.<assistant>"
     assert text_of(encoded, 0, tokenizer) == expected
     (ids,) = tokenizer.apply_chat_template(
@@ -244,23 +245,23 @@ def test_a_chat_of_several_messages_stays_one(tokenizer, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [row])
     problems = load(path, problem_field="prompt", answer_field="answer")
     section = DataSection(problem_suffix="!")
-    encoded = data.encode_prompts(problems, section, tokenizer)
+    encoded = encoding.encode_prompts(problems, section, tokenizer)
     assert text_of(encoded, 0, tokenizer) == "<user>hi<assistant>hello<user>2+2?!<assistant>"
     with pytest.raises(ValueError, match="'text' has no place for"):
-        data.encode_prompts(problems, DataSection(prompt_format="text"), tokenizer)
+        encoding.encode_prompts(problems, DataSection(prompt_format="text"), tokenizer)
 
 
 def test_plain_text_has_the_tokenizers_own_special_tokens_and_no_template(tokenizer):
     section = DataSection(prompt_format="text", problem_suffix=" =")
-    encoded = data.encode_prompts([Problem(prompt="2 + 2", answer="4")], section, tokenizer)
+    encoded = encoding.encode_prompts([Problem(prompt="2 + 2", answer="4")], section, tokenizer)
     assert encoded.tokens[0].tolist() == [0, *tokenizer.encode("2 + 2 =", add_special_tokens=False)]
 
 
 def test_wrong_settings_are_sentences(tokenizer):
     with pytest.raises(ValueError, match="prompt_format is 'txt'; allowed are chat, text"):
-        data.encode_prompts(plain(1), DataSection(prompt_format="txt"), tokenizer)
+        check_data(DataSection(prompt_format="txt"))
     with pytest.raises(ValueError, match="write {problem}"):
-        load(HERE / "dapo_layout.jsonl", problem_wrapper="Solve: ")
+        check_data(DataSection(problem_wrapper="Solve: "))
     with pytest.raises(ValueError, match="unknown task 'sums'; allowed are arithmetic"):
         load("task:sums")
 
@@ -281,19 +282,19 @@ def test_held_out_problems_that_repeat_a_training_text_are_found():
         Problem(prompt="What is 2 * 3", answer="6"),
         Problem(prompt="What is 2 * 3 + 1", answer="7"),
     ]
-    found = [(a, b) for a, b, _ in data.overlapping(held_out, training)]
+    found = [(a, b) for a, b, _ in overlap.overlapping(held_out, training)]
     assert found == [(held_out[i], training[j]) for i, j in ((0, 0), (2, 1), (4, 2))]
-    assert data.overlapping(held_out, training)[0][2] == words
+    assert overlap.overlapping(held_out, training)[0][2] == words
     template = [Problem(prompt=f"{words} is {i}", answer="1") for i in range(11)]
-    assert data.overlapping(template[:1], template[1:])
-    assert not data.overlapping([Problem(prompt=f"{words} or 99", answer="1")], template)
+    assert overlap.overlapping(template[:1], template[1:])
+    assert not overlap.overlapping([Problem(prompt=f"{words} or 99", answer="1")], template)
 
 
 def test_a_run_tells_of_every_set_that_repeats_training_problems():
     def encoded(*prompts):
         made = tuple(Problem(prompt=p, answer="1") for p in prompts)
         size = len(made)
-        return data.EncodedProblems(
+        return encoding.EncodedProblems(
             made, np.zeros((size, 1), np.int32), np.ones(size, np.int32), {}
         )
 
@@ -312,20 +313,20 @@ def test_a_run_tells_of_every_set_that_repeats_training_problems():
 
 
 def test_a_task_is_read_by_name():
-    found = load("task:arithmetic"), data.load_held_out("task:arithmetic")
+    found = load("task:arithmetic"), sources.load_held_out("task:arithmetic")
     assert found == tuple(tasks.problems("arithmetic", held_out=h) for h in (False, True))
 
 
 def test_an_epoch_visits_no_problem_twice_and_the_position_is_one_integer():
-    visits = [data.batch_indices(3, step, batch_size=4, size=14) for step in range(6)]
+    visits = [order.batch_indices(3, step, batch_size=4, size=14) for step in range(6)]
     first, second = np.concatenate(visits[:3]), np.concatenate(visits[3:])
     assert len(set(first)) == len(set(second)) == 12
     assert first.tolist() != second.tolist()
     assert first.tolist() == np.random.default_rng([3, 0]).permutation(14)[:12].tolist()
     assert second.tolist() == np.random.default_rng([3, 1]).permutation(14)[:12].tolist()
-    assert visits[0].tolist() != data.batch_indices(4, 0, batch_size=4, size=14).tolist()
+    assert visits[0].tolist() != order.batch_indices(4, 0, batch_size=4, size=14).tolist()
 
 
 def test_a_batch_larger_than_the_data_set_is_an_error():
     with pytest.raises(ValueError, match="prompts_per_step is 15 but there are 14"):
-        data.batch_indices(0, 0, batch_size=15, size=14)
+        order.batch_indices(0, 0, batch_size=15, size=14)

@@ -1,132 +1,30 @@
 """scripts/train.py as a user runs it: one process, killed and resumed, and what it refuses."""
 
-import json
-import os
 import random
 import runpy
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
-
-ROOT = Path(__file__).parents[1]
-WALL = ("time/", "throughput/", "compile/")  # differ between any two runs
-
-
-def command(script, config, *arguments):
-    return [
-        sys.executable,
-        str(ROOT / "scripts" / script),
-        "--config",
-        str(ROOT / "configs" / config),
-        *map(str, arguments),
-    ]
-
-
-def environment():
-    """One CPU device, and no strictness that a user does not have."""
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-
-
-def run(script, config, *arguments, cwd=None):
-    return subprocess.run(
-        command(script, config, *arguments),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        cwd=cwd,
-    )
-
-
-def run_killed(script, config, *arguments, written, wanted, linger=0.0):
-    """kill -9, ``linger`` seconds after a file has ``wanted`` lines or the process has ended."""
-    process = subprocess.Popen(
-        command(script, config, *arguments),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(),
-    )
-    while process.poll() is None:
-        if written.exists() and written.read_bytes().count(b"\n") >= wanted:
-            break
-        time.sleep(0.01)
-    time.sleep(linger)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def repeatable(rows):
-    return [{k: v for k, v in row.items() if not k.startswith(WALL)} for row in rows]
+from whole_runs import (
+    ROOT,
+    final_arrays,
+    lines,
+    repeatable,
+    run,
+    run_killed,
+    small,
+)
 
 
 @pytest.fixture(scope="module")
-def problems(tmp_path_factory):
-    """Problems in DAPO-Math-17K's columns."""
-    path = tmp_path_factory.mktemp("data") / "dapo.jsonl"
-    rng = random.Random(0)
-    rows = []
-    for _ in range(60):
-        a, b = rng.randrange(10), rng.randrange(10)
-        chat = [{"role": "user", "content": f"what is {a} + {b}?"}]
-        rows.append({"prompt": chat, "reward_model": {"ground_truth": str((a + b) % 10)}})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.write_folder(tmp_path_factory.mktemp("models") / "tiny")
-
-
-def small(folder, problems, run_dir, **changes):
-    """Overrides that make any config a tiny run."""
-    options = {
-        "model.path": folder,
-        "model.compute-dtype": "float32",
-        "data.path": problems,
-        "data.max-prompt-tokens": 128,
-        "eval.sets": problems,
-        "eval.size": 8,
-        "run-dir": run_dir,
-        "sampling.max-new-tokens": 6,
-        "estimator.table-samples": 4,
-        "train.steps": 4,
-        "train.prompts-per-step": 8,
-        "train.minibatch-rollouts": 8,
-        "train.microbatch-rollouts": 4,
-        "train.sample-rollouts": 8,
-        "checkpoint.every": 2,
-        "optim.lr": 1e-3,
-    } | changes
-    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
-
-
-@pytest.fixture(scope="module")
-def reference_run(folder, problems, tmp_path_factory):
+def reference_run(tiny_folder, dapo_file, tmp_path_factory):
     """Four steps without a break, of a config with two updates a step."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    arguments = small(folder, problems, run_dir, **{"train.minibatch-rollouts": 4})
+    arguments = small(tiny_folder, dapo_file, run_dir, **{"train.minibatch-rollouts": 4})
     done = run("train.py", "quickstart.py", *arguments)
     assert done.returncode == 0, done.stderr
     return run_dir, done.stdout
-
-
-def final_arrays(run_dir):
-    """Every leaf of the newest checkpoint."""
-    import orbax.checkpoint as ocp
-
-    steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
-    state = ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / str(steps[-1]) / "state")
-    return steps[-1], {name: np.asarray(leaf) for name, leaf in state.items()}
 
 
 def assert_same_run(run_dir, expected):
@@ -158,17 +56,17 @@ def test_a_run_writes_its_records_and_says_where_they_are(reference_run):
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", [0, 1, 2])
 def test_killed_at_any_moment_and_started_again_it_continues_bit_for_bit(
-    reference_run, folder, problems, tmp_path, trial
+    reference_run, tiny_folder, dapo_file, tmp_path, trial
 ):
     """kill -9 at three random moments, then to the end: parameters, moments, metrics, samples."""
     rng = random.Random(trial)
     expected, _ = reference_run
-    arguments = small(folder, problems, tmp_path / "run", **{"train.minibatch-rollouts": 4})
+    arguments = small(tiny_folder, dapo_file, tmp_path / "run", **{"train.minibatch-rollouts": 4})
     for _ in range(3):
         run_killed(
             *("train.py", "quickstart.py", *arguments),
             written=tmp_path / "run" / "metrics.jsonl",
-            wanted=rng.randrange(0, 5),
+            line_count=rng.randrange(0, 5),
             linger=rng.random() / 2,
         )
     done = run("train.py", "quickstart.py", *arguments)
@@ -177,11 +75,13 @@ def test_killed_at_any_moment_and_started_again_it_continues_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_prompt_features_need_no_rollouts_and_survive_a_kill(folder, problems, tmp_path):
+def test_prompt_features_need_no_rollouts_and_survive_a_kill(tiny_folder, dapo_file, tmp_path):
     """value_filter without any offline rollout: features in the table, beliefs in the state."""
     changes = {"estimator.name": "value_filter", "estimator.table-samples": 0}
     changes |= {"estimator.features": 4, "train.minibatch-rollouts": 4}
-    whole, killed = (small(folder, problems, tmp_path / n, **changes) for n in ("whole", "killed"))
+    whole, killed = (
+        small(tiny_folder, dapo_file, tmp_path / n, **changes) for n in ("whole", "killed")
+    )
     done = run("train.py", "quickstart.py", *whole)
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "whole" / "reference.npz") as table:
@@ -190,7 +90,7 @@ def test_prompt_features_need_no_rollouts_and_survive_a_kill(folder, problems, t
     run_killed(
         *("train.py", "quickstart.py", *killed),
         written=tmp_path / "killed" / "metrics.jsonl",
-        wanted=rng.randrange(0, 5),
+        line_count=rng.randrange(0, 5),
         linger=rng.random() / 2,
     )
     done = run("train.py", "quickstart.py", *killed)
@@ -199,12 +99,12 @@ def test_prompt_features_need_no_rollouts_and_survive_a_kill(folder, problems, t
 
 
 @pytest.mark.slow
-def test_a_finished_run_started_again_only_tells_its_result(reference_run, folder, problems):
+def test_a_finished_run_started_again_only_tells_its_result(reference_run, tiny_folder, dapo_file):
     """What the checkpoint holds is not made again: no reference table."""
     run_dir, output = reference_run
     (run_dir / "reference.npz").unlink()
     before = (run_dir / "metrics.jsonl").read_text()
-    arguments = small(folder, problems, run_dir, **{"train.minibatch-rollouts": 4})
+    arguments = small(tiny_folder, dapo_file, run_dir, **{"train.minibatch-rollouts": 4})
     again = run("train.py", "quickstart.py", *arguments)
     assert again.returncode == 0, again.stderr
     assert (run_dir / "metrics.jsonl").read_text() == before
@@ -213,9 +113,9 @@ def test_a_finished_run_started_again_only_tells_its_result(reference_run, folde
 
 
 @pytest.mark.slow
-def test_another_config_in_the_same_run_folder_is_refused(reference_run, folder, problems):
+def test_another_config_in_the_same_run_folder_is_refused(reference_run, tiny_folder, dapo_file):
     run_dir, _ = reference_run
-    arguments = small(folder, problems, run_dir, **{"train.minibatch-rollouts": 4})
+    arguments = small(tiny_folder, dapo_file, run_dir, **{"train.minibatch-rollouts": 4})
     refused = run("train.py", "quickstart.py", *arguments, "--optim.lr", "0.5")
     assert refused.returncode != 0
     assert refused.stderr.strip().splitlines()[-1].startswith("error: ")
@@ -236,12 +136,12 @@ def refusal(monkeypatch, *arguments):
     [("Qwen/Qwen3-4B", "--model.path"), ("BytedTsinghua-SIA/DAPO-Math-17k", "--data.path")],
 )
 def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
-    monkeypatch, folder, tmp_path, what, option
+    monkeypatch, tiny_folder, tmp_path, what, option
 ):
     short = ["--data.max-prompt-tokens", "128", "--sampling.max-new-tokens", "8"]
-    given = ["--model.path", folder, *short] if option == "--data.path" else []
+    overrides = ["--model.path", tiny_folder, *short] if option == "--data.path" else []
     config = ROOT / "configs" / "qwen_math.py"
-    sentence = refusal(monkeypatch, config, "--run-dir", tmp_path / "run", *given)
+    sentence = refusal(monkeypatch, config, "--run-dir", tmp_path / "run", *overrides)
     assert sentence.startswith("error: ") and what in sentence and option in sentence
     assert not (tmp_path / "run").exists()
 
@@ -290,9 +190,9 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
     ],
 )
 def test_bad_settings_end_with_one_sentence(
-    monkeypatch, folder, problems, tmp_path, arguments, sentence
+    monkeypatch, tiny_folder, dapo_file, tmp_path, arguments, sentence
 ):
-    given = small(folder, problems, tmp_path / "run")
-    said = refusal(monkeypatch, ROOT / "configs" / "quickstart.py", *given, *arguments)
+    overrides = small(tiny_folder, dapo_file, tmp_path / "run")
+    said = refusal(monkeypatch, ROOT / "configs" / "quickstart.py", *overrides, *arguments)
     assert said.startswith("error: ") and sentence in said
     assert not (tmp_path / "run").exists()

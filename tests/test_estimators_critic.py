@@ -7,7 +7,7 @@ import reference
 
 from basis_jax import estimators
 from basis_jax.estimators import critic
-from basis_jax.estimators.soft_value import soft_value
+from basis_jax.estimators.optimal_value import soft_value
 
 SINGLE = np.float32([1, 0, 1, 0, 0, 1])
 

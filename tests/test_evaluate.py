@@ -1,7 +1,6 @@
 """Held-out accuracy and its interval; completions written, resumed, and what is made of them."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import random
@@ -16,21 +15,23 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_end_to_end import environment, lines, run, run_killed, small
-from test_reference_table import SAMPLING, SIZE, problems, setting  # noqa: F401
+from test_reference_table import SAMPLING, SIZE, problems, setup  # noqa: F401
+from whole_runs import environment, lines, run, run_killed, small
 
-from basis_jax import completions
+from basis_jax.commands.evaluate import check_out
 from basis_jax.config import Config, EvalSection
-from basis_jax.config_check import check_evaluation
-from basis_jax.evaluate import (
+from basis_jax.evaluation import completions
+from basis_jax.evaluation.evaluate import (
     Evaluation,
     bootstrap_interval,
-    check_out,
     evaluate,
     problem_scores,
     protocol,
 )
-from basis_jax.sharding import make_mesh
+from basis_jax.evaluation.report import report
+from basis_jax.files import replace_file
+from basis_jax.model.sharding import make_mesh
+from basis_jax.opening.checks import check_evaluation
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,11 +67,11 @@ def test_a_failed_verdict_is_no_zero():
         problem_scores(np.zeros(2), np.zeros(2, bool), 2)
 
 
-def test_before_and_after_use_the_same_noise_and_greedy_uses_none(setting, problems):  # noqa: F811
+def test_before_and_after_use_the_same_noise_and_greedy_uses_none(setup, problems):  # noqa: F811
     def accuracy(temperature):
         return evaluate(
             tiny.params(),
-            setting,
+            setup,
             {"one": problems, "two": problems},
             section=EvalSection(samples=4, temperature=temperature),
             sampling=SAMPLING,
@@ -96,23 +97,23 @@ METRICS = ["avg@6", "pass@1", "pass@2", "pass@4", "maj@6"]
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """As many batches as there are rows, and not one."""
-    monkeypatch.setattr(completions, "ROUNDS", 1)
+    monkeypatch.setattr(completions, "ROWS_PER_SLOT", 1)
 
 
 @pytest.fixture
-def evaluation(setting, problems):  # noqa: F811
+def evaluation(setup, problems):  # noqa: F811
     """Two sets of five problems, six completions each in batches of four; the verifier fails on the
     last problem of each."""
     config = Config(run_dir="", sampling=SAMPLING, eval=EvalSection(samples=SAMPLES))
     sets = {"one": problems, "two": problems}
-    return Evaluation(config=config, folder=Path(), setting=setting, sets=sets)
+    return Evaluation(config=config, folder=Path(), setup=setup, sets=sets)
 
 
 def write(evaluation, out, **changes):
     """The evaluation's results, and completions.jsonl as bytes."""
     out.mkdir(exist_ok=True)
     wanted = protocol(evaluation, tiny.params()) | changes
-    with jax.set_mesh(evaluation.setting.mesh):
+    with jax.set_mesh(evaluation.setup.mesh):
         path = completions.write_completions(
             tiny.params(), evaluation, out, wanted, report=lambda text: None
         )
@@ -122,7 +123,7 @@ def write(evaluation, out, **changes):
 def test_written_completions_give_the_numbers_of_training_bit_for_bit(evaluation, tmp_path):
     trained = evaluate(
         tiny.params(),
-        evaluation.setting,
+        evaluation.setup,
         evaluation.sets,
         section=evaluation.config.eval,
         sampling=SAMPLING,
@@ -226,8 +227,8 @@ def test_whole_lines_are_kept_and_not_made_again(evaluation, tmp_path, monkeypat
 
 def test_batch_size_does_not_change_what_is_drawn(evaluation, tmp_path):
     _, whole = write(evaluation, tmp_path / "a")
-    other = dataclasses.replace(evaluation.setting, rows_at_once=7)
-    _, written = write(dataclasses.replace(evaluation, setting=other), tmp_path / "b")
+    other = dataclasses.replace(evaluation.setup, rows_at_once=7)
+    _, written = write(dataclasses.replace(evaluation, setup=other), tmp_path / "b")
     assert written == whole
 
 
@@ -333,13 +334,6 @@ def test_an_answer_of_any_length_votes_in_no_time():
     assert time.perf_counter() - started < 1
 
 
-def report_script():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_hostile_completion_is_text_in_the_report(evaluation, tmp_path):
     """Markup, ends of elements, writing direction, escape sequences of a terminal, half a pair."""
     found, written = write(evaluation, tmp_path)
@@ -351,8 +345,8 @@ def test_a_hostile_completion_is_text_in_the_report(evaluation, tmp_path):
     path = tmp_path / "completions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     about = {"evaluated": attack, "protocol": {attack: attack}}
-    page = "".join(report_script().report(found, about, path))
-    completions.replace_file(tmp_path / "report.html", page)
+    page = "".join(report(found, about, path))
+    replace_file(tmp_path / "report.html", page)
     assert "<script" not in page and "<img" not in page
     assert "&lt;script&gt;" in page and "&amp;lt;" in page
     assert not {"\u202e", "\x1b", "\ud800"} & set(page) and "\\u202e" in page
@@ -363,9 +357,7 @@ def test_a_hostile_completion_is_text_in_the_report(evaluation, tmp_path):
 def test_the_report_shows_every_problem_with_right_and_wrong_completions(evaluation, tmp_path):
     found, written = write(evaluation, tmp_path)
     page = "".join(
-        report_script().report(
-            found, {"evaluated": "x", "protocol": {}}, tmp_path / "completions.jsonl"
-        )
+        report(found, {"evaluated": "x", "protocol": {}}, tmp_path / "completions.jsonl")
     )
     for name, start in (("one", 0), ("two", SIZE * SAMPLES)):
         part = page.split(f"<h2>{name}</h2>")[1].split("<h2>")[0]
@@ -443,20 +435,20 @@ def without_provenance(path):
 def test_an_evaluation_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, held_out):
     """kill -9 at two random moments, on a model folder with benchmark names and local files."""
     folder, rng = tiny.write_folder(tmp_path / "tiny"), random.Random(0)
-    given = arguments(folder, held_out, tmp_path / "whole")
-    done = run("evaluate.py", "qwen_math.py", *given)
+    options = arguments(folder, held_out, tmp_path / "whole")
+    done = run("evaluate.py", "qwen_math.py", *options)
     assert done.returncode == 0, done.stderr
     assert all(text in done.stdout for text in ("MATH-500", "AIME25", "average", "maj@8", "["))
-    given = arguments(folder, held_out, tmp_path / "killed")
+    options = arguments(folder, held_out, tmp_path / "killed")
     written = tmp_path / "killed" / "completions.jsonl"
     for lines_wanted in (1, 60):
         run_killed(
-            *("evaluate.py", "qwen_math.py", *given),
+            *("evaluate.py", "qwen_math.py", *options),
             written=written,
-            wanted=lines_wanted,
+            line_count=lines_wanted,
             linger=rng.random() / 20,
         )
-    done = run("evaluate.py", "qwen_math.py", *given)
+    done = run("evaluate.py", "qwen_math.py", *options)
     assert done.returncode == 0, done.stderr
     assert written.read_bytes() == (tmp_path / "whole" / "completions.jsonl").read_bytes()
     found = without_provenance(tmp_path / "killed")
@@ -466,9 +458,9 @@ def test_an_evaluation_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, held_o
         assert len(mine) == of_set["completions"] == 8 * {"MATH-500": 13, "AIME25": 5}[name]
         for metric, entry in of_set["metrics"].items():
             assert entry["value"] == pytest.approx(recomputed(mine, metric)[0], abs=1e-12)
-    greedy = run("evaluate.py", "qwen_math.py", *given, "--eval.temperature", 0)
+    greedy = run("evaluate.py", "qwen_math.py", *options, "--eval.temperature", 0)
     assert greedy.returncode != 0 and "error: eval.temperature 0 is greedy" in greedy.stderr
-    warmer = run("evaluate.py", "qwen_math.py", *given, "--eval.temperature", 2)
+    warmer = run("evaluate.py", "qwen_math.py", *options, "--eval.temperature", 2)
     assert warmer.returncode != 0 and "temperature is 1.0 there and 2.0 here" in warmer.stderr
 
 
@@ -480,8 +472,8 @@ def test_run_checkpoint_and_export_evaluate_to_the_runs_last_accuracy(tmp_path):
     rows = [{"problem": f"what is {i}?", "answer": str(i % 10)} for i in range(40)]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {"eval.samples": 4, "eval.size": 20, "data.verifier": "math", "train.steps": 2}
-    given = small(folder, problems, tmp_path / "run", **changes)
-    done = run("train.py", "quickstart.py", *given)
+    options = small(folder, problems, tmp_path / "run", **changes)
+    done = run("train.py", "quickstart.py", *options)
     assert done.returncode == 0, done.stderr
     found = {}
     for name, option in (("run", "--checkpoint"), ("hf", "--model.path")):
@@ -491,7 +483,7 @@ def test_run_checkpoint_and_export_evaluate_to_the_runs_last_accuracy(tmp_path):
             subprocess.run(script, check=True, env=environment())
             assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
         out = tmp_path / f"of_{name}"
-        more = [*given, option, tmp_path / name, "--out", out]
+        more = [*options, option, tmp_path / name, "--out", out]
         done = run("evaluate.py", "quickstart.py", *more)
         assert done.returncode == 0, done.stderr
         found[name] = json.loads((out / "results.json").read_text())["average"]["avg@4"]

@@ -1,7 +1,6 @@
 """A run's checkpoint becomes a Hugging Face folder: every bit, and the same greedy tokens."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 import sys
@@ -11,41 +10,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
-from basis_jax import checkpoint, hf, model, trained
+from basis_jax.commands import convert
 from basis_jax.config import CheckpointSection, Config, ModelSection, OptimSection, SamplingSection
-from basis_jax.sampling import row_keys, sample
-from basis_jax.sharding import make_mesh, named
-from basis_jax.train import make_optimizer, make_state
+from basis_jax.model import decoder
+from basis_jax.model.sharding import make_mesh, named
+from basis_jax.runs import checkpoint
+from basis_jax.sampling.decode import sample
+from basis_jax.sampling.draw import row_keys
+from basis_jax.training.update import make_optimizer, make_state
 from basis_jax.types import Prompts
+from basis_jax.weights import huggingface, trained
 
 ROOT = Path(__file__).parents[1]
 
 
-def convert():
-    """scripts/convert.py as a module."""
-    spec = importlib.util.spec_from_file_location("convert", ROOT / "scripts" / "convert.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The model that training began from."""
-    return tiny.write_folder(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def run(folder, tmp_path_factory):
+def run(tiny_folder, tmp_path_factory):
     """(run folder with checkpoints 2 and 10, their parameters)."""
     run_dir = tmp_path_factory.mktemp("runs") / "run"
-    architecture, params = hf.model_config(folder), {}
-    start = hf.load_params(folder, architecture)
+    model_config, params = huggingface.read_model_config(tiny_folder), {}
+    start = huggingface.load_params(tiny_folder, model_config)
     optimizer = make_optimizer(OptimSection(), updates=1)
     mesh = make_mesh(devices=jax.devices()[:1])
-    config = Config(run_dir=str(run_dir), model=ModelSection(path=str(folder)))
+    config = Config(run_dir=str(run_dir), model=ModelSection(path=str(tiny_folder)))
     with checkpoint.open_checkpoints(run_dir, CheckpointSection()) as checkpoints:
         for step in (2, 10):
             noise = np.random.default_rng(step)
@@ -53,7 +41,7 @@ def run(folder, tmp_path_factory):
                 lambda x, noise=noise: x + noise.normal(scale=0.02, size=x.shape).astype("float32"),
                 start,
             )
-            state = make_state(params[step], optimizer, (), architecture=architecture, mesh=mesh)
+            state = make_state(params[step], optimizer, (), model_config=model_config, mesh=mesh)
             state = dataclasses.replace(state, step=jnp.int32(step))
             checkpoint.save(checkpoints, state, dataclasses.asdict(config))
     return run_dir, params
@@ -63,107 +51,132 @@ def assert_equal(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_the_newest_checkpoint_is_exported_bit_for_bit(run, folder, tmp_path, capsys):
+def test_the_newest_checkpoint_is_exported_bit_for_bit(run, tiny_folder, tmp_path, capsys):
     """10 is newer than 2, in whatever order their names sort."""
     run_dir, params = run
-    convert().run(run_dir, to=tmp_path / "out")
+    convert.run(run_dir, to=tmp_path / "out")
     assert str(tmp_path / "out") in capsys.readouterr().out
-    assert_equal(hf.load_params(tmp_path / "out", hf.model_config(folder)), params[10])
-    convert().run(run_dir / "checkpoints" / "2", to=tmp_path / "older")
-    assert_equal(hf.load_params(tmp_path / "older", hf.model_config(folder)), params[2])
+    assert_equal(
+        huggingface.load_params(tmp_path / "out", huggingface.read_model_config(tiny_folder)),
+        params[10],
+    )
+    convert.run(run_dir / "checkpoints" / "2", to=tmp_path / "older")
+    assert_equal(
+        huggingface.load_params(tmp_path / "older", huggingface.read_model_config(tiny_folder)),
+        params[2],
+    )
 
 
-def test_an_export_has_config_tokenizer_and_as_many_files_as_asked(run, folder, tmp_path):
+def test_an_export_has_config_tokenizer_and_as_many_files_as_asked(run, tiny_folder, tmp_path):
     run_dir, params = run
-    convert().run(run_dir, to=tmp_path / "out", shard_gb=2e-5)
+    convert.run(run_dir, to=tmp_path / "out", shard_gb=2e-5)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
-    assert hf.model_config(tmp_path / "out") == hf.model_config(folder)
-    tokenizers = [hf.load_tokenizer(f) for f in (folder, tmp_path / "out")]
+    assert huggingface.read_model_config(tmp_path / "out") == huggingface.read_model_config(
+        tiny_folder
+    )
+    tokenizers = [huggingface.load_tokenizer(f) for f in (tiny_folder, tmp_path / "out")]
     assert len({str(t("what is 1 + 2?")["input_ids"]) for t in tokenizers}) == 1
-    assert_equal(hf.load_params(tmp_path / "out", hf.model_config(folder)), params[10])
-    convert().run(run_dir, to=tmp_path / "half", dtype="bfloat16")
+    assert_equal(
+        huggingface.load_params(tmp_path / "out", huggingface.read_model_config(tiny_folder)),
+        params[10],
+    )
+    convert.run(run_dir, to=tmp_path / "half", dtype="bfloat16")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params[10])
-    assert_equal(hf.load_params(tmp_path / "half", hf.model_config(folder)), rounded)
+    assert_equal(
+        huggingface.load_params(tmp_path / "half", huggingface.read_model_config(tiny_folder)),
+        rounded,
+    )
 
 
 def test_a_run_as_the_first_argument_needs_no_subcommand(run, tmp_path, monkeypatch):
     pytest.importorskip("tyro")
     command = ["convert.py", str(run[0]), "--to", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", command)
-    convert().main()
+    convert.main()
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_the_model_folder_may_have_moved(run, folder, tmp_path):
+def test_the_model_folder_may_have_moved(run, tiny_folder, tmp_path):
     """The run says where its model was; --model-path says where it is."""
     run_dir, params = run
     moved = tmp_path / "run"
     shutil.copytree(run_dir, moved)
     saved = moved / "checkpoints" / "10" / "config" / "metadata"
-    saved.write_text(saved.read_text().replace(str(folder), str(tmp_path / "gone")))
+    saved.write_text(saved.read_text().replace(str(tiny_folder), str(tmp_path / "gone")))
     with pytest.raises(ValueError, match="gone is no folder"):
-        convert().run(moved, to=tmp_path / "out")
-    convert().run(moved, to=tmp_path / "out", model_path=str(folder))
-    assert_equal(hf.load_params(tmp_path / "out", hf.model_config(folder)), params[10])
+        convert.run(moved, to=tmp_path / "out")
+    convert.run(moved, to=tmp_path / "out", model_path=str(tiny_folder))
+    assert_equal(
+        huggingface.load_params(tmp_path / "out", huggingface.read_model_config(tiny_folder)),
+        params[10],
+    )
 
 
-def test_parameters_are_laid_out_over_the_mesh_and_nothing_is_written(run, folder):
+def test_parameters_are_laid_out_over_the_mesh_and_nothing_is_written(run, tiny_folder):
     run_dir, params = run
     half_saved = run_dir / "checkpoints" / "12.orbax-checkpoint-tmp"
     half_saved.mkdir()
     before = sorted(run_dir.rglob("*"))
-    config, mesh = hf.model_config(folder), make_mesh(data=1, fsdp=2, tensor=2)
-    found = trained.load_params(trained.find_checkpoint(run_dir), config, mesh)
+    model_config, mesh = (
+        huggingface.read_model_config(tiny_folder),
+        make_mesh(data=1, fsdp=2, tensor=2),
+    )
+    found = trained.load_checkpoint_params(trained.find_checkpoint(run_dir), model_config, mesh)
     assert_equal(found, params[10])
     jax.tree.map(
         lambda x, axes: x.sharding.is_equivalent_to(named(mesh, axes), x.ndim) or pytest.fail(axes),
         found,
-        model.param_axes(config),
+        decoder.param_axes(model_config),
     )
     assert sorted(run_dir.rglob("*")) == before
     half_saved.rmdir()
 
 
-def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_sentence(run, folder, tmp_path):
+def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_sentence(run, tiny_folder, tmp_path):
     run_dir, _ = run
     for empty in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="holds no checkpoint; give the folder of a run"):
             trained.find_checkpoint(empty)
     step = trained.find_checkpoint(run_dir)
-    config = hf.model_config(folder)
+    model_config = huggingface.read_model_config(tiny_folder)
     with pytest.raises(ValueError, match=r"another model: .*'k_norm'\] \(2, 8\) there and \(3,"):
-        trained.load_params(step, dataclasses.replace(config, layers=3))
+        trained.load_checkpoint_params(step, dataclasses.replace(model_config, layers=3))
     with pytest.raises(ValueError, match=r"\['output'\] absent there"):
-        trained.load_params(step, dataclasses.replace(config, tied=False))
+        trained.load_checkpoint_params(step, dataclasses.replace(model_config, tied=False))
     damaged = tmp_path / "10"
     shutil.copytree(step, damaged)
     (damaged / "state" / "manifest.ocdbt").unlink()
     (damaged / "state" / "_METADATA").unlink()
     shutil.rmtree(damaged / "config")
-    for read in (lambda: trained.model_path(damaged), lambda: trained.load_params(damaged, config)):
+    for read in (
+        lambda: trained.model_path(damaged),
+        lambda: trained.load_checkpoint_params(damaged, model_config),
+    ):
         with pytest.raises(ValueError, match="10 cannot be read as a checkpoint") as raised:
             read()
         assert "\n" not in str(raised.value)
 
 
 @pytest.mark.torch
-def test_transformers_continues_the_export_greedily_with_the_same_tokens(run, folder, tmp_path):
+def test_transformers_continues_the_export_greedily_with_the_same_tokens(
+    run, tiny_folder, tmp_path
+):
     """24 prompts, 20 tokens each, from our sampler and from generate()."""
     import torch
     import transformers
 
     run_dir, params = run
-    convert().run(run_dir, to=tmp_path / "out", shard_gb=2e-5)
+    convert.run(run_dir, to=tmp_path / "out", shard_gb=2e-5)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     texts = [f"what is {a} + {b}?" for a in range(4) for b in range(6)]
     tokens = np.array(tokenizer(texts)["input_ids"], np.int32)
     rows = np.arange(len(tokens), dtype=np.int32)
-    eos = hf.eos_ids(tmp_path / "out", tokenizer)
+    eos = huggingface.eos_ids(tmp_path / "out", tokenizer)
     ours = sample(
         params[10],
-        hf.model_config(folder),
+        huggingface.read_model_config(tiny_folder),
         Prompts(
             tokens=tokens, lengths=np.full(len(tokens), tokens.shape[1], "int32"), problem_ids=rows
         ),

@@ -12,11 +12,11 @@ import optax
 import pytest
 import tiny
 from test_data import WRAPPER, write_lines
-from test_end_to_end import ROOT, environment, lines, run, run_killed
+from whole_runs import ROOT, environment, lines, run, run_killed
 
-from basis_jax import hf
 from basis_jax.command_line import load_config
-from basis_jax.logprobs import token_logprobs
+from basis_jax.model.logprobs import token_logprobs
+from basis_jax.weights import huggingface
 
 ANSWERS = "7770123456"  # of the problems, equally often
 
@@ -56,7 +56,7 @@ def benchmarks(tmp_path_factory):
 def folder(tmp_path_factory):
     """A tiny Qwen3 that has learnt to say \\boxed{d}, any digit, and to end."""
     path = tiny.write_folder(tmp_path_factory.mktemp("models") / "tiny")
-    config, tokenizer = hf.model_config(path), hf.load_tokenizer(path)
+    model_config, tokenizer = huggingface.read_model_config(path), huggingface.load_tokenizer(path)
     rng = random.Random(0)
     asked = [rf"find no. {i} of $\frac{{{i}}}{{{i + 7}}}$ mod 9" for i in range(2, 90, 3)]
     asked += ["what is $x^{7}$?", "what is 12 mod 9?"]
@@ -70,13 +70,13 @@ def folder(tmp_path_factory):
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
         spoken[i, len(row) - len(r"\boxed{7}") - 1 : len(row)] = 1
-    params = hf.load_params(path, config)
+    params = huggingface.load_params(path, model_config)
     optimizer = optax.adam(1e-2)
 
     @jax.jit
     def teach(params):
         def loss(params):
-            logprobs, _ = token_logprobs(params, config, jnp.asarray(tokens))
+            logprobs, _ = token_logprobs(params, model_config, jnp.asarray(tokens))
             return -jnp.sum(spoken * logprobs) / spoken.sum()
 
         def step(carry, _):
@@ -88,7 +88,7 @@ def folder(tmp_path_factory):
 
     with jax.numpy_dtype_promotion("standard"):  # which optax.adam counts on
         params = teach(params)
-    hf.save_params(params, config, path, source=path, overwrite=True)
+    huggingface.save_params(params, model_config, path, source=path, overwrite=True)
     return path
 
 
@@ -96,7 +96,7 @@ def folder(tmp_path_factory):
 def test_the_flagship_from_the_table_to_the_export(folder, dapo, benchmarks, tmp_path):
     """Table, six steps of two updates with evaluation in between, kill -9, resume, export."""
     run_dir, table, exported = tmp_path / "run", tmp_path / "table.npz", tmp_path / "hf"
-    given = [
+    options = [
         *("--model.path", folder, "--data.path", dapo, "--run-dir", run_dir),
         *("--eval.folder", benchmarks, "--eval.sets", "MATH-500", "AIME24", "--eval.every", 2),
         *("--data.max-prompt-tokens", 200, "--sampling.max-new-tokens", 14),
@@ -104,15 +104,15 @@ def test_the_flagship_from_the_table_to_the_export(folder, dapo, benchmarks, tmp
         *("--train.steps", 6, "--train.prompts-per-step", 64, "--train.sample-rollouts", 64),
         *("--train.minibatch-rollouts", 32, "--train.microbatch-rollouts", 16),
     ]
-    made = run("reference_stats.py", "qwen_math.py", *given, "--out", table)
+    made = run("reference_stats.py", "qwen_math.py", *options, "--out", table)
     assert made.returncode == 0, made.stderr
     assert "training problems: 1560 read, 1040 duplicate, 520 used" in made.stdout
-    given += ["--estimator.table", table]
-    other = run("train.py", "qwen_math.py", *given, "--sampling.temperature", 0.5)
+    options += ["--estimator.table", table]
+    other = run("train.py", "qwen_math.py", *options, "--sampling.temperature", 0.5)
     assert other.returncode != 0 and "does not fit this run (temperature" in other.stderr
     metrics = run_dir / "metrics.jsonl"
-    run_killed("train.py", "qwen_math.py", *given, written=metrics, wanted=4)
-    done = run("train.py", "qwen_math.py", *given)
+    run_killed("train.py", "qwen_math.py", *options, written=metrics, line_count=4)
+    done = run("train.py", "qwen_math.py", *options)
     assert done.returncode == 0, done.stderr
     assert "step 6/6" in done.stdout and "step 1/6" not in done.stdout  # resumed
     rows = lines(metrics)
@@ -128,7 +128,13 @@ def test_the_flagship_from_the_table_to_the_export(folder, dapo, benchmarks, tmp
     script = [str(ROOT / "scripts" / "convert.py"), "run", str(run_dir), "--to", str(exported)]
     subprocess.run([sys.executable, *script], check=True, env=environment())
     again = run(
-        "evaluate.py", "qwen_math.py", *given, "--model.path", exported, "--out", tmp_path / "eval"
+        "evaluate.py",
+        "qwen_math.py",
+        *options,
+        "--model.path",
+        exported,
+        "--out",
+        tmp_path / "eval",
     )
     assert again.returncode == 0, again.stderr
     results = json.loads((tmp_path / "eval" / "results.json").read_text())

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from basis_jax import gguf, hf
-from basis_jax.weights import LAYOUTS
+from basis_jax.weights import gguf, huggingface
+from basis_jax.weights.layout import LAYOUTS
 
 gguf_package = pytest.importorskip("gguf")
 
@@ -116,18 +116,26 @@ def test_weights_come_back_in_the_order_of_hugging_face(tmp_path, tensors):
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
-    config = hf.model_config(folder)
-    assert (config.rope_theta, config.norm_eps, config.tied) == (5000.0, 1e-5, True)
-    assert (config.heads, config.kv_heads, config.head_dim) == (HEADS, KV_HEADS, EMBED // HEADS)
-    assert hf.load_params(folder, config)["embedding"].shape == (len(WORDS), EMBED)
+    model_config = huggingface.read_model_config(folder)
+    assert (model_config.rope_theta, model_config.norm_eps, model_config.tied) == (
+        5000.0,
+        1e-5,
+        True,
+    )
+    assert (model_config.heads, model_config.kv_heads, model_config.head_dim) == (
+        HEADS,
+        KV_HEADS,
+        EMBED // HEADS,
+    )
+    assert huggingface.load_params(folder, model_config)["embedding"].shape == (len(WORDS), EMBED)
 
 
 def test_an_own_output_layer_is_kept(tmp_path, tensors):
     output = {LAYOUTS["output"].name: tensors["model.embed_tokens.weight"] * 2}
     folder = gguf.convert(write_gguf(tmp_path / "a.gguf", tensors | output), tmp_path / "out")
-    config = hf.model_config(folder)
-    params = hf.load_params(folder, config)
-    assert not config.tied
+    model_config = huggingface.read_model_config(folder)
+    params = huggingface.load_params(folder, model_config)
+    assert not model_config.tied
     np.testing.assert_array_equal(params["output"], params["embedding"] * 2)
 
 
@@ -157,7 +165,7 @@ def test_a_wheel_is_opened_and_bfloat16_is_half_the_size(tmp_path, tensors):
 def test_the_tokenizer_is_that_of_the_gguf(tmp_path, tensors):
     """Merges apply, digits stay single, special tokens are one token, text survives."""
     folder = gguf.convert(write_gguf(tmp_path / "a.gguf", tensors), tmp_path / "out")
-    tokenizer = hf.load_tokenizer(folder)
+    tokenizer = huggingface.load_tokenizer(folder)
     pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode("he he 1212"))
     assert pieces == ["he", "Ġhe", "Ġ", "1", "2", "1", "2"]
     assert tokenizer.encode("<|im_start|>h<|im_end|>") == [1, WORDS.index("h"), 2]
@@ -168,13 +176,13 @@ def test_the_tokenizer_is_that_of_the_gguf(tmp_path, tensors):
     messages = [{"role": "user", "content": "he"}]
     chat = tokenizer.apply_chat_template(messages, tokenize=False)
     assert chat == "<|im_start|>he<|im_end|>"
-    assert hf.eos_ids(folder, tokenizer) == (2,)
+    assert huggingface.eos_ids(folder, tokenizer) == (2,)
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, len(tokenizer)) == (2, 1, len(WORDS))
 
 
 def test_gpt2_splitting_joins_digits(tmp_path, tensors):
     file = write_gguf(tmp_path / "a.gguf", tensors, pre="gpt-2")
-    tokenizer = hf.load_tokenizer(gguf.convert(file, tmp_path / "out"))
+    tokenizer = huggingface.load_tokenizer(gguf.convert(file, tmp_path / "out"))
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("1212")) == ["12", "12"]
 
 

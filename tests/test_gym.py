@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from basis_jax import completions, data, tasks
 from basis_jax.config import DataSection
-from basis_jax.config_check import check_scorers
+from basis_jax.data import sources, tasks
+from basis_jax.evaluation import completions
+from basis_jax.opening.checks import check_scorers
 from basis_jax.verify import make_verifier
 from basis_jax.verify.gym import given
 
@@ -68,7 +69,7 @@ def test_what_cannot_be_made_or_graded_is_refused():
         ("spiral_matrix?size=20", "cannot be graded: .*another .*compile, which is refused"),
     ):
         with pytest.raises(ValueError, match=words):
-            data.load(data.Source(f"task:gym/{spec}"), held_out=False)
+            sources.load(sources.Source(f"task:gym/{spec}"), held_out=False)
 
 
 @pytest.mark.slow

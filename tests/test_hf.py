@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from basis_jax import hf, model, weights
-from basis_jax.sharding import make_mesh, named
+from basis_jax.model import decoder
+from basis_jax.model.sharding import make_mesh, named
+from basis_jax.weights import huggingface, layout
 
 NAMES = list(make_golden.CASES)
 V4 = {  # Llama in the form of transformers 4
@@ -53,12 +54,12 @@ def changed(path, change, name="qwen2_tied"):
 
 
 def load(folder):
-    return hf.load_params(folder, hf.model_config(folder))
+    return huggingface.load_params(folder, huggingface.read_model_config(folder))
 
 
 def config_of(path, **settings):
     (path / "config.json").write_text(json.dumps(V4 | settings))
-    return hf.model_config(path)
+    return huggingface.read_model_config(path)
 
 
 def random_folder(path, name, dtype):
@@ -70,18 +71,20 @@ def random_folder(path, name, dtype):
 
 
 def read_back(folder):
-    return {k: v for path in weights.weight_files(folder) for k, v in load_file(path).items()}
+    return {k: v for path in layout.weight_files(folder) for k, v in load_file(path).items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_those_of_transformers(tmp_path, name):
     folder, (_, _, file) = golden_folder(tmp_path, name), golden(name)
-    config = hf.model_config(folder)
-    params = hf.load_params(folder, config)
+    model_config = huggingface.read_model_config(folder)
+    params = huggingface.load_params(folder, model_config)
 
     @jax.jit
     def logits(params, tokens):
-        return model.logits(params, config, model.forward(params, config, tokens)[0])
+        return decoder.logits(
+            params, model_config, decoder.forward(params, model_config, tokens)[0]
+        )
 
     ours = np.asarray(logits(params, jnp.asarray(file["tokens"])))
     for row, length in enumerate(file["lengths"]):
@@ -93,7 +96,9 @@ def test_logits_equal_those_of_transformers(tmp_path, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_folder_to_params_to_folder_is_exact(tmp_path, name, dtype):
     folder = random_folder(tmp_path, name, dtype)
-    out = hf.save_params(load(folder), hf.model_config(folder), tmp_path / "out", source=folder)
+    out = huggingface.save_params(
+        load(folder), huggingface.read_model_config(folder), tmp_path / "out", source=folder
+    )
     before, after = read_back(folder), read_back(out)
     assert before.keys() == after.keys()
     for key, value in before.items():
@@ -110,9 +115,11 @@ def test_parameters_are_float32_whatever_the_file_holds(tmp_path):
 
 def test_sharded_files_hold_at_most_the_limit_and_read_as_one(tmp_path):
     folder = golden_folder(tmp_path)
-    params, config = load(folder), hf.model_config(folder)
+    params, model_config = load(folder), huggingface.read_model_config(folder)
     limit = 20_000
-    out = hf.save_params(params, config, tmp_path / "out", source=folder, max_shard_bytes=limit)
+    out = huggingface.save_params(
+        params, model_config, tmp_path / "out", source=folder, max_shard_bytes=limit
+    )
     index = json.loads((out / "model.safetensors.index.json").read_text())
     parts = {p.name: load_file(p) for p in out.glob("*.safetensors")}
     assert len(parts) > 3 and set(index["weight_map"].values()) == set(parts)
@@ -125,9 +132,9 @@ def test_sharded_files_hold_at_most_the_limit_and_read_as_one(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_config_made_without_a_source_describes_the_same_model(tmp_path, name):
     folder = golden_folder(tmp_path, name)
-    params, config = load(folder), hf.model_config(folder)
-    out = hf.save_params(params, config, tmp_path / "out", dtype="bfloat16")
-    assert hf.model_config(out) == config
+    params, model_config = load(folder), huggingface.read_model_config(folder)
+    out = huggingface.save_params(params, model_config, tmp_path / "out", dtype="bfloat16")
+    assert huggingface.read_model_config(out) == model_config
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert {str(x.dtype) for x in read_back(out).values()} == {"bfloat16"}
 
@@ -136,13 +143,13 @@ def test_config_made_without_a_source_describes_the_same_model(tmp_path, name):
 def test_a_mesh_changes_the_layout_and_not_the_numbers(tmp_path, name):
     """Every parameter over (data 1, fsdp 2, tensor 2), laid out as its logical axes say."""
     folder = golden_folder(tmp_path, name)
-    config, mesh = hf.model_config(folder), make_mesh(data=1, fsdp=2, tensor=2)
-    sharded = hf.load_params(folder, config, mesh)
+    model_config, mesh = huggingface.read_model_config(folder), make_mesh(data=1, fsdp=2, tensor=2)
+    sharded = huggingface.load_params(folder, model_config, mesh)
     jax.tree.map(np.testing.assert_array_equal, sharded, load(folder))
     jax.tree.map(
         lambda x, axes: x.sharding.is_equivalent_to(named(mesh, axes), x.ndim) or pytest.fail(axes),
         sharded,
-        model.param_axes(config),
+        decoder.param_axes(model_config),
     )
     query = sharded["layers"]["q_proj"]
     assert query.addressable_shards[0].data.size == query.size // 4
@@ -162,13 +169,13 @@ def test_devices_read_their_own_part_of_the_files_once(tmp_path, monkeypatch):
             read.append((block.size, block.ndim, np.prod(self.get_shape())))
             return block
 
-    opened = weights.open_tensors
+    opened = layout.open_tensors
     monkeypatch.setattr(
-        weights, "open_tensors", lambda f: {k: Recorded(v) for k, v in opened(f).items()}
+        layout, "open_tensors", lambda f: {k: Recorded(v) for k, v in opened(f).items()}
     )
     folder = golden_folder(tmp_path)
-    config = hf.model_config(folder)
-    params = hf.load_params(folder, config, make_mesh(data=1, fsdp=2, tensor=2))
+    model_config = huggingface.read_model_config(folder)
+    params = huggingface.load_params(folder, model_config, make_mesh(data=1, fsdp=2, tensor=2))
     assert sum(size for size, _, _ in read) == sum(x.size for x in jax.tree.leaves(params))
     assert all(size * 4 == full for size, ndim, full in read if ndim == 2)
 
@@ -177,8 +184,8 @@ def test_devices_read_their_own_part_of_the_files_once(tmp_path, monkeypatch):
 def test_any_block_of_a_parameter_can_be_read_alone(tmp_path, path):
     """Also along layers and inside a head, which no mesh of ours cuts today."""
     folder = golden_folder(tmp_path)
-    found = {p.path: p for p in weights.parameters(hf.model_config(folder))}[path]
-    read = found.reader(weights.open_tensors(folder))
+    found = {p.path: p for p in layout.parameters(huggingface.read_model_config(folder))}[path]
+    read = found.reader(layout.open_tensors(folder))
     whole = read((slice(None),) * len(found.shape))
     assert whole.shape == found.shape
     for axis, size in enumerate(found.shape):
@@ -198,16 +205,25 @@ def test_config_of_transformers_4_and_5_are_the_same(tmp_path):
     old = config_of(tmp_path, rope_theta=5e5, rope_scaling=scaling)
     new = config_of(tmp_path, rope_parameters=scaling | {"rope_theta": 5e5})
     assert old == new
-    assert old.rope_theta == 5e5 and old.rope_scaling == model.RopeScaling(8.0, 1.0, 4.0, 64)
+    assert old.rope_theta == 5e5 and old.rope_scaling == decoder.RopeScaling(8.0, 1.0, 4.0, 64)
     plain = config_of(tmp_path, rope_theta=5e5, rope_scaling=None)
     assert plain == config_of(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     assert plain.rope_theta == 5e5 and plain.rope_scaling is None
 
 
 def test_absent_settings_mean_what_transformers_takes_them_for(tmp_path):
-    config = config_of(tmp_path)
-    assert (config.head_dim, config.kv_heads, config.rope_theta) == (8, 4, 10_000.0)
-    assert not (config.tied or config.qkv_bias or config.output_bias or config.mlp_bias)
+    model_config = config_of(tmp_path)
+    assert (model_config.head_dim, model_config.kv_heads, model_config.rope_theta) == (
+        8,
+        4,
+        10_000.0,
+    )
+    assert not (
+        model_config.tied
+        or model_config.qkv_bias
+        or model_config.output_bias
+        or model_config.mlp_bias
+    )
     assert config_of(tmp_path, head_dim=16).head_dim == 16
     assert config_of(tmp_path, attention_bias=True).output_bias
     qwen = config_of(tmp_path, model_type="qwen2", sliding_window=4096, use_sliding_window=False)
@@ -307,38 +323,44 @@ def test_damaged_and_absent_weight_files_are_named(tmp_path):
 
 def test_an_interrupted_save_leaves_no_folder_and_the_next_one_works(tmp_path):
     folder = golden_folder(tmp_path)
-    params, config = load(folder), hf.model_config(folder)
+    params, model_config = load(folder), huggingface.read_model_config(folder)
     broken = dict(params, norm=jnp.zeros(3))
     with pytest.raises(ValueError, match=r"parameter norm is \(3,\)"):
-        hf.save_params(broken, config, tmp_path / "out", source=folder, max_shard_bytes=5000)
+        huggingface.save_params(
+            broken, model_config, tmp_path / "out", source=folder, max_shard_bytes=5000
+        )
     assert not (tmp_path / "out").exists()
-    hf.save_params(params, config, tmp_path / "out", source=folder)
+    huggingface.save_params(params, model_config, tmp_path / "out", source=folder)
     assert {p.name for p in tmp_path.iterdir()} == {folder.name, "out"}
     with pytest.raises(ValueError, match="norm"):
-        hf.save_params(broken, config, tmp_path / "out", source=folder, overwrite=True)
+        huggingface.save_params(
+            broken, model_config, tmp_path / "out", source=folder, overwrite=True
+        )
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "out"), params)
 
 
 def test_a_folder_with_contents_is_replaced_only_when_asked(tmp_path):
     folder = golden_folder(tmp_path)
-    params, config = load(folder), hf.model_config(folder)
+    params, model_config = load(folder), huggingface.read_model_config(folder)
     with pytest.raises(ValueError, match="exists already"):
-        hf.save_params(params, config, folder, source=folder)
+        huggingface.save_params(params, model_config, folder, source=folder)
     doubled = jax.tree.map(lambda x: x * 2, params)
-    hf.save_params(doubled, config, folder, source=folder, overwrite=True)
+    huggingface.save_params(doubled, model_config, folder, source=folder, overwrite=True)
     jax.tree.map(np.testing.assert_array_equal, load(folder), doubled)
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
 
 
 def test_an_export_carries_the_source_tokenizer_and_its_settings(tmp_path):
     folder = golden_folder(tmp_path)
-    params, config = load(folder), hf.model_config(folder)
+    params, model_config = load(folder), huggingface.read_model_config(folder)
     for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
         (folder / name).write_text(f"{name}!")
     (folder / "optimizer.pt").write_text("not ours")
     raw = json.loads((folder / "config.json").read_text()) | {"dtype": "float32", "extra": 1}
     (folder / "config.json").write_text(json.dumps(raw))
-    out = hf.save_params(params, config, tmp_path / "out", source=folder, dtype="bfloat16")
+    out = huggingface.save_params(
+        params, model_config, tmp_path / "out", source=folder, dtype="bfloat16"
+    )
     assert (out / "tokenizer.json").read_text() == "tokenizer.json!"
     assert {p.name for p in out.iterdir()} == {p.name for p in folder.iterdir()} - {"optimizer.pt"}
     assert json.loads((out / "config.json").read_text()) == raw | {"dtype": "bfloat16"}
@@ -349,27 +371,31 @@ def test_an_export_carries_the_source_tokenizer_and_its_settings(tmp_path):
 def test_a_source_of_another_model_is_refused(tmp_path):
     folder, other = golden_folder(tmp_path), golden_folder(tmp_path, "llama_tied")
     with pytest.raises(ValueError, match="cannot stand for"):
-        hf.save_params(load(folder), hf.model_config(folder), tmp_path / "out", source=other)
-    odd = replace(hf.model_config(folder), qkv_bias=False)
+        huggingface.save_params(
+            load(folder), huggingface.read_model_config(folder), tmp_path / "out", source=other
+        )
+    odd = replace(huggingface.read_model_config(folder), qkv_bias=False)
     with pytest.raises(ValueError, match="cannot stand for"):
-        hf.save_params(load(folder), odd, tmp_path / "out")
+        huggingface.save_params(load(folder), odd, tmp_path / "out")
     with pytest.raises(ValueError, match="float64"):
-        hf.save_params(load(folder), hf.model_config(folder), tmp_path / "out", dtype="float64")
+        huggingface.save_params(
+            load(folder), huggingface.read_model_config(folder), tmp_path / "out", dtype="float64"
+        )
 
 
 def test_the_fingerprint_is_of_config_and_weights_and_not_of_the_place(tmp_path):
     first, second = golden_folder(tmp_path / "a"), golden_folder(tmp_path / "b")
-    same = hf.fingerprint(first)
-    assert same == hf.fingerprint(second) and len(same) == 64
+    same = huggingface.fingerprint(first)
+    assert same == huggingface.fingerprint(second) and len(same) == 64
     (first / "tokenizer.json").write_text("{}")
-    assert hf.fingerprint(first) == same
+    assert huggingface.fingerprint(first) == same
     file = second / "model.safetensors"
     contents = bytearray(file.read_bytes())
     contents[-1] ^= 1
     file.write_bytes(contents)
     config = first / "config.json"
     config.write_text(config.read_text() + " ")
-    assert len({same, hf.fingerprint(first), hf.fingerprint(second)}) == 3
+    assert len({same, huggingface.fingerprint(first), huggingface.fingerprint(second)}) == 3
 
 
 class EndOnly:
@@ -378,34 +404,37 @@ class EndOnly:
 
 
 def test_every_end_of_sequence_token_is_known(tmp_path):
-    assert hf.eos_ids(tmp_path, EndOnly(7)) == (7,)
+    assert huggingface.eos_ids(tmp_path, EndOnly(7)) == (7,)
     (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
-    assert hf.eos_ids(tmp_path, EndOnly(7)) == (3, 7)
+    assert huggingface.eos_ids(tmp_path, EndOnly(7)) == (3, 7)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 3]}')
-    assert hf.eos_ids(tmp_path, EndOnly(None)) == (3, 9)
+    assert huggingface.eos_ids(tmp_path, EndOnly(None)) == (3, 9)
     with pytest.raises(ValueError, match="end-of-sequence"):
-        hf.eos_ids(tmp_path / "nowhere", EndOnly(None))
+        huggingface.eos_ids(tmp_path / "nowhere", EndOnly(None))
 
 
 def test_a_model_is_found_or_one_sentence_says_why_not(tmp_path, monkeypatch):
-    assert hf.resolve_folder(tmp_path) == tmp_path
-    assert hf.resolve_folder("embedded:quickstart") == Path(hf.__file__).parent / "quickstart_model"
+    assert huggingface.resolve_folder(tmp_path) == tmp_path
+    assert (
+        huggingface.resolve_folder("embedded:quickstart")
+        == Path(huggingface.__file__).parent / "quickstart_model"
+    )
     for path in ("./nowhere", str(tmp_path / "nowhere"), "nowhere", "a/b/c"):
         with pytest.raises(ValueError, match="is no folder, no hub id") as raised:
-            hf.resolve_folder(path)
+            huggingface.resolve_folder(path)
         assert path in str(raised.value)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=r"nobody/nothing .* give a local folder with --model"):
-        hf.resolve_folder("nobody/nothing")
+        huggingface.resolve_folder("nobody/nothing")
 
 
 def test_a_folder_without_a_tokenizer_or_with_a_damaged_one_is_named(tmp_path):
     folder = golden_folder(tmp_path)
     with pytest.raises(ValueError, match="holds no tokenizer"):
-        hf.load_tokenizer(folder)
+        huggingface.load_tokenizer(folder)
     (folder / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(ValueError, match=f"tokenizer of {folder} cannot be loaded"):
-        hf.load_tokenizer(folder)
+        huggingface.load_tokenizer(folder)
 
 
 @pytest.mark.torch
@@ -425,9 +454,11 @@ def test_transformers_computes_the_same_with_our_export(tmp_path, name, with_sou
     import transformers
 
     folder, (_, _, file) = golden_folder(tmp_path, name), golden(name)
-    params, config = load(folder), hf.model_config(folder)
+    params, model_config = load(folder), huggingface.read_model_config(folder)
     source = folder if with_source else None
-    out = hf.save_params(params, config, tmp_path / "out", source=source, max_shard_bytes=20_000)
+    out = huggingface.save_params(
+        params, model_config, tmp_path / "out", source=source, max_shard_bytes=20_000
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     logits = make_golden.torch_logits(theirs, file["tokens"], file["lengths"])
     for row, length in enumerate(file["lengths"]):

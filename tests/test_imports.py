@@ -1,4 +1,4 @@
-"""The structure of the package: imports point up only, small parts, light imports."""
+"""The structure of the package: rooms import only rooms below them, small parts, light imports."""
 
 import ast
 import importlib
@@ -10,80 +10,52 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "basis_jax"
-SOURCES = sorted(path for folder in (PACKAGE, ROOT / "scripts", ROOT / "configs")
-                 for path in folder.rglob("*.py"))  # fmt: skip
+FOLDERS = ("basis_jax", "scripts", "studies", "benchmarks", "configs")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
-LAYERS = (
-    {"pytree", "types", "masked"},
-    {"estimators", "losses", "config"},
-    {
-        "sharding",
-        "model",
-        "decoding",
-        "costs",
-        "compiles",
-        "weights",
-        "hf",
-        "gguf",
-        "data",
-        "scores",
-        "verify",
-        "tasks",
-    },
-    {
-        "config_check",
-        "logprobs",
-        "sampling",
-        "refill",
-        "rollouts",
-        "prompt_features",
-        "checkpoint",
-        "trained",
-    },
-    {
-        "batches",
-        "train",
-        "reference_table",
-        "evaluate",
-        "session",
-        "records",
-        "plots",
-        "command_line",
-        "completions",
-    },
-)
-"""A module imports from the layers before its own."""
+WORDS = {"config", "types", "pytree", "masked", "losses", "files"}
+"""Modules that stand alone: what everybody speaks."""
 
-BESIDE = {
+ROOMS = {
+    "pytree": set(),
+    "masked": set(),
+    "config": set(),
+    "files": set(),
     "types": {"pytree"},
-    "model": {"sharding"},
-    "decoding": {"model", "sharding"},
-    "costs": {"sharding", "model"},
-    "weights": {"model"},
-    "hf": {"sharding", "model", "weights"},
-    "gguf": {"weights"},
-    "data": {"tasks", "verify"},
-    "refill": {"sampling"},
-    "rollouts": {"sampling", "refill"},
-    "session": {"reference_table"},
-    "evaluate": {"session"},
-    "completions": {"evaluate"},
-    "plots": {"records"},
+    "losses": {"types"},
+    "estimators": {"types", "pytree", "masked"},
+    "verify": set(),
+    "model": {"pytree"},
+    "weights": {"files", "model"},
+    "data": {"config", "files", "verify"},
+    "sampling": {"config", "types", "pytree", "model", "data"},
+    "runs": {"config", "files", "types"},
+    "opening": WORDS | {"estimators", "verify", "model", "weights", "data", "sampling"},
+    "evaluation": WORDS | {"verify", "model", "weights", "data", "sampling", "runs", "opening"},
 }
-"""What a module may import from its own layer besides."""
+ROOMS["training"] = {*ROOMS} - {"training"}
+ROOMS["command_line"] = {"config"}
+ROOMS["commands"] = {*ROOMS} - {"commands"}
+"""Which rooms (folders, or modules that stand alone) a room may import from. No exceptions."""
 
 ONLY = {
-    "flax": {"model"},
-    "optax": {"train"},
-    "orbax": {"checkpoint", "trained"},
-    "transformers": {"hf"},
-    "matplotlib": {"plots"},
+    "flax": {"model.decoder"},
+    "optax": {"training.update"},
+    "orbax": {"runs.checkpoint", "weights.trained"},
+    "transformers": {"weights.huggingface"},
+    "matplotlib": {"runs.plots"},
 }
 """Which modules may import a package that is heavy or could be replaced."""
 
 
 def module_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """``model.decoder`` for basis_jax/model/decoder.py, ``estimators`` for its __init__.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def room_of(module):
+    return module.split(".")[0]
 
 
 def imported(path):
@@ -97,70 +69,74 @@ def imported(path):
 
 
 def edges():
-    """(module, name it imports from basis_jax) and (module, outside package)."""
+    """(module, module of the package it imports) and (module, outside package)."""
+    modules = {module_of(path) for path in PACKAGE.rglob("*.py")}
     inside, outside = set(), set()
     for path in PACKAGE.rglob("*.py"):
         for name in imported(path):
-            top, *rest = name.split(".")
-            if top == "basis_jax":
-                inside.add((module_of(path), rest[0]))
-            else:
+            top, _, rest = name.partition(".")
+            if top != "basis_jax":
                 outside.add((module_of(path), top))
+                continue
+            while rest not in modules:  # a name inside a module
+                rest = rest.rpartition(".")[0]
+            inside.add((module_of(path), rest))
     return inside, outside
 
 
-def test_imports_point_up_only():
-    layer = {module: number for number, names in enumerate(LAYERS) for module in names}
-    inside, _ = edges()
-    unknown = {module for edge in inside for module in edge} - layer.keys() - {"__init__"}
-    assert not unknown, f"give {unknown} a layer"
+def test_rooms_import_only_rooms_below_them():
+    rooms = {room_of(module_of(path)) for path in PACKAGE.rglob("*.py")} - {""}
+    assert rooms == ROOMS.keys()
     wrong = [
         f"{module} imports {name}"
-        for module, name in sorted(inside)
-        if module != name and layer[name] >= layer[module] and name not in BESIDE.get(module, ())
+        for module, name in sorted(edges()[0])
+        if name and room_of(name) not in {room_of(module), *ROOMS[room_of(module)]}
     ]
     assert not wrong
+
+
+def test_neither_the_table_of_rooms_nor_the_modules_inside_one_have_a_circle():
+    inside = {(module, name) for module, name in edges()[0] if module != name and name}
+    between = {(room, below) for room, allowed in ROOMS.items() for below in allowed}
+    for graph in (inside, between):
+        remaining = {node: set() for edge in graph for node in edge}
+        for node, below in graph:
+            remaining[node].add(below)
+        while free := {node for node, below in remaining.items() if not below & remaining.keys()}:
+            remaining = {n: below for n, below in remaining.items() if n not in free}
+        assert not remaining
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_names_imported_from_the_package_exist(path):
     """Scripts too, of which some are run by hand only."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("basis_jax"):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in FOLDERS:
             module = importlib.import_module(node.module)
             for alias in node.names:
                 if not hasattr(module, alias.name):
                     importlib.import_module(f"{node.module}.{alias.name}")
 
 
-def test_the_packages_imports_are_no_circle():
-    """Where the table above allows imports inside a layer, they still have an order."""
-    remaining = {module: set() for names in LAYERS for module in names}
-    for module, name in edges()[0]:
-        if module != name:
-            remaining[module].add(name)
-    while free := {module for module, names in remaining.items() if not names & remaining.keys()}:
-        remaining = {m: names for m, names in remaining.items() if m not in free}
-    assert not remaining
-
-
-def test_estimators_and_losses_do_not_know_the_config():
-    assert not {("estimators", "config"), ("losses", "config")} & edges()[0]
-
-
 def test_packages_are_imported_where_they_belong():
     _, outside = edges()
     wrong = [f"{m} imports {p}" for m, p in sorted(outside) if p in ONLY and m not in ONLY[p]]
-    wrong += [f"{m} imports jax" for m in ("verify", "tasks", "records") if (m, "jax") in outside]
+    without_jax = ("verify", "data", "files", "config", "runs.identity", "runs.metrics")
     wrong += [
-        f"config imports {package}"
+        f"{module} imports jax"
         for module, package in sorted(outside)
-        if module == "config" and package not in sys.stdlib_module_names
+        if package == "jax" and (module in without_jax or room_of(module) in without_jax)
+    ]
+    wrong += [
+        f"{module} imports {package}"
+        for module, package in sorted(outside)
+        if module in ("config", "files") and package not in sys.stdlib_module_names
     ]
     assert not wrong
 
 
-HEAVY = ["flax", "optax", "orbax", "transformers", "datasets", "matplotlib", "basis_jax.model"]
+HEAVY = ["flax", "optax", "orbax", "transformers", "datasets", "matplotlib"]
+HEAVY += ["basis_jax.model.decoder"]
 
 
 @pytest.mark.parametrize(
@@ -171,8 +147,9 @@ HEAVY = ["flax", "optax", "orbax", "transformers", "datasets", "matplotlib", "ba
         ("basis_jax.estimators", HEAVY),
         ("basis_jax.losses", HEAVY),
         ("basis_jax.verify", [*HEAVY, "jax"]),
-        ("basis_jax.tasks", [*HEAVY, "jax"]),
-        ("basis_jax.records", [*HEAVY, "jax", "tensorboardX", "rich"]),
+        ("basis_jax.data.tasks", [*HEAVY, "jax"]),
+        ("basis_jax.commands", [*HEAVY, "jax", "numpy"]),
+        ("basis_jax.runs.metrics", [*HEAVY, "jax", "tensorboardX", "rich"]),
     ],
 )
 def test_a_light_import_stays_light(module, unwanted):

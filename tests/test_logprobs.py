@@ -10,9 +10,9 @@ import pytest
 import tiny
 from tiny import EVERYTHING, assert_same_gradient, gradient, random_params, score_sum, tokens_of
 
-from basis_jax import logprobs, model
-from basis_jax.logprobs import score_targets, token_logprobs
-from basis_jax.sharding import make_mesh
+from basis_jax.model import decoder, logprobs
+from basis_jax.model.logprobs import score_targets, token_logprobs
+from basis_jax.model.sharding import make_mesh
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,8 @@ def test_chunks_and_remat_do_not_change_the_gradient(remat):
     tokens = tokens_of((3, 12))
     whole, _ = gradient(random_params(tiny.TINY), tiny.TINY, tokens, 512)
     assert_same_gradient(gradient(random_params(tiny.TINY), tiny.TINY, tokens, 4)[0], whole)
-    config = dataclasses.replace(tiny.TINY, remat=remat)
-    assert_same_gradient(gradient(random_params(tiny.TINY), config, tokens, 512)[0], whole)
+    model_config = dataclasses.replace(tiny.TINY, remat=remat)
+    assert_same_gradient(gradient(random_params(tiny.TINY), model_config, tokens, 512)[0], whole)
 
 
 def sizes_in(jaxpr):
@@ -68,14 +68,17 @@ def compiled_bytes(function, *args):
 def test_logits_exist_for_one_chunk_at_a_time(monkeypatch):
     """Forward and backward: no array with N x T x V numbers is written down, none is allocated."""
     rows, steps, vocab, chunk = 2, 129, 16384, 8
-    config = dataclasses.replace(tiny.TINY, vocab_size=vocab, embed=8, layers=1)
-    params, tokens = model.param_shapes(config), jax.ShapeDtypeStruct((rows, steps), jnp.int32)
+    model_config = dataclasses.replace(tiny.TINY, vocab_size=vocab, embed=8, layers=1)
+    params, tokens = (
+        decoder.param_shapes(model_config),
+        jax.ShapeDtypeStruct((rows, steps), jnp.int32),
+    )
     whole = rows * (steps - 1) * vocab
 
     for function in (score_sum, jax.grad(score_sum, has_aux=True)):
 
         def run(params, tokens, chunk=chunk, function=function):
-            return function(params, config, tokens, chunk)
+            return function(params, model_config, tokens, chunk)
 
         sizes = list(sizes_in(jax.make_jaxpr(run)(params, tokens).jaxpr))
         largest, shape = max(s for s in sizes if vocab in s[1])
@@ -127,17 +130,19 @@ def test_the_gradient_is_that_of_the_plain_log_softmax(outputs, chunk, temperatu
     assert_same_gradient(found, expected)
 
 
-@pytest.mark.parametrize("config", [tiny.TINY, EVERYTHING], ids=["tied", "untied"])
-def test_the_gradient_reaches_every_parameter_as_through_the_plain_log_softmax(config):
-    params, tokens = random_params(config), jnp.asarray(tokens_of((3, 12)))
+@pytest.mark.parametrize("model_config", [tiny.TINY, EVERYTHING], ids=["tied", "untied"])
+def test_the_gradient_reaches_every_parameter_as_through_the_plain_log_softmax(model_config):
+    params, tokens = random_params(model_config), jnp.asarray(tokens_of((3, 12)))
 
     def loss(params):
-        hidden, _ = model.forward(params, config, tokens)
-        weight = params["embedding" if config.tied else "output"]
+        hidden, _ = decoder.forward(params, model_config, tokens)
+        weight = params["embedding" if model_config.tied else "output"]
         logprobs, entropy = plain(1.0, hidden[:, :-1], weight, tokens[:, 1:])
         return jnp.sum(logprobs * jnp.cos(logprobs)) + 0.3 * jnp.sum(entropy)
 
-    assert_same_gradient(gradient(params, config, tokens, 5)[0], jax.jit(jax.grad(loss))(params))
+    assert_same_gradient(
+        gradient(params, model_config, tokens, 5)[0], jax.jit(jax.grad(loss))(params)
+    )
 
 
 def test_bfloat16_products_have_the_gradient_of_float32_up_to_their_rounding():
@@ -235,9 +240,12 @@ def test_remat_keeps_less_of_a_layer():
     tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32)
 
     def needed(remat):
-        config = dataclasses.replace(tiny.TINY, layers=8, remat=remat)
-        run = lambda params, tokens: jax.grad(score_sum, has_aux=True)(params, config, tokens, 4)  # noqa: E731
-        return compiled_bytes(run, model.param_shapes(config), tokens)
+        model_config = dataclasses.replace(tiny.TINY, layers=8, remat=remat)
+
+        def run(params, tokens):
+            return jax.grad(score_sum, has_aux=True)(params, model_config, tokens, 4)
+
+        return compiled_bytes(run, decoder.param_shapes(model_config), tokens)
 
     everything, dots, full = needed("none"), needed("dots"), needed("full")
     assert full < 0.7 * dots and dots < 0.7 * everything

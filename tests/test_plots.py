@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from basis_jax import plots
+from basis_jax.runs import plots
 
 ROOT = Path(__file__).parent.parent
 

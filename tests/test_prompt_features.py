@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from basis_jax import model, prompt_features
-from basis_jax.data import EncodedProblems
-from basis_jax.sharding import make_mesh
-from basis_jax.tasks import Problem
+from basis_jax.data.encoding import EncodedProblems
+from basis_jax.data.problem import Problem
+from basis_jax.model import decoder
+from basis_jax.model.sharding import make_mesh
+from basis_jax.training import prompt_features
 
 ROWS = 11
 
@@ -44,7 +45,7 @@ def test_the_states_are_those_of_the_lower_half_of_the_model(problems):
     half = dataclasses.replace(tiny.TINY, layers=tiny.TINY.layers // 2)
     params = tiny.params()
     params = {**params, "layers": jax.tree.map(lambda x: x[: half.layers], params["layers"])}
-    hidden, _ = model.forward(params, half, jnp.asarray(problems.tokens))
+    hidden, _ = decoder.forward(params, half, jnp.asarray(problems.tokens))
     last = np.asarray(hidden)[np.arange(ROWS), problems.lengths - 1]
     np.testing.assert_allclose(states, last, rtol=1e-5, atol=1e-5)
 

@@ -7,30 +7,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from basis_jax import hf
 from basis_jax.config import DataSection
-from basis_jax.data import encode_prompts
-from basis_jax.logprobs import token_logprobs
-from basis_jax.tasks import number_words
+from basis_jax.data.encoding import encode_prompts
+from basis_jax.data.tasks import number_words
+from basis_jax.model.logprobs import token_logprobs
+from basis_jax.weights import huggingface
 
-FOLDER = hf.resolve_folder("embedded:quickstart")
+FOLDER = huggingface.resolve_folder("embedded:quickstart")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return hf.load_tokenizer(FOLDER)
+    return huggingface.load_tokenizer(FOLDER)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return hf.load_params(FOLDER, hf.model_config(FOLDER))
+    return huggingface.load_params(FOLDER, huggingface.read_model_config(FOLDER))
 
 
 def test_it_is_a_small_qwen3_decoder(params):
     """Qwen3, tied, grouped queries; 1 to 4 M parameters; the folder is below 5 MB."""
-    config = hf.model_config(FOLDER)
-    assert (config.architecture, config.tied, config.qk_norm) == ("qwen3", True, True)
-    assert config.kv_heads < config.heads
+    model_config = huggingface.read_model_config(FOLDER)
+    assert (model_config.architecture, model_config.tied, model_config.qk_norm) == (
+        "qwen3",
+        True,
+        True,
+    )
+    assert model_config.kv_heads < model_config.heads
     assert 1e6 < sum(leaf.size for leaf in jax.tree.leaves(params)) < 4e6
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 5e6
 
@@ -52,7 +56,7 @@ def exact_pass_rates(params, tokenizer, *, held_out):
     ends = np.array([len(row) for row in rows])[:, None]
     answered = (at >= prompts.lengths[:, None]) & (at < ends)
     score = jax.jit(token_logprobs, static_argnums=1)
-    logprobs, _ = score(params, hf.model_config(FOLDER), jnp.asarray(tokens))
+    logprobs, _ = score(params, huggingface.read_model_config(FOLDER), jnp.asarray(tokens))
     return np.exp(np.where(answered, np.asarray(logprobs), 0.0).sum(axis=1)), prompts.problems
 
 
@@ -78,8 +82,10 @@ def test_chat_template_asks_for_an_answer(tokenizer):
     assert text == (
         "<|im_start|>user\nWhat is forty-two plus seven?<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert hf.eos_ids(FOLDER, tokenizer) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
-    assert tokenizer.pad_token_id not in hf.eos_ids(FOLDER, tokenizer)
+    assert huggingface.eos_ids(FOLDER, tokenizer) == (
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    )
+    assert tokenizer.pad_token_id not in huggingface.eos_ids(FOLDER, tokenizer)
 
 
 def test_tokens_are_the_text(tokenizer):

@@ -16,16 +16,18 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from basis_jax import records
 from basis_jax.config import Config, EstimatorSection, MeshSection, OptimSection, TrainSection
-from basis_jax.records import Records, lock_run, open_run, read_metrics
+from basis_jax.runs import identity, provenance
+from basis_jax.runs.identity import lock_run, open_run
+from basis_jax.runs.metrics import Records, read_metrics
 
 ROOT = Path(__file__).parent.parent
 
 RUN = """
 import sys
 from pathlib import Path
-from basis_jax.records import Records, lock_run
+from basis_jax.runs.identity import lock_run
+from basis_jax.runs.metrics import Records
 folder, total = Path(sys.argv[1]), int(sys.argv[2])
 saved = folder / "checkpoint"
 start = int(saved.read_text()) if saved.exists() else -1
@@ -172,7 +174,8 @@ def test_off_a_terminal_one_plain_line_a_step(folder):
 def test_eta_is_the_remaining_steps_at_the_usual_pace(folder, monkeypatch):
     """Ten seconds a step after one that took a hundred: 8 steps are 80 seconds."""
     clock = iter([0.0, 100.0, 110.0])
-    monkeypatch.setattr(records, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    clock_module = SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr("basis_jax.runs.terminal.time", clock_module)
     terminal = io.StringIO()
     with Records(folder, 10, stream=terminal) as run:
         run.log(1, {})
@@ -239,7 +242,7 @@ def test_the_run_folder_says_what_ran(tmp_path):
     (first,) = record["starts"]
     assert first["devices"] == [] and first["versions"]["jax"] == jax.__version__
     assert first.keys() == {"commit", "uncommitted_changes", "versions", "devices"}
-    assert records.provenance("no-such-package")["versions"]["no-such-package"] is None
+    assert provenance.provenance("no-such-package")["versions"]["no-such-package"] is None
     for devices in (["cpu:0"], ["cpu:0"], ["gpu:0"]):
         open_run(config(folder), devices=devices, identity={"data.path": "abc"})
     starts = json.loads((folder / "config.json").read_text())["starts"]
@@ -299,8 +302,8 @@ def test_a_decaying_schedule_fixes_the_number_of_steps(tmp_path, schedule):
 
 
 def test_every_field_that_may_differ_exists():
-    names = [name for name, _ in records._leaves(dataclasses.asdict(Config(run_dir="")))]
-    for field in records.MAY_DIFFER:
+    names = [name for name, _ in identity._leaves(dataclasses.asdict(Config(run_dir="")))]
+    for field in identity.MAY_DIFFER:
         assert any(n == field or field[-1] == "." and n.startswith(field) for n in names), field
 
 
@@ -330,8 +333,8 @@ def repository(tmp_path):
 
 
 def commit_of(package, monkeypatch):
-    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
-    return tuple(records._commit().values())
+    monkeypatch.setattr(provenance, "__file__", str(package / "runs" / "provenance.py"))
+    return tuple(provenance._commit().values())
 
 
 def test_the_commit_and_uncommitted_changes_are_recorded(repository, monkeypatch):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import tiny
 
-from basis_jax import reference_table as tables
 from basis_jax.config import SamplingSection
-from basis_jax.data import EncodedProblems
-from basis_jax.rollouts import Setting, decode, roll_out
-from basis_jax.sharding import make_mesh
-from basis_jax.tasks import Problem
-from basis_jax.verify import Verdict
+from basis_jax.data.encoding import EncodedProblems
+from basis_jax.data.problem import Problem
+from basis_jax.model.sharding import make_mesh
+from basis_jax.sampling.rollouts import RolloutSetup, completion_texts, roll_out
+from basis_jax.training import reference_table
+from basis_jax.verify.verdicts import Verdict
 
 SAMPLING = SamplingSection(max_new_tokens=3)
 SIZE = 5
@@ -48,9 +48,9 @@ def problems():
 
 
 @pytest.fixture(scope="module")
-def setting():
-    return Setting(
-        model=tiny.TINY,
+def setup():
+    return RolloutSetup(
+        model_config=tiny.TINY,
         mesh=make_mesh(devices=jax.devices()[:1]),
         tokenizer=Numbers(),
         eos_ids=tuple(range(3, 12)),
@@ -61,19 +61,21 @@ def setting():
 
 
 @pytest.fixture(scope="module")
-def wanted(setting):
-    return tables.made_by(setting, model="abc", sampling=SAMPLING, verifier="even")
+def origin(setup):
+    return reference_table.table_origin(
+        setup, model_fingerprint="abc", sampling=SAMPLING, verifier="even"
+    )
 
 
-def build(path, setting, problems, wanted, **changes):
-    options = {"samples": 6, "sampling": SAMPLING, "wanted": wanted, "path": path} | changes
-    return tables.build(tiny.params(), setting, problems, **options)
+def build(path, setup, problems, origin, **changes):
+    options = {"samples": 6, "sampling": SAMPLING, "origin": origin, "path": path} | changes
+    return reference_table.build(tiny.params(), setup, problems, **options)
 
 
-def rolled_out(setting, problems, ids, samples, sampling=SAMPLING):
+def rolled_out(setup, problems, ids, samples, sampling=SAMPLING):
     return roll_out(
         tiny.params(),
-        setting,
+        setup,
         problems,
         ids=ids,
         samples=samples.astype(np.int32),
@@ -84,22 +86,22 @@ def rolled_out(setting, problems, ids, samples, sampling=SAMPLING):
 
 
 def test_counts_are_those_of_the_rollouts_and_failures_are_no_trials(
-    setting, problems, wanted, tmp_path
+    setup, problems, origin, tmp_path
 ):
-    table = build(tmp_path / "t.npz", setting, problems, wanted)
+    table = build(tmp_path / "t.npz", setup, problems, origin)
     ids = np.repeat(np.arange(SIZE, dtype=np.int32), 6)
-    graded = rolled_out(setting, problems, ids, np.tile(np.arange(6), SIZE))
+    graded = rolled_out(setup, problems, ids, np.tile(np.arange(6), SIZE))
     successes = [int(graded.rewards[ids == i].sum()) for i in range(SIZE)]
     assert table.successes.tolist() == successes and sum(successes) > 0
     assert table.trials.tolist() == [6, 6, 6, 6, 0]
 
 
-def test_verdicts_belong_to_their_rows_whatever_order_they_end_in(setting, problems):
+def test_verdicts_belong_to_their_rows_whatever_order_they_end_in(setup, problems):
     """Graded part by part beside the sampler: as if all were graded in order afterwards."""
     ids = np.tile(np.arange(SIZE, dtype=np.int32), 8)
     limit = SamplingSection(max_new_tokens=40)
-    graded = rolled_out(setting, problems, ids, np.repeat(np.arange(8), SIZE), limit)
-    texts = decode(graded.rollouts, Numbers())
+    graded = rolled_out(setup, problems, ids, np.repeat(np.arange(8), SIZE), limit)
+    texts = completion_texts(graded.rollouts, Numbers())
     verdicts = EvenLength().grade(texts, [str(i) for i in ids])
     assert graded.completions == texts and len(set(texts)) > 20
     assert graded.valid.tolist() == [v.valid for v in verdicts]
@@ -107,23 +109,23 @@ def test_verdicts_belong_to_their_rows_whatever_order_they_end_in(setting, probl
     assert 5 < graded.rewards.sum() < 30
 
 
-def test_a_verifier_that_breaks_stops_the_run(setting, problems):
+def test_a_verifier_that_breaks_stops_the_run(setup, problems):
     class Broken:
         def grade(self, completions, answers):
             raise OSError("the verifier is gone")
 
-    broken = dataclasses.replace(setting, verifier=Broken())
+    broken = dataclasses.replace(setup, verifier=Broken())
     ids = np.arange(SIZE, dtype=np.int32)
     with pytest.raises(OSError, match="is gone"):
         rolled_out(broken, problems, ids, ids)
 
 
 def test_an_interrupted_table_is_finished_with_the_same_counts(
-    setting, problems, wanted, tmp_path, monkeypatch
+    setup, problems, origin, tmp_path, monkeypatch
 ):
-    whole = build(tmp_path / "whole.npz", setting, problems, wanted)
-    monkeypatch.setattr(tables, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(tables, "ROUNDS", 1)
+    whole = build(tmp_path / "whole.npz", setup, problems, origin)
+    monkeypatch.setattr(reference_table, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(reference_table, "ROWS_PER_SLOT", 1)
     done = []
 
     def stop(text):
@@ -132,17 +134,17 @@ def test_an_interrupted_table_is_finished_with_the_same_counts(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "part.npz", setting, problems, wanted, report=stop)
-    assert tables.load(tmp_path / "part.npz").position == 12
-    resumed = build(tmp_path / "part.npz", setting, problems, wanted, report=done.append)
+        build(tmp_path / "part.npz", setup, problems, origin, report=stop)
+    assert reference_table.load(tmp_path / "part.npz").position == 12
+    resumed = build(tmp_path / "part.npz", setup, problems, origin, report=done.append)
     assert len(done) == 3 + 5  # the remaining 18 rollouts, 4 at a time
     np.testing.assert_array_equal(resumed.successes, whole.successes)
     np.testing.assert_array_equal(resumed.trials, whole.trials)
 
 
-def test_counts_follow_the_problems_and_not_their_rows(setting, problems, wanted, tmp_path):
+def test_counts_follow_the_problems_and_not_their_rows(setup, problems, origin, tmp_path):
     path = tmp_path / "t.npz"
-    table = build(path, setting, problems, wanted, features=2)
+    table = build(path, setup, problems, origin, features=2)
     rows = np.array([3, 0, 2])
     part = EncodedProblems(
         problems=tuple(problems.problems[i] for i in rows),
@@ -150,7 +152,7 @@ def test_counts_follow_the_problems_and_not_their_rows(setting, problems, wanted
         lengths=problems.lengths[rows],
         counts={},
     )
-    read = tables.rows_for(tables.load(path), part, wanted, path)
+    read = reference_table.rows_for(reference_table.load(path), part, origin, path)
     assert read.successes.tolist() == table.successes[rows].tolist()
     assert read.trials.tolist() == table.trials[rows].tolist()
     assert read.features.tolist() == table.features[rows].tolist() and read.features.any()
@@ -165,49 +167,49 @@ def test_counts_follow_the_problems_and_not_their_rows(setting, problems, wanted
         ({"max_new_tokens": 4}, "max_new_tokens 3, run 4"),
     ],
 )
-def test_a_table_made_otherwise_is_refused(setting, problems, wanted, tmp_path, change, sentence):
+def test_a_table_made_otherwise_is_refused(setup, problems, origin, tmp_path, change, sentence):
     path = tmp_path / "t.npz"
-    table = build(path, setting, problems, wanted, samples=1)
+    table = build(path, setup, problems, origin, samples=1)
     with pytest.raises(ValueError, match=sentence):
-        tables.rows_for(table, problems, wanted | change, path)
+        reference_table.rows_for(table, problems, origin | change, path)
 
 
 def test_other_prompts_or_problems_and_unfinished_tables_are_refused(
-    setting, problems, wanted, tmp_path
+    setup, problems, origin, tmp_path
 ):
     path = tmp_path / "t.npz"
-    table = build(path, setting, problems, wanted, samples=1)
+    table = build(path, setup, problems, origin, samples=1)
     tokens = problems.tokens.copy()
     tokens[1, 0] += 1
     with pytest.raises(ValueError, match="lacks 1 of the run's 5 problems"):
-        tables.rows_for(table, dataclasses.replace(problems, tokens=tokens), wanted, path)
+        reference_table.rows_for(table, dataclasses.replace(problems, tokens=tokens), origin, path)
     others = dataclasses.replace(
         problems, problems=tuple(Problem(prompt=f"q{i}", answer="") for i in range(SIZE))
     )
     with pytest.raises(ValueError, match="lacks 5 of the run's 5 problems"):
-        tables.rows_for(table, others, wanted, path)
+        reference_table.rows_for(table, others, origin, path)
     unfinished = dataclasses.replace(table, position=3)
     with pytest.raises(ValueError, match="unfinished \\(3 of 5 rollouts\\)"):
-        tables.rows_for(unfinished, problems, wanted, path)
+        reference_table.rows_for(unfinished, problems, origin, path)
     with pytest.raises(ValueError, match="another model, sampling setting or problem set"):
-        build(path, setting, others, wanted, samples=1)
+        build(path, setup, others, origin, samples=1)
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="no reference table at .*none.npz"):
-        tables.load(tmp_path / "none.npz")
+        reference_table.load(tmp_path / "none.npz")
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 not a table")
     with pytest.raises(ValueError, match="bad.npz is not a reference table"):
-        tables.load(tmp_path / "bad.npz")
+        reference_table.load(tmp_path / "bad.npz")
 
 
 def test_features_alone_need_no_rollouts_and_are_made_once(
-    setting, problems, wanted, tmp_path, monkeypatch
+    setup, problems, origin, tmp_path, monkeypatch
 ):
     path = tmp_path / "t.npz"
-    monkeypatch.setattr(tables, "roll_out", None)
-    table = build(path, setting, problems, wanted, samples=0, features=3)
+    monkeypatch.setattr(reference_table, "roll_out", None)
+    table = build(path, setup, problems, origin, samples=0, features=3)
     assert table.features.shape == (SIZE, 3) and not table.trials.any()
-    monkeypatch.setattr(tables, "prompt_features", None)
-    again = build(path, setting, problems, wanted, samples=0, features=3)
+    monkeypatch.setattr(reference_table, "prompt_features", None)
+    again = build(path, setup, problems, origin, samples=0, features=3)
     assert np.array_equal(again.features, table.features)

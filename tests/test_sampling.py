@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 import tiny
 
-from basis_jax import model, refill
-from basis_jax.compiles import counted
 from basis_jax.config import SamplingSection
-from basis_jax.decoding import decode_weights
 from basis_jax.masked import completion_mask
-from basis_jax.refill import sample_rows
-from basis_jax.sampling import check_trainable, draw, pick, row_keys, sample, truncate
-from basis_jax.sharding import make_mesh, named_tree, put_rows
+from basis_jax.model import decoder
+from basis_jax.model.decoding import decode_weights
+from basis_jax.model.sharding import make_mesh, named_tree, put_rows
+from basis_jax.opening.checks import check_trainable
+from basis_jax.runs.compiles import count_compiles
+from basis_jax.sampling import refill
+from basis_jax.sampling.decode import sample
+from basis_jax.sampling.draw import draw, pick, row_keys, truncate
+from basis_jax.sampling.refill import sample_rows
 
 SAMPLING = SamplingSection(max_new_tokens=9)
 
@@ -27,10 +30,10 @@ def keys_for(prompts, *, seed=0, stream="train", step=0, sample_index=0):
     return row_keys(seed, stream, step, problem_ids=prompts.problem_ids, samples=samples)
 
 
-def run(prompts, *, sampling=SAMPLING, eos_ids=(1, 2), config=tiny.TINY, **noise):
+def run(prompts, *, sampling=SAMPLING, eos_ids=(1, 2), model_config=tiny.TINY, **noise):
     return sample(
-        tiny.params(config),
-        config,
+        tiny.params(model_config),
+        model_config,
         prompts,
         sampling=sampling,
         eos_ids=eos_ids,
@@ -38,10 +41,10 @@ def run(prompts, *, sampling=SAMPLING, eos_ids=(1, 2), config=tiny.TINY, **noise
     )
 
 
-def run_on(mesh, prompts, *, sampling=SAMPLING, rows_at_once, ended=None):
+def run_on(mesh, prompts, *, sampling=SAMPLING, rows_at_once, on_ended=None):
     with jax.set_mesh(mesh):
         return sample_rows(
-            jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY))),
+            jax.device_put(tiny.params(), named_tree(mesh, decoder.param_axes(tiny.TINY))),
             tiny.TINY,
             prompts,
             sampling=sampling,
@@ -49,7 +52,7 @@ def run_on(mesh, prompts, *, sampling=SAMPLING, rows_at_once, ended=None):
             keys=keys_for(prompts),
             mesh=mesh,
             rows_at_once=rows_at_once,
-            ended=ended,
+            on_ended=on_ended,
         )
 
 
@@ -175,7 +178,7 @@ def test_refilled_slots_give_the_rollouts_of_one_batch(size, tensor):
     lengths = np.asarray(expected.completion_lengths)
     assert lengths.max() > 3 * lengths.mean() and not expected.terminated.all()
     mesh = make_mesh(data=1, fsdp=tensor, tensor=tensor, devices=jax.devices()[: tensor**2])
-    with counted() as compiled:
+    with count_compiles() as compiled:
         rollouts = run_on(mesh, prompts, sampling=limit, rows_at_once=size)
     for name in ("tokens", "prompt_lengths", "completion_lengths", "terminated", "problem_ids"):
         np.testing.assert_array_equal(getattr(rollouts, name), getattr(expected, name))
@@ -215,26 +218,26 @@ def test_what_all_prompts_begin_with_is_read_once_and_changes_nothing(sizes, mon
 def test_slots_of_a_mesh_that_rows_do_not_divide_into(prompts):
     """10 rows in 6 slots on 4 devices, so 8; and fewer rows than devices. All prompts the same too:
     what they share is all but the last token, in multiples of 32."""
-    given = tiny.prompts(rows=10, width=40)
+    many = tiny.prompts(rows=10, width=40)
     if prompts == "alike":
-        same = {"tokens": given.tokens[:1], "lengths": given.lengths[:1]}
+        same = {"tokens": many.tokens[:1], "lengths": many.lengths[:1]}
         same = {name: jnp.repeat(x, 10, axis=0) for name, x in same.items()}
-        given = dataclasses.replace(given, **same)
-        assert refill.shared_prefix(jax.tree.map(np.asarray, given)) == 32
+        many = dataclasses.replace(many, **same)
+        assert refill.shared_prefix(jax.tree.map(np.asarray, many)) == 32
     limit, mesh = SamplingSection(max_new_tokens=40), make_mesh(data=4, devices=jax.devices()[:4])
-    expected = completions(run(given, sampling=limit))
-    assert completions(run_on(mesh, given, sampling=limit, rows_at_once=6)) == expected
-    few = jax.tree.map(lambda x: x[:3], given)
-    assert completions(run_on(mesh, few, sampling=limit, rows_at_once=6)) == expected[:3]
+    expected = completions(run(many, sampling=limit))
+    assert completions(run_on(mesh, many, sampling=limit, rows_at_once=6)) == expected
+    three = jax.tree.map(lambda x: x[:3], many)
+    assert completions(run_on(mesh, three, sampling=limit, rows_at_once=6)) == expected[:3]
 
 
 def test_every_device_prefills_and_halves_its_own_slots():
     """Free slots are taken device by device in turn, a quarter of all at once, a row once."""
-    free = refill.in_turn(np.array([0, 1, 2, 5, 64, 70, 127]), 64)
+    free = refill.round_robin(np.array([0, 1, 2, 5, 64, 70, 127]), 64)
     assert free.tolist() == [0, 64, 1, 70, 2, 127, 5]
     rows = np.arange(100, 100 + free.size)
     placed = {}
-    for index, into in refill.seats(rows, free, 128, 2):
+    for index, into in refill.prefill_groups(rows, free, 128, 2):
         assert into.shape in ((2, 8), (2, 16)) and index.shape == (into.size,)
         for device, local, row in zip(
             np.repeat([0, 1], into.shape[1]), into.ravel(), index, strict=True
@@ -244,9 +247,9 @@ def test_every_device_prefills_and_halves_its_own_slots():
                 placed[int(row)] = int(device * 64 + local)
     assert placed == dict(zip(rows.tolist(), free.tolist(), strict=True))
     everything = np.arange(128)
-    calls = list(refill.seats(everything, refill.in_turn(everything, 64), 128, 2))
+    calls = list(refill.prefill_groups(everything, refill.round_robin(everything, 64), 128, 2))
     assert [into.shape for _, into in calls] == [(2, 16)] * 4
-    assert not list(refill.seats(everything[:0], free[:0], 128, 2))
+    assert not list(refill.prefill_groups(everything[:0], free[:0], 128, 2))
 
 
 @pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 1, 2)])
@@ -256,18 +259,18 @@ def test_caches_stay_where_they_are(sizes):
         data=sizes[0], fsdp=1, tensor=sizes[2], devices=jax.devices()[: math.prod(sizes)]
     )
     with jax.set_mesh(mesh):
-        params = jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY)))
-        slots = refill.empty_slots(tiny.TINY, rows=64, length=96, room=64)
+        params = jax.device_put(tiny.params(), named_tree(mesh, decoder.param_axes(tiny.TINY)))
+        slots = refill.empty_slots(tiny.TINY, rows=64, length=96, cache_length=64)
         prompts = put_rows(mesh, jax.tree.map(np.asarray, tiny.prompts(rows=16)))
         into = np.arange(16, dtype=np.int32).reshape(sizes[0], -1)
-        given = {"config": tiny.TINY, "sampling": SAMPLING}
+        fixed = {"model_config": tiny.TINY, "sampling": SAMPLING}
         keys = keys_for(tiny.prompts(rows=16))
         programs = [
-            refill.admit.lower(params, slots, prompts, keys, into=into, prefix=None, **given),
+            refill.admit.lower(params, slots, prompts, keys, into=into, prefix=None, **fixed),
             refill.advance.lower(
-                decode_weights(params, tiny.TINY), slots, np.int32(0), eos_ids=(1,), **given
+                decode_weights(params, tiny.TINY), slots, np.int32(0), eos_ids=(1,), **fixed
             ),
-            refill.chosen.lower(slots, np.zeros((sizes[0], 32 // sizes[0]), np.int32)),
+            refill.select_slots.lower(slots, np.zeros((sizes[0], 32 // sizes[0]), np.int32)),
         ]
         for program in programs:
             text = program.compile().as_text()
@@ -285,7 +288,7 @@ def test_rows_are_handed_on_as_they_end(new):
         parts.append((rows, found.tokens[rows].copy(), found.completion_lengths[rows].copy()))
 
     mesh = make_mesh(devices=jax.devices()[:1])
-    rollouts = run_on(mesh, prompts, sampling=limit, rows_at_once=8, ended=ended)
+    rollouts = run_on(mesh, prompts, sampling=limit, rows_at_once=8, on_ended=ended)
     rows = np.concatenate([part[0] for part in parts])
     assert sorted(rows.tolist()) == list(range(20)) and len(parts) > 2
     for numbers, tokens, lengths in parts:
@@ -306,8 +309,8 @@ def test_rollouts_may_be_decoded_in_another_dtype_than_the_trainers():
 def test_halved_slots_stay_split_over_the_devices():
     mesh = make_mesh(data=1, fsdp=4, tensor=1, devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
-        slots = refill.empty_slots(tiny.TINY, rows=32, length=8, room=8)
-        halved = refill.chosen(slots, np.arange(16).reshape(4, 4) % 8)
+        slots = refill.empty_slots(tiny.TINY, rows=32, length=8, cache_length=8)
+        halved = refill.select_slots(slots, np.arange(16).reshape(4, 4) % 8)
     for leaf in jax.tree.leaves(halved):
         assert leaf.addressable_shards[0].data.shape[0] == 4
 

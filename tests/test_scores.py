@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from basis_jax import scores
+from basis_jax.evaluation import scores
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7])

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from basis_jax import tasks
-from basis_jax.tasks import arithmetic
+from basis_jax.data import tasks
+from basis_jax.data.tasks import arithmetic
 
 TRAIN = arithmetic.problems(held_out=False)
 HELD_OUT = arithmetic.problems(held_out=True)

@@ -9,14 +9,15 @@ import optax
 import pytest
 import tiny
 
-from basis_jax import estimators, model
-from basis_jax.batches import cut_rows, make_batches
+from basis_jax import estimators
 from basis_jax.config import Config, LossSection, OptimSection, SamplingSection, TrainSection
-from basis_jax.config_check import check
-from basis_jax.logprobs import token_logprobs
-from basis_jax.rollouts import Graded
-from basis_jax.sharding import make_mesh, named_tree
-from basis_jax.train import (
+from basis_jax.model import decoder
+from basis_jax.model.logprobs import token_logprobs
+from basis_jax.model.sharding import make_mesh, named_tree
+from basis_jax.opening.checks import check
+from basis_jax.sampling.rollouts import Graded
+from basis_jax.training.microbatches import cut_rows, make_batches
+from basis_jax.training.update import (
     make_estimate,
     make_optimizer,
     make_score,
@@ -78,9 +79,9 @@ def one_update(*, sizes=(1, 1, 1), microbatch=8, config=CONFIG, data=None, learn
     mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2], devices=devices)
     optimizer = make_optimizer(config.optim, updates=10) if learn else optax.sgd(1.0)
     with jax.set_mesh(mesh):
-        params = jax.device_put(tiny.params(), named_tree(mesh, model.param_axes(tiny.TINY)))
+        params = jax.device_put(tiny.params(), named_tree(mesh, decoder.param_axes(tiny.TINY)))
         params = jax.tree.map(jnp.copy, params)  # the update donates them
-        state = make_state(params, optimizer, (), architecture=tiny.TINY, mesh=mesh)
+        state = make_state(params, optimizer, (), model_config=tiny.TINY, mesh=mesh)
         train = dataclasses.replace(config.train, microbatch_rollouts=microbatch)
         config = dataclasses.replace(config, train=train)
         options = {"loss": config.loss, "temperature": 1.0, "microbatch": microbatch}
@@ -154,13 +155,13 @@ def test_positions_that_no_row_reached_change_nothing(whole):
     check_same(one_update(data=dataclasses.replace(data, rollouts=rollouts)), whole)
 
 
-def long_tailed(rows=16, room=256):
+def long_tailed(rows=16, max_width=256):
     """Rollouts of 2 to 255 tokens, most of them short, in no order; one has no verdict."""
     rng = np.random.default_rng(5)
     lengths = np.array([255, 200, 129, 97, 90, *rng.integers(2, 60, rows - 5)], np.int32)
     lengths = rng.permutation(lengths)
     prompts = np.maximum(1, lengths // 3)
-    inside = np.arange(room)[None] < lengths[:, None]
+    inside = np.arange(max_width)[None] < lengths[:, None]
     data = graded(rows)
     rollouts = Rollouts(
         tokens=np.where(inside, rng.integers(3, 32, inside.shape), 0).astype(np.int32),
@@ -204,28 +205,28 @@ def test_rows_are_cut_by_length_and_the_tokens_of_a_pass_are_bounded():
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.lognormal(5, 1.2, 512).astype(int), 4000)
     lengths[rng.random(512) < 0.1] = 0
-    room, rows = 4000, 8
-    cuts = cut_rows(lengths, rows=rows, room=room)
+    max_width, rows = 4000, 8
+    cuts = cut_rows(lengths, rows=rows, max_width=max_width)
     index = np.concatenate([index for index, _ in cuts])
     assert len(set(index)) == len(index) and set(index) >= set(np.flatnonzero(lengths))
     assert (np.diff(lengths[index]) <= 0).all()
     for index, width in cuts:
         longest, count = lengths[index].max(), len(index)
-        assert longest <= width <= room and count * width <= rows * room
-        assert width == 64 or width == room or longest > width * 4 / 5
-        assert width == room or width in np.outer([64, 80, 96, 112], 2 ** np.arange(8))
+        assert longest <= width <= max_width and count * width <= rows * max_width
+        assert width == 64 or width == max_width or longest > width * 4 / 5
+        assert width == max_width or width in np.outer([64, 80, 96, 112], 2 ** np.arange(8))
         assert count % rows == 0 and (count // rows).bit_count() == 1
         assert count == rows or 2 * lengths[index[count // 2]] > width
     positions = sum(len(index) * width for index, width in cuts)
-    assert positions < 1.5 * lengths.sum() < 0.25 * 512 * room
+    assert positions < 1.5 * lengths.sum() < 0.25 * 512 * max_width
     assert len({(len(index), width) for index, width in cuts}) <= 16
 
 
 def test_microbatches_without_a_verdict_are_left_out_unless_there_is_nothing_else():
     lengths = np.zeros(16, int)
-    assert [len(index) for index, _ in cut_rows(lengths, rows=4, room=64)] == [4]
+    assert [len(index) for index, _ in cut_rows(lengths, rows=4, max_width=64)] == [4]
     lengths[[3, 9]] = 5, 60
-    (index, width), *others = cut_rows(lengths, rows=4, room=256)
+    (index, width), *others = cut_rows(lengths, rows=4, max_width=256)
     assert {3, 9} <= set(index.tolist()) and len(index) == 4 and width == 64 and not others
 
 

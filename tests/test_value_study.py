@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import tiny
 
-from basis_jax import checkpoint
 from basis_jax.config import (
     CheckpointSection,
     Config,
@@ -23,35 +21,29 @@ from basis_jax.config import (
     SamplingSection,
     TrainSection,
 )
-from basis_jax.data import EncodedProblems
+from basis_jax.data.encoding import EncodedProblems
+from basis_jax.data.problem import Problem
 from basis_jax.estimators import Estimator
 from basis_jax.estimators.rows import estimate
-from basis_jax.rollouts import Setting
-from basis_jax.sharding import make_mesh
-from basis_jax.tasks import Problem
+from basis_jax.model.sharding import make_mesh
+from basis_jax.runs import checkpoint
+from basis_jax.sampling.rollouts import RolloutSetup
 from basis_jax.types import TrainState
 from basis_jax.verify import make_verifier
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import policy_values  # noqa: E402
-import simulated_values as simulated  # noqa: E402
-import value_methods  # noqa: E402
-import value_report  # noqa: E402
-import value_study  # noqa: E402
-from value_methods import Method  # noqa: E402
+from studies import policy_values, simulated_values, value_methods, value_report, value_study
+from studies.value_methods import Method
 
 SIZES = (4, 64)
 
 
 def small_world(replicates=40, seed=0):
-    return simulated.published_world(replicates, sizes=SIZES, batch=64, seed=seed)[0]
+    return simulated_values.published_world(replicates, sizes=SIZES, batch=64, seed=seed)[0]
 
 
 def test_the_published_setting_has_the_papers_moments():
     """By quadrature to 1e-6; drawn, the mean of 64,000 V with sd .255 is off by .005 (5 s.e.) with
     probability 6e-7, and their variance by .0035 (8 s.e. of 4e-4) less often still."""
-    world, about = simulated.published_world(1000, sizes=SIZES, batch=64, seed=0)
+    world, about = simulated_values.published_world(1000, sizes=SIZES, batch=64, seed=0)
     solved = about["moments_solved"]
     assert solved["mean"] == pytest.approx(0.59, abs=1e-6)
     assert solved["variance"] == pytest.approx(0.065, abs=1e-6)
@@ -64,14 +56,14 @@ def test_tables_are_nested_and_come_from_the_reference():
     """Successes of n = 4 are among those of n = 64, whose rate is the reference's: 8 s.e. apart
     has probability below 1e-14."""
     rates = np.random.default_rng(0).random((5, 200))
-    tables = simulated.draw_tables(np.random.default_rng(1), rates, (64, 4))
+    tables = simulated_values.draw_tables(np.random.default_rng(1), rates, (64, 4))
     assert np.all(tables[4] <= tables[64]) and np.all(tables[64] - tables[4] <= 60)
     error = (tables[64] / 64 - rates) / np.sqrt(rates * (1 - rates) / 64 + 1e-9)
     assert abs(error.mean()) < 8 / np.sqrt(error.size)
 
 
 def test_an_epoch_visits_every_problem_once():
-    ids = simulated.draw_visits(np.random.default_rng(0), 3, 20, batch=5, epochs=2)
+    ids = simulated_values.draw_visits(np.random.default_rng(0), 3, 20, batch=5, epochs=2)
     assert ids.shape == (3, 8, 5)
     for replicate, epoch in itertools.product(range(3), range(2)):
         assert sorted(ids[replicate, 4 * epoch : 4 * epoch + 4].ravel()) == list(range(20))
@@ -92,7 +84,7 @@ def test_an_estimator_that_returns_the_truth_has_error_zero_and_another_its_squa
     values = np.linspace(0.05, 0.9, 20, dtype=np.float32)
     rng = np.random.default_rng(0)
     tables = {4: np.zeros((2, 20), np.float32)}
-    world = simulated.draw_world(
+    world = simulated_values.draw_world(
         rng, lambda ids: values[ids], successes=tables, batch=5, epochs=2, units="problems"
     )
     compared = [
@@ -112,7 +104,7 @@ def test_an_estimator_that_returns_the_truth_has_error_zero_and_another_its_squa
 def test_the_group_means_error_is_the_variance_of_its_mean(group):
     """E (V - mean of G)^2 = V (1 - V) / G. Over 64,000 rows of error at most 1 with sd below
     2 V(1-V)/G <= .5/G: 6 s.e. = 6 x .5 / G / 253; a false alarm has probability 2e-9."""
-    world, _ = simulated.published_world(1000, sizes=(4,), batch=64, seed=group)
+    world, _ = simulated_values.published_world(1000, sizes=(4,), batch=64, seed=group)
     method = next(
         m
         for m in value_methods.methods((4,), (1, 2, 8))
@@ -136,7 +128,7 @@ def test_all_methods_see_the_same_first_reward():
 
 
 def test_slices_count_every_row_once_by_age_and_once_by_value():
-    world, _ = simulated.long_world(
+    world, _ = simulated_values.long_world(
         2, slope_sd=0.9, sizes=SIZES, problems=64, batch=16, epochs=3, seed=0
     )
     slices = value_methods.slices(world)
@@ -179,7 +171,7 @@ def test_table_and_json_agree(tmp_path, capsys, monkeypatch):
     part = value_study.measure("p", {"beside_paper": True}, world, compared)
     value_report.write(tmp_path / "v", [part], {"seed": 0}, {"commit": "abc"})
     content = json.loads((tmp_path / "v.json").read_text())
-    assert content["command"] == "python scripts/value_study.py simulate"
+    assert content["command"] == "python -m studies.value_study simulate"
     rows = content["parts"][0]["rows"]
     lines = capsys.readouterr().out.splitlines()
     for row in rows:
@@ -244,8 +236,8 @@ def test_exact_values_are_the_sum_over_the_completions_that_are_right(eos):
         lengths=np.asarray(prompts.lengths),
         counts={},
     )
-    setting = Setting(
-        model=tiny.TINY,
+    setup = RolloutSetup(
+        model_config=tiny.TINY,
         mesh=make_mesh(devices=jax.devices()[:1]),
         tokenizer=Letters(),
         eos_ids=eos,
@@ -254,8 +246,8 @@ def test_exact_values_are_the_sum_over_the_completions_that_are_right(eos):
         rows_at_once=4,
     )
     sampling = SamplingSection(max_new_tokens=2)
-    with jax.set_mesh(setting.mesh):
-        values = policy_values.exact_values(tiny.params(), setting, problems, sampling)
+    with jax.set_mesh(setup.mesh):
+        values = policy_values.exact_values(tiny.params(), setup, problems, sampling)
     tree = enumerated(problems, answers, limit=2, eos=eos)
     assert np.all(tree > 0)
     np.testing.assert_allclose(values, tree, rtol=1e-4)

@@ -5,19 +5,11 @@ from fractions import Fraction
 
 import pytest
 
-from basis_jax.verify import (
-    KINDS,
-    compare,
-    criteria,
-    extract,
-    make_verifier,
-    mathematics,
-    shares,
-    verdict_of,
-)
+from basis_jax.verify import compare, criteria, extract, make_verifier, mathematics
 from basis_jax.verify.compare import equivalent
 from basis_jax.verify.mathematics import plain_verdict
 from basis_jax.verify.notation import canonical, number
+from basis_jax.verify.verdicts import KINDS, shares, verdict_of
 
 
 def test_exact_means_the_whole_completion():

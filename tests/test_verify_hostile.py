@@ -6,10 +6,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from basis_jax.verify import Verdict, make_verifier
+from basis_jax.verify import make_verifier
 from basis_jax.verify.extract import MODES, extract_answer
 from basis_jax.verify.gym import submitted_answer
 from basis_jax.verify.mathematics import plain_verdict
+from basis_jax.verify.verdicts import Verdict
 
 GOLDS = (
     "5",

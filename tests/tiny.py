@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from basis_jax import hf, logprobs, model
+from basis_jax.model import decoder, logprobs
 from basis_jax.types import Prompts
+from basis_jax.weights import huggingface
 
-TINY = model.ModelConfig(
+TINY = decoder.ModelConfig(
     architecture="qwen3",
     vocab_size=32,
     embed=32,
@@ -30,14 +31,14 @@ EVERYTHING = dataclasses.replace(  # every optional part at once
     output_bias=True,
     mlp_bias=True,
     rope_theta=500.0,
-    rope_scaling=model.RopeScaling(8.0, 1.0, 4.0, 64),
+    rope_scaling=decoder.RopeScaling(8.0, 1.0, 4.0, 64),
 )
 
 
 @functools.cache
-def params(config=TINY, seed=0):
+def params(model_config=TINY, seed=0):
     """Random parameters, scaled up so that distributions are far from uniform."""
-    made = jax.jit(model.init, static_argnums=0)(config, jax.random.key(seed))
+    made = jax.jit(decoder.init, static_argnums=0)(model_config, jax.random.key(seed))
     return jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, made)
 
 
@@ -55,9 +56,9 @@ def prompts(rows=6, width=7, seed=1):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def next_token_logits(params, config, tokens):
+def next_token_logits(params, model_config, tokens):
     """Logits [N T V] of what follows each token, by the full forward pass."""
-    return model.logits(params, config, model.forward(params, config, tokens)[0])
+    return decoder.logits(params, model_config, decoder.forward(params, model_config, tokens)[0])
 
 
 token_logprobs = jax.jit(
@@ -70,7 +71,7 @@ def tokens_of(shape, vocab=TINY.vocab_size):
 
 
 @functools.cache
-def random_params(config):
+def random_params(model_config):
     """Parameters in which biases and norms too differ from what they are initialised to."""
     random = np.random.default_rng(0)
 
@@ -78,12 +79,12 @@ def random_params(config):
         centre = 1.0 if "norm" in path[-1].key else 0.0
         return jnp.asarray(random.normal(centre, 0.15, leaf.shape).astype(np.float32))
 
-    return jax.tree_util.tree_map_with_path(make, model.param_shapes(config))
+    return jax.tree_util.tree_map_with_path(make, decoder.param_shapes(model_config))
 
 
-def score_sum(params, config, tokens, chunk):
+def score_sum(params, model_config, tokens, chunk):
     """Something that both outputs of token_logprobs flow into, and the log-probabilities."""
-    found, entropy = logprobs.token_logprobs(params, config, tokens, chunk=chunk)
+    found, entropy = logprobs.token_logprobs(params, model_config, tokens, chunk=chunk)
     return jnp.sum(found * jnp.cos(found)) + 0.3 * jnp.sum(entropy), found
 
 
@@ -102,14 +103,14 @@ TEMPLATE = (
 )
 
 
-def write_folder(folder, config=TINY):
+def write_folder(folder, model_config=TINY):
     """A Hugging Face folder with random weights and a tokenizer of single characters."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(CHARACTERS)]
-    config = dataclasses.replace(config, vocab_size=len(words) + len(words) % 4)
-    hf.save_params(params(config), config, folder)
+    model_config = dataclasses.replace(model_config, vocab_size=len(words) + len(words) % 4)
+    huggingface.save_params(params(model_config), model_config, folder)
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -19,7 +19,12 @@ ACROSS = ("skip", "count")
 
 
 def terminal_rewards(rewards: Float[Array, " N"], mask: Bool[Array, "N T"]) -> Float[Array, "N T"]:
-    """The reward at the last True token, 0 elsewhere."""
+    """Token rewards: a rollout's reward at its last True token, 0 elsewhere.
+
+    >>> mask = jnp.array([[False, True, True, True]])  # a prompt token, three sampled ones
+    >>> estimators.terminal_rewards(jnp.float32([1]), mask).tolist()
+    [[0.0, 0.0, 0.0, 1.0]]
+    """
     later = jnp.cumsum(mask[:, ::-1].astype(jnp.int32), axis=1)[:, ::-1]
     return jnp.where(mask & (later == 1), rewards[:, None], 0)
 
@@ -34,7 +39,12 @@ def returns_to_go(
     """R_t = r_t + discount R_{t+1}: ``gae`` with values 0 and trace_decay 1.
 
     With r = terminal reward - kl_coef * kl this is REINFORCE++ and ReMax (reward minus greedy
-    reward at the end) with the KL penalty in the reward.
+    reward at the end) with the KL penalty in the reward. Errors as of ``gae``.
+
+    >>> mask = jnp.array([[False, True, True, True]])  # a prompt token, three sampled ones
+    >>> token_rewards = jnp.float32([[0, 0, 0, 1]])
+    >>> estimators.returns_to_go(token_rewards, mask, discount=0.5).tolist()
+    [[0.0, 0.25, 0.5, 1.0]]
     """
     zeros = jnp.zeros_like(token_rewards)
     return gae(token_rewards, zeros, mask, discount=discount, trace_decay=1.0, across=across)[0]
@@ -53,7 +63,14 @@ def gae(
 
     d_t = r_t + discount V_{t+1} - V_t, A_t = d_t + discount trace_decay A_{t+1}, V = A = 0 after
     the end. No whitening: apply ``whiten`` to the advantages, never to the returns. With both
-    decays 1, A_t = r - V_t. ``trace_decay`` may be one a rollout (``length_trace_decay``).
+    decays 1, A_t = r - V_t. ``trace_decay`` may be one per rollout (``length_trace_decay``).
+    ValueError for another ``across``.
+
+    >>> mask = jnp.array([[False, True, True, True]])  # a prompt token, three sampled ones
+    >>> token_rewards, values = jnp.float32([[0, 0, 0, 1]]), jnp.float32([[0, 0.25, 0.5, 0.5]])
+    >>> advantages, returns = estimators.gae(token_rewards, values, mask, trace_decay=0.5)
+    >>> advantages.tolist(), returns.tolist()
+    ([[0.0, 0.375, 0.25, 0.5]], [[0.0, 0.625, 0.75, 1.0]])
     """
     if across not in ACROSS:
         raise ValueError(f"got across={across!r}; choose one of {', '.join(ACROSS)}")
@@ -75,14 +92,24 @@ def gae(
 
 
 def length_trace_decay(lengths: Int[Array, " N"], alpha: float) -> Float[Array, " N"]:
-    """max(0, 1 - 1 / (alpha length)), the length-adaptive lambda of VAPO and SAO (alpha 1.5)."""
+    """max(0, 1 - 1 / (alpha length)), the length-adaptive lambda of VAPO and SAO (alpha 1.5).
+
+    >>> print(estimators.length_trace_decay(jnp.array([1, 4, 100]), 1.5))
+    [0.333 0.833 0.993]
+    """
     return jnp.maximum(0, 1 - divide(jnp.ones(lengths.shape), alpha * lengths.astype(jnp.float32)))
 
 
 def whiten(
     x: Float[Array, "N T"], mask: Bool[Array, "N T"], *, convention: str = "openrlhf"
 ) -> Float[Array, "N T"]:
-    """(x - mean) / sd over all True tokens of the batch; conventions as in ``standardise``."""
+    """(x - mean) / sd over all True tokens of the batch, 0 elsewhere; conventions and errors as of
+    ``standardise``.
+
+    >>> mask = jnp.array([[False, True, True, True]])  # a prompt token, three sampled ones
+    >>> print(estimators.whiten(jnp.float32([[9, 1, 2, 3]]), mask))
+    [[ 0.    -1.225  0.     1.225]]
+    """
     tokens = jnp.where(mask, x, 0).ravel()
     return standardise(tokens, mask.ravel().astype(x.dtype), convention)[0].reshape(x.shape)
 
@@ -99,6 +126,11 @@ def remax_original(
 
     t = 0..L-1 counts True tokens, so that the last one is discounted once; the KL is that token's
     alone. ``gains``: reward minus the greedy completion's reward.
+
+    >>> mask = jnp.array([[False, True, True, True]])  # a prompt token, three sampled ones
+    >>> gains, kl = jnp.float32([1]), jnp.float32([[0, 0.5, 0, 0]])
+    >>> print(estimators.remax_original(gains, kl, mask, discount=0.5))
+    [[0.    0.075 0.25  0.5  ]]
     """
     left = jnp.cumsum(mask[:, ::-1].astype(jnp.float32), axis=1)[:, ::-1]
     return jnp.where(mask, discount**left * gains[:, None] - kl_coef * kl, 0)
@@ -117,6 +149,12 @@ def vineppo(
     ``step_values``: mean reward of fresh rollouts from where each step starts; ``steps``: every
     token's step, 0..S-1, the rollout's last True token in its last step; V(end) = 0, the reward
     belongs to the last step. Where not ``estimated``, V = r + V_next, and so A = 0.
+
+    >>> mask = jnp.array([[False, True, True, True]])  # a prompt token, three sampled ones
+    >>> steps = jnp.array([[0, 0, 0, 1]])  # the last token is a step of its own
+    >>> step_values = jnp.float32([[0.5, 0.75]])  # mean reward from the start of each step
+    >>> estimators.vineppo(jnp.float32([1]), step_values, steps, mask).tolist()
+    [[0.0, 0.25, 0.25, 0.25]]
     """
     count = jnp.max(jnp.where(mask, steps, -1), axis=1) + 1
     index = jnp.arange(step_values.shape[1])[None, :]
@@ -147,6 +185,11 @@ def sr_ppo(
 
     P: the critic's success probability of the prefix that ends with token t (``prompt_values``:
     before the first one). No normalisation. False tokens are skipped.
+
+    >>> mask = jnp.array([[False, True, True, True]])  # a prompt token, three sampled ones
+    >>> prefix_values, prompt_values = jnp.float32([[0, 0.5, 0.5, 1]]), jnp.float32([0.5])
+    >>> estimators.sr_ppo(jnp.float32([1]), prefix_values, prompt_values, mask, k=1).tolist()
+    [[0.0, 0.0, 0.0, 0.5]]
     """
     q = jnp.where(mask, 1 - (1 - prefix_values) ** k, 0)
     start = 1 - (1 - prompt_values) ** k

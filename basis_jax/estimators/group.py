@@ -29,6 +29,13 @@ def rloo(
 ) -> Estimate:
     """Leave-one-out baseline: b_i = mean of the other rewards in i's group. Kool et al. 2019;
     Ahmadian et al. 2024, arXiv 2402.14740. Unbiased: b_i does not depend on completion i.
+
+    Raises ValueError for group_size < 2 and for rows that do not fill whole groups, as all
+    estimators with a group_size do.
+
+    >>> rewards = np.float32([1, 0, 0, 0, 1, 1, 1, 1])  # two prompts, four rollouts of each
+    >>> print(estimators.rloo(rewards, group_size=4).values)
+    [0.    0.333 0.333 0.333 1.    1.    1.    1.   ]
     """
     r, w = split(rewards, valid, group_size)
     others = total(w) - w
@@ -49,6 +56,11 @@ def grpo(
     reward included. ``trl_batch``: as ``trl``, with the sd of all rewards of the batch.
     ``nemo`` eps 1e-6: mean and sd of the *other* rollouts, no division where that sd is 0.
     A degenerate group gives 0; a nearly degenerate one is amplified (one success in 8: 2.47).
+    Raises ValueError as ``rloo``, and for another ``convention``.
+
+    >>> rewards = np.float32([1, 0, 0, 0, 1, 1, 1, 1])  # two prompts, four rollouts of each
+    >>> print(estimators.grpo(rewards, group_size=4).advantages)
+    [ 1.5 -0.5 -0.5 -0.5  0.   0.   0.   0. ]
     """
     if convention not in STD_EPS:
         raise ValueError(f"grpo got convention {convention!r}; choose one of {', '.join(STD_EPS)}")
@@ -81,6 +93,11 @@ def dr_grpo(
 ) -> Estimate:
     """A = r - group mean, own reward included: (G - 1) / G times RLOO. Liu et al. 2025,
     arXiv 2503.20783; the paper's loss divides by a constant length (``constant_length``).
+    Raises ValueError as ``rloo``.
+
+    >>> rewards = np.float32([1, 0, 0, 0, 1, 1, 1, 1])  # two prompts, four rollouts of each
+    >>> print(estimators.dr_grpo(rewards, group_size=4).advantages)
+    [ 0.75 -0.25 -0.25 -0.25  0.    0.    0.    0.  ]
     """
     r, w = split(rewards, valid, group_size)
     centred, mean = centre(r, w)
@@ -97,7 +114,11 @@ def opo(
     """A = r - sum l r / sum l over the group, own reward included. Hao et al. 2025, 2505.23585.
 
     The variance-optimal baseline if the squared norm of grad log pi grows as the length l; under a
-    token-mean loss every group's tokens then sum to 0.
+    token-mean loss every group's tokens then sum to 0. Raises ValueError as ``rloo``.
+
+    >>> rewards, lengths = np.float32([1, 0, 1, 1]), np.array([7, 5, 9, 3])  # two prompts, two each
+    >>> print(estimators.opo(rewards, lengths, group_size=2).advantages)
+    [ 0.417 -0.583  0.     0.   ]
     """
     r, w = split(rewards, valid, group_size, lengths=lengths)
     tokens = jnp.asarray(lengths, jnp.float32).reshape(r.shape)
@@ -116,7 +137,12 @@ def gpg(
 
     alpha makes up for rows without gradient. ``authors``: rows / rows of groups that hold two
     different rewards; ``verl``: rows / rows with a reward other than 0 (another quantity: with
-    rewards of -1 and 1 it is always 1). 1 where nothing is to be counted.
+    rewards of -1 and 1 it is always 1). 1 where nothing is to be counted. Raises ValueError as
+    ``rloo``, and for another ``convention``.
+
+    >>> rewards = np.float32([1, 0, 0, 0, 1, 1, 1, 1])  # two prompts, four rollouts of each
+    >>> print(estimators.gpg(rewards, group_size=4).advantages)
+    [ 1.5 -0.5 -0.5 -0.5  0.   0.   0.   0. ]
     """
     if convention not in ("authors", "verl"):
         raise ValueError(f"gpg got convention {convention!r}; choose one of authors, verl")
@@ -140,7 +166,12 @@ def reinforce_pp_baseline(
     batch. Hu et al. 2025, arXiv 2501.03262; the KL term belongs to the loss.
 
     A token-weighted mean re-centres: a degenerate group does not end at 0 but at -mean / sd, a
-    push on prompts that say nothing. ``values`` are the group means.
+    push on prompts that say nothing. ``values`` are the group means. Raises ValueError as ``rloo``
+    and ``standardise``.
+
+    >>> rewards, lengths = np.float32([1, 0, 1, 1]), np.array([7, 5, 9, 3])  # two prompts, two each
+    >>> print(estimators.reinforce_pp_baseline(rewards, lengths, group_size=2).advantages)
+    [ 1.305 -1.543 -0.119 -0.119]
     """
     r, w = split(rewards, valid, group_size, lengths=lengths)
     tokens = jnp.where(w > 0, jnp.asarray(lengths, jnp.float32).reshape(r.shape), 0)

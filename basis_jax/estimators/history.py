@@ -29,6 +29,10 @@ def ema(
     """A = r - b, and then b <- (1 - rate) b + rate mean(r): (new b, Estimate). Williams 1992.
 
     b is used before it is updated, every rollout counts once; without valid rows b stays.
+
+    >>> baseline, estimate = estimators.ema(np.float32([1, 0, 1, 1]), 0.5, rate=0.1)
+    >>> print(baseline, estimate.advantages)
+    0.525 [ 0.5 -0.5  0.5  0.5]
     """
     rewards, valid = read(rewards, valid)
     old = jnp.asarray(baseline, jnp.float32)
@@ -38,7 +42,13 @@ def ema(
 
 
 def ema_init(successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]) -> Float[Array, ""]:
-    """The pooled offline success rate (K + 1/2) / (n + 1); 1/2 without an offline table."""
+    """The pooled offline success rate (K + 1/2) / (n + 1); 1/2 without an offline table. Errors as
+    of ``init_table``.
+
+    >>> successes, trials = np.array([4, 2, 6]), np.full(3, 8)  # of three problems
+    >>> float(estimators.ema_init(successes, trials))
+    0.5
+    """
     table = init_table(successes, trials)
     return (jnp.sum(table.successes) + 0.5) / (jnp.sum(table.trials) + 1)
 
@@ -46,13 +56,28 @@ def ema_init(successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]) -> F
 def ema_update(
     state: Float[Array, ""], signals: Signals, *, rate: float = 0.1
 ) -> tuple[Float[Array, ""], Estimate]:
+    """``ema`` as the update of an estimator: the state is the baseline, one number.
+
+    >>> baseline = estimators.ema_init(np.zeros(9), np.zeros(9))
+    >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
+    ...                              problem_ids=jnp.array([3, 7]), lengths=jnp.array([5, 6]))
+    >>> baseline, estimate = estimators.ema_update(baseline, signals)
+    >>> float(baseline), estimate.advantages.tolist()
+    (0.5, [0.5, -0.5])
+    """
     return ema(signals.rewards, state, rate=rate, valid=signals.valid)
 
 
 # ------------------------------------------------------------------------------- Beta evidence
 @pytree
 class Evidence:
-    """Discounted counts of every problem's successes and failures; value = a share of both."""
+    """Discounted counts of every problem: value = successes / (successes + failures).
+
+    >>> evidence = estimators.Evidence(successes=jnp.ones(3), failures=jnp.ones(3),
+    ...                                last=jnp.zeros(3, jnp.int32), step=jnp.int32(0))
+    >>> (evidence.successes / (evidence.successes + evidence.failures)).tolist()
+    [0.5, 0.5, 0.5]
+    """
 
     successes: Float[Array, " M"]
     failures: Float[Array, " M"]
@@ -64,7 +89,13 @@ def spo_init(
     successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"], *, decay: float = 0.875
 ) -> Evidence:
     """1 / (1 - decay) pseudo-counts at the Jeffreys rate (k + 1/2) / (n + 1), SPO's recipe; half a
-    success and half a failure where trials are 0. ValueError unless 0 < decay < 1."""
+    success and half a failure where trials are 0. ValueError unless 0 < decay < 1, and as
+    ``init_table``.
+
+    >>> evidence = estimators.spo_init(np.array([4, 0]), np.array([8, 0]))  # of two problems
+    >>> evidence.successes.tolist(), evidence.failures.tolist()
+    ([4.0, 0.5], [4.0, 0.5])
+    """
     if not 0 < decay < 1:
         raise ValueError(f"got decay={decay}; the evidence decay lies between 0 and 1")
     table = init_table(successes, trials)
@@ -86,7 +117,14 @@ def spo_update(
     Then a <- d a + r, b <- d b + 1 - r, decayed once a step in which the problem is visited.
     d = ``decay``, or ``spo_decay(divergence)``, how far the policy moved on each row's problem
     since its last visit (the least d of a problem's rows). Rewards in [0, 1]. ``convention`` as in
-    ``standardise``; ``none``: advantages unscaled.
+    ``standardise``, with its errors; ``none``: advantages unscaled.
+
+    >>> evidence = estimators.spo_init(np.full(9, 4), np.full(9, 8))
+    >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
+    ...                              problem_ids=jnp.array([3, 7]), lengths=jnp.array([5, 6]))
+    >>> evidence, estimate = estimators.spo_update(evidence, signals)
+    >>> estimate.values.tolist(), evidence.successes[signals.problem_ids].tolist()
+    ([0.5, 0.5], [4.5, 3.5])
     """
     rewards, valid = read(signals.rewards, signals.valid)
     decays = jnp.full(rewards.shape, decay) if divergence is None else spo_decay(divergence)
@@ -99,12 +137,23 @@ def spo_update(
 def spo_decay(
     divergence: Float[Array, "*s"], *, half: float = 0.06, least: float = 0.875, most: float = 0.96
 ) -> Float[Array, "*s"]:
-    """clip(2^(-D / half), least, most); D = mean |logprob now - then| of the previous rollout."""
+    """SPO's decay clip(2^(-D / half), least, most), D = mean |logprob now - then| of the problem's
+    previous rollout. arXiv 2509.13232.
+
+    >>> print(estimators.spo_decay(jnp.float32([0, 0.01, 1])))
+    [0.96  0.891 0.875]
+    """
     return jnp.clip(2 ** (-divergence / half), least, most)
 
 
 def spo_weights(state: Evidence) -> Float[Array, " M"]:
-    """SPO's sampling priority sqrt(v (1 - v)) + 0.05, drawn without replacement."""
+    """SPO's weights for drawing problems without replacement: sqrt(v (1 - v)) + 0.05, v the value.
+    arXiv 2509.13232.
+
+    >>> evidence = estimators.spo_init(np.array([4, 0]), np.array([8, 8]))
+    >>> print(estimators.spo_weights(evidence))
+    [0.55  0.279]
+    """
     v = divide(state.successes, state.successes + state.failures)
     return jnp.sqrt(v * (1 - v)) + 0.05
 
@@ -122,6 +171,14 @@ def spo_pp_update(
     a = decay^(q - z_0) a_0 + sum_i decay^(q - z_i) r_i, b likewise with 1 - r_i: q is this step,
     z_i the step whose policy wrote rollout i (``staleness`` = q - z_i, 0 if not given), so the
     order in which rollouts arrive does not matter. Advantages by token measure (``convention``).
+
+    >>> evidence = estimators.spo_init(np.full(9, 4), np.full(9, 8))
+    >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
+    ...                              problem_ids=jnp.array([3, 7]), lengths=jnp.array([5, 6]))
+    >>> staleness = jnp.array([0, 2])  # row 1 was written two policies ago
+    >>> evidence, estimate = estimators.spo_pp_update(evidence, signals, staleness=staleness)
+    >>> print(estimate.values, evidence.failures[signals.problem_ids])
+    [0.5 0.5] [4.    4.766]
     """
     rewards, valid = read(signals.rewards, signals.valid)
     age = (state.step - state.last).astype(jnp.float32)
@@ -131,7 +188,12 @@ def spo_pp_update(
 
 
 def dbb_init(successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]) -> Evidence:
-    """Beta(1, 1) for every problem; the offline table is checked and not used."""
+    """Beta(1, 1) for every problem; the offline table is checked (``init_table``) and not used.
+
+    >>> evidence = estimators.dbb_init(np.zeros(3), np.zeros(3))  # three problems
+    >>> evidence.successes.tolist(), evidence.failures.tolist()
+    ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
+    """
     ones = jnp.ones_like(init_table(successes, trials).trials)
     return _evidence(ones, ones)
 
@@ -143,6 +205,13 @@ def dbb_update(
 
     p = a / (a + b) *after* a <- decay a + S, b <- decay b + N - S with this step's S successes in
     N rollouts of the problem: the own reward is inside p, a bias. Paper: decay .5 (1.7B), .75 (8B).
+
+    >>> evidence = estimators.dbb_init(np.zeros(9), np.zeros(9))
+    >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
+    ...                              problem_ids=jnp.array([3, 7]), lengths=jnp.array([5, 6]))
+    >>> evidence, estimate = estimators.dbb_update(evidence, signals)
+    >>> print(estimate.values, estimate.advantages)
+    [0.75 0.25] [ 0.577 -0.577]
     """
     rewards, valid = read(signals.rewards, signals.valid)
     state, _ = _observe(
@@ -187,7 +256,13 @@ def _observe(
 
 
 def problem_sums(x: Float[Array, " N"], signals: Signals, size: int) -> Float[Array, " {size}"]:
-    """Sum of the rows' x for each of ``size`` problems."""
+    """Sum of the rows' x over each of ``size`` problems, 0 for those without a row.
+
+    >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
+    ...                              problem_ids=jnp.array([3, 3]), lengths=jnp.array([5, 6]))
+    >>> estimators.problem_sums(jnp.float32([1, 2]), signals, 5).tolist()
+    [0.0, 0.0, 0.0, 3.0, 0.0]
+    """
     return jnp.zeros(size).at[signals.problem_ids].add(x, mode="drop")
 
 

@@ -22,7 +22,12 @@ def james_stein(
     l_i = (n - 1) / n v / (v + s) for n prompts: v the others' mean of (group variance / rollouts),
     s the variance of the others' means. ``code`` drops (n - 1) / n and adds 1e-6 below. A rollout
     alone in its group has l = 1; groups of one valid rollout leave v. Degenerate groups get an
-    advantage other than 0: never divide by a group sd afterwards.
+    advantage other than 0: never divide by a group sd afterwards. Raises ValueError as ``rloo``,
+    and for another ``convention``.
+
+    >>> rewards = np.float32([1, 0, 0, 1, 1, 0])  # two prompts, three rollouts of each
+    >>> print(estimators.james_stein(rewards, group_size=3).values)
+    [0.333 0.583 0.583 0.417 0.417 0.667]
     """
     if convention not in ("paper", "code"):
         raise ValueError(f"james_stein got convention {convention!r}; choose one of paper, code")
@@ -69,7 +74,13 @@ def v05(
 
     The paper's prior is a pretrained value model; here it is the offline table's Jeffreys rate
     (k + 1/2) / (n + 1), mapped to [low, high], the range of the rewards. See ``fuse``.
-    The paper reports that one or two rollouts do not do: the prior is never rejected.
+    The paper reports that one or two rollouts are too few: the prior is never rejected. Raises
+    ValueError as ``rloo``.
+
+    >>> rewards = np.float32([1, 1, 1, 1])  # one prompt, four rollouts
+    >>> successes, trials = np.full(4, 1), np.full(4, 8)  # the prompt's offline counts, once a row
+    >>> print(estimators.v05(rewards, successes, trials, group_size=4).values)
+    [0.925 0.925 0.925 0.925]
     """
     r, w = split(rewards, valid, group_size, successes=successes, trials=trials)
     rate = (jnp.asarray(successes, jnp.float32) + 0.5) / (jnp.asarray(trials, jnp.float32) + 1)
@@ -85,9 +96,14 @@ def fuse(
     mean: Float[Array, "*s"], prior: Float[Array, "*s"], count: Float[Array, "*s"], *, spread: float
 ) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
     """(weight of the mean, fused value) with noise e = spread^2 / count, the largest variance of
-    a mean of ``count`` rewards in [-spread, spread] around their middle.
+    a mean of ``count`` rewards in [-spread, spread] around their middle. arXiv 2603.10848.
 
     Deviation test: D = max(0, (mean - prior)^2 - e); weight = D / (D + e). Count 0 keeps the prior.
+
+    >>> mean, prior, count = jnp.float32([1, 0.5]), jnp.float32([0, 0.5]), jnp.float32([4, 4])
+    >>> weight, fused = estimators.fuse(mean, prior, count, spread=0.5)
+    >>> print(weight, fused)
+    [0.938 0.   ] [0.938 0.5  ]
     """
     noise = divide(jnp.full_like(count, spread**2), count)
     deviation = jnp.maximum(0, (mean - prior) ** 2 - noise)

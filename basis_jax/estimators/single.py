@@ -23,7 +23,13 @@ CONVENTIONS = {
 def reinforce(
     rewards: Num[ArrayLike, " N"], *, valid: Bool[ArrayLike, " N"] | None = None
 ) -> Estimate:
-    """A_i = r_i, no baseline. Williams 1992. With 0/1 rewards only successes push."""
+    """A_i = r_i, no baseline. Williams 1992. With 0/1 rewards only successes push.
+
+    Raises ValueError for rows of unequal length, as every estimator does.
+
+    >>> estimators.reinforce(np.float32([1, 0, 1, 0])).advantages.tolist()
+    [1.0, 0.0, 1.0, 0.0]
+    """
     rewards, valid = read(rewards, valid)
     return estimate(rewards, jnp.zeros_like(rewards), valid)
 
@@ -38,6 +44,11 @@ def batch_mean(
 
     ``leave_one_out=False`` keeps the own reward in: the gradient shrinks by (N - 1) / N. A row
     alone in its batch has baseline 0 under ``leave_one_out``, its own reward otherwise.
+
+    >>> print(estimators.batch_mean(np.float32([1, 0, 0, 0])).values)
+    [0.    0.333 0.333 0.333]
+    >>> estimators.batch_mean(np.float32([1, 0, 0, 0]), leave_one_out=False).values.tolist()
+    [0.25, 0.25, 0.25, 0.25]
     """
     rewards, valid = read(rewards, valid)
     weights = valid.astype(jnp.float32)
@@ -54,7 +65,11 @@ def remax(
 ) -> Estimate:
     """A = r - reward of one greedy completion of the same prompt. Li et al. 2023, 2310.10505.
 
-    Costs a second completion a prompt; 0 where both succeed or both fail.
+    Costs a second completion per prompt; 0 where both succeed or both fail.
+
+    >>> greedy_rewards = np.float32([1, 1, 0])
+    >>> estimators.remax(np.float32([1, 0, 1]), greedy_rewards).advantages.tolist()
+    [0.0, -1.0, 1.0]
     """
     rewards, valid = read(rewards, valid, greedy_rewards=greedy_rewards)
     greedy = jnp.asarray(greedy_rewards, jnp.float32)
@@ -69,7 +84,15 @@ def reinforce_pp(
     convention: str = "openrlhf",
 ) -> Estimate:
     """REINFORCE++ without KL in the reward: A = (r - mean) / sd over the whole batch.
-    Hu et al. 2025, arXiv 2501.03262; ``lengths`` are completion tokens. See ``standardise``.
+    Hu et al. 2025, arXiv 2501.03262; ``lengths`` are completion tokens. Conventions and errors as
+    of ``standardise``.
+
+    >>> rewards, lengths = np.float32([1, 0, 1, 0]), np.array([7, 5, 9, 3])
+    >>> print(estimators.reinforce_pp(rewards, lengths).advantages)
+    [ 0.707 -1.414  0.707 -1.414]
+    >>> valid = np.array([True, True, False, True])  # the verifier failed on row 2
+    >>> print(estimators.reinforce_pp(rewards, lengths, valid=valid).advantages)
+    [ 1.069 -0.935  0.    -0.935]
     """
     rewards, valid = read(rewards, valid, lengths=lengths)
     weights = jnp.where(valid, jnp.asarray(lengths, jnp.float32), 0)
@@ -86,7 +109,12 @@ def standardise(
     ``verl``: token-weighted, variance * L / (L - 1), / sqrt(var + 1e-8);
     ``spo_pp``: token-weighted, variance * L / (L - 1), / (sd + 1e-8) (arXiv 2608.24870);
     ``sequence``: every row once, ddof = 1, / (sd + 1e-8) (SPO, arXiv 2509.13232).
-    Equal x, a single token and a single row give exactly 0.
+    Equal x, a single token and a single row give exactly 0. ValueError for another convention.
+
+    >>> x, lengths = jnp.float32([1, 0, 1, 0]), jnp.float32([1, 1, 1, 3])
+    >>> standardised, mean = estimators.standardise(x, lengths, "verl")
+    >>> print(standardised, mean)
+    [ 1.291 -0.645  1.291 -0.645] [0.333 0.333 0.333 0.333]
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"got convention {convention!r}; choose one of {', '.join(CONVENTIONS)}")

@@ -12,13 +12,25 @@ from basis_jax.pytree import pytree
 
 @pytree
 class Table:
+    """Successes and trials of M problems, float32; ``init_table`` checks and makes it.
+
+    >>> table = estimators.Table(successes=jnp.float32([4, 0]), trials=jnp.float32([8, 8]))
+    >>> jax.tree.map(jnp.sum, table).trials.tolist()
+    16.0
+    """
+
     successes: Float[Array, " M"]
     trials: Float[Array, " M"]
 
 
 def init_table(successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]) -> Table:
     """The table as estimator state. Raises ValueError unless 0 <= successes <= trials everywhere
-    (checked where the numbers are there: not while tracing)."""
+    (checked where the numbers are there: not while tracing).
+
+    >>> table = estimators.init_table(np.array([4, 0]), np.array([8, 8]))
+    >>> table.successes.tolist(), table.trials.tolist()
+    ([4.0, 0.0], [8.0, 8.0])
+    """
     check_rows(successes=successes, trials=trials)
     if not isinstance(successes, jax.core.Tracer) and not isinstance(trials, jax.core.Tracer):
         k, n = np.asarray(successes, np.float64), np.asarray(trials, np.float64)

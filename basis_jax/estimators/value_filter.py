@@ -49,7 +49,12 @@ NODES = 15  # of the quadrature over a logit
 
 @pytree
 class FilterState:
-    """u_i ~ N(own_mean, own_variance) as of step ``last``; w ~ N(mean, covariance)."""
+    """u_i ~ N(own_mean, own_variance) as of step ``last``; w ~ N(mean, covariance).
+
+    >>> state = jax.eval_shape(estimators.value_filter_init, np.zeros(9), np.zeros(9))
+    >>> isinstance(state, estimators.FilterState), state.features.shape
+    (True, (9, 1))
+    """
 
     own_mean: Float[Array, " M"]
     own_variance: Float[Array, " M"]
@@ -89,6 +94,11 @@ def value_filter_init(
     and t = ``own_variance``. Features are centred and scaled to a mean squared norm of 1, so that
     either variance says how far it may move a logit; fixed at the start (prompt states of the
     reference policy, a few dozen principal or random directions). Successes may be fractional.
+
+    >>> successes, trials = np.array([4, 0, 8]), np.array([8, 0, 8])  # of three problems
+    >>> state = estimators.value_filter_init(successes, trials)
+    >>> print(state.own_variance)  # of each problem's logit: largest without trials
+    [0.46  2.619 1.135]
     """
     table = init_table(successes, trials)
     size = table.trials.size
@@ -195,6 +205,13 @@ def value_filter_update(
     problem share its old value; their updates add up as natural parameters, in any order. Invalid
     rows change nothing. Info: ``shared`` (w's intercept), ``table_weight`` (t's; 0 at the start),
     ``own_sd`` (mean sd of u_i).
+
+    >>> state = estimators.value_filter_init(np.full(9, 4), np.full(9, 8))
+    >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
+    ...                              problem_ids=jnp.array([3, 7]), lengths=jnp.array([5, 6]))
+    >>> state, estimate = estimators.value_filter_update(state, signals)
+    >>> print(estimate.values)
+    [0.486 0.514]
     """
     if folds < 2:
         raise ValueError(f"value_filter got folds={folds}; cross-fitting needs 2 folds or more")

@@ -8,9 +8,9 @@ import json
 import os
 from collections.abc import Sequence
 
-from basis_jax.verify import Verdict, Verifier, verdict_of
 from basis_jax.verify.extract import TAIL, extract_answer, tagged_answer
 from basis_jax.verify.pool import Pool
+from basis_jax.verify.verdicts import Verdict, Verifier, verdict_of
 
 
 class GymVerifier(Verifier):

@@ -4,12 +4,12 @@ Python where that suffices (most answers), and in worker processes where algebra
 import os
 from collections.abc import Sequence
 
-from basis_jax.verify import RIGHT, WRONG, Verdict, Verifier, verdict_of
 from basis_jax.verify.compare import equivalent
 from basis_jax.verify.criteria import read_criterion
 from basis_jax.verify.extract import MODES, extract_answer
 from basis_jax.verify.notation import LONGEST
 from basis_jax.verify.pool import Pool
+from basis_jax.verify.verdicts import RIGHT, WRONG, Verdict, Verifier, verdict_of
 
 MAX_NESTING = 20
 MAX_REMEMBERED = 100_000

@@ -1,0 +1,66 @@
+"""Evaluate a model, or a checkpoint of a run, on held-out sets.
+
+    basis-jax evaluate --config configs/quickstart.py --out runs/eval_start
+    basis-jax evaluate --config configs/quickstart.py --checkpoint runs/quickstart \
+        --out runs/eval_end --eval.samples 8
+
+Without ``--checkpoint`` it is the config's model (``--model.path FOLDER`` for any other); with it,
+the newest checkpoint of the run, or the one given as RUN/checkpoints/STEP. Sets, completions a
+problem and temperature are ``--eval.sets``, ``--eval.samples``, ``--eval.temperature`` (0: greedy),
+the length limit is ``--sampling.max-new-tokens``. The same command again goes on where a killed
+one stopped. OUT holds completions.jsonl (every rollout), protocol.json, results.json (all metrics
+with 95 % intervals) and report.html (problem by problem, to be looked at).
+"""
+
+import json
+from pathlib import Path
+
+import jax
+from jaxtyping import PyTree
+
+from basis_jax import command_line
+from basis_jax.evaluation.completions import results, write_completions
+from basis_jax.evaluation.evaluate import Evaluation, open_evaluation, protocol
+from basis_jax.evaluation.report import report, table
+from basis_jax.files import replace_file
+from basis_jax.runs.provenance import provenance
+from basis_jax.weights import huggingface, trained
+
+
+def main() -> None:
+    config, options = command_line.parse(__doc__, options=("checkpoint", "out"))
+    out = check_out(options.out)
+    with open_evaluation(config) as evaluation, jax.set_mesh(evaluation.setup.mesh):
+        params, source = load(evaluation, options.checkpoint)
+        print(f"evaluating {source}")
+        fixed = protocol(evaluation, params)
+        path = write_completions(params, evaluation, out, fixed)
+        found = results(path, evaluation)
+    devices = [str(device) for device in jax.devices()]
+    about = {"evaluated": source, "protocol": fixed, **provenance(), "devices": devices}
+    replace_file(out / "results.json", json.dumps({**found, **about}, indent=2) + "\n")
+    replace_file(out / "report.html", "".join(report(found, about, path)))
+    print("\n".join(table(found)))
+    for name in ("completions.jsonl", "protocol.json", "results.json", "report.html"):
+        print(f"{name:18} {out / name}")
+
+
+def check_out(out: str) -> Path:
+    """The folder to write to. Raises ValueError where none is named or it is a file."""
+    if not out or Path(out).is_file():
+        raise ValueError(f"the evaluation's folder is --out {out or '(missing)'}; give a folder")
+    return Path(out)
+
+
+def load(evaluation: Evaluation, checkpoint: str) -> tuple[PyTree, str]:
+    """Parameters and the name of where they are from: the model folder or a checkpoint."""
+    model_config, mesh = evaluation.setup.model_config, evaluation.setup.mesh
+    if not checkpoint:
+        return huggingface.load_params(evaluation.folder, model_config, mesh), str(
+            evaluation.folder
+        )
+    step = trained.find_checkpoint(checkpoint)
+    began, here = trained.model_path(step), evaluation.config.model.path
+    if began != here:
+        print(f"note: training began from {began}; config and tokenizer are those of {here}")
+    return trained.load_checkpoint_params(step, model_config, mesh), str(step)

@@ -1,0 +1,143 @@
+"""Show what a trained model answers.
+
+    basis-jax generate runs/quickstart "What is two plus three?"
+    basis-jax generate runs/quickstart/checkpoints/40 "What is two plus three?" --samples 8
+
+The model is the newest checkpoint of a run, or the one given as RUN/checkpoints/STEP. Each sample
+is printed with its log-probability: the sum over its tokens, in nats, at the sampling temperature.
+Where the right answer is known, each sample has a verdict, and the value of the prompt is the share
+of right samples. The answer is known if it is given with --answer, or if the prompt is one of the
+run's own problems and these can be read without a download.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from basis_jax.config import Config, config_from
+from basis_jax.data.encoding import encode_prompts
+from basis_jax.data.problem import Problem
+from basis_jax.data.sources import load_held_out, load_training
+from basis_jax.opening.rollout_setup import locate_model, open_setup
+from basis_jax.sampling.rollouts import Graded, roll_out
+from basis_jax.training import reference_table
+from basis_jax.weights import huggingface, trained
+
+
+def main() -> None:
+    options = parse()
+    checkpoint = trained.find_checkpoint(options.run)
+    config = config_from(trained.saved_config(checkpoint))
+    if options.temperature is not None:
+        sampling = dataclasses.replace(config.sampling, temperature=options.temperature)
+        config = dataclasses.replace(config, sampling=sampling)
+    problem = find_problem(config, options.prompt, options.answer)
+    known = problem is not None
+    graded, unknown_tokens = generate(
+        config, checkpoint, problem or unanswered(options.prompt), options, known=known
+    )
+    if unknown_tokens:
+        print(f"warning: {unknown_tokens} tokens of the prompt are unknown to this model")
+    print(f"{checkpoint}: {options.prompt}")
+    print("\n".join(sample_lines(graded, known)))
+    if problem is not None:
+        print(value_line(graded, problem, checkpoint))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or RUN/checkpoints/STEP")
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--temperature", type=float, help="default: the run's; 0 is greedy")
+    parser.add_argument("--answer", metavar="TEXT", help="the right answer")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.prompt = options.prompt.strip()
+    if options.samples < 1 or not options.prompt:
+        raise ValueError(
+            f"--samples is {options.samples} and the prompt {options.prompt!r}; give 1 or more "
+            "samples and a prompt that is not empty"
+        )
+    return options
+
+
+def unanswered(prompt: str) -> Problem:
+    return Problem(prompt=prompt, answer="(unknown)")
+
+
+def find_problem(config: Config, prompt: str, answer: str | None) -> Problem | None:
+    """The prompt with its right answer: the one given, or that of the run's own problem."""
+    if answer is not None:
+        return Problem(prompt=prompt, answer=answer)
+    for path in (config.data.path, *config.eval.sets):
+        if path.startswith("task:") or Path(path).is_file():
+            training = path == config.data.path
+            problems = load_training(config.data) if training else []
+            if path in config.eval.sets:
+                problems = problems + load_held_out(path, config.eval.folder)
+            for problem in problems:
+                if problem.prompt == prompt:
+                    return problem
+    return None
+
+
+def generate(
+    config: Config, checkpoint: Path, problem: Problem, options: argparse.Namespace, *, known: bool
+) -> tuple[Graded, int]:
+    """``options.samples`` completions, and the number of prompt tokens that the tokenizer does
+    not know."""
+    folder, model_config, mesh = locate_model(config)
+    room = model_config.max_positions - config.sampling.max_new_tokens
+    verifier = config.data.verifier if known else "exact"
+    data = dataclasses.replace(config.data, max_prompt_tokens=room, verifier=verifier)
+    config = dataclasses.replace(config, data=data, seed=options.seed)
+    tokenizer = huggingface.load_tokenizer(folder)
+    encoded = encode_prompts([problem], data, tokenizer)
+    with (
+        open_setup(config, folder, model_config, mesh, tokenizer) as setup,
+        jax.set_mesh(mesh),
+    ):
+        graded = roll_out(
+            trained.load_checkpoint_params(checkpoint, model_config, mesh),
+            setup,
+            encoded,
+            ids=np.zeros(options.samples, np.int32),
+            samples=np.arange(options.samples, dtype=np.int32),
+            sampling=config.sampling,
+            stream="evaluate",
+            step=0,
+        )
+    unknown = tokenizer.unk_token_id
+    return graded, 0 if unknown is None else int(np.sum(encoded.tokens == unknown))
+
+
+def sample_lines(graded: Graded, known: bool) -> Iterator[str]:
+    rollouts = graded.rollouts
+    for i, text in enumerate(graded.completions):
+        length = int(rollouts.completion_lengths[i])
+        about = f"log-prob {rollouts.sampler_logprobs[i].sum():.2f}, {length} tokens"
+        if not rollouts.terminated[i]:
+            about += ", cut at the limit"
+        if known:
+            right = "right" if graded.rewards[i] > 0.5 else "wrong"
+            about += f", {right if graded.valid[i] else 'not graded'} ({graded.reasons[i]})"
+        yield f"{i + 1:3}. {text.strip()}   [{about}]"
+
+
+def value_line(graded: Graded, problem: Problem, checkpoint: Path) -> str:
+    """The share of right samples, and the pass rate before training where the run measured it."""
+    right, count = int(graded.rewards[graded.valid].sum()), int(graded.valid.sum())
+    line = f"right answer: {problem.answer}; value: {right} of {count} samples right"
+    path = checkpoint.parent.parent / "reference.npz"
+    if path.is_file():
+        table = reference_table.load(path)
+        for row in np.flatnonzero(table.uids == problem.uid):
+            line += f"; before training {table.successes[row]} of {table.trials[row]}"
+    return line

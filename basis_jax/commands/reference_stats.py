@@ -1,0 +1,48 @@
+"""Make the offline reference table of a config: pass counts and features of every training problem.
+
+    basis-jax reference-stats --config configs/quickstart.py --out tables/quickstart.npz
+    basis-jax train --config configs/quickstart.py --estimator.table tables/quickstart.npz
+
+The reference policy is the config's model. The same command again goes on where a killed one
+stopped. Every field of the config can be overridden as in basis-jax train:
+``--estimator.table-samples`` sets the rollouts a problem, ``--estimator.features 32`` adds the
+prompt features that value_filter can start from (one prefill a problem). With
+``--estimator.table-samples 0`` the table holds features alone and nothing is generated.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from basis_jax import command_line
+from basis_jax.training.session import open_session, reference_table
+from basis_jax.weights import huggingface
+
+
+def main() -> None:
+    config, options = command_line.parse(__doc__, options=("out",))
+    if not options.out or config.estimator.table:
+        raise SystemExit(
+            f"error: the table's file is --out {options.out or '(missing)'} and --estimator.table "
+            f"{config.estimator.table or '(empty)'}; give --out FILE.npz and no --estimator.table"
+        )
+    with open_session(config) as session, jax.set_mesh(session.setup.mesh):
+        params = huggingface.load_params(
+            session.folder, session.setup.model_config, session.setup.mesh
+        )
+        table = reference_table(session, params, Path(options.out))
+    print_summary(table.successes, table.trials)
+    print(f"reference table: {options.out}")
+
+
+def print_summary(successes: np.ndarray, trials: np.ndarray) -> None:
+    """Mean, spread and how many problems the table says nothing of but 0 or 1."""
+    if not trials.any():
+        return
+    rates = successes / np.maximum(trials, 1)
+    print(
+        f"{len(rates)} problems, {trials.sum()} graded rollouts: "
+        f"pass rate mean {rates.mean():.3f}, sd {rates.std():.3f}; "
+        f"never solved {np.mean(rates == 0):.1%}, always {np.mean(rates == 1):.1%}"
+    )

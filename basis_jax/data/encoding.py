@@ -1,0 +1,91 @@
+"""Problems as rows of tokens, in the order of their uids."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from basis_jax.config import DataSection
+from basis_jax.data.problem import Problem
+
+FORMATS = ("chat", "text")
+
+
+@dataclass(frozen=True)
+class EncodedProblems:
+    """M problems in the order of their uids, with their prompts as right-padded rows."""
+
+    problems: tuple[Problem, ...]
+    tokens: Int32[np.ndarray, "M P"]
+    lengths: Int32[np.ndarray, " M"]
+    counts: dict[str, int]  # read, duplicate, too long, not asked for, used
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the problems, their answers and their tokens, in order."""
+        digest = hashlib.sha256(self.tokens.tobytes() + self.lengths.tobytes())
+        digest.update(",".join(str(p.uid) for p in self.problems).encode())
+        return digest.hexdigest()
+
+
+def as_text(problem: Problem, section: DataSection, tokenizer: Any) -> str:
+    """The prompt as the model reads it."""
+    messages = problem.prompt
+    if isinstance(messages, str):
+        messages = (("user", messages),)
+    *before, (role, content) = messages
+    content = section.problem_prefix + content + section.problem_suffix
+    if section.prompt_format == "text":
+        if before or section.system_prompt:
+            raise ValueError(
+                "data.prompt_format 'text' has no place for a system prompt or a chat of several "
+                "messages; use 'chat', or data.problem_prefix for what stands before a problem"
+            )
+        return content
+    system = [("system", section.system_prompt)] if section.system_prompt else []
+    chat = [{"role": r, "content": c} for r, c in (*system, *before, (role, content))]
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+def encode_prompts(
+    problems: Sequence[Problem], section: DataSection, tokenizer: Any, *, size: int = 0
+) -> EncodedProblems:
+    """Problems as token rows in the order of their uids. Left out and counted: repeated ones, those
+    without text or answer, prompts too long.
+
+    ``size`` > 0 keeps the first so many in that order, which is a random subset. A template writes
+    its special tokens itself; plain text gets those that the tokenizer puts around a text. Raises
+    ValueError where nothing is left.
+    """
+    unique = {p.uid: p for p in dict.fromkeys(problems)}
+    complete = [unique[uid] for uid in sorted(unique) if unique[uid].prompt and unique[uid].answer]
+    texts = [as_text(p, section, tokenizer) for p in complete]
+    special = section.prompt_format == "text"
+    rows = tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
+    fitting = [
+        (p, row)
+        for p, row in zip(complete, rows, strict=True)
+        if 0 < len(row) <= section.max_prompt_tokens
+    ]
+    kept = fitting[: size or None]
+    counts = {
+        "read": len(problems),
+        "duplicate": len(problems) - len(unique),
+        "without text or answer": len(unique) - len(complete),
+        "too long": len(complete) - len(fitting),
+        "not asked for": len(fitting) - len(kept),
+        "used": len(kept),
+    }
+    if not kept:
+        raise ValueError(
+            f"no problem is left ({', '.join(f'{v} {k}' for k, v in counts.items())}); "
+            f"data.max_prompt_tokens is {section.max_prompt_tokens} and the shortest prompt has "
+            f"{min(map(len, rows), default=0)} tokens"
+        )
+    lengths = np.array([len(row) for _, row in kept], np.int32)
+    tokens = np.zeros((len(kept), lengths.max()), np.int32)
+    for i, (_, row) in enumerate(kept):
+        tokens[i, : len(row)] = row
+    return EncodedProblems(tuple(p for p, _ in kept), tokens, lengths, counts)

@@ -1,0 +1,45 @@
+"""Do held-out problems share texts with training problems?"""
+
+import re
+from collections.abc import Sequence
+
+from basis_jax.data.problem import Problem
+
+OVERLAP, COMMON = 13, 10  # as GPT-3's check of its benchmarks (arXiv 2005.14165, appendix C)
+WORD = re.compile(r"[^\W_]+")
+
+
+def overlapping(
+    held_out: Sequence[Problem], training: Sequence[Problem]
+) -> list[tuple[Problem, Problem, str]]:
+    """Held-out problems with the first training problem that shares ``OVERLAP`` words in a row, and
+    those words; runs of words in more than ``COMMON`` training problems are a template's.
+
+    Words are runs of letters and digits, in lower case; a text of fewer must be equal, case and
+    spaces aside. Memory goes with the held-out side, time with both: a minute or two for a million
+    training problems.
+    """
+    runs = [word_runs(problem) for problem in held_out]
+    held_out_runs = set().union(*runs)
+    counts: dict[tuple[str, ...], int] = {}
+    first: dict[tuple[str, ...], Problem] = {}
+    for problem in training:
+        for run in word_runs(problem) & held_out_runs:
+            counts[run] = counts.get(run, 0) + 1
+            first.setdefault(run, problem)
+    found = []
+    for problem, own in zip(held_out, runs, strict=True):
+        shared = sorted(run for run in own if 0 < counts.get(run, 0) <= COMMON)
+        if shared:
+            found.append((problem, first[shared[0]], " ".join(shared[0])))
+    return found
+
+
+def word_runs(problem: Problem) -> set[tuple[str, ...]]:
+    """Every ``OVERLAP`` words in a row of the prompt; a shorter text is one run, signs included."""
+    messages = problem.prompt if isinstance(problem.prompt, tuple) else (("", problem.prompt),)
+    text = " ".join(content for _, content in messages).lower()
+    words = WORD.findall(text)
+    if len(words) < OVERLAP:
+        return {tuple(text.split())}
+    return {tuple(words[i : i + OVERLAP]) for i in range(len(words) - OVERLAP + 1)}

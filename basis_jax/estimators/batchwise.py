@@ -1,0 +1,212 @@
+"""BASIS (Gong et al. 2026, arXiv 2605.27293): one rollout a prompt, the batch shares information.
+
+Offline, once: k successes in n reference completions of every prompt, p = k / n. A policy tilted
+by exp(reward / beta) succeeds with probability V = sigmoid(logit p + 1 / beta) (eq. 5). Each step,
+the baseline of prompt i is the best linear unbiased combination of the *other* prompts' rewards,
+
+    b_i = sum_{j != i} w_ij r_j,  w_ij = (V_i V_j / s_j) / sum_{k != i} V_k^2 / s_k,  s = V (1 - V)
+
+(eq. 2, 3), and beta is the grid point with the least squared error of b on the rewards (eq. 6).
+With odds o = V / (1 - V) = k / (n - k) exp(1 / beta) and q = 1 / (1 - V) = 1 + o the weights are
+rank one, so that all b cost O(N) a beta: b_i = V_i (sum q r - q_i r_i) / (sum o - o_i).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Num
+
+from basis_jax.estimators.rows import divide, estimate, others_sum, read, share
+from basis_jax.masked import masked_mean
+from basis_jax.types import Estimate
+
+BETAS = np.concatenate([np.arange(1, 201) / 100, np.arange(21, 51) / 10]).astype(np.float32)
+CHUNK = 23  # betas scored side by side: what they need of N rows stays in the cache
+EPS = 1e-6  # a prompt is active where EPS < V < 1 - EPS
+RULES = ("robust", "published")
+
+
+class Variant(NamedTuple):
+    """App. B: b_i = V_i sum_{j != i} a(o_j) r_j / (constant + sum_{j != i} d(o_j))."""
+
+    a: Callable
+    d: Callable
+    constant: float
+
+
+VARIANTS = {
+    "unb": Variant(lambda o: 1 + o, lambda o: o, 0.0),  # best linear unbiased
+    "vop": Variant(lambda o: 1 + o, lambda o: o, 1.0),  # least variance, shrinks to zero
+    "rvg": Variant(lambda o: 1 + 1 / o, jnp.ones_like, 0.0),  # V_i times the mean of r_j / V_j
+}
+
+
+class ValidRows(NamedTuple):
+    rewards: Float[Array, " N"]
+    valid: Bool[Array, " N"]
+    odds: Float[Array, " N"]  # k / (n - k); 0 stands for p = 0, p = 1 and n = 0: never active
+    smoothed: Float[Array, " N"]  # logit of Jeffreys' (k + 1/2) / (n + 1)
+
+
+class Tilted(NamedTuple):
+    """The batch under one beta; weights and V are 0 outside the active set."""
+
+    active: Bool[Array, " N"]
+    values: Float[Array, " N"]  # V
+    a: Float[Array, " N"]
+    d: Float[Array, " N"]
+
+
+class Fit(NamedTuple):
+    active: Bool[Array, " N"]
+    fitted: Bool[Array, " N"]  # active, and not alone
+    baseline: Float[Array, " N"]  # 0 where not fitted
+
+
+def basis(
+    rewards: Num[ArrayLike, " N"],
+    successes: Num[ArrayLike, " N"],
+    trials: Num[ArrayLike, " N"],
+    *,
+    valid: Bool[ArrayLike, " N"] | None = None,
+    variant: str = "unb",
+    rule: str = "robust",
+    folds: int = 8,
+    betas: Float[ArrayLike, " K"] | None = None,
+) -> Estimate:
+    """A_i = r_i - b_i with the baseline of this module's docstring; no scaling, no whitening.
+
+    ``rewards`` in [0, 1] of N prompts, one rollout each; ``successes`` of ``trials`` reference
+    completions of the same prompts (successes outside [0, trials] are clipped into it).
+
+    ``rule="published"``: the paper to the letter. beta minimises eq. 6 over all grid points with
+    an active prompt, on this very batch, so that b_i depends on r_i through beta; prompts outside
+    the active set (p in {0, 1}, trials 0) and a sole active prompt have b = 0; b may exceed 1.
+
+    ``rule="robust"``: (1) for a fold, only a beta with at least max(2, half of #{0 < p < 1})
+    active prompts in the other folds counts; (2) a prompt outside the active set, or alone in it,
+    has b = sigmoid(logit p' + 1/beta) with Jeffreys' p' = (k + 1/2) / (n + 1), and every beta is
+    scored on these prompts too: on all valid rows; (3) beta is cross-fitted: the j-th valid row is
+    in fold j mod ``folds`` (3 or more), and the beta of fold f is scored on the other folds'
+    rewards alone, those of fold g predicted from the folds that are neither f nor g, so that b_i
+    is exactly independent of r_i (fewer rows than folds: folds of one); (4) b is clipped to
+    [0, 1]. Where no beta counts, or fewer than 3 rows are valid, it is the largest.
+
+    Info: ``beta`` (mean over rows), ``active_fraction``, ``fallback_share`` (rows whose baseline
+    is the Jeffreys value, or the published 0), ``zero_share`` (rows with advantage 0). ValueError
+    for another ``variant`` or ``rule``, ``folds`` < 3, and arrays of unequal length.
+
+    >>> rewards, successes = np.float32([1, 0, 1, 0]), np.array([6, 2, 7, 1])
+    >>> estimate = estimators.basis(rewards, successes, np.full(4, 8))  # of 8 reference completions
+    >>> print(estimate.values)
+    [1.    0.339 1.    0.167]
+    """
+    _check(variant, rule, folds)
+    rewards, valid = read(rewards, valid, successes=successes, trials=trials)
+    betas = jnp.asarray(BETAS if betas is None else betas, jnp.float32)
+    trials = jnp.asarray(trials, jnp.float32)
+    successes = jnp.clip(jnp.asarray(successes, jnp.float32), 0, trials)
+    smoothed = jnp.log(successes + 0.5) - jnp.log(trials - successes + 0.5)
+    batch = ValidRows(rewards, valid, divide(successes, trials - successes), smoothed)
+    if rule == "published":
+        row_beta, fit = _published(batch, betas, VARIANTS[variant])
+        baseline = fit.baseline
+    else:
+        row_beta, fit = _cross_fitted(batch, betas, VARIANTS[variant], folds)
+        fallback = jax.nn.sigmoid(smoothed + 1 / row_beta)
+        baseline = jnp.where(fit.fitted, jnp.clip(fit.baseline, 0, 1), fallback)
+    info = {
+        "beta": masked_mean(row_beta, valid),
+        "active_fraction": share(fit.active, valid),
+        "fallback_share": share(~fit.fitted, valid),
+    }
+    return estimate(rewards - baseline, baseline, valid, **info)
+
+
+def _check(variant: str, rule: str, folds: int) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"basis got variant {variant!r}; choose one of {', '.join(VARIANTS)}")
+    if rule not in RULES:
+        raise ValueError(f"basis got rule {rule!r}; choose one of {', '.join(RULES)}")
+    if folds < 3:
+        raise ValueError(f"basis got folds={folds}; cross-fitting twice needs 3 folds or more")
+
+
+def _tilt(batch: ValidRows, variant: Variant, beta: Float[Array, ""]) -> Tilted:
+    o = batch.odds * jnp.exp(jnp.minimum(1 / beta, 60))  # no float32 odds are active beyond 60
+    active = batch.valid & (o > EPS / (1 - EPS)) & (o < (1 - EPS) / EPS)
+    o = jnp.where(active, o, 1)
+    values, a, d = (jnp.where(active, x, 0) for x in (o / (1 + o), variant.a(o), variant.d(o)))
+    return Tilted(active, values, a, d)
+
+
+def _fit(batch: ValidRows, variant: Variant, beta: Float[Array, ""]) -> Fit:
+    t = _tilt(batch, variant, beta)
+    fitted = t.active & (jnp.sum(t.active) > 1)
+    weight = variant.constant + others_sum(t.d)
+    baseline = divide(t.values * others_sum(t.a * batch.rewards), weight)
+    return Fit(t.active, fitted, jnp.where(fitted, baseline, 0))
+
+
+def _published(
+    batch: ValidRows, betas: Float[Array, " K"], variant: Variant
+) -> tuple[Float[Array, " N"], Fit]:
+    """Eq. 6 on the whole batch: (beta of every row: the same, the fit)."""
+
+    def loss(beta: Float[Array, ""]) -> Float[Array, ""]:
+        fit = _fit(batch, variant, beta)
+        error = masked_mean((batch.rewards - fit.baseline) ** 2, fit.active)
+        return jnp.where(jnp.any(fit.active), error, jnp.inf)
+
+    beta = _best(betas, jax.vmap(loss)(betas))
+    return jnp.broadcast_to(beta, batch.rewards.shape), _fit(batch, variant, beta)
+
+
+def _cross_fitted(
+    batch: ValidRows, betas: Float[Array, " K"], variant: Variant, folds: int
+) -> tuple[Float[Array, " N"], Fit]:
+    """(beta of every row, chosen without its fold; the row's fit under that beta)."""
+    fold = (jnp.cumsum(batch.valid.astype(jnp.int32)) - 1) % folds
+    in_fold = jax.nn.one_hot(fold, folds)
+    losses = jax.lax.map(
+        lambda beta: _losses_without_fold(batch, in_fold, variant, beta), betas, batch_size=CHUNK
+    )
+    losses = jnp.where(jnp.sum(batch.valid) > 2, losses, jnp.inf)
+    fold_betas = jax.vmap(lambda loss: _best(betas, loss), in_axes=1)(losses)
+    fits = jax.vmap(lambda beta: _fit(batch, variant, beta))(fold_betas)
+    own = jnp.arange(fold.size)
+    return fold_betas[fold], Fit(*(x[fold, own] for x in fits))
+
+
+def _losses_without_fold(
+    batch: ValidRows, in_fold: Float[Array, "N F"], variant: Variant, beta: Float[Array, ""]
+) -> Float[Array, " F"]:
+    """For every fold f: mean squared error on the other folds g, where b_j = c V_j with c from
+    the folds that are neither f nor g, or the fallback where j is not active; inf where too few
+    prompts of the other folds are active."""
+    t, r = _tilt(batch, variant, beta), batch.rewards
+    active, mixed = jnp.float32(t.active), jnp.float32(batch.valid & (batch.odds > 0))
+    fallback = jax.nn.sigmoid(batch.smoothed + 1 / beta)
+    missed = jnp.where(batch.valid & ~t.active, (r - fallback) ** 2, 0)
+    valid = jnp.float32(batch.valid)
+    columns = (t.a * r, t.d, active * r**2, t.values * r, t.values**2, active, mixed, missed, valid)
+    sums = jnp.matmul(jnp.stack(columns), in_fold, precision="highest")  # [9, F]
+    other = 1 - jnp.eye(in_fold.shape[1])  # [f, g]: g is not f
+    neither = other[:, None] * other[None]  # [f, g, h]: h is neither f nor g
+    ar, d = jnp.einsum("fgh,xh->xfg", neither, sums[:2], precision="highest")
+    c = divide(ar, variant.constant + d)
+    rr, rv, vv = sums[2:5, None]
+    error = rr - 2 * c * rv + c**2 * vv
+    others = jnp.einsum("fg,xg->xf", other, sums[5:], precision="highest")
+    active, mixed, missed, valid = others
+    counts = active >= jnp.maximum(2, mixed / 2)
+    return jnp.where(counts, divide(jnp.sum(other * error, 1) + missed, valid), jnp.inf)
+
+
+def _best(betas: Float[Array, " K"], losses: Float[Array, " K"]) -> Float[Array, ""]:
+    """The first beta of least loss; the largest beta (the reference policy) where all are inf."""
+    return jnp.where(jnp.any(losses < jnp.inf), betas[jnp.argmin(losses)], jnp.max(betas))

@@ -1,0 +1,51 @@
+"""Values of a KL-tilted policy from reference completions alone: A*-PO."""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Num
+
+from basis_jax.estimators.rows import estimate, read, share
+from basis_jax.types import Estimate
+
+
+def a_star_po(
+    rewards: Num[ArrayLike, " N"],
+    successes: Num[ArrayLike, " N"],
+    trials: Num[ArrayLike, " N"],
+    *,
+    valid: Bool[ArrayLike, " N"] | None = None,
+    beta: float = 0.5,
+) -> Estimate:
+    """A = r - V*(x), the soft value of the reference policy; see ``soft_value``. Brantley et al.
+    2025, arXiv 2505.20686. The loss adds -beta2 * sum(logprobs - ref_logprobs) to the residual.
+
+    Rewards 0 or 1. Without trials V* is that of a success rate 1/2 (``fallback_share``). A prompt
+    without a success has V* = 0, and a failure there no residual (``zero_share``). ValueError for
+    beta < 0.
+
+    >>> successes, trials = np.array([4, 0]), np.array([8, 8])  # of two prompts
+    >>> print(estimators.a_star_po(np.float32([1, 0]), successes, trials).values)
+    [0.717 0.   ]
+    """
+    rewards, valid = read(rewards, valid, successes=successes, trials=trials)
+    successes, trials = jnp.asarray(successes, jnp.float32), jnp.asarray(trials, jnp.float32)
+    known = trials > 0
+    rate = jnp.where(known, jnp.clip(successes / jnp.where(known, trials, 1), 0, 1), 0.5)
+    values = soft_value(rate, beta)
+    return estimate(rewards - values, values, valid, fallback_share=share(~known, valid))
+
+
+def soft_value(rate: Float[Array, "*s"], beta: float) -> Float[Array, "*s"]:
+    """V* = beta log E_ref[exp(r / beta)] for 0/1 rewards with success rate ``rate``.
+
+    beta = 0: the rate itself, as the authors' code has it (the limit would be 1). This is not
+    BASIS's tilted value E_ref[r exp(r / beta)] / E_ref[exp(r / beta)]. ValueError for beta < 0.
+
+    >>> print(estimators.soft_value(jnp.float32([0, 0.5, 1]), 0.5))
+    [0.    0.717 1.   ]
+    """
+    if beta < 0:
+        raise ValueError(f"got beta={beta}; the soft value needs beta >= 0")
+    if beta == 0:
+        return rate
+    return beta * jnp.logaddexp(jnp.log1p(-rate), jnp.log(rate) + 1 / beta)

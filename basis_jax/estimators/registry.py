@@ -1,0 +1,294 @@
+"""The estimators by name, and ``make``, which gives the trainer's face of each."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from inspect import Parameter, signature
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from basis_jax.estimators import by_reference
+from basis_jax.estimators.batchwise import basis
+from basis_jax.estimators.declare import SIGNALS, TABLE, Definition, declared_by, near
+from basis_jax.estimators.group import dr_grpo, gpg, grpo, opo, reinforce_pp_baseline, rloo
+from basis_jax.estimators.group_best import best_of_group, pass_at_k
+from basis_jax.estimators.history import (
+    dbb_init,
+    dbb_update,
+    ema_init,
+    ema_update,
+    spo_init,
+    spo_pp_update,
+    spo_update,
+)
+from basis_jax.estimators.kernel import kae_init, kae_update
+from basis_jax.estimators.optimal_value import a_star_po
+from basis_jax.estimators.shrinkage import james_stein, v05
+from basis_jax.estimators.single import batch_mean, reinforce, reinforce_pp
+from basis_jax.estimators.table import init_table
+from basis_jax.estimators.value_filter import value_filter_init, value_filter_update
+from basis_jax.types import Estimate, Signals
+
+ROWS = ("rewards", "valid")
+GROUPS = ("rewards", "valid", "group_size")
+HISTORY = ("rewards", "valid", "problem_ids")
+
+ESTIMATORS = {
+    "a_star_po": Definition(a_star_po, needs=(*ROWS, "table")),
+    "basis": Definition(basis, needs=(*ROWS, "table")),
+    "batch_mean": Definition(batch_mean, needs=ROWS),
+    "best_of_group": Definition(best_of_group, needs=GROUPS),
+    "dbb": Definition(dbb_update, dbb_init, needs=HISTORY),
+    "dr_grpo": Definition(dr_grpo, needs=GROUPS),
+    "ema": Definition(ema_update, ema_init, needs=ROWS),
+    "gpg": Definition(gpg, needs=GROUPS),
+    "grpo": Definition(grpo, needs=GROUPS),
+    "james_stein": Definition(james_stein, needs=GROUPS),
+    "kae": Definition(kae_update, kae_init, needs=HISTORY),
+    "opo": Definition(opo, needs=(*GROUPS, "lengths")),
+    "pass_at_k": Definition(pass_at_k, needs=GROUPS),
+    "reinforce": Definition(reinforce, needs=ROWS),
+    "reinforce_pp": Definition(reinforce_pp, needs=(*ROWS, "lengths")),
+    "reinforce_pp_baseline": Definition(reinforce_pp_baseline, needs=(*GROUPS, "lengths")),
+    "rloo": Definition(rloo, needs=GROUPS),
+    "spo": Definition(
+        spo_update,
+        spo_init,
+        needs=(*HISTORY, "lengths"),
+        takes=("table",),
+        options=("decay", "convention"),  # no run measures ``divergence``
+    ),
+    "spo_pp": Definition(
+        spo_pp_update,
+        spo_init,
+        needs=(*HISTORY, "lengths"),
+        takes=("table",),
+        options=("decay", "convention"),  # no run measures ``staleness``
+    ),
+    "v05": Definition(v05, needs=(*GROUPS, "table")),
+    "value_filter": Definition(
+        value_filter_update, value_filter_init, needs=HISTORY, takes=("table", "features")
+    ),
+}
+"""What each estimator is and needs. One function: of rows. Two: update(state, signals) and
+init(successes, trials). The words are those of the module ``declare``."""
+
+LIBRARY_ONLY = {
+    "gae": "a critic's token values",
+    "remax": "the rewards of greedy completions",
+    "sr_ppo": "a critic's prefix values",
+    "ucpo": "log-probabilities of the completions",
+    "vineppo": "rollouts from inside the completions",
+}
+"""Functions of more than a training step's Signals and table, and what they need besides."""
+
+
+class Estimator(NamedTuple):
+    """A pair of pure functions, as in optax, and what the trainer must provide for them.
+
+    ``init(successes, trials) -> state`` over all M problems (trials may be 0) and
+    ``update(state, signals) -> (state, Estimate)`` on the rollouts of one step, whole and before
+    any split. A problem id outside 0..M-1 gives NaN where a table or a history is read.
+
+    >>> def update(state, signals):
+    ...     return state, estimators.reinforce(signals.rewards, valid=signals.valid)
+    >>> by_hand = estimators.Estimator(lambda successes, trials: (), update, False, False, 1)
+    >>> by_hand.init(np.zeros(9), np.zeros(9))
+    ()
+    """
+
+    init: Callable[[Any, Any], Any]
+    update: Callable[[Any, Signals], tuple[Any, Estimate]]
+    needs_table: bool  # worthless without offline trials
+    takes_table: bool  # starts from offline trials where there are any
+    group_size: int  # rollouts of a prompt, adjacent rows
+
+
+def definition(estimator: str | Callable | Definition) -> Definition:
+    """What an estimator declares: its functions, ``needs``, ``takes`` and ``options``.
+
+    ``estimator`` is a name out of ``ESTIMATORS``, a reference (``FILE.py:NAME`` with a path
+    relative to the current directory, or ``package.module:NAME``), or what ``stateless``,
+    ``stateful`` or ``Definition`` made. Raises ValueError, naming what is allowed, for anything
+    else, for a reference that cannot be loaded, and for something that is not declared.
+
+    >>> estimators.definition("grpo").needs
+    ('rewards', 'valid', 'group_size')
+    >>> estimators.definition("value_filter").takes
+    ('table', 'features')
+    """
+    if isinstance(estimator, Definition):
+        return estimator
+    if not isinstance(estimator, str):
+        return _declared(estimator, getattr(estimator, "__name__", repr(estimator)))
+    if ":" in estimator:
+        return _declared(by_reference.load(estimator), estimator)
+    if estimator in LIBRARY_ONLY:
+        raise ValueError(
+            f"{estimator} needs {LIBRARY_ONLY[estimator]}, which a training step's Signals do not "
+            f"carry; call estimators.{estimator} yourself or make another"
+            f"{near(estimator, ESTIMATORS)}"
+        )
+    if estimator not in ESTIMATORS:
+        allowed = [*ESTIMATORS, *by_reference.FORMS.split(" or ")]
+        raise ValueError(f"unknown estimator {estimator!r}{near(estimator, allowed)}")
+    return replace(ESTIMATORS[estimator], name=estimator)
+
+
+def option_names(estimator: str | Callable | Definition) -> frozenset[str]:
+    """The options of ``make(estimator, ...)``, ``group_size`` and ``features`` included where the
+    estimator has them. Raises ValueError as ``definition``.
+
+    >>> sorted(estimators.option_names("grpo"))
+    ['convention', 'group_size']
+    """
+    return frozenset(_options(definition(estimator)))
+
+
+def source_fingerprint(name: str) -> str | None:
+    """SHA-256 in hex of the file behind an estimator by reference; None for a built-in name.
+
+    It makes the file's content part of a run's identity. What the file imports is not part of it.
+    Raises ValueError for an unknown name and for a file or module that does not exist.
+
+    >>> estimators.source_fingerprint("basis") is None
+    True
+    >>> len(estimators.source_fingerprint("basis_jax.estimators.batchwise:basis"))
+    64
+    """
+    if ":" in name:
+        return by_reference.fingerprint(name)
+    definition(name)
+    return None
+
+
+def make(estimator: str | Callable | Definition, /, **options) -> Estimator:
+    """The trainer's face of an estimator, given by name or as ``definition`` takes it.
+
+    The only place where a name becomes a function. Options are keyword-only parameters of the
+    estimator's functions. Raises ValueError, naming what is allowed, for an unknown name or option,
+    a value that the estimator refuses, a group estimator with group_size < 2, and an update that
+    does not return what an update must.
+
+    >>> estimator = estimators.make("rloo", group_size=2)
+    >>> state = estimator.init(np.zeros(9), np.zeros(9))  # nine problems, no offline table
+    >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
+    ...                              problem_ids=jnp.array([3, 3]), lengths=jnp.array([5, 6]))
+    >>> state, estimate = estimator.update(state, signals)
+    >>> estimate.advantages.tolist()
+    [1.0, -1.0]
+    """
+    declared = definition(estimator)
+    if "group_size" in declared.takes:
+        options = {"group_size": 1, **options}
+    _check_options(declared, options)
+    init, update = _lift(declared, options) if declared.init is None else _bind(declared, options)
+    needs_table = "table" in declared.needs
+    takes_table = "table" in declared.provided
+    made = Estimator(init, update, needs_table, takes_table, options.get("group_size", 1))
+    _trace(made, declared, options)
+    return made
+
+
+def _declared(found: Any, name: str) -> Definition:
+    declared = declared_by(found)
+    if declared is None:
+        raise ValueError(
+            f"{name} is not declared as an estimator (it is of type {type(found).__name__}); put "
+            '@estimators.stateless(needs=("rewards", "valid")) above a function of rows, or '
+            "@estimators.stateful(init, needs=...) above an update(state, signals)"
+        )
+    return replace(declared, name=name)
+
+
+def _options(declared: Definition) -> list[str]:
+    by_make = [word for word in ("group_size", "features") if word in declared.provided]
+    return [*declared.options, *by_make]
+
+
+def _check_options(declared: Definition, options: dict) -> None:
+    allowed = _options(declared)
+    for option in options:
+        if option not in allowed:
+            raise ValueError(f"{declared.name} has no option {option!r}{near(option, allowed)}")
+    required = [n for n in declared.options if declared.parameters[n].default is Parameter.empty]
+    required += [word for word in ("group_size",) if word in declared.needs]
+    for option in required:
+        if option not in options:
+            raise ValueError(f"{declared.name} needs the option {option!r}; give it a value")
+    if "group_size" in declared.needs and options["group_size"] < 2:
+        raise ValueError(
+            f"got group_size={options['group_size']}; {declared.name} compares the rollouts of a "
+            "prompt and needs 2 or more"
+        )
+
+
+def _lift(declared: Definition, options: dict) -> tuple[Callable, Callable]:
+    """(init, update) of a function of rows; the state is the table, or nothing."""
+    names = [word for word in declared.provided if word in SIGNALS]
+    table = "table" in declared.provided
+
+    def init(successes, trials):
+        return init_table(successes, trials) if table else ()
+
+    def update(state, signals: Signals):
+        given = {name: getattr(signals, name) for name in names}
+        if table:
+            given |= {name: getattr(state, name)[signals.problem_ids] for name in TABLE}
+        return state, declared.update(**given, **options)
+
+    return init, update
+
+
+def _bind(declared: Definition, options: dict) -> tuple[Callable, Callable]:
+    """(init, update), each with those of the options that it takes."""
+    return tuple(
+        partial(f, **{n: x for n, x in options.items() if n in signature(f).parameters})
+        for f in (declared.init, declared.update)
+    )
+
+
+def _trace(estimator: Estimator, declared: Definition, options: dict) -> None:
+    """Trace one update without computing it, so that a refused value raises now, and check what it
+    returns."""
+    features = options.get("features")
+    problems, rows = 1 if features is None else len(features), max(1, estimator.group_size)
+    given = {}
+    if "features" in declared.needs and features is None:
+        given = {"features": jnp.zeros((problems, 1))}
+    kinds = {"valid": bool, "problem_ids": jnp.int32, "lengths": jnp.int32}
+    signals = Signals(**{name: jnp.zeros(rows, kinds.get(name, jnp.float32)) for name in SIGNALS})
+
+    def one_step(successes, trials, signals):
+        state = estimator.init(successes, trials, **given)
+        returned = estimator.update(state, signals)
+        pair = isinstance(returned, tuple) and len(returned) == 2
+        if not (pair and isinstance(returned[1], Estimate)):
+            got = type(returned[1] if declared.init is None else returned).__name__
+            raise ValueError(
+                f"{declared.name} returned type {got}; a function of rows returns an Estimate, an "
+                "update the pair of the new state and an Estimate"
+            )
+        return state, *returned
+
+    counts = jnp.zeros(problems)
+    state, after, estimate = jax.eval_shape(one_step, counts, counts, signals)
+    if _kinds(state) != _kinds(after):
+        raise ValueError(
+            f"{declared.name} turned a state {_kinds(state)} into {_kinds(after)}; return one with "
+            "the shapes and types of the old one"
+        )
+    for field in ("advantages", "values"):
+        array = getattr(estimate, field)
+        if array.shape != (rows,) or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{declared.name} returned {field} {array.dtype}{list(array.shape)} for {rows} "
+                "rows; give one float a row"
+            )
+
+
+def _kinds(state: Any) -> tuple[str, list[str]]:
+    leaves, structure = jax.tree.flatten(state)
+    return str(structure), [f"{x.dtype}{list(x.shape)}" for x in leaves]

@@ -1,0 +1,1 @@
+"""Held-out accuracy: scores and intervals, completions on disk, the report."""

@@ -1,0 +1,250 @@
+"""``completions.jsonl``: every completion of a stand-alone evaluation, and the numbers of it.
+
+One line a rollout, in the order of the plan: sets as configured, problems by uid, a problem's
+samples adjacent. All results are computed from these lines, so anybody can do it again.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+
+from basis_jax.data.encoding import EncodedProblems
+from basis_jax.evaluation import scores
+from basis_jax.evaluation.evaluate import Evaluation, complete, sha256
+from basis_jax.files import append_json_lines, lock, read_json, replace_file, whole_lines
+from basis_jax.sampling.rollouts import ROWS_PER_SLOT, Graded
+from basis_jax.verify.compare import simplify, unwrapped, without_name
+from basis_jax.verify.extract import extract_answer
+from basis_jax.verify.gym import given
+from basis_jax.verify.mathematics import unfit
+from basis_jax.verify.notation import canonical, number
+
+PROGRESS_EVERY_S = 10.0
+RULES = {
+    "invalid": "completions that could not be graded are in no numerator and no denominator",
+    "avg@k": "mean over problems of the mean reward of a problem's k completions",
+    "pass@k": "mean over problems of 1 - binom(n - c, k) / binom(n, k), c of n completions right; "
+    "problems with fewer than k graded completions are left out",
+    "maj@k": "reward of the answer (field vote) that most of a problem's completions give; those "
+    "without an answer abstain; ties: the mean over the tied answers; no vote: 0",
+    "interval": f"95 % percentile bootstrap over problems, {scores.RESAMPLES} draws, seed 0; a "
+    "problem's completions stay together",
+    "average": "every set weighs the same",
+}
+
+
+def write_completions(
+    params: PyTree,
+    evaluation: Evaluation,
+    out: Path,
+    protocol: Mapping[str, Any],
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Write every completion that ``out/completions.jsonl`` lacks, and return its path.
+
+    One line a rollout: sets in order, a problem's samples adjacent. A killed evaluation goes on
+    after its last whole line; batches are cut at the same places again, so the file comes out the
+    same bit for bit. Call under ``jax.set_mesh``. Raises ValueError where the folder is of another
+    protocol than this one or another process writes there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "completions.jsonl"
+    with path.open("a+b") as file:
+        lock(file, str(out), "--out")
+        settle_protocol(out, protocol)
+        ends = [end for _, end in whole_lines(file)]
+        file.truncate(ends[-1] if ends else 0)
+        done = len(ends)
+        rollouts_before = 0
+        for name, problems in evaluation.sets.items():
+            for start, rows in chunks(
+                params, evaluation, name, problems, done - rollouts_before, report
+            ):
+                missing = rows[max(0, done - rollouts_before - start) :]
+                append_json_lines(file, missing)
+            rollouts_before += len(problems.problems) * evaluation.config.eval.samples
+    return path
+
+
+def chunks(
+    params: PyTree,
+    evaluation: Evaluation,
+    name: str,
+    problems: EncodedProblems,
+    done: int,
+    report: Callable[[str], None],
+) -> Iterator[tuple[int, list[dict]]]:
+    """(number of the first, rows) of each batch of a set that is not wholly among the first
+    ``done`` rollouts. Batches have one shape: the last is filled up with its first rollout."""
+    samples = evaluation.config.eval.samples
+    total = len(problems.problems) * samples
+    size = min(ROWS_PER_SLOT * evaluation.setup.rows_at_once, total)
+    reported = time.monotonic()
+    for start in range(0, total, size):
+        count = min(size, total - start)
+        if start + count <= done:
+            continue
+        units = start + np.arange(size)
+        units = np.where(units < total, units, start)
+        graded = complete(
+            params,
+            evaluation.setup,
+            problems,
+            units=units,
+            samples=samples,
+            sampling=evaluation.sampling,
+        )
+        numbers = (units[:count] % samples).tolist()
+        verifier = evaluation.config.data.verifier
+        yield start, as_rows(graded, problems, name, numbers=numbers, verifier=verifier)
+        if time.monotonic() - reported > PROGRESS_EVERY_S or start + count == total:
+            report(f"{name}: {start + count} of {total} completions")
+            reported = time.monotonic()
+
+
+def as_rows(
+    graded: Graded, problems: EncodedProblems, name: str, *, numbers: Sequence[int], verifier: str
+) -> list[dict[str, Any]]:
+    """What is written of the first rollouts, those with the sample numbers ``numbers``. ``tokens``
+    count the completion's, its EOS included."""
+    rows = []
+    for i, sample in enumerate(numbers):
+        problem = problems.problems[graded.rollouts.problem_ids[i]]
+        answer = extracted(graded.completions[i], verifier)
+        rows.append(
+            {
+                "set": name,
+                "uid": problem.uid,
+                "sample": sample,
+                "problem": problem.prompt,
+                "answer": problem.answer,
+                "completion": graded.completions[i],
+                "reward": float(graded.rewards[i]),
+                "valid": bool(graded.valid[i]),
+                "reason": graded.reasons[i],
+                "extracted": answer,
+                "vote": vote(answer, verifier),
+                "tokens": int(graded.rollouts.completion_lengths[i]),
+                "terminated": bool(graded.rollouts.terminated[i]),
+            }
+        )
+    return rows
+
+
+def extracted(completion: str, verifier: str) -> str | None:
+    """The answer that the verifier finds in a completion; None where it finds none."""
+    if verifier == "exact":
+        return completion.strip() or None
+    if verifier == "gym":
+        return given(completion) or None
+    return extract_answer(completion, "strict" if verifier == "math_strict" else "lenient")
+
+
+def vote(answer: str | None, verifier: str) -> str | None:
+    """What an answer counts for in a majority: answers with the same normalised text agree.
+
+    ``exact`` and ``gym``: the text. Mathematics: canonical notation without the name of what is
+    computed, plain numbers as exact fractions, so 0.5, 1/2 and x = \\frac12 agree. No algebra is
+    done, and the right answer is not looked at.
+    """
+    if answer is None or verifier in ("exact", "gym") or unfit(answer):
+        return answer
+    text = without_name(simplify(canonical(answer)))
+    value = number(text)
+    return (unwrapped(text) if value is None else str(value)) or answer
+
+
+def settle_protocol(out: Path, protocol: Mapping[str, Any]) -> None:
+    """Write ``out/protocol.json``, or check that it is the one wanted."""
+    path, protocol = out / "protocol.json", json.loads(json.dumps(protocol))
+    if not path.exists() and not (out / "completions.jsonl").stat().st_size:
+        replace_file(path, json.dumps(protocol, indent=2) + "\n")
+    stored = read_json(path)
+    differing = [
+        f"{key} is {shortened(stored.get(key))} there and {shortened(protocol.get(key))} here"
+        for key in sorted(stored.keys() | protocol.keys())
+        if stored.get(key) != protocol.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{out} holds an evaluation of another protocol: {'; '.join(differing)}; take the "
+            "values that are there, or give another --out"
+        )
+
+
+def shortened(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 70 else f"{text[:40]}... (sha256 {sha256(value)[:8]})"
+
+
+def results(path: Path, evaluation: Evaluation) -> dict[str, Any]:
+    """Every metric with its interval, computed from the lines of ``path`` alone, by set and as
+    the average over sets; and of each set what was left out, not graded or cut short.
+
+    Raises ValueError where the lines are not those of the evaluation's plan.
+    """
+    samples = evaluation.config.eval.samples
+    rows = read_lines(path)
+    described, scores_by_set = {}, {}
+    for name, problems in evaluation.sets.items():
+        columns = read_set(rows, name, problems, samples, path)
+        scores_by_set[name] = scores.all_scores(
+            *(columns[key] for key in ("reward", "valid", "vote"))
+        )
+        described[name] = {
+            "problems": len(problems.problems),
+            "read": problems.counts,
+            "completions": columns["valid"].size,
+            "invalid": int((~columns["valid"]).sum()),
+            "truncated": float((~columns["terminated"]).mean()),
+            "without_answer": float((columns["vote"] < 0).mean()),
+            "tokens_mean": float(columns["tokens"].mean()),
+        }
+    if next(rows, None) is not None:
+        raise ValueError(f"{path} has more lines than the evaluation; remove the folder")
+    sets, average = scores.summary(scores_by_set)
+    for name, metrics in sets.items():
+        described[name]["metrics"] = metrics
+    return {"sets": described, "average": average, "rules": RULES}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rollouts that were written, in order. Raises ValueError for a line that is none."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} of {path} is no JSON object; remove the folder")
+            yield row
+
+
+def read_set(
+    rows: Iterator[dict[str, Any]], name: str, problems: EncodedProblems, samples: int, path: Path
+) -> dict[str, np.ndarray]:
+    """Columns [M, samples] of the next set's rollouts; votes as numbers within their problem, -1
+    where there is none."""
+    kinds = {"reward": float, "valid": bool, "terminated": bool, "tokens": int, "vote": int}
+    shape = (len(problems.problems), samples)
+    columns: dict[str, np.ndarray] = {key: np.zeros(shape, kind) for key, kind in kinds.items()}
+    for i, problem in enumerate(problems.problems):
+        answers: dict[str, int] = {}
+        for j in range(samples):
+            row = next(rows, {})
+            if (row.get("set"), row.get("uid"), row.get("sample")) != (name, problem.uid, j):
+                raise ValueError(
+                    f"{path} does not hold sample {j} of problem {problem.uid} of {name} in its "
+                    "place; remove the folder and evaluate again"
+                )
+            for key in columns.keys() - {"vote"}:
+                columns[key][i, j] = row[key]
+            text = row["vote"]
+            columns["vote"][i, j] = -1 if text is None else answers.setdefault(text, len(answers))
+    return columns

@@ -1,0 +1,206 @@
+"""Held-out accuracy while training, and the stand-alone evaluation of a model or a checkpoint.
+
+Both draw the same completions: the noise depends on seed, problem and sample alone. What the
+stand-alone one writes is in ``completions.py``.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+
+from basis_jax import verify
+from basis_jax.config import Config, EvalSection, SamplingSection
+from basis_jax.data.encoding import EncodedProblems, encode_prompts
+from basis_jax.data.sources import load_held_out
+from basis_jax.evaluation import scores
+from basis_jax.evaluation.scores import bootstrap_interval
+from basis_jax.model.decoder import ModelConfig, computed_in
+from basis_jax.opening.checks import check_evaluation, check_memory
+from basis_jax.opening.rollout_setup import locate_model, open_setup
+from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
+from basis_jax.weights import huggingface, layout
+
+
+def problem_scores(rewards: np.ndarray, valid: np.ndarray, samples: int) -> np.ndarray:
+    """Mean reward per problem (its ``samples`` rows adjacent) over valid ones; problems without a
+    valid one are left out.
+
+    Raises ValueError where no completion at all could be graded.
+    """
+    if not valid.any():
+        raise ValueError(
+            f"none of the {valid.size} held-out completions could be graded (the verifier "
+            "failed on every one); check data.verifier and the answers"
+        )
+    means = scores.average(rewards.reshape(-1, samples), valid.reshape(-1, samples))
+    return means[~np.isnan(means)]
+
+
+def complete(
+    params: PyTree,
+    setup: RolloutSetup,
+    problems: EncodedProblems,
+    *,
+    units: np.ndarray,
+    samples: int,
+    sampling: SamplingSection,
+) -> Graded:
+    """The rollouts ``units`` of a set's plan, in which a problem's ``samples`` are adjacent. The
+    noise is the same at every call, so that before and after differ by the policy alone."""
+    return roll_out(
+        params,
+        setup,
+        problems,
+        ids=(units // samples).astype(np.int32),
+        samples=(units % samples).astype(np.int32),
+        sampling=sampling,
+        stream="evaluate",
+        step=0,
+    )
+
+
+def evaluate(
+    params: PyTree,
+    setup: RolloutSetup,
+    sets: dict[str, EncodedProblems],
+    *,
+    section: EvalSection,
+    sampling: SamplingSection,
+) -> dict[str, float]:
+    """Accuracy at the evaluation temperature and greedily: the average over sets with its 95 %
+    interval (``eval/accuracy``, ``eval/greedy_accuracy``), and each set's own where there are
+    several. ``eval/invalid``: the share of all completions without a verdict, which no accuracy
+    counts."""
+    metrics, valid = {}, []
+    passes = [("", section.samples, section.temperature), ("greedy_", 1, 0.0)]
+    for prefix, samples, temperature in passes:
+        scores_by_set = {}
+        for name, problems in sets.items():
+            graded = complete(
+                params,
+                setup,
+                problems,
+                units=np.arange(len(problems.problems) * samples),
+                samples=samples,
+                sampling=dataclasses.replace(sampling, temperature=temperature),
+            )
+            valid.append(graded.valid)
+            scores_by_set[name] = problem_scores(graded.rewards, graded.valid, samples)
+            if len(sets) > 1:
+                metrics[f"eval/{name}/{prefix}accuracy"] = float(scores_by_set[name].mean())
+        low, high = bootstrap_interval(list(scores_by_set.values()))
+        metrics[f"eval/{prefix}accuracy"] = float(
+            np.mean([s.mean() for s in scores_by_set.values()])
+        )
+        metrics[f"eval/{prefix}accuracy_low"] = low
+        metrics[f"eval/{prefix}accuracy_high"] = high
+    return metrics | {"eval/invalid": 1.0 - float(np.concatenate(valid).mean())}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a stand-alone evaluation holds fixed, apart from the parameters."""
+
+    config: Config
+    folder: Path  # of the model
+    setup: RolloutSetup
+    sets: dict[str, EncodedProblems]
+
+    @property
+    def sampling(self) -> SamplingSection:
+        """That of the rollouts in training, at the temperature of evaluation."""
+        return dataclasses.replace(self.config.sampling, temperature=self.config.eval.temperature)
+
+
+@contextmanager
+def open_evaluation(config: Config, report: Callable[[str], None] = print) -> Iterator[Evaluation]:
+    """Yield the Evaluation; its verifier's processes end with the block. Needs no training data.
+
+    Raises ValueError for settings that cannot be evaluated, before weights are read.
+    """
+    folder, model_config, mesh = locate_model(config)
+    check_evaluation(config, model_config, mesh)
+    tokenizer = huggingface.load_tokenizer(folder)
+    sets = {}
+    for name in config.eval.sets:
+        problems = load_held_out(name, config.eval.folder)
+        sets[name] = encode_prompts(problems, config.data, tokenizer, size=config.eval.size)
+        counts = ", ".join(f"{v} {k}" for k, v in sets[name].counts.items() if v)
+        report(f"{name} problems: {counts}")
+        check_memory(
+            config,
+            model_config,
+            mesh,
+            prompt_width=sets[name].tokens.shape[1],
+            rows=len(sets[name].problems) * config.eval.samples,
+        )
+    with open_setup(config, folder, model_config, mesh, tokenizer) as setup:
+        yield Evaluation(config, folder, setup, sets)
+
+
+def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
+    """All that two evaluations must share for their numbers to be comparable, rounding aside.
+
+    ``weights`` is a hash of the parameters, the same for a checkpoint and its float32 export.
+    """
+    config, setup, sampling = evaluation.config, evaluation.setup, evaluation.sampling
+    described = dataclasses.asdict(computed_in(setup.model_config, sampling.dtype))
+    described = {k: v for k, v in described.items() if k not in ("remat", "attention")}
+    return {
+        "sets": {
+            name: {
+                "problems": len(problems.problems),
+                "data_sha256": sha256([[p.prompt, p.answer] for p in problems.problems]),
+                "prompts_sha256": sha256(
+                    [
+                        row[:length].tolist()
+                        for row, length in zip(problems.tokens, problems.lengths, strict=True)
+                    ]
+                ),
+            }
+            for name, problems in evaluation.sets.items()
+        },
+        "samples": config.eval.samples,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_new_tokens": sampling.max_new_tokens,
+        "eos_ids": list(setup.eos_ids),
+        "seed": setup.seed,
+        "verifier": verifier_version(config.data.verifier),
+        "model": described,
+        "weights_sha256": params_sha256(params, setup.model_config),
+    }
+
+
+def sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def params_sha256(params: PyTree, model_config: ModelConfig) -> str:
+    """Over names, shapes and float32 values, in the names and layouts of Hugging Face's files."""
+    digest = hashlib.sha256()
+    for name, tensor in layout.stored_tensors(params, model_config):
+        digest.update(f"{name}\0{tensor.shape}\0".encode())
+        digest.update(np.ascontiguousarray(tensor, np.float32).data)
+    return digest.hexdigest()
+
+
+def verifier_version(name: str) -> dict[str, str]:
+    """A verifier's name, a hash of the source of ``verify/``, and the packages it computes with."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(verify.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    mathematics = ("math-verify", "latex2sympy2-extended", "sympy")
+    packages = {"exact": (), "gym": ("reasoning-gym",)}.get(name, mathematics)
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {"name": name, "source_sha256": digest.hexdigest(), **versions}

@@ -1,0 +1,126 @@
+"""What a stand-alone evaluation shows a person: a table of the main metrics, and ``report.html``,
+problem by problem."""
+
+import html
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from basis_jax.evaluation.completions import read_lines
+
+COMPLETIONS_SHOWN = 4  # of a problem
+CHARACTERS_SHOWN = 4000  # of a completion: its end, where the answer stands
+
+
+def table(found: Mapping[str, Any]) -> list[str]:
+    """The main metrics as lines of text: percent, with the interval."""
+    names = list(found["average"])
+    shown = list(dict.fromkeys([names[0], names[1], names[-2], names[-1]]))
+    lines = [["set", "problems", "invalid", "cut short", *shown]]
+    for name, of_set in found["sets"].items():
+        sizes = [str(of_set["problems"]), str(of_set["invalid"]), f"{of_set['truncated']:.1%}"]
+        lines.append([name, *sizes, *(percent(of_set["metrics"][m]) for m in shown)])
+    if len(found["sets"]) > 1:
+        lines.append(["average", "", "", "", *(percent(found["average"][m]) for m in shown)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+
+
+def percent(metric: Mapping[str, float | int | None]) -> str:
+    if metric["value"] is None:
+        return "not graded"
+    return f"{metric['value']:.1%} [{metric['low']:.1%}, {metric['high']:.1%}]"
+
+
+def report(found: Mapping[str, Any], about: Mapping[str, Any], path: Path) -> Iterator[str]:
+    """The pieces of report.html. Whatever a model or a file wrote is escaped."""
+    yield HEAD
+    yield f"<h1>{text(about['evaluated'])}</h1>\n<table>\n"
+    names = list(found["average"])
+    yield row("th", ["set", "problems", "invalid", "cut short", *names])
+    for name, of_set in found["sets"].items():
+        sizes = [name, of_set["problems"], of_set["invalid"], f"{of_set['truncated']:.1%}"]
+        yield row("td", [*sizes, *(percent(of_set["metrics"][m]) for m in names)])
+    yield row("td", ["average", "", "", "", *(percent(found["average"][m]) for m in names)])
+    yield "</table>\n<ul>\n"
+    for name, rule in found["rules"].items():
+        yield f"<li>{text(name)}: {text(rule)}</li>\n"
+    protocol_text = json.dumps(about["protocol"], indent=2)
+    yield f"</ul>\n<details><summary>protocol</summary><pre>{text(protocol_text)}</pre></details>\n"
+    for name, of_set in groupby(read_lines(path), key=lambda line: line["set"]):
+        yield f"<h2>{text(name)}</h2>\n"
+        for _, rollouts in groupby(of_set, key=lambda line: line["uid"]):
+            yield problem(list(rollouts))
+    yield "</body></html>\n"
+
+
+def problem(rollouts: Sequence[Mapping[str, Any]]) -> str:
+    """One problem: pass rate, text, right answer, and some completions, right and wrong ones."""
+    valid = [r for r in rollouts if r["valid"]]
+    right = sum(r["reward"] > 0.5 for r in valid)
+    prompt = rollouts[0]["problem"]
+    if not isinstance(prompt, str):  # the messages of a chat
+        prompt = "\n".join(f"{role}: {content}" for role, content in prompt)
+    shown = choose_shown(rollouts)
+    left = len(rollouts) - len(shown)
+    return (
+        f"<details><summary>{right}/{len(valid)} right"
+        f"{f', {len(rollouts) - len(valid)} not graded' if len(valid) < len(rollouts) else ''}: "
+        f"{text(' '.join(prompt.split())[:100])}</summary>\n"
+        f"<p>problem {rollouts[0]['uid']}</p><pre>{text(prompt)}</pre>"
+        f"<p>right answer</p><pre>{text(rollouts[0]['answer'])}</pre>\n"
+        + "".join(map(completion, shown))
+        + (f"<p>{left} more in completions.jsonl</p>\n" if left else "")
+        + "</details>\n"
+    )
+
+
+def choose_shown(rollouts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """At most ``COMPLETIONS_SHOWN``: the first of each verdict, then the first of the rest."""
+    firsts = {(r["valid"], r["reward"], r["reason"]): r for r in reversed(rollouts)}
+    chosen = [*firsts.values(), *rollouts]
+    numbers = list(dict.fromkeys(r["sample"] for r in chosen))[:COMPLETIONS_SHOWN]
+    return [r for r in rollouts if r["sample"] in numbers]
+
+
+def completion(rollout: Mapping[str, Any]) -> str:
+    verdict = f"reward {rollout['reward']:g}" if rollout["valid"] else "not graded"
+    if rollout["extracted"] is None:
+        answer = "no answer found"
+    else:
+        answer = f"answer {rollout['extracted'][:200]!r}"
+    end = "" if rollout["terminated"] else ", cut short"
+    written = rollout["completion"]
+    cut = len(written) - CHARACTERS_SHOWN
+    mark = f"[{cut} characters before this] " if cut > 0 else ""
+    about = f"sample {rollout['sample']}: {verdict} ({rollout['reason']}), {answer}"
+    kind = "right" if rollout["reward"] > 0.5 else "wrong"
+    return (
+        f"<p class={kind}>{text(about)}, {rollout['tokens']} tokens{end}</p>"
+        f"<pre>{mark}{text(written[-CHARACTERS_SHOWN:])}</pre>\n"
+    )
+
+
+def row(tag: str, cells: Iterable[object]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in cells) + "</tr>\n"
+
+
+def text(value: object) -> str:
+    """Text for a page: escaped, and with characters that print nothing or turn the writing
+    direction shown as their code."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else f"\\u{ord(c):04x}" for c in str(value))
+    return html.escape(shown)
+
+
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>evaluation</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>
+body { font: 15px sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
+pre { white-space: pre-wrap; background: #f4f4f4; padding: .5em; margin: .2em 0 1em }
+td, th { text-align: left; padding: .1em 1em .1em 0 }
+p { margin: .3em 0 } .right { color: #060 } .wrong { color: #900 }
+</style></head><body>
+"""

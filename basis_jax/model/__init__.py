@@ -1,0 +1,1 @@
+"""Decoder-only language models: parameters, forward pass, decoding, layout over devices, costs."""

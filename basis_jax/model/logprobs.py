@@ -1,0 +1,184 @@
+"""Log-probabilities and entropies of tokens, with the logits of one chunk at a time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from basis_jax.model import decoder
+from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.sharding import batch_shards, constrain
+
+PIECES = 4  # of a single chunk
+
+
+def token_logprobs(
+    params: PyTree,
+    model_config: ModelConfig,
+    tokens: Int[Array, "N T"],
+    *,
+    mask: Bool[Array, "N T"] | None = None,
+    temperature: float = 1.0,
+    chunk: int = 512,
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+    """log p(token t | tokens before t) at ``temperature``, and the entropy (nats) of that draw.
+
+    Token-aligned: column 0 is 0 (nothing predicts it), and so is every token outside ``mask``.
+    Logits exist for at most ``chunk`` positions of every row at a time, forward and backward:
+    N x chunk x V float32, never N x T x V. Each row's tokens in the mask come first, so that the
+    output layer passes over what lies behind them in all rows: prompts and padding.
+    """
+    hidden, _ = decoder.forward(params, model_config, tokens)
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+    following, counts = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, mask))
+    order = jnp.argsort(~counts, axis=1, stable=True)
+    hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
+    following, counts = (jnp.take_along_axis(x, order, axis=1) for x in (following, counts))
+    weight = decoder.output_weight(params, model_config)
+    scores = score_targets(temperature, chunk, hidden, weight, following, counts)
+    back = jnp.argsort(order, axis=1)
+    shifted = (
+        jnp.pad(jnp.take_along_axis(x, back, axis=1)[:, :-1], ((0, 0), (1, 0))) for x in scores
+    )
+    logprobs, entropy = (jnp.where(mask, x, 0.0) for x in shifted)
+    return logprobs, entropy
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def score_targets(
+    temperature: float,
+    chunk: int,
+    hidden: Float[Array, "N T D"],
+    weight: Float[Array, "V D"],
+    targets: Int[Array, "N T"],
+    counts: Bool[Array, "N T"],
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+    """log softmax(hidden weight^T / temperature) at the targets, and the entropy of the softmax.
+
+    Positions go chunk by chunk; a chunk in which no row has a position that counts is skipped: 0,
+    without a gradient. Where one would hold all positions, it is cut (``chunk_count``).
+    Products are taken in the dtype of ``hidden``, sums and softmax in float32. The backward pass
+    makes each chunk's logits z again (those of pieces are kept, as they fit into one chunk), with
+    p = softmax(z / temperature) and H its entropy:
+    dz = (dlogp (onehot - p) - dH p (log p + H)) / temperature.
+    """
+    return _scores(temperature, chunk, hidden, weight, targets, counts)[0][:2]
+
+
+def _scores(temperature, chunk, hidden, weight, targets, counts):
+    """(log-probabilities, entropies, log sum exp of the scaled logits), each [N T], and the scaled
+    logits [chunks N C V] where one chunk would hold them."""
+    weight, steps = weight.astype(hidden.dtype), targets.shape[1]
+
+    def score(part, target):
+        scaled = _scaled_logits(part, weight, temperature)
+        return _statistics(scaled, target), scaled if steps <= chunk else None
+
+    def score_chunk(_, parts):
+        *operands, count = parts
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, *operands)
+        )
+        return None, jax.lax.cond(jnp.any(count), score, lambda *_: zeros, *operands)
+
+    parts = [_split(x, chunk) for x in (hidden, targets, counts)]
+    statistics, scaled = jax.lax.scan(score_chunk, None, parts)[1]
+    return tuple(_join(x, steps) for x in statistics), scaled
+
+
+def _statistics(scaled, targets):
+    """Log-probabilities, entropies and log sum exp of scaled logits z [N C V], with
+    H = lse - sum p z; both sums over the vocabulary in one pass."""
+    top = jnp.max(scaled, axis=-1)
+    powers, zero = jnp.exp(scaled - top[..., None]), np.float32(0)
+    total, moment = jax.lax.reduce(
+        (powers, powers * scaled),
+        (zero, zero),
+        lambda x, y: (x[0] + y[0], x[1] + y[1]),
+        (scaled.ndim - 1,),
+    )
+    lse = top + jnp.log(total)
+    picked = jnp.take_along_axis(scaled, targets[..., None], axis=-1)[..., 0] - lse
+    return picked, lse - moment / total, lse
+
+
+def _scores_forward(temperature, chunk, hidden, weight, targets, counts):
+    operands = [x.value for x in (hidden, weight, targets, counts)]
+    (logprobs, entropy, lse), scaled = _scores(temperature, chunk, *operands)
+    return (logprobs, entropy), (*operands, entropy, lse, scaled)
+
+
+def _scores_backward(temperature, chunk, kept, slopes):
+    hidden, weight, targets, counts, entropy, lse, scaled = kept
+    slope, entropy_slope = (None if isinstance(x, SymbolicZero) else x for x in slopes)
+    low = weight.astype(hidden.dtype)
+
+    def chunk_gradients(part, target, lse, entropy, slope, entropy_slope, scaled):
+        """d hidden [N C D] and d weight [V D] of one chunk."""
+        if scaled is None:
+            scaled = _scaled_logits(part, low, temperature)
+        logp = scaled - lse[..., None]
+        back = jnp.zeros_like(lse)[..., None]
+        if slope is not None:
+            back = back - slope[..., None]
+        if entropy_slope is not None:
+            back = back - entropy_slope[..., None] * (logp + entropy[..., None])
+        back = back * jnp.exp(logp)
+        if slope is not None:
+            words = jax.lax.broadcasted_iota(target.dtype, scaled.shape, scaled.ndim - 1)
+            back = back + jnp.where(words == target[..., None], slope[..., None], 0.0)
+        back = (back / temperature).astype(part.dtype)
+        of_hidden = jnp.einsum("ncv,vd->ncd", back, low, preferred_element_type=jnp.float32)
+        of_weight = jnp.einsum("ncv,ncd->vd", back, part, preferred_element_type=jnp.float32)
+        return of_hidden.astype(part.dtype), of_weight
+
+    def add_chunk(total, parts):
+        *operands, count = parts
+
+        def add(total):
+            of_hidden, of_weight = chunk_gradients(*operands)
+            return constrain(total + of_weight, ("vocab", "embed")), of_hidden
+
+        skip = lambda total: (total, jnp.zeros_like(operands[0]))  # noqa: E731
+        return jax.lax.cond(jnp.any(count), add, skip, total)
+
+    operands = (hidden, targets, lse, entropy, slope, entropy_slope)
+    parts = jax.tree.map(lambda x: _split(x, chunk), operands)
+    total = constrain(jnp.zeros(weight.shape, jnp.float32), ("vocab", "embed"))
+    of_weight, of_hidden = jax.lax.scan(add_chunk, total, (*parts, scaled, _split(counts, chunk)))
+    of_hidden = _join(of_hidden, targets.shape[1])
+    return of_hidden, of_weight.astype(weight.dtype), None, None
+
+
+score_targets.defvjp(_scores_forward, _scores_backward, symbolic_zeros=True)
+
+
+def _scaled_logits(hidden, weight, temperature):
+    logits = jnp.einsum("ncd,vd->ncv", hidden, weight, preferred_element_type=jnp.float32)
+    return logits / temperature
+
+
+def chunk_count(steps: int, chunk: int) -> int:
+    """Chunks of at most ``chunk`` positions; where one would do, ``PIECES`` if the batch is on one
+    device. On several, each chunk's weight gradient is summed over them: one is enough."""
+    mesh = jax.sharding.get_abstract_mesh()
+    minimum = PIECES if mesh.empty or batch_shards(mesh) == 1 else 1
+    return minimum if steps <= chunk else -(-steps // chunk)
+
+
+def _split(x, chunk):
+    """[N T ...] -> [chunks, N, C, ...] with C <= chunk, the last chunk padded with zeros."""
+    rows, steps = x.shape[:2]
+    chunks = chunk_count(steps, chunk)
+    size = -(-steps // chunks)
+    x = jnp.pad(x, ((0, 0), (0, chunks * size - steps)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape((rows, chunks, size) + x.shape[2:]), 1, 0)
+
+
+def _join(x, steps):
+    """[chunks, N, C, ...] -> [N T ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape((x.shape[0], -1) + x.shape[3:])[:, :steps]

@@ -1,0 +1,1 @@
+"""Between reading a config and the first rollout: checks, then what stays fixed."""

@@ -1,0 +1,268 @@
+"""What a config may say, as far as it can be told before weights are read."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from basis_jax.config import Config, DataSection, LossSection, SamplingSection, WatchSection
+from basis_jax.data.encoding import FORMATS
+from basis_jax.data.tasks import GYM
+from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
+from basis_jax.model import costs
+from basis_jax.model.decoder import ATTENTION, REMAT, ModelConfig, computed_in
+from basis_jax.model.sharding import batch_shards, check_divides
+
+WARNINGS = tuple(field.name for field in dataclasses.fields(WatchSection))
+SCHEDULES = ("constant", "linear", "cosine")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
+    """Raise a ValueError for unknown words and sizes that do not divide, before reading weights."""
+    train, group = config.train, config.sampling.group_size
+    check_ranges(config)
+    check_trainable(config.sampling)
+    check_words(*(("train.abort_on", name, WARNINGS) for name in config.train.abort_on))
+    check_data(config.data)
+    check_words(
+        ("optim.schedule", config.optim.schedule, SCHEDULES),
+        ("loss.aggregation", config.loss.aggregation, AGGREGATIONS),
+        ("loss.objective", config.loss.objective, OBJECTIVES),
+        ("loss.kl", config.loss.kl, KL_FORMS),
+    )
+    check_model(config, model_config, mesh)
+    check_loss(config.loss)
+    check_scorers(config.data.verifier, (config.data.path, *config.eval.sets))
+    check_fit(config, model_config, mesh)
+    rollouts = train.prompts_per_step * group
+    shards = batch_shards(mesh)
+    for larger, smaller, sizes in (
+        ("rollouts per step", "train.minibatch_rollouts", (rollouts, train.minibatch_rollouts)),
+        (
+            "train.minibatch_rollouts",
+            "train.microbatch_rollouts",
+            (train.minibatch_rollouts, train.microbatch_rollouts),
+        ),
+        ("train.microbatch_rollouts", "the batch's devices", (train.microbatch_rollouts, shards)),
+    ):
+        if min(sizes) < 1 or sizes[0] % sizes[1]:
+            raise ValueError(
+                f"{larger} = {sizes[0]} is not a multiple of {smaller} = {sizes[1]}; "
+                f"choose sizes that divide"
+            )
+
+
+def check_words(*fields: tuple[str, str, Sequence[str]]) -> None:
+    """Raise a ValueError for the first (name, value, allowed) whose value is not allowed."""
+    for name, value, allowed in fields:
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+
+
+def check_model(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
+    """Raise a ValueError for what the model cannot be computed in on these devices."""
+    section = config.model
+    check_words(
+        ("model.compute_dtype", section.compute_dtype, COMPUTE_DTYPES),
+        ("sampling.dtype", config.sampling.dtype or COMPUTE_DTYPES[0], COMPUTE_DTYPES),
+        ("model.remat", section.remat, tuple(REMAT)),
+        ("model.attention", section.attention, ATTENTION),
+    )
+    platform, size = mesh.devices.ravel()[0].platform, model_config.head_dim
+    fits = platform == "gpu" and section.compute_dtype == "bfloat16"
+    if section.attention == "cudnn" and not (fits and size % 8 == 0 and size <= 128):
+        raise ValueError(
+            "model.attention cudnn needs NVIDIA GPUs, model.compute_dtype bfloat16 and heads of up "
+            f"to 128 in eights, and this is {platform} with {section.compute_dtype} and heads of "
+            f"{size}; use plain"
+        )
+
+
+def check_scorers(verifier: str, paths: Sequence[str]) -> None:
+    """Problems of reasoning-gym are graded by their own scorers, and nothing else is."""
+    for path in paths:
+        if path.startswith("task:" + GYM) != (verifier == "gym"):
+            raise ValueError(
+                f"data.verifier is {verifier!r} for the problems of {path!r}; those of "
+                "task:gym/... need the verifier 'gym', and no others can have it"
+            )
+
+
+def check_evaluation(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
+    """Raise a ValueError for numbers that make no evaluation and a model that does not fit."""
+    check_ranges(config)
+    check_data(config.data)
+    check_model(config, model_config, mesh)
+    section = config.eval
+    if not section.sets:
+        raise ValueError("eval.sets is empty; name at least one set with --eval.sets")
+    if section.temperature == 0 and section.samples > 1:
+        raise ValueError(
+            f"eval.temperature 0 is greedy and eval.samples is {section.samples}: they would be "
+            "the same; set eval.samples to 1 or raise the temperature"
+        )
+    check_scorers(config.data.verifier, section.sets)
+    check_fit(config, model_config, mesh)
+
+
+def check_fit(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
+    """Raise a ValueError where rows are longer than the model's positions, or the mesh does not
+    divide the model."""
+    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    if longest > model_config.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens + sampling.max_new_tokens is {longest} but the model has "
+            f"{model_config.max_positions} positions; lower one of them"
+        )
+    check_divides(
+        mesh,
+        {
+            "the model's key heads": (model_config.kv_heads, "kv_heads"),
+            "the model's heads": (model_config.heads, "heads"),
+            "the model's feed-forward width": (model_config.mlp, "mlp"),
+            "the model's vocabulary": (model_config.vocab_size, "vocab"),
+            "the model's embedding width": (model_config.embed, "embed"),
+        },
+    )
+
+
+def check_memory(
+    config: Config,
+    model_config: ModelConfig,
+    mesh: Mesh,
+    *,
+    prompt_width: int,
+    rows: int,
+    training: bool = False,
+) -> None:
+    """Raise a ValueError where sampling ``rows`` rollouts after prompts of this width does not fit
+    the devices; with ``training`` beside the optimizer's moments, and an update whose rows are as
+    long as they may be. A cache that is growing and what XLA needs besides are not counted: what
+    is refused has no chance.
+    """
+    train, length = config.train, prompt_width + config.sampling.max_new_tokens
+    weights = costs.parameter_bytes(model_config, mesh)
+    moments = {"moments": 2 * weights} if training else {}
+    reference = {"a KL term's reference": weights} if training and config.loss.kl_coef else {}
+    slots = min(train.sample_rollouts, rows)
+    sampler = computed_in(model_config, config.sampling.dtype)
+    parts = costs.sampling_memory(sampler, mesh, slots=slots, length=length, width=prompt_width)
+    _check_fits(
+        f"sampling {slots} rollouts of {length} tokens at once",
+        parts | moments | reference,
+        mesh,
+        "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.fsdp",
+    )
+    if training:
+        count = train.microbatch_rollouts
+        parts = costs.update_memory(
+            model_config, mesh, rows=count, width=length, chunk=config.loss.logprob_chunk
+        )
+        remat = "" if model_config.remat == "full" else "set model.remat to full, "
+        _check_fits(
+            f"an update over microbatches of {count} rollouts of {length} tokens",
+            parts | reference,
+            mesh,
+            "lower train.microbatch_rollouts, loss.logprob_chunk or sampling.max_new_tokens, "
+            f"{remat}or raise mesh.fsdp",
+        )
+
+
+def _check_fits(what: str, parts: Mapping[str, int], mesh: Mesh, advice: str) -> None:
+    needed, available = sum(parts.values()), device_memory(list(mesh.devices.ravel()))
+    if needed > available:
+        biggest = sorted(parts.items(), key=lambda part: -part[1])[:3]
+        named = ", ".join(f"{name} {gigabytes(size)}" for name, size in biggest if size)
+        raise ValueError(
+            f"{what} needs {gigabytes(needed)} a device ({named}) and there are "
+            f"{gigabytes(available)}; {advice}"
+        )
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def device_memory(devices: Sequence) -> int:
+    """Bytes that one of these devices may hold; where the backend does not say (CPU), an equal
+    share of the machine's memory."""
+    stats = devices[0].memory_stats() or {}
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return stats.get("bytes_limit") or machine // len(devices)
+
+
+AT_LEAST = {
+    1: "train.steps train.sample_rollouts checkpoint.every checkpoint.keep "
+    "eval.samples train.patience loss.logprob_chunk sampling.group_size sampling.max_new_tokens "
+    "data.max_prompt_tokens",
+    0: "seed data.size eval.size eval.every eval.temperature train.log_samples optim.lr optim.eps "
+    "optim.warmup_steps optim.weight_decay optim.max_grad_norm sampling.top_k",
+}
+
+
+def check_ranges(config: Config) -> None:
+    """Raise a ValueError for the first number below what it can mean."""
+    for minimum, names in AT_LEAST.items():
+        for name in names.split():
+            value: Any = config
+            for part in name.split("."):
+                value = getattr(value, part)
+            if value < minimum:
+                raise ValueError(f"{name} is {value}; give {minimum} or more")
+    if not 0 < config.sampling.top_p <= 1:
+        raise ValueError(f"sampling.top_p is {config.sampling.top_p}; give more than 0, at most 1")
+
+
+def check_loss(loss: LossSection) -> None:
+    """Raise a ValueError for bounds that bound nothing and denominators that do not fit."""
+    for name, value, fits, allowed in (
+        ("clip_low", loss.clip_low, 0 <= loss.clip_low <= 1, "0 to 1"),
+        ("clip_high", loss.clip_high, loss.clip_high >= 0, "0 or more"),
+        ("dual_clip", loss.dual_clip, not loss.dual_clip or loss.dual_clip > 1, "0 or above 1"),
+        ("tis_cap", loss.tis_cap, loss.tis_cap >= 0, "0 or more"),
+        ("kl_coef", loss.kl_coef, loss.kl_coef >= 0, "0 or more"),
+    ):
+        if not fits:
+            raise ValueError(f"loss.{name} is {value}; give {allowed}")
+    if loss.objective == "gspo" and loss.aggregation != "sequence_mean":
+        raise ValueError(
+            f"loss.objective gspo is a mean over sequences, loss.aggregation is "
+            f"{loss.aggregation!r}; set it to sequence_mean"
+        )
+
+
+def check_trainable(sampling: SamplingSection) -> None:
+    """Raise ValueError where rollouts would not come from the distribution that is trained."""
+    if sampling.top_p < 1 or sampling.top_k > 0:
+        raise ValueError(
+            f"sampling.top_p = {sampling.top_p} and top_k = {sampling.top_k} truncate the "
+            "distribution while the gradient is that of the full softmax; train with top_p 1 and "
+            "top_k 0"
+        )
+    if sampling.temperature <= 0:
+        raise ValueError(
+            f"sampling.temperature is {sampling.temperature}; training needs one above 0"
+        )
+
+
+def check_features(size: int, count: int, width: int) -> None:
+    """Raise a ValueError where there are not so many prompt features of ``count`` problems."""
+    most = min(count - 1, width)
+    if not 1 <= size <= most:
+        raise ValueError(
+            f"estimator.features is {size} for {count} problems with states of {width} numbers; "
+            f"give 1 to {most}"
+        )
+
+
+def check_data(section: DataSection) -> None:
+    """Raise a ValueError for a wrapper without a place for the problem and an unknown format."""
+    check_words(("data.prompt_format", section.prompt_format, FORMATS))
+    if section.problem_wrapper and "{problem}" not in section.problem_wrapper:
+        raise ValueError(
+            f"data.problem_wrapper is {section.problem_wrapper!r}; write {{problem}} where the "
+            "problem stands in it"
+        )

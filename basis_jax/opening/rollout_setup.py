@@ -1,0 +1,60 @@
+"""What stays fixed for all rollouts of a run, built from its config."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from basis_jax.config import Config
+from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.sharding import make_mesh
+from basis_jax.sampling.rollouts import RolloutSetup
+from basis_jax.verify import make_verifier
+from basis_jax.weights import huggingface
+
+
+def locate_model(config: Config) -> tuple[Path, ModelConfig, Mesh]:
+    """The model's folder, its shape and the mesh of devices; no weights are read."""
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    folder = huggingface.resolve_folder(config.model.path)
+    model_config = huggingface.read_model_config(
+        folder,
+        compute_dtype=config.model.compute_dtype,
+        remat=config.model.remat,
+        attention=config.model.attention,
+    )
+    return folder, model_config, mesh
+
+
+@contextmanager
+def open_setup(
+    config: Config, folder: Path, model_config: ModelConfig, mesh: Mesh, tokenizer: Any
+) -> Iterator[RolloutSetup]:
+    """Start the verifier and yield the setup; the verifier's processes end with the block."""
+    with make_verifier(config.data.verifier) as verifier:
+        yield RolloutSetup(
+            model_config=model_config,
+            mesh=mesh,
+            tokenizer=tokenizer,
+            eos_ids=huggingface.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer),
+            verifier=verifier,
+            seed=config.seed,
+            rows_at_once=config.train.sample_rollouts,
+        )
+
+
+def stop_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of ``sampling.stop_tokens``. Raises ValueError where one is not one token."""
+    ids = []
+    for text in config.sampling.stop_tokens:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        if len(tokens) != 1:
+            raise ValueError(
+                f"sampling.stop_tokens holds {text!r}, which is {len(tokens)} tokens of this "
+                "model; only strings of one token can stop a completion"
+            )
+        ids += tokens
+    return tuple(ids)

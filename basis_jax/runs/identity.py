@@ -1,0 +1,132 @@
+"""A run folder holds one run: its lock, and config.json, which says what the run is."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from basis_jax.config import Config
+from basis_jax.files import lock, replace_file
+from basis_jax.runs.provenance import provenance
+
+MAY_DIFFER = (
+    "run_dir",  # the folder was moved
+    "model.remat",
+    "loss.logprob_chunk",
+    "train.log_samples",
+    "train.microbatch_rollouts",
+    "train.sample_rollouts",
+    "train.patience",
+    "train.abort_on",
+    "watch.",
+    "eval.every",
+    "mesh.",
+    "checkpoint.",
+)
+"""Fields (with a dot at the end: sections) that change where, when or how often a run computes and
+writes, not what it computes beyond rounding. ``train.steps`` joins them when ``optim.schedule`` is
+``constant``: the decaying schedules end at the last step."""
+
+
+@contextmanager
+def lock_run(run_dir: str | Path) -> Iterator[Path]:
+    """Make the folder and hold it for this process until the block ends.
+
+    Raises ValueError where another process holds it, or it cannot be made.
+    """
+    run_dir = Path(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"run folder {run_dir} cannot be made ({error.strerror}); give another --run-dir"
+        ) from None
+    with (run_dir / ".lock").open("w") as file:
+        lock(file, f"the run folder {run_dir}", "--run-dir")
+        yield run_dir
+
+
+def open_run(
+    config: Config, *, devices: Sequence[str], identity: Mapping[str, str] | None = None
+) -> None:
+    """Write ``config.json`` into ``config.run_dir``, or check that it holds a run of ``config``.
+
+    It is ``{"config": ..., "identity": ..., "starts": [...]}``. ``identity``: hashes of what the
+    config only names, the problems and the model. A start is commit, uncommitted changes, versions
+    and devices, and is added where it differs from the one before. Raises ValueError naming the
+    fields that differ, except those of ``MAY_DIFFER``; a run without a checkpoint, which starts
+    anew, may differ in all.
+    """
+    run_dir = Path(config.run_dir)
+    path = run_dir / "config.json"
+    fields = json.loads(json.dumps(asdict(config)))
+    starts = []
+    if path.exists():
+        before = _read_config(path)
+        if any((run_dir / "checkpoints").glob("[0-9]*")):
+            _check_same(
+                run_dir,
+                {**_with_defaults(before["config"]), "contents of": before.get("identity", {})},
+                {**fields, "contents of": dict(identity or {})},
+            )
+            starts = before["starts"]
+    start = {**provenance(), "devices": list(devices)}
+    if start not in starts[-1:]:
+        starts.append(start)
+    record = {"config": fields, "identity": dict(identity or {}), "starts": starts}
+    replace_file(path, json.dumps(record, indent=2) + "\n")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not {"config", "starts"} <= record.keys():
+        raise ValueError(f"{path} is not a run's config.json; give another --run-dir")
+    return record
+
+
+def _check_same(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    differing = [
+        f"{name} is {_shown(old, name)} there and {_shown(new, name)} here"
+        for name in sorted(old.keys() | new.keys())
+        if not (name in old and name in new and old[name] == new[name])
+        and not _may_differ(name, new)
+    ]
+    if differing:
+        raise ValueError(
+            f"run folder {run_dir} holds a run of another configuration: {'; '.join(differing)}; "
+            "take the values that are there, or give another --run-dir"
+        )
+
+
+def _with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of an older version: fields that it did not have yet were at their defaults."""
+    defaults = json.loads(json.dumps(asdict(Config(run_dir=""))))
+    merged = {**defaults, **fields}
+    for name, section in defaults.items():
+        if isinstance(section, dict) and name in fields:
+            merged[name] = {**section, **fields[name]}
+    return merged
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _shown(leaves: Mapping[str, Any], name: str) -> str:
+    return json.dumps(leaves[name]) if name in leaves else "absent"
+
+
+def _may_differ(name: str, config: Mapping[str, Any]) -> bool:
+    if name == "train.steps":
+        return config.get("optim.schedule") == "constant"
+    return any(name == field or field[-1] == "." and name.startswith(field) for field in MAY_DIFFER)

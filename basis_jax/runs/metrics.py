@@ -1,0 +1,143 @@
+"""What a run writes step by step: metrics.jsonl, samples.jsonl, TensorBoard, the terminal.
+
+``metrics.jsonl`` has one line a step, ``{"step": 3, "reward/mean": 0.41, ...}``, in rising order.
+Resuming cuts both .jsonl files back to the checkpoint's step, so a run that was killed at any
+moment and started again has every step once, as long as a step is logged before its checkpoint is
+saved. All keys then repeat bit for bit except wall times and what was compiled: those under
+``time/``, ``throughput/`` and ``compile/``. Values that are not finite are written as null.
+TensorBoard is a view of the same numbers; a kill may cost it the last second.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any
+
+from basis_jax.files import append_json_lines, whole_lines
+from basis_jax.runs.terminal import Stream, Terminal
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``; a last line that is still being written is left out.
+
+    Raises ValueError where there is no such run or a line is damaged.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"no metrics.jsonl in {run_dir}; give the folder of a run")
+    return [row for row, _ in _rows(path)]
+
+
+class Records:
+    """The records of a run whose folder this process holds (``lock_run``); a context manager.
+
+    ``resume_step`` is the step of the restored checkpoint, -1 without one; lines of later steps
+    are cut off. ``last_step`` is the last step that has a line, -1 before the first.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        total_steps: int,
+        resume_step: int = -1,
+        *,
+        stream: Stream | None = None,
+    ):
+        run_dir = Path(run_dir)
+        with ExitStack() as opened:  # closes what is open when a later line raises
+            self._metrics, self.last_step = _open_lines(run_dir / "metrics.jsonl", resume_step)
+            opened.enter_context(self._metrics)
+            self._samples, _ = _open_lines(run_dir / "samples.jsonl", resume_step)
+            opened.enter_context(self._samples)
+            stream = sys.stdout if stream is None else stream
+            self._terminal = opened.enter_context(Terminal(total_steps, resume_step, stream))
+            self._events = self._tensorboard(run_dir / "tensorboard", resume_step + 1)
+            if self._events is not None:
+                opened.enter_context(self._events)
+            self._opened = opened.pop_all()
+        if self.last_step != resume_step:
+            self.message(
+                f"metrics.jsonl ends at step {self.last_step}, the checkpoint is of step "
+                f"{resume_step}: the lines between are lost"
+            )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the step's line everywhere. Raises ValueError unless steps rise."""
+        if step <= self.last_step:
+            raise ValueError(
+                f"step {step} is logged after step {self.last_step}; log each step once, in order"
+            )
+        values = {key: float(value) for key, value in metrics.items()}
+        append_json_lines(self._metrics, [_finite({"step": step, **values})])
+        self.last_step = step
+        if self._events is not None:
+            for key, value in values.items():
+                self._events.add_scalar(key, value, step)
+        self._terminal.step(step, values)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append completions to ``samples.jsonl``, one line each, before the step is logged."""
+        append_json_lines(self._samples, (_finite({"step": step, **row}) for row in rows))
+
+    def message(self, text: str) -> None:
+        """One line for whoever watches the run."""
+        self._terminal.message(text)
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _tensorboard(self, folder: Path, next_step: int) -> Any:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            self.message("tensorboardX is not installed: no TensorBoard events, only metrics.jsonl")
+            return None
+        return SummaryWriter(str(folder), purge_step=next_step, flush_secs=1)
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """(row, position of its end) for every line. A last line that a kill or a full disk left torn
+    is left out; a bad line before others raises ValueError."""
+    with path.open("rb") as file:
+        lines = list(whole_lines(file))
+    for number, (line, end) in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            yield row, end
+        elif number < len(lines):
+            raise ValueError(f'line {number} of {path} is no JSON object with "step"; mend it')
+
+
+def _open_lines(path: Path, resume_step: int) -> tuple[BufferedWriter, int]:
+    """The file, ready for appending, with only the lines of steps <= resume_step, and the last of
+    these steps. Steps rise down the file, so one atomic truncation is enough."""
+    path.touch()
+    end, last = 0, -1
+    for row, row_end in _rows(path):
+        if row["step"] > resume_step:
+            break
+        end, last = row_end, row["step"]
+    file = path.open("ab")
+    file.truncate(end)
+    return file, last
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: null stands for what is not finite."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }

@@ -1,0 +1,142 @@
+"""Learning curves of one or more runs in one picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from basis_jax.runs.metrics import read_metrics
+
+
+class Panel(NamedTuple):
+    title: str
+    unit: str
+    key: str
+    low: str = ""  # interval around the points, drawn where the run has it
+    high: str = ""
+    scale: str = "linear"
+
+
+PANELS = (
+    Panel("Reward of the rollouts", "mean reward", "reward/mean"),
+    Panel(
+        "Held-out accuracy", "accuracy", "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"
+    ),
+    Panel("Value error", "squared reward error", "estimate/value_error"),
+    Panel("Completion length", "tokens", "completion/length_mean"),
+    Panel("Policy entropy", "nats per token", "policy/entropy"),
+    Panel("Log-prob gap, sampler to trainer", "nats", "sampler/logprob_gap_max", scale="log"),
+)
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito: told apart by colour-blind readers too."""
+
+
+def draw(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
+    """Draw the ``PANELS`` that any of the runs has a metric for, and write the picture.
+
+    A panel without an interval shows the raw values lightly and their moving average over 5 % of
+    the run. Raises ValueError for a folder without metrics and for an unknown kind of picture.
+    """
+    runs = {name: _history(folder) for name, folder in _names(run_dirs).items()}
+    panels = [p for p in PANELS if any(_series(rows, p)[0].size for rows in runs.values())]
+    if not panels:
+        keys = ", ".join(panel.key for panel in PANELS)
+        raise ValueError(f"none of the runs has a metric that is drawn; these are {keys}")
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(4.3 * columns, 2.9 * lines + 0.6), dpi=150, layout=layout)
+    for index, panel in enumerate(panels):
+        _draw_panel(figure.add_subplot(lines, columns, index + 1), panel, runs)
+    _legend(figure, list(runs), columns=columns)
+    figure.align_ylabels()
+    return _save(figure, Path(out))
+
+
+def _names(run_dirs: Sequence[str | Path]) -> dict[str, Path]:
+    """Label -> folder; the folder's last part, or all of it where two would be called the same."""
+    folders = [Path(folder) for folder in run_dirs]
+    short = [folder.resolve().name for folder in folders]
+    return {
+        name if short.count(name) == 1 else str(folder): folder
+        for name, folder in zip(short, folders, strict=True)
+    }
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    rows = read_metrics(folder)
+    if not rows:
+        raise ValueError(f"metrics.jsonl in {folder} has no step yet; wait for the first one")
+    return rows
+
+
+def _series(rows: Sequence[Mapping[str, Any]], panel: Panel) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the lines that have a number for the panel."""
+    points = [(row["step"], row[panel.key]) for row in rows if row.get(panel.key) is not None]
+    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over 5 % of the points; fewer at both ends."""
+    window = np.ones(2 * (len(values) // 40) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+
+
+def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    for index, rows in enumerate(runs.values()):
+        steps, values = _series(rows, panel)
+        if not steps.size:
+            continue
+        color = COLORS[index % len(COLORS)]
+        if panel.low:
+            axes.plot(steps, values, color=color, marker="o", markersize=4, linewidth=1.8)
+            low, high = (
+                np.array([row.get(key, np.nan) for row in rows if row.get(panel.key) is not None])
+                for key in (panel.low, panel.high)
+            )
+            axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+        else:
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+            axes.plot(steps, _smooth(values), color=color, linewidth=1.8)
+    _style_axes(axes, panel)
+
+
+def _style_axes(axes: Axes, panel: Panel) -> None:
+    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_ylabel(panel.unit)
+    axes.set_xlabel("step")
+    axes.set_yscale(panel.scale)
+    if panel.key == "eval/accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.tick_params(labelsize=9)
+
+
+def _legend(figure: Figure, names: Sequence[str], *, columns: int) -> None:
+    handles = [
+        Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2.5, label=name)
+        for i, name in enumerate(names)
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False)
+
+
+def _save(figure: Figure, out: Path) -> Path:
+    kinds = figure.canvas.get_supported_filetypes()
+    if out.suffix[1:] not in kinds:
+        raise ValueError(
+            f"a picture called {out} is of no known kind; end its name in one of "
+            + ", ".join(f".{kind}" for kind in sorted(kinds))
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+    return out

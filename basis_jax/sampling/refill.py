@@ -1,0 +1,367 @@
+"""Any number of rows through a fixed number of slots, refilled as rows end.
+
+The host decides between calls of a jitted decode; only which rows live and how long they are comes
+back to it. No order depends on time: the same rows give the same calls.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Key, PyTree
+
+from basis_jax.config import SamplingSection
+from basis_jax.model import decoder
+from basis_jax.model.decoder import KeyValues, ModelConfig
+from basis_jax.model.decoding import CACHE_AXES, DecodeWeights, decode_weights, empty_cache, resized
+from basis_jax.model.sharding import batch_shards, constrain, put_rows
+from basis_jax.sampling.decode import Slots, decode_rows, prefill, sample_with
+from basis_jax.types import Prompts, Rollouts
+
+MIN_SLOTS = 16  # slots are not halved below this number
+MIN_WIDTH = 16  # positions of a prefill
+MIN_HEADROOM = 16  # free cache positions behind the longest row when decoding starts
+MIN_CACHE = 64  # positions of the cache
+MIN_REFILL_TOKENS = 32  # for shorter completions, compiling costs more than waiting for the longest
+PREFIX_MULTIPLE = 32  # the shared prefix is a multiple of this many tokens: few programs
+
+ArrayT = TypeVar("ArrayT", Array, np.ndarray)
+
+
+@functools.partial(jax.jit, static_argnames=("model_config", "rows", "length", "cache_length"))
+def empty_slots(model_config: ModelConfig, *, rows: int, length: int, cache_length: int) -> Slots:
+    zeros = jnp.zeros(rows, jnp.int32)
+    return Slots(
+        tokens=jnp.zeros((rows, length), jnp.int32),
+        logprobs=jnp.zeros((rows, length), jnp.float32),
+        prompt_lengths=zeros,
+        lengths=zeros,
+        alive=jnp.zeros(rows, bool),
+        terminated=jnp.zeros(rows, bool),
+        next_token=zeros,
+        next_logprob=jnp.zeros(rows, jnp.float32),
+        keys=jax.random.split(jax.random.key(0), rows),
+        cache=empty_cache(model_config, rows, cache_length),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model_config", "sampling"), donate_argnames="slots")
+def admit(
+    params: PyTree,
+    slots: Slots,
+    prompts: Prompts,
+    keys: Key[Array, " P"],
+    *,
+    into: Int[Array, "shards each"],
+    prefix: KeyValues | None,
+    model_config: ModelConfig,
+    sampling: SamplingSection,
+) -> Slots:
+    """Prefill prompts and put them into the slots ``into``.
+
+    These numbers count the slots of each device from 0, so that no cache travels between devices.
+    A row whose number is beyond the last slot is discarded.
+    """
+    width = prompts.tokens.shape[1]
+    new = prefill(
+        params, model_config, prompts, keys, sampling=sampling, length=width, prefix=prefix
+    )
+
+    def put(old, row):
+        inside = tuple(slice(0, size) for size in row.shape[1:])
+
+        def on_device(old, row, into):
+            return old.at[(into, *inside)].set(row, mode="drop")
+
+        parts = by_device(old, into.shape[0]), by_device(row, into.shape[0])
+        return jax.vmap(on_device)(*parts, into).reshape(old.shape)
+
+    padding = ((0, 0), (0, slots.tokens.shape[1] - width))
+    new = dataclasses.replace(
+        new, tokens=jnp.pad(new.tokens, padding), logprobs=jnp.pad(new.logprobs, padding)
+    )
+    return constrain_slots(jax.tree.map(put, slots, new))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model_config", "sampling", "eos_ids"), donate_argnames="slots"
+)
+def advance(
+    weights: DecodeWeights,
+    slots: Slots,
+    stop_at_alive: Int[Array, ""],
+    *,
+    model_config: ModelConfig,
+    sampling: SamplingSection,
+    eos_ids: tuple[int, ...],
+) -> Slots:
+    slots = decode_rows(
+        weights,
+        model_config,
+        slots,
+        sampling=sampling,
+        eos_ids=eos_ids,
+        stop_at_alive=stop_at_alive,
+    )
+    return constrain_slots(slots)
+
+
+@functools.partial(jax.jit, static_argnames="cache_length")
+def resize_cache(slots: Slots, *, cache_length: int) -> Slots:
+    """The slots with a cache of ``cache_length`` positions."""
+    return constrain_slots(dataclasses.replace(slots, cache=resized(slots.cache, cache_length)))
+
+
+@jax.jit
+def select_slots(slots: Slots, index: Int[Array, "shards each"]) -> Slots:
+    """The slots with these numbers; each device counts its own slots from 0."""
+
+    def take(x):
+        taken = jax.vmap(lambda rows, at: rows[at])(by_device(x, index.shape[0]), index)
+        return taken.reshape((index.size, *x.shape[1:]))
+
+    return constrain_slots(jax.tree.map(take, slots))
+
+
+def by_device(x: ArrayT, shards: int) -> ArrayT:
+    """[rows ...] -> [shards, rows of one, ...]."""
+    return x.reshape((shards, x.shape[0] // shards, *x.shape[1:]))
+
+
+def constrain_slots(slots: Slots) -> Slots:
+    """Pin the slots' layout on the mesh, so that one program serves the slots of every call."""
+
+    def pin(path, x):
+        of_cache = path[0].name == "cache"
+        axes = CACHE_AXES[path[1].name] if of_cache else ("batch",) + (None,) * (x.ndim - 1)
+        return constrain(x, axes)
+
+    return jax.tree.map_with_path(pin, slots)
+
+
+@functools.partial(jax.jit, static_argnames="model_config")
+def read_prefix(
+    params: PyTree, tokens: Int[Array, "N P"], *, model_config: ModelConfig
+) -> KeyValues:
+    """Keys and values of the first row."""
+    _, kept = decoder.forward(params, model_config, tokens, keep=True)
+    return jax.tree.map(lambda x: x[:, :1], kept)
+
+
+def shared_prefix(prompts: Prompts) -> int:
+    """How many tokens all prompts begin with, rounded down to a multiple of
+    ``PREFIX_MULTIPLE``; at least one token of every prompt is not part of it."""
+    first, shortest = prompts.tokens[:1], int(prompts.lengths.min())
+    alike = np.all(prompts.tokens == first, axis=0)[: shortest - 1]
+    return int(np.argmin(np.append(alike, False))) // PREFIX_MULTIPLE * PREFIX_MULTIPLE
+
+
+def sample_rows(
+    params: PyTree,
+    model_config: ModelConfig,
+    prompts: Prompts,
+    *,
+    sampling: SamplingSection,
+    eos_ids: tuple[int, ...],
+    keys: Key[Array, " N"],
+    mesh: Mesh,
+    rows_at_once: int,
+    on_ended: Callable[[Rollouts, np.ndarray], None] | None = None,
+) -> Rollouts:
+    """A completion for any number of prompts, as host arrays.
+
+    At most ``rows_at_once`` rows (rounded up to the batch's devices) are decoded at once, in slots
+    that are refilled as rows end. Completions shorter than ``MIN_REFILL_TOKENS`` tokens are made by
+    one call of ``sample`` after another instead. The draws do not depend on it.
+    ``on_ended(rollouts, rows)`` is called with the numbers of the rows that are complete, while the
+    device works on the others.
+    """
+    model_config = decoder.computed_in(model_config, sampling.dtype)
+    prompts, shards = jax.tree.map(np.asarray, prompts), batch_shards(mesh)
+    size = -(-min(rows_at_once, len(prompts.lengths)) // shards) * shards
+    rollouts = empty_rollouts(prompts, prompts.tokens.shape[1] + sampling.max_new_tokens)
+    common = {"sampling": sampling, "eos_ids": eos_ids, "keys": keys, "mesh": mesh, "size": size}
+    method = refill if sampling.max_new_tokens >= MIN_REFILL_TOKENS else by_batches
+    for rows in method(params, model_config, prompts, rollouts, **common):
+        if on_ended is not None:
+            on_ended(rollouts, rows)
+    return rollouts
+
+
+def by_batches(params, model_config, prompts, rollouts, *, sampling, eos_ids, keys, mesh, size):
+    """``sample`` for ``size`` rows at a time; yields the rows that have been written into
+    ``rollouts``."""
+    rows, under_way = len(prompts.lengths), []
+    weights = decode_weights(params, model_config)
+    fixed = {"model_config": model_config, "sampling": sampling, "eos_ids": eos_ids}
+    for start in range(0, rows, size):
+        index = np.arange(start, start + size)
+        index = np.where(index < rows, index, start)  # one shape: the last call has copies
+        part = put_rows(mesh, jax.tree.map(lambda x, i=index: x[i], prompts))
+        part = sample_with(params, weights, part, keys[index], **fixed)
+        under_way.append((np.arange(start, min(start + size, rows)), part))
+        if len(under_way) == 2:  # the device has the next before the host looks at this one
+            yield store_batch(rollouts, *under_way.pop(0))
+    yield store_batch(rollouts, *under_way.pop())
+
+
+def store_batch(rollouts: Rollouts, rows: np.ndarray, part: Rollouts) -> np.ndarray:
+    """Write a batch of finished rows into ``rollouts``; returns the rows."""
+
+    def write(whole, new):
+        whole[rows] = new[: rows.size]
+
+    jax.tree.map(write, rollouts, jax.device_get(part))
+    return rows
+
+
+def refill(params, model_config, prompts, rollouts, *, sampling, eos_ids, keys, mesh, size):
+    """``sample`` in ``size`` slots: rows that ended leave, and waiting prompts take their places.
+    Yields the rows that have been written into ``rollouts``.
+
+    A call of ``advance`` ends when an eighth of the slots is free (while prompts wait), when half
+    are free (afterwards: the rest moves into half as many slots), or when a row has filled the
+    cache. So few shapes occur, whatever the lengths: the cache grows in powers of two from
+    ``MIN_CACHE`` and is cut when half would do, the slots are halved down to ``MIN_SLOTS``, and a
+    prefill has one of two numbers of rows (``prefill_groups``) and a quarter, half or all of the
+    width. Programs: one of ``advance`` for each (slots, cache length) that occurs, at most 6 of
+    ``admit`` for each of them; with 512 slots and 32,768 tokens at most 60, and a step has seen
+    most of them when it ends.
+    Each device has its own slots: rows do not travel.
+    Memory a device: a copy of the weights; the slots' cache at the length in use, and once more
+    while it grows; tokens and log-probabilities at full length.
+    """
+    shards, waiting = batch_shards(mesh), 0  # the first row that has had no slot yet
+    rows, length = rollouts.tokens.shape
+    weights = decode_weights(params, model_config)
+    prefix = common_prefix(params, model_config, prompts, mesh)
+    slots = empty_slots(model_config, rows=size, length=length, cache_length=min(length, MIN_CACHE))
+    fixed = {"model_config": model_config, "sampling": sampling}
+    owner = np.full(size, -1)  # the row in each slot; -1: free
+    while waiting < rows or np.any(owner >= 0):
+        free = round_robin(np.flatnonzero(owner < 0), size // shards)[: rows - waiting]
+        new = np.arange(waiting, waiting + free.size)
+        owner[free], waiting = new, waiting + free.size
+        reached = (prompts.lengths + rollouts.completion_lengths)[owner[owner >= 0]]
+        cache_length = min(length, round_up(int(reached.max()) + MIN_HEADROOM, MIN_CACHE))
+        if cache_length > slots.cache.length or 2 * cache_length <= slots.cache.length:
+            slots = resize_cache(slots, cache_length=cache_length)
+        for index, into in prefill_groups(new, free, size, shards):
+            part = put_rows(mesh, take_prompts(prompts, index, slots.cache.length))
+            slots = admit(params, slots, part, keys[index], into=into, prefix=prefix, **fixed)
+        halves = waiting == rows and size // 2 >= MIN_SLOTS and size // 2 % shards == 0
+        stop_at_alive = size - -(-size // 8) if waiting < rows else size // 2 if halves else 0
+        stop_at_alive = np.int32(min(stop_at_alive, reached.size - 1))
+        slots = advance(weights, slots, stop_at_alive, eos_ids=eos_ids, **fixed)
+        ended = store_ended(rollouts, slots, owner)
+        if ended.any():
+            yield owner[ended]
+        owner = np.where(ended, -1, owner)
+        if halves and np.any(owner >= 0):
+            slots, owner = halve_slots(slots, owner, shards)
+            size = owner.size
+
+
+def common_prefix(
+    params: PyTree, model_config: ModelConfig, prompts: Prompts, mesh: Mesh
+) -> KeyValues | None:
+    """Keys and values of what all prompts begin with, read once; None where that is too short or
+    the attention is NVIDIA's kernel, which takes no prefix."""
+    shared = shared_prefix(prompts) if model_config.attention == "plain" else 0
+    if not shared:
+        return None
+    tokens = np.repeat(prompts.tokens[:1, :shared], batch_shards(mesh), axis=0)
+    return read_prefix(params, put_rows(mesh, tokens), model_config=model_config)
+
+
+def halve_slots(slots: Slots, owner: np.ndarray, shards: int) -> tuple[Slots, np.ndarray]:
+    """Half of each device's slots, with their owners, if all busy ones fit; otherwise unchanged."""
+    kept = np.argsort(by_device(owner < 0, shards), axis=1, kind="stable")
+    kept = kept[:, : owner.size // shards // 2]  # the busy ones first
+    staying = np.take_along_axis(by_device(owner, shards), kept, axis=1).ravel()
+    if np.sum(staying >= 0) < np.sum(owner >= 0):
+        return slots, owner
+    return select_slots(slots, kept), staying
+
+
+def empty_rollouts(prompts: Prompts, length: int) -> Rollouts:
+    """Host arrays that the rollouts are written into."""
+    rows = len(prompts.lengths)
+    return Rollouts(
+        tokens=np.zeros((rows, length), np.int32),
+        prompt_lengths=prompts.lengths.copy(),
+        completion_lengths=np.zeros(rows, np.int32),
+        sampler_logprobs=np.zeros((rows, length), np.float32),
+        terminated=np.zeros(rows, bool),
+        problem_ids=prompts.problem_ids.copy(),
+    )
+
+
+def round_robin(free: np.ndarray, per_device: int) -> np.ndarray:
+    """Free slots, one of each device after the other; a device has ``per_device`` slots."""
+    device = free // per_device
+    return free[np.lexsort((device, rank_on_device(device)))]
+
+
+def rank_on_device(device: np.ndarray) -> np.ndarray:
+    """Rank of each slot among the slots of its device."""
+    order = np.argsort(device, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(order.size) - np.searchsorted(device[order], device[order])
+    return rank
+
+
+def prefill_groups(
+    new: np.ndarray, free: np.ndarray, size: int, shards: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (rows to prefill [shards x count], their slots on each device [shards, count]).
+
+    A prefill has an eighth or a quarter of the slots: its memory is bounded, and a prefill for a
+    few free slots stays small. It is filled up with copies of a row whose slot is beyond the last.
+    """
+    per_device = size // shards
+    max_rows = -(-per_device // 4)
+    device, within = free // per_device, free % per_device
+    rank = rank_on_device(device)
+    for start in range(0, int(rank.max(initial=-1)) + 1, max_rows):
+        in_group = (rank >= start) & (rank < start + max_rows)
+        needed = int(rank[in_group].max()) + 1 - start
+        count = max_rows if needed > -(-max_rows // 2) else -(-max_rows // 2)
+        index = np.full((shards, count), new[in_group][0])
+        into = np.full((shards, count), per_device)
+        index[device[in_group], rank[in_group] - start] = new[in_group]
+        into[device[in_group], rank[in_group] - start] = within[in_group]
+        yield index.ravel(), into.astype(np.int32)
+
+
+def take_prompts(prompts: Prompts, index: np.ndarray, cache_length: int) -> Prompts:
+    """Prompts of these rows, as wide as the longest of them needs, in one of few widths."""
+    part = jax.tree.map(lambda x: x[index], prompts)
+    full_width = min(cache_length, prompts.tokens.shape[1])
+    width = min(full_width, round_up(int(part.lengths.max()), max(MIN_WIDTH, -(-full_width // 4))))
+    return dataclasses.replace(part, tokens=part.tokens[:, :width])
+
+
+def store_ended(rollouts: Rollouts, slots: Slots, owner: np.ndarray) -> np.ndarray:
+    """Write the rows that ended from their slots into ``rollouts``; which slots these are."""
+    lengths, alive, terminated = jax.device_get((slots.lengths, slots.alive, slots.terminated))
+    busy = owner >= 0
+    rollouts.completion_lengths[owner[busy]] = lengths[busy]
+    ended = busy & ~alive
+    if ended.any():
+        tokens, logprobs = jax.device_get((slots.tokens, slots.logprobs))
+        rollouts.tokens[owner[ended]] = tokens[ended]
+        rollouts.sampler_logprobs[owner[ended]] = logprobs[ended]
+        rollouts.terminated[owner[ended]] = terminated[ended]
+    return ended
+
+
+def round_up(number: int, unit: int) -> int:
+    """The smallest ``unit`` times a power of two that is not below ``number``."""
+    return unit * 2 ** max(0, math.ceil(math.log2(number / unit)))

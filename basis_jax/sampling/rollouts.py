@@ -1,0 +1,147 @@
+"""Sample completions and grade them: what training, evaluation and the reference table share."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from basis_jax.config import SamplingSection
+from basis_jax.data.encoding import EncodedProblems
+from basis_jax.model.decoder import ModelConfig
+from basis_jax.sampling.draw import row_keys
+from basis_jax.sampling.refill import sample_rows
+from basis_jax.types import Prompts, Rollouts
+
+ROWS_PER_SLOT = 8
+"""A table or an evaluation samples this many times ``rows_at_once`` rows in one call, so that slots
+can be refilled."""
+
+
+@dataclass(frozen=True)
+class RolloutSetup:
+    """What stays fixed for all rollouts of a run."""
+
+    model_config: ModelConfig
+    mesh: Mesh
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    verifier: Any
+    seed: int
+    rows_at_once: int
+
+
+@dataclass(frozen=True)
+class Graded:
+    """Rollouts (host arrays) with their texts and verdicts, row by row."""
+
+    rollouts: Rollouts
+    completions: list[str]
+    rewards: np.ndarray  # [N] float32; 0 where invalid
+    valid: np.ndarray  # [N] bool: False where the verifier failed
+    reasons: list[str]
+    sample_seconds: float
+    verify_seconds: float  # that grading took beyond sampling
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens generated."""
+        return int(self.rollouts.completion_lengths.sum())
+
+
+class BackgroundGrader:
+    """Texts and verdicts of rows, made in a thread of their own while the device works.
+
+    A context manager: leaving it drops what has not begun.
+    """
+
+    def __init__(self, setup: RolloutSetup, answers: Sequence[str]):
+        self._setup, self._answers = setup, answers
+        self.completions: list[str] = [""] * len(answers)
+        self.verdicts: list[Any] = [None] * len(answers)
+        self._parts: list[Future] = []
+        self._thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "BackgroundGrader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def submit(self, rollouts: Rollouts, rows: np.ndarray) -> None:
+        """Begin to grade these rows. Raises the error of an earlier part that failed, so that it is
+        known before the rest is sampled."""
+        self._parts.append(self._thread.submit(self._grade, rollouts, rows))
+        for part in filter(Future.done, self._parts):
+            part.result()
+
+    def wait(self) -> None:
+        """Wait until all rows are graded."""
+        for part in self._parts:
+            part.result()
+
+    def _grade(self, rollouts: Rollouts, rows: np.ndarray) -> None:
+        texts = completion_texts(jax.tree.map(lambda x: x[rows], rollouts), self._setup.tokenizer)
+        verdicts = self._setup.verifier.grade(texts, [self._answers[row] for row in rows])
+        for row, text, verdict in zip(rows, texts, verdicts, strict=True):
+            self.completions[row], self.verdicts[row] = text, verdict
+
+
+def roll_out(
+    params: PyTree,
+    setup: RolloutSetup,
+    problems: EncodedProblems,
+    *,
+    ids: np.ndarray,
+    samples: np.ndarray,
+    sampling: SamplingSection,
+    stream: str,
+    step: int,
+) -> Graded:
+    """Complete and grade the problems in rows ``ids`` [N]; ``samples`` [N] number the rollouts of a
+    problem. The draws are a function of (seed, stream, step, problem, sample)."""
+    started = time.perf_counter()
+    prompts = Prompts(tokens=problems.tokens[ids], lengths=problems.lengths[ids], problem_ids=ids)
+    keys = row_keys(
+        setup.seed, stream, step, problem_ids=jnp.asarray(ids), samples=jnp.asarray(samples)
+    )
+    with BackgroundGrader(setup, [problems.problems[i].answer for i in ids]) as grader:
+        rollouts = sample_rows(
+            params,
+            setup.model_config,
+            prompts,
+            sampling=sampling,
+            eos_ids=setup.eos_ids,
+            keys=keys,
+            mesh=setup.mesh,
+            rows_at_once=setup.rows_at_once,
+            on_ended=grader.submit,
+        )
+        sampled = time.perf_counter()
+        grader.wait()
+    verdicts = grader.verdicts
+    return Graded(
+        rollouts=rollouts,
+        completions=grader.completions,
+        rewards=np.array([v.reward if v.valid else 0.0 for v in verdicts], np.float32),
+        valid=np.array([v.valid for v in verdicts]),
+        reasons=[v.reason for v in verdicts],
+        sample_seconds=sampled - started,
+        verify_seconds=time.perf_counter() - sampled,
+    )
+
+
+def completion_texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:
+    """Completion texts without special tokens."""
+    starts, lengths = rollouts.prompt_lengths, rollouts.completion_lengths
+    ids = [
+        row[start : start + length].tolist()
+        for row, start, length in zip(rollouts.tokens, starts, lengths, strict=True)
+    ]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -1,0 +1,116 @@
+"""A step's rollouts as the microbatches of its updates: rows of similar length together."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from basis_jax.config import Config
+from basis_jax.losses import loss_weights
+from basis_jax.masked import completion_mask
+from basis_jax.model.sharding import put_rows
+from basis_jax.sampling.refill import round_up
+from basis_jax.sampling.rollouts import Graded
+from basis_jax.types import Batch, Estimate
+
+
+def updates_per_step(config: Config) -> int:
+    """Optimizer updates that one step's rollouts are split into."""
+    rollouts = config.train.prompts_per_step * config.sampling.group_size
+    return rollouts // config.train.minibatch_rollouts
+
+
+def make_batches(
+    graded: Graded,
+    estimate: Estimate,
+    *,
+    config: Config,
+    score: Callable[[PyTree, Array, Array], Array],
+    params: PyTree,
+    reference: PyTree | None = None,
+    mesh: Mesh,
+) -> list[list[Batch]]:
+    """The microbatches of every optimizer update, rows split over the mesh.
+
+    An update takes ``train.minibatch_rollouts`` rollouts in order, which ``cut_rows`` sorts by
+    length; the loss weights are those of the whole update. Rollouts that the verifier failed on
+    leave the loss and its denominators. With one update a step the policy is still the one that
+    sampled, and ``old_logprobs`` need no pass of their own; with several they are all scored before
+    the first update. ``reference``: the parameters that the KL term of ``loss.kl_coef`` refers to.
+    """
+    rollouts, rows = graded.rollouts, config.train.minibatch_rollouts
+    max_width = rollouts.tokens.shape[1]
+    lengths = np.where(graded.valid, rollouts.prompt_lengths + rollouts.completion_lengths, 0)
+    mask = completion_mask(
+        jnp.asarray(rollouts.prompt_lengths), jnp.asarray(rollouts.completion_lengths), max_width
+    )
+    mask = mask & jnp.asarray(graded.valid)[:, None]
+    advantages, off_policy = np.asarray(estimate.advantages), updates_per_step(config) > 1
+    updates = []
+    for start in range(0, len(graded.valid), rows):
+        weights = loss_weights(
+            mask[start : start + rows],
+            config.loss.aggregation,
+            max_length=config.sampling.max_new_tokens,
+        )
+        minibatch = Batch(
+            tokens=rollouts.tokens[start : start + rows],
+            completion_mask=np.asarray(mask[start : start + rows]),
+            loss_weights=np.asarray(weights),
+            advantages=advantages[start : start + rows],
+            old_logprobs=None,
+            sampler_logprobs=rollouts.sampler_logprobs[start : start + rows],
+        )
+        micros = []
+        for index, width in cut_rows(
+            lengths[start : start + rows],
+            rows=config.train.microbatch_rollouts,
+            max_width=max_width,
+        ):
+            part = put_rows(mesh, take_rows(minibatch, index, width))
+            scored = (part.tokens, part.completion_mask)
+            old = score(params, *scored) if off_policy else None
+            ref = None if reference is None else score(reference, *scored)
+            micros.append(replace(part, old_logprobs=old, ref_logprobs=ref))
+        updates.append(micros)
+    return updates
+
+
+def take_rows(batch: Batch, index: np.ndarray, width: int) -> Batch:
+    """These rows of host arrays, their first ``width`` positions."""
+    return jax.tree.map(lambda x: x[index, :width] if x.ndim == 2 else x[index], batch)
+
+
+def cut_rows(
+    lengths: np.ndarray, *, rows: int, max_width: int, min_width: int = 64
+) -> list[tuple[np.ndarray, int]]:
+    """(row numbers, width) of every microbatch of an update, the longest rows first.
+
+    A microbatch is as wide as the least of ``min_width`` 2^k (1, 1.25, 1.5 or 1.75) that holds its
+    longest row, at most ``max_width``. At full width it has ``rows`` rows; a narrower one has
+    ``rows`` 2^k, as many as keep its positions at or below ``rows`` x ``max_width``, so a pass
+    needs no more memory than at full width. It is halved while its shorter half would fit into half
+    the width. Rows of length 0 contribute nothing: they come last, and a microbatch that holds
+    nothing else is left out.
+
+    Every device has the same number of rows of one width, so none waits for another. There are four
+    widths an octave: 37 up to 32,768 tokens, a dozen in a step, three dozen in a run; each
+    (rows, width) is compiled when it first occurs.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    cuts: list[tuple[np.ndarray, int]] = []
+    start = 0
+    while start < len(order) and (not cuts or lengths[order[start]] > 0):
+        longest = max(1, int(lengths[order[start]]))
+        width = min(max_width, *(round_up(longest, min_width * part // 4) for part in (4, 5, 6, 7)))
+        max_multiple = min(max_width // width, (len(order) - start) // rows)
+        count = rows * 2 ** (max_multiple.bit_length() - 1)
+        while count > rows and 2 * lengths[order[start + count // 2]] <= width:
+            count //= 2
+        cuts.append((order[start : start + count], width))
+        start += count
+    return cuts

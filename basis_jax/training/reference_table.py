@@ -1,0 +1,229 @@
+"""The offline reference table: how often the reference policy solves each training problem.
+
+One .npz file: successes and trials a problem, the problem's identity (content hash and prompt
+hash), and what made it (model fingerprint, sampling settings, verifier). A table is used only
+where all of that fits the run. Cost: M x n rollouts once; 1 M problems take 32 MB. It may hold the
+reference policy's ``prompt_features`` as well, with any n or none: M prefills, 4 MB a feature.
+"""
+
+import hashlib
+import io
+import json
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import PyTree
+
+from basis_jax.config import SamplingSection
+from basis_jax.data.encoding import EncodedProblems
+from basis_jax.files import replace_file
+from basis_jax.sampling.rollouts import ROWS_PER_SLOT, RolloutSetup, roll_out
+from basis_jax.training.prompt_features import prompt_features
+
+SAVE_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class ReferenceTable:
+    """Counts of M problems. ``position`` rollouts of the plan are done (all: M x samples)."""
+
+    successes: np.ndarray  # [M] int32
+    trials: np.ndarray  # [M] int32: graded rollouts; those that failed to verify do not count
+    uids: np.ndarray  # [M] int64
+    prompt_hashes: np.ndarray  # [M] uint64
+    features: np.ndarray  # [M, e] float32; e may be 0
+    made_by: dict
+    position: int
+
+
+def table_origin(
+    setup: RolloutSetup, *, model_fingerprint: str, sampling: SamplingSection, verifier: str
+) -> dict:
+    """What two tables must share to count the same thing, the rounding of the dtype that rollouts
+    are decoded in aside."""
+    return {
+        "model": model_fingerprint,
+        "verifier": verifier,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_new_tokens": sampling.max_new_tokens,
+        "eos_ids": list(setup.eos_ids),
+    }
+
+
+def prompt_hashes(problems: EncodedProblems) -> np.ndarray:
+    """64-bit hash of each tokenised prompt, so that another template or few-shot is noticed."""
+    rows = zip(problems.tokens, problems.lengths, strict=True)
+    digests = [
+        hashlib.sha256(np.ascontiguousarray(t[:n], np.int32).tobytes()).digest() for t, n in rows
+    ]
+    return np.array([int.from_bytes(d[:8], "little") for d in digests], np.uint64)
+
+
+def save(table: ReferenceTable, path: Path) -> None:
+    """Write the table; the file is replaced in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.savez(content, **{**vars(table), "made_by": json.dumps(table.made_by, sort_keys=True)})
+    replace_file(path, content.getbuffer())
+
+
+def load(path: Path) -> ReferenceTable:
+    """Read a table. Raises ValueError where the file is missing or is not one."""
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            fields = {name: file[name] for name in file.files}
+        fields["made_by"] = json.loads(str(fields["made_by"]))
+        return ReferenceTable(**{**fields, "position": int(fields["position"])})
+    except FileNotFoundError:
+        raise ValueError(
+            f"no reference table at {path}; make it with scripts/reference_stats.py or leave "
+            "estimator.table empty"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is not a reference table ({error}); make it again with "
+            "scripts/reference_stats.py"
+        ) from error
+
+
+def rows_for(
+    table: ReferenceTable, problems: EncodedProblems, origin: dict, path: Path
+) -> ReferenceTable:
+    """The table of ``problems``, in their order; the one on disk may hold more of them.
+
+    Raises ValueError where the table was made otherwise, is unfinished or lacks a problem.
+    """
+    differing = [key for key in origin if table.made_by.get(key) != origin[key]]
+    if differing:
+        says = "; ".join(f"{k} {table.made_by.get(k)!r}, run {origin[k]!r}" for k in differing)
+        raise ValueError(
+            f"reference table {path} does not fit this run ({says}); make one for this run with "
+            "scripts/reference_stats.py"
+        )
+    total = int(table.made_by["samples"]) * len(table.uids)
+    if table.position < total:
+        raise ValueError(
+            f"reference table {path} is unfinished ({table.position} of {total} rollouts); run "
+            "scripts/reference_stats.py again to finish it"
+        )
+    hashes = prompt_hashes(problems)
+    rows = {
+        (int(u), int(h)): i
+        for i, (u, h) in enumerate(zip(table.uids, table.prompt_hashes, strict=True))
+    }
+    keys = [(p.uid, int(h)) for p, h in zip(problems.problems, hashes, strict=True)]
+    missing = sum(key not in rows for key in keys)
+    if missing:
+        raise ValueError(
+            f"reference table {path} lacks {missing} of the run's {len(keys)} problems (or has "
+            "them with other prompts); make one for this run with scripts/reference_stats.py"
+        )
+    index = np.array([rows[key] for key in keys])
+    return replace(
+        table,
+        successes=table.successes[index],
+        trials=table.trials[index],
+        uids=table.uids[index],
+        prompt_hashes=table.prompt_hashes[index],
+        features=table.features[index],
+    )
+
+
+def build(
+    params: PyTree,
+    setup: RolloutSetup,
+    problems: EncodedProblems,
+    *,
+    samples: int,
+    features: int = 0,
+    sampling: SamplingSection,
+    origin: dict,
+    path: Path,
+    report: Callable[[str], None] = lambda text: None,
+) -> ReferenceTable:
+    """Make the table at ``path``, or finish the one begun there; features are made first.
+
+    Rollout u of the plan is sample u // M of problem u mod M; the file holds how many are done, so
+    a killed run goes on where the last save (every 10 s) left it, and counts nothing twice.
+    """
+    size = len(problems.problems)
+    origin = {**origin, "samples": samples, "features": features, "seed": setup.seed}
+    table = ReferenceTable(
+        successes=np.zeros(size, np.int32),
+        trials=np.zeros(size, np.int32),
+        uids=np.array([p.uid for p in problems.problems], np.int64),
+        prompt_hashes=prompt_hashes(problems),
+        features=np.zeros((size, 0), np.float32),
+        made_by=origin,
+        position=0,
+    )
+    if path.exists():
+        table = resumed(load(path), table, path)
+    if table.features.shape[1] < features:
+        made_features = prompt_features(
+            params, setup.model_config, problems, mesh=setup.mesh, size=features
+        )
+        table = replace(table, features=made_features)
+        save(table, path)
+        report(f"reference table: {features} features of {size} problems")
+    saved = time.monotonic()
+    while table.position < size * samples:
+        units = np.arange(
+            table.position, min(table.position + ROWS_PER_SLOT * setup.rows_at_once, size * samples)
+        )
+        table = with_rollouts(params, setup, problems, table, sampling=sampling, units=units)
+        done = table.position == size * samples
+        if done or time.monotonic() - saved > SAVE_EVERY_S:
+            save(table, path)
+            saved = time.monotonic()
+            report(f"reference table: {table.position} of {size * samples} rollouts")
+    return table
+
+
+def resumed(begun: ReferenceTable, empty: ReferenceTable, path: Path) -> ReferenceTable:
+    """The table begun on disk, if it is the same plan; ValueError otherwise."""
+    same = (
+        begun.made_by == empty.made_by
+        and np.array_equal(begun.uids, empty.uids)
+        and np.array_equal(begun.prompt_hashes, empty.prompt_hashes)
+    )
+    if not same:
+        raise ValueError(
+            f"{path} holds a reference table of another model, sampling setting or problem set; "
+            "give another path or remove the file"
+        )
+    return begun
+
+
+def with_rollouts(
+    params: PyTree,
+    setup: RolloutSetup,
+    problems: EncodedProblems,
+    table: ReferenceTable,
+    *,
+    sampling: SamplingSection,
+    units: np.ndarray,
+) -> ReferenceTable:
+    """The table after the rollouts ``units`` of the plan."""
+    size = len(problems.problems)
+    ids = (units % size).astype(np.int32)
+    graded = roll_out(
+        params,
+        setup,
+        problems,
+        ids=ids,
+        samples=(units // size).astype(np.int32),
+        sampling=sampling,
+        stream="reference",
+        step=0,
+    )
+    successes, trials = table.successes.copy(), table.trials.copy()
+    np.add.at(successes, ids, (graded.rewards > 0.5).astype(np.int32))
+    np.add.at(trials, ids, graded.valid.astype(np.int32))
+    return replace(table, successes=successes, trials=trials, position=int(units[-1]) + 1)

@@ -1,0 +1,193 @@
+"""Everything that a run holds fixed, built from its config: mesh, model, data, verifier."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from basis_jax import estimators
+from basis_jax.config import Config, EstimatorSection
+from basis_jax.data.encoding import EncodedProblems, encode_prompts
+from basis_jax.data.order import batch_indices
+from basis_jax.data.overlap import OVERLAP, overlapping
+from basis_jax.data.sources import load_held_out, load_training
+from basis_jax.opening.checks import check, check_features, check_memory
+from basis_jax.opening.rollout_setup import locate_model, open_setup
+from basis_jax.sampling.rollouts import RolloutSetup
+from basis_jax.training.reference_table import ReferenceTable, build, load, rows_for, table_origin
+from basis_jax.weights import huggingface
+
+
+@dataclass(frozen=True)
+class Session:
+    config: Config
+    folder: Path  # of the model
+    setup: RolloutSetup
+    estimator: estimators.Estimator
+    train_set: EncodedProblems
+    held_out: dict[str, EncodedProblems]
+
+
+@contextmanager
+def open_session(
+    config: Config, report: Callable[[str], None] = print, *, training: bool = False
+) -> Iterator[Session]:
+    """Yield the Session; its verifier's processes end with the block.
+
+    Cheap checks come first: everything wrong with the config is said before weights are read.
+    ``training``: memory for updates is needed too.
+    """
+    estimator = make_estimator(config.estimator, config.sampling.group_size)
+    folder, model_config, mesh = locate_model(config)
+    check(config, model_config, mesh)
+    tokenizer = huggingface.load_tokenizer(folder)
+    train_set, held_out = load_sets(config, tokenizer, report)
+    size = len(train_set.problems)
+    batch_indices(config.seed, 0, batch_size=config.train.prompts_per_step, size=size)  # fits?
+    check_memory(
+        config,
+        model_config,
+        mesh,
+        prompt_width=train_set.tokens.shape[1],
+        rows=config.train.prompts_per_step * config.sampling.group_size,
+        training=training,
+    )
+    if config.estimator.features:
+        check_features(config.estimator.features, size, model_config.embed)
+    with open_setup(config, folder, model_config, mesh, tokenizer) as setup:
+        yield Session(config, folder, setup, estimator, train_set, held_out)
+
+
+def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Estimator:
+    """The config's estimator. Raises ValueError for what it cannot start from."""
+    declared = estimators.definition(section.name)
+    by_run = {"group_size": "sampling.group_size", "features": "estimator.features"}
+    for option in by_run.keys() & section.options.keys() & set(declared.provided):
+        raise ValueError(f"estimator.options has {option!r}; give it as {by_run[option]} instead")
+    if "group_size" in declared.needs and group_size < 2:
+        raise ValueError(
+            f"{section.name} compares the rollouts of a prompt but sampling.group_size is "
+            f"{group_size}; give 2 or more"
+        )
+    group = {"group_size": group_size} if "group_size" in declared.provided else {}
+    estimator = estimators.make(declared, **section.options, **group)
+    if section.features and "features" not in declared.provided:
+        raise ValueError(
+            f"estimator.features is {section.features} but {section.name} takes no features; set "
+            "it to 0 or use value_filter"
+        )
+    if "features" in declared.needs and not section.features:
+        raise ValueError(
+            f"{section.name} needs prompt features but estimator.features is 0; give their number"
+        )
+    if min(section.features, section.table_samples) < 0:
+        raise ValueError(
+            f"estimator.table_samples is {section.table_samples} and estimator.features "
+            f"{section.features}; give 0 or more"
+        )
+    if estimator.needs_table and not (section.table or section.table_samples):
+        raise ValueError(
+            f"{section.name} needs a reference table but estimator.table_samples is 0 and "
+            "estimator.table empty; give one of them"
+        )
+    return estimator
+
+
+def load_sets(
+    config: Config, tokenizer: Any, report: Callable[[str], None]
+) -> tuple[EncodedProblems, dict[str, EncodedProblems]]:
+    """Training problems and the held-out sets by name, as tokens; what was left out is reported."""
+
+    def encode(name, problems, size):
+        encoded = encode_prompts(problems, config.data, tokenizer, size=size)
+        report(f"{name} problems: {', '.join(f'{v} {k}' for k, v in encoded.counts.items() if v)}")
+        return encoded
+
+    train_set = encode("training", load_training(config.data), config.data.size)
+    held_out = {}
+    for name in config.eval.sets:
+        problems = load_held_out(name, config.eval.folder)
+        held_out[name] = encode(f"held-out {name}", problems, config.eval.size)
+    report_overlap(train_set, held_out, report)
+    return train_set, held_out
+
+
+def report_overlap(
+    train_set: EncodedProblems,
+    held_out: dict[str, EncodedProblems],
+    report: Callable[[str], None],
+) -> None:
+    """Warn of every held-out set that shares problems or texts with the training problems."""
+    training_uids = {p.uid for p in train_set.problems}
+    held_out_problems = [p for problems in held_out.values() for p in problems.problems]
+    words = {p: shared for p, _, shared in overlapping(held_out_problems, train_set.problems)}
+    for name, problems in held_out.items():
+        same = sum(p.uid in training_uids for p in problems.problems)
+        if same:
+            report(f"warning: {same} held-out problems of {name} are also training problems")
+        alike = [p for p in problems.problems if p in words]
+        if alike:
+            report(
+                f"warning: {len(alike)} of {len(problems.problems)} held-out problems of "
+                f"{name} share {OVERLAP} words in a row, or all of a shorter text, with a training "
+                f"problem, such as {words[alike[0]]!r}"
+            )
+
+
+def reference_table(
+    session: Session, params: PyTree, path: Path, report: Callable[[str], None] = print
+) -> ReferenceTable:
+    """The training problems' table: read from ``estimator.table``, or made or finished at ``path``.
+
+    Call under ``jax.set_mesh``. Raises ValueError where the table on disk does not fit the run.
+    """
+    section = session.config.estimator
+    origin = table_origin(
+        session.setup,
+        model_fingerprint=huggingface.fingerprint(session.folder),
+        sampling=session.config.sampling,
+        verifier=session.config.data.verifier,
+    )
+    if section.table:
+        table_path = Path(section.table)
+        if section.features:
+            origin["features"] = section.features
+        return rows_for(load(table_path), session.train_set, origin, table_path)
+    return build(
+        params,
+        session.setup,
+        session.train_set,
+        samples=section.table_samples,
+        features=section.features,
+        sampling=session.config.sampling,
+        origin=origin,
+        path=path,
+        report=report,
+    )
+
+
+def estimator_state_shapes(session: Session) -> PyTree:
+    """The shapes of the estimator's state, without a reference table or any array."""
+    size, features = len(session.train_set.problems), session.config.estimator.features
+    counts = jax.ShapeDtypeStruct((size,), np.int32)
+    options = {"features": jax.ShapeDtypeStruct((size, features), np.float32)} if features else {}
+    return jax.eval_shape(session.estimator.init, counts, counts, **options)
+
+
+def first_estimator_state(
+    session: Session, params: PyTree, path: Path, report: Callable[[str], None] = print
+) -> PyTree:
+    """The estimator's state before the first step, from the reference table where it takes one."""
+    section = session.config.estimator
+    uses_table = section.table or section.table_samples or section.features
+    if not (uses_table and session.estimator.takes_table):
+        zeros = np.zeros(len(session.train_set.problems), np.int32)
+        return session.estimator.init(zeros, zeros)
+    table = reference_table(session, params, path, report)
+    features = {"features": table.features} if section.features else {}
+    return session.estimator.init(table.successes, table.trials, **features)

@@ -1,0 +1,317 @@
+"""The training step: state, the jitted update, metrics. ``scripts/train.py`` is the story."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from basis_jax.config import LossSection, OptimSection
+from basis_jax.estimators import Estimator
+from basis_jax.losses import kl_loss, policy_loss, sampler_weights
+from basis_jax.masked import masked_max, masked_sum
+from basis_jax.model import decoder
+from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.logprobs import token_logprobs
+from basis_jax.model.sharding import constrain, named_tree
+from basis_jax.sampling.rollouts import Graded
+from basis_jax.types import Batch, Estimate, Signals, TrainState
+
+
+def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW under a warm-up and a schedule over ``updates`` updates."""
+    decay = max(1, updates - section.warmup_steps)
+    main_schedule = {
+        "constant": optax.constant_schedule(section.lr),
+        "linear": optax.linear_schedule(section.lr, 0.0, decay),
+        "cosine": optax.cosine_decay_schedule(section.lr, decay),
+    }[section.schedule]
+    share = section.lr / (section.warmup_steps + 1)  # the first update learns too
+    warmup = optax.linear_schedule(share, section.lr, max(1, section.warmup_steps))
+    schedule = optax.join_schedules([warmup, main_schedule], [section.warmup_steps])
+    adamw = optax.adamw(
+        schedule, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay
+    )
+    if section.max_grad_norm > 0:
+        return optax.chain(optax.clip_by_global_norm(section.max_grad_norm), adamw)
+    return adamw
+
+
+def make_state(
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    estimator_state: PyTree,
+    *,
+    model_config: ModelConfig,
+    mesh: Mesh,
+) -> TrainState:
+    """The state before the first step, laid out as ``abstract_state``."""
+    like = abstract_state(optimizer, estimator_state, model_config=model_config, mesh=mesh)
+
+    def layout(tree):
+        return jax.tree.map(lambda x: x.sharding, tree)
+
+    return TrainState(
+        step=jax.device_put(jnp.int32(0), like.step.sharding),
+        params=params,
+        opt_state=jax.jit(optimizer.init, out_shardings=layout(like.opt_state))(params),
+        estimator_state=jax.device_put(estimator_state, layout(like.estimator_state)),
+    )
+
+
+def abstract_state(
+    optimizer: optax.GradientTransformation,
+    estimator_state: PyTree,
+    *,
+    model_config: ModelConfig,
+    mesh: Mesh,
+) -> TrainState:
+    """Shapes and layout of the state without any array: what a checkpoint is restored into.
+
+    Optimizer moments lie where their parameters lie, the estimator's state on every device.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def first(params, estimator_state):
+        opt_state = optimizer.init(params)
+        return TrainState(
+            step=jnp.int32(0), params=params, opt_state=opt_state, estimator_state=estimator_state
+        )
+
+    shapes = jax.eval_shape(first, decoder.param_shapes(model_config), estimator_state)
+    of_params = named_tree(mesh, decoder.param_axes(model_config))
+    of_moments = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        shapes.opt_state,
+        of_params,
+        transform_non_params=lambda _: everywhere,
+    )
+    of_estimator = jax.tree.map(lambda _: everywhere, estimator_state)
+    layout = jax.tree.leaves((everywhere, of_params, of_moments, of_estimator))
+    leaves = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        for x, sharding in zip(jax.tree.leaves(shapes), layout, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def make_estimate(estimator: Estimator) -> Callable[..., tuple[PyTree, Estimate]]:
+    """The estimator's jitted step over the whole batch, before any split."""
+    update = jax.jit(estimator.update)
+
+    def estimate(state: PyTree, graded: Graded) -> tuple[PyTree, Estimate]:
+        signals = Signals(
+            rewards=jnp.asarray(graded.rewards),
+            valid=jnp.asarray(graded.valid),
+            problem_ids=jnp.asarray(graded.rollouts.problem_ids),
+            lengths=jnp.asarray(graded.rollouts.completion_lengths),
+        )
+        return update(state, signals)
+
+    return estimate
+
+
+def finish_step(state: TrainState, estimator_state: PyTree) -> TrainState:
+    """The state after all updates of a step."""
+    return replace(state, step=state.step + 1, estimator_state=estimator_state)
+
+
+def merge_updates(outcomes: list[dict[str, Float[Array, ""]]]) -> dict[str, float]:
+    """Metrics of a step's updates: the mean, and the maximum where the name says so.
+
+    Raises ValueError where a gradient or an update is not finite: the parameters are then spoilt.
+    """
+    outcomes = jax.device_get(outcomes)
+    norms = ("policy/grad_norm", "policy/update_norm")
+    if not all(np.isfinite(o[name]) for o in outcomes for name in norms):
+        raise ValueError(
+            "the update of this step is not finite and none of it is saved; the same command "
+            "would come to it again: give another --run-dir and a lower optim.lr, or float32"
+        )
+    merged = {}
+    for name in outcomes[0] if outcomes else ():
+        values = [o[name] for o in outcomes]
+        merged[name] = float(np.max(values) if name.endswith("_max") else np.mean(values))
+    return merged
+
+
+def make_score(
+    model_config: ModelConfig, *, loss: LossSection, temperature: float, microbatch: int
+) -> Callable[[PyTree, Array, Array], Array]:
+    """jitted (params, tokens [N T], mask [N T]) -> log-probabilities [N T] of the trainer's policy
+    where mask, 0 elsewhere, for one microbatch."""
+    score_micro = functools.partial(
+        micro_logprobs, loss=loss, temperature=temperature, microbatch=microbatch
+    )
+
+    @jax.jit
+    def score(params, tokens, mask):
+        return score_micro(params, model_config, tokens, mask)[0]
+
+    return score
+
+
+def micro_logprobs(
+    params: PyTree,
+    model_config: ModelConfig,
+    tokens: Int[Array, "N T"],
+    mask: Bool[Array, "N T"],
+    *,
+    loss: LossSection,
+    temperature: float,
+    microbatch: int,
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+    """``token_logprobs`` in chunks of microbatch x logprob_chunk tokens, of fewer positions where a
+    microbatch has more rows."""
+    chunk = max(1, loss.logprob_chunk * microbatch // tokens.shape[0])
+    return token_logprobs(
+        params, model_config, tokens, mask=mask, temperature=temperature, chunk=chunk
+    )
+
+
+def policy_objective(
+    params: PyTree,
+    batch: Batch,
+    *,
+    model_config: ModelConfig,
+    loss: LossSection,
+    temperature: float,
+    microbatch: int,
+) -> tuple[Float[Array, ""], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]:
+    """The microbatch's share of the loss; its sums over tokens, and its largest log-prob gap."""
+    mask = jnp.asarray(batch.completion_mask)
+    logprobs, entropy = micro_logprobs(
+        params,
+        model_config,
+        jnp.asarray(batch.tokens),
+        mask,
+        loss=loss,
+        temperature=temperature,
+        microbatch=microbatch,
+    )
+    value, clipped = policy_loss(
+        logprobs,
+        batch,
+        loss.objective,
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        dual_clip=loss.dual_clip,
+        tis_cap=loss.tis_cap,
+    )
+    old = logprobs if batch.old_logprobs is None else jnp.asarray(batch.old_logprobs)
+    gap = jnp.abs(old - batch.sampler_logprobs)
+    sums = {
+        "tokens": jnp.sum(mask).astype(jnp.float32),
+        "policy/loss": value,
+        "policy/clip_fraction": jnp.sum(clipped).astype(jnp.float32),
+        "policy/entropy": masked_sum(entropy, mask),
+        "policy/kl_old": masked_sum(old - logprobs, mask),
+        "sampler/logprob_gap_mean": masked_sum(gap, mask),
+    }
+    if loss.tis_cap:
+        weights = sampler_weights(logprobs, batch, cap=loss.tis_cap)
+        capped = mask & (weights >= loss.tis_cap)
+        sums["sampler/weight_mean"] = masked_sum(weights, mask)
+        sums["sampler/weight_capped"] = jnp.sum(capped).astype(jnp.float32)
+    if loss.kl_coef:
+        penalty, kl = kl_loss(logprobs, batch, loss.kl)
+        value += loss.kl_coef * penalty
+        sums |= {"policy/loss": value, "policy/kl_ref": jnp.sum(kl)}
+    return value, jax.lax.stop_gradient((sums, masked_max(gap, mask)))
+
+
+def make_update(
+    model_config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    loss: LossSection,
+    temperature: float,
+    microbatch: int,
+) -> Callable[[TrainState, list[Batch]], tuple[TrainState, dict[str, Array]]]:
+    """(state, microbatches) -> state, metrics: gradients added up, then one optimizer update.
+
+    The microbatches' ``loss_weights`` hold the global denominators, so the summed gradients are the
+    gradient of the whole update whatever the split. Each shape of microbatch is a program; the
+    sum stays in one donated buffer, laid out as the parameters, and nothing comes back to the host
+    until the metrics are read. Parameters and moments are donated; ``step`` and the estimator's
+    state pass through.
+    """
+    objective = functools.partial(
+        policy_objective,
+        model_config=model_config,
+        loss=loss,
+        temperature=temperature,
+        microbatch=microbatch,
+    )
+    axes = decoder.param_axes(model_config)
+
+    @jax.jit
+    def gradient(params, micro):
+        gradients, aux = jax.grad(objective, has_aux=True)(params, micro)
+        return jax.tree.map(constrain, gradients, axes), aux
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(total, new):
+        (gradients, (sums, gap)), (more, (more_sums, more_gap)) = total, new
+        gradients, sums = jax.tree.map(jnp.add, (gradients, sums), (more, more_sums))
+        return gradients, (sums, jnp.maximum(gap, more_gap))
+
+    apply = jax.jit(functools.partial(apply_gradients, optimizer), donate_argnums=(0, 1))
+
+    def update(state: TrainState, micros: list[Batch]) -> tuple[TrainState, dict[str, Array]]:
+        total = functools.reduce(add, (gradient(state.params, micro) for micro in micros))
+        params, opt_state, metrics = apply(state.params, state.opt_state, total)
+        return replace(state, params=params, opt_state=opt_state), metrics
+
+    return update
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, params: PyTree, opt_state: PyTree, total: PyTree
+) -> tuple[PyTree, PyTree, dict[str, Float[Array, ""]]]:
+    """Parameters and moments after one step of the optimizer; the update's metrics per token."""
+    gradients, (sums, gap) = total
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes its counts with floats
+        changes, opt_state = optimizer.update(gradients, opt_state, params)
+    tokens = jnp.maximum(sums["tokens"], 1.0)
+    metrics = {k: v if k == "policy/loss" else v / tokens for k, v in sums.items()}
+    del metrics["tokens"]
+    metrics["sampler/logprob_gap_max"] = gap
+    metrics["policy/grad_norm"] = optax.tree.norm(gradients)
+    metrics["policy/update_norm"] = optax.tree.norm(changes)
+    return optax.apply_updates(params, changes), opt_state, metrics
+
+
+def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
+    """What a step tells about rewards, lengths and the value estimates.
+
+    ``estimate/value_error`` is the mean of (reward - value)^2 over valid rows: the values' own
+    squared error plus the rewards' noise E[V (1 - V)], so only differences between runs count.
+    """
+    valid, lengths = graded.valid, graded.rollouts.completion_lengths
+    rewards = graded.rewards[valid]
+    advantages = np.abs(np.asarray(estimate.advantages))[valid]
+    errors = (graded.rewards - np.asarray(estimate.values))[valid] ** 2
+    metrics = {
+        "reward/mean": rewards.mean() if rewards.size else 0.0,
+        "reward/accuracy": (rewards > 0.5).mean() if rewards.size else 0.0,
+        "reward/variance": rewards.var() if rewards.size else 0.0,
+        "reward/invalid": 1.0 - valid.mean(),
+        "estimate/value_error": errors.mean() if rewards.size else 0.0,
+        "estimate/advantage_abs": advantages.mean() if advantages.size else 0.0,
+        "completion/length_mean": lengths.mean(),
+        "completion/truncated": 1.0 - graded.rollouts.terminated.mean(),
+        "time/sample_s": graded.sample_seconds,
+        "time/verify_s": graded.verify_seconds,
+        "throughput/sample_tokens_per_s": graded.tokens / graded.sample_seconds,
+    }
+    for name, value in estimate.info.items():
+        if np.ndim(value) == 0:
+            metrics[f"estimate/{name}"] = value
+    return {name: float(value) for name, value in metrics.items()}

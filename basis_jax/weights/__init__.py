@@ -1,0 +1,1 @@
+"""Weights from files and into files: Hugging Face folders, GGUF, checkpoints of a run."""

@@ -1,0 +1,108 @@
+"""Trained parameters out of a run's checkpoint, for evaluation and export.
+
+Only they are read, not the optimizer's moments, and nothing is written: a run that is saving in
+the same folder is not disturbed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from basis_jax.model import decoder
+from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.sharding import named_tree
+from basis_jax.weights.layout import list_names
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The folder of one checkpoint: ``path`` itself, or the newest of the run ``path``.
+
+    Raises ValueError where there is none.
+    """
+    path = Path(path)
+    if (path / "state").is_dir():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    if not steps:
+        raise ValueError(
+            f"{path} holds no checkpoint; give the folder of a run or RUN/checkpoints/STEP"
+        )
+    return max(steps, key=lambda step: int(step.name))
+
+
+def saved_config(checkpoint: Path) -> dict:
+    """The fields of the config that made the checkpoint, by section."""
+    with _reading(checkpoint):
+        return dict(ocp.JsonCheckpointHandler().restore((checkpoint / "config").absolute()))
+
+
+def model_path(checkpoint: Path) -> str:
+    """``model.path`` of the config that made the checkpoint."""
+    return saved_config(checkpoint)["model"]["path"]
+
+
+def load_checkpoint_params(
+    checkpoint: Path, model_config: ModelConfig, mesh: Mesh | None = None
+) -> PyTree:
+    """float32 parameters of a checkpoint, laid out over the mesh; without one, NumPy arrays.
+
+    Raises ValueError where it cannot be read or its parameters are not those of ``model_config``.
+    """
+    folder = (checkpoint / "state").absolute()
+    handler = ocp.PyTreeCheckpointHandler()
+    with _reading(checkpoint):
+        stored = {}
+        for name, leaf in handler.metadata(folder).tree.items():  # "01.params['embedding']"
+            _, is_param, path = name.partition(".params")
+            if is_param:
+                stored[path] = (name, tuple(leaf.shape))
+    shapes = decoder.param_shapes(model_config)
+    expected = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(shapes)}
+    _check_same_model(checkpoint, {k: v for k, (_, v) in stored.items()}, expected)
+    names = [stored[path][0] for path in expected]
+    if mesh is None:
+        restore_args = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(names)
+    else:
+        axes = jax.tree.leaves(named_tree(mesh, decoder.param_axes(model_config)))
+        restore_args = [ocp.ArrayRestoreArgs(sharding=s, dtype=jnp.float32) for s in axes]
+    item = dict(zip(names, expected.values(), strict=True))
+    args = ocp.args.PyTreeRestore(
+        item=item, restore_args=dict(zip(names, restore_args, strict=True)), partial_restore=True
+    )
+    with _reading(checkpoint):
+        restored = handler.restore(folder, args=args)
+    return jax.tree.unflatten(jax.tree.structure(shapes), [restored[name] for name in names])
+
+
+def _check_same_model(checkpoint: Path, stored: dict, expected: dict) -> None:
+    expected_shapes = {path: leaf.shape for path, leaf in expected.items()}
+    differing = [
+        f"{path} {stored.get(path, 'absent')} there and {expected_shapes.get(path, 'absent')} here"
+        for path in stored.keys() | expected_shapes.keys()
+        if stored.get(path) != expected_shapes.get(path)
+    ]
+    if differing:
+        raise ValueError(
+            f"checkpoint {checkpoint} is of another model: {list_names(differing)}; give the model "
+            "folder that its training began from"
+        )
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{checkpoint} cannot be read as a checkpoint ({reason}); give another, or the folder "
+            "of a run"
+        ) from error

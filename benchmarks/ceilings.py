@@ -1,0 +1,36 @@
+"""What this machine can do at most, measured: the ceilings that benchmarks take shares of."""
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+
+def quickest(function: Callable[..., Array], *args: Array, repeats: int = 7) -> float:
+    """Seconds of the quickest of some calls, compilation apart."""
+    jax.block_until_ready(function(*args))
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def flops_per_s(dtype: str, size: int = 2048) -> float:
+    """2 n^3 over the time of a product of two n x n matrices."""
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)
+    return 2 * size**3 / quickest(jax.jit(jnp.matmul), a, a)
+
+
+def bytes_per_s(size: int = 2**28) -> float:
+    """Reading ``size`` bytes of float32 once: a product with a vector."""
+    matrix = jnp.ones((size // 4 // 4096, 4096), jnp.float32)
+    return size / quickest(jax.jit(jnp.dot), matrix, jnp.ones(4096, jnp.float32))
+
+
+def measured(dtype: str) -> dict[str, float]:
+    return {"flops_per_s": flops_per_s(dtype), "bytes_per_s": bytes_per_s()}

@@ -1,0 +1,140 @@
+"""``basis-jax COMMAND`` and ``scripts/COMMAND.py``: the same functions, and what they say."""
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from basis_jax import command_line, commands
+from basis_jax.commands import generate
+from basis_jax.config import Config, DataSection, EvalSection, ModelSection, OptimSection
+from basis_jax.model.sharding import make_mesh
+from basis_jax.runs import checkpoint
+from basis_jax.training.update import make_optimizer, make_state
+from basis_jax.weights import huggingface
+
+ROOT = Path(__file__).parent.parent
+NAMES = list(commands.COMMANDS)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["basis-jax", *map(str, arguments)])
+    commands.main()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_without_a_command_it_says_what_there_is(monkeypatch, capsys, arguments):
+    run(monkeypatch, *arguments)
+    shown = capsys.readouterr().out
+    assert all(f"basis-jax {name} " in shown for name in NAMES)
+    assert all(path.stem in shown for path in (ROOT / "configs").glob("*.py"))
+
+
+def test_an_unknown_command_is_refused_with_a_near_one(monkeypatch):
+    with pytest.raises(SystemExit, match="error: unknown command trian; did you mean train?"):
+        run(monkeypatch, "trian")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_needs_nothing_else(monkeypatch, capsys, name):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, name, "--help")
+    assert not stopped.value.code
+    shown = capsys.readouterr().out
+    assert f"usage: basis-jax {name}" in shown and f"basis-jax {name} " in shown.split("usage")[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_arguments_a_command_says_what_it_needs(monkeypatch, capsys, name):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, name)
+    assert stopped.value.code
+    said = str(stopped.value.code) + capsys.readouterr().err
+    assert "--config" in said or "RUN" in said or "{run, gguf}" in said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_has_a_script_that_calls_it(name):
+    stem = name.replace("-", "_")
+    script = (ROOT / "scripts" / f"{stem}.py").read_text()
+    assert f"from basis_jax.commands import {stem}\n" in script
+    assert script.rstrip().endswith(f"command_line.run({stem}.main)")
+    assert callable(importlib.import_module(f"basis_jax.commands.{stem}").main)
+    assert {p.stem for p in (ROOT / "scripts").glob("*.py")} == {n.replace("-", "_") for n in NAMES}
+
+
+def test_a_packaged_config_has_a_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    by_name = command_line.load_config("quickstart")
+    assert by_name == command_line.load_config(ROOT / "configs" / "quickstart.py")
+    (tmp_path / "quickstart").write_text("def config():\n    return 3\n")
+    with pytest.raises(ValueError, match="returns a int"):  # a file of that name comes first
+        command_line.load_config("quickstart")
+
+
+def test_a_wheel_finds_its_configs_inside_the_package(monkeypatch, tmp_path):
+    (tmp_path / "basis_jax" / "configs").mkdir(parents=True)
+    (tmp_path / "basis_jax" / "configs" / "mine.py").write_text("")
+    monkeypatch.setattr(command_line, "__file__", str(tmp_path / "basis_jax" / "command_line.py"))
+    assert list(command_line.packaged_configs()) == ["mine"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_folder, tmp_path_factory):
+    """A run with one checkpoint, of a model that adds digits by chance."""
+    problems = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    problems.write_text('{"problem": "what is 2 + 3?", "answer": "5"}\n')
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    config = Config(
+        run_dir=str(run_dir),
+        model=ModelSection(path=str(tiny_folder)),
+        data=DataSection(path=str(problems), verifier="exact", max_prompt_tokens=4),
+        eval=EvalSection(sets=()),
+    )
+    model_config = huggingface.read_model_config(tiny_folder)
+    state = make_state(
+        huggingface.load_params(tiny_folder, model_config),
+        make_optimizer(OptimSection(), updates=1),
+        (),
+        model_config=model_config,
+        mesh=make_mesh(devices=jax.devices()[:1]),
+    )
+    with checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints:
+        checkpoint.save(checkpoints, state, dataclasses.asdict(config))
+    return run_dir
+
+
+def test_generate_shows_samples_their_log_probs_and_the_value(monkeypatch, capsys, run_folder):
+    seen = []
+    roll_out = generate.roll_out
+    monkeypatch.setattr(
+        generate, "roll_out", lambda *a, **k: seen.append(roll_out(*a, **k)) or seen[0]
+    )
+    run(monkeypatch, "generate", run_folder, " what is 2 + 3? ", "--samples", "3")
+    lines = capsys.readouterr().out.splitlines()
+    graded = seen[0]
+    assert lines[0].endswith(": what is 2 + 3?") and len(lines) == 5
+    logprobs = np.asarray(graded.rollouts.sampler_logprobs).sum(1)
+    for i, line in enumerate(lines[1:4]):
+        assert f"log-prob {logprobs[i]:.2f}, {graded.rollouts.completion_lengths[i]} tok" in line
+        assert ("right (" in line) == bool(graded.rewards[i])
+    assert lines[4] == f"right answer: 5; value: {int(graded.rewards.sum())} of 3 samples right"
+
+
+def test_generate_says_no_verdict_where_no_answer_is_known(monkeypatch, capsys, run_folder):
+    run(monkeypatch, "generate", run_folder, "what is 2 + 4?~", "--temperature", "0")
+    shown = capsys.readouterr().out
+    assert "warning: 1 tokens of the prompt are unknown" in shown
+    assert "value" not in shown and "right" not in shown and shown.count("log-prob") == 4
+
+
+def test_generate_refuses_a_prompt_or_a_number_that_makes_no_sense(monkeypatch, run_folder):
+    for arguments in (["x", "--samples", "0"], [" "]):
+        with pytest.raises(SystemExit, match="error: --samples is .* give 1 or more"):
+            run(monkeypatch, "generate", run_folder, *arguments)
+    with pytest.raises(SystemExit, match="error: .*holds no checkpoint"):
+        run(monkeypatch, "generate", run_folder / "checkpoints" / "state", "x")

@@ -1,0 +1,71 @@
+"""Files survive a kill: one writer, replaced in one step, a torn last line left out."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from basis_jax import files
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_second_process_is_refused_and_told_what_to_do(tmp_path):
+    hold = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from basis_jax import files
+file = open({str(tmp_path / ".lock")!r}, "w")
+files.lock(file, "here", "--out")
+print("held", flush=True)
+sys.stdin.read()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        with (tmp_path / ".lock").open("w") as file:
+            with pytest.raises(ValueError, match="another process is writing to .*give another --"):
+                files.lock(file, "here", "--out")
+    finally:
+        process.communicate("")
+    with (tmp_path / ".lock").open("w") as file:
+        files.lock(file, "here", "--out")  # the lock died with its process
+
+
+def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    files.replace_file(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.replace_file(path, b"new")
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    files.replace_file(path, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"] and path.read_text() == "new"
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"c', b'{"c": 3}'])
+def test_lines_end_with_a_newline_or_are_left_out(tmp_path, torn):
+    path = tmp_path / "lines.jsonl"
+    with path.open("ab") as file:
+        files.append_json_lines(file, [{"a": 1}, {"b": "\u2028\ud800"}])
+    path.write_bytes(path.read_bytes() + torn)
+    with path.open("rb") as file:
+        lines = list(files.whole_lines(file))
+    assert [line for line, _ in lines] == [b'{"a": 1}\n', b'{"b": "\\u2028\\ud800"}\n']
+    assert lines[-1][1] == path.stat().st_size - len(torn)
+
+
+def test_json_that_is_no_object_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    for content, sentence in [("[1]", "holds a JSON list"), ("{", "cannot be read as JSON")]:
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"config.json {sentence}"):
+            files.read_json(path)

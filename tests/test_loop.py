@@ -1,0 +1,67 @@
+"""``train`` is ``make_step`` called step after step, with records and checkpoints around it."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from whole_runs import small
+
+from basis_jax import command_line
+from basis_jax.runs.metrics import read_metrics
+from basis_jax.training.loop import first_state, make_step, state_shapes, train
+from basis_jax.training.session import open_session
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def config(tiny_folder, dapo_file, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("loop") / "run"
+    changes = {"train.steps": STEPS, "checkpoint.every": 5, "train.minibatch-rollouts": 4}
+    arguments = small(tiny_folder, dapo_file, run_dir, **changes)
+    return command_line.parse("", argv=["--config", "quickstart", *arguments])[0]
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    """What the callbacks of a whole run were given: (step, parameters, metrics)."""
+    seen = []
+
+    def remember(step, state, metrics):
+        seen.append((step, jax.device_get(state.params), dict(metrics)))
+
+    assert train(config, callbacks=[remember], report=lambda _: None) == Path(config.run_dir)
+    return seen
+
+
+def test_callbacks_see_every_step_with_the_metrics_that_were_logged(config, run):
+    logged = read_metrics(config.run_dir)
+    assert [step for step, _, _ in run] == [1, 2]
+    assert all(np.isfinite(metrics["policy/grad_norm"]) for _, _, metrics in run)
+    for step, _, metrics in run:
+        assert metrics.items() <= logged[step].items()
+
+
+def test_steps_taken_by_hand_give_the_same_policy(config, run, tmp_path):
+    with open_session(config, lambda _: None, training=True) as session:
+        with jax.set_mesh(session.setup.mesh):
+            step = make_step(session)
+            state = first_state(session, tmp_path, lambda _: None)
+            for number in range(STEPS):
+                state, metrics, graded, estimate = step(state, number)
+                assert int(state.step) == number + 1
+                same = (metrics["reward/mean"], metrics["policy/grad_norm"])
+                logged = run[number][2]
+                assert same == (logged["reward/mean"], logged["policy/grad_norm"])
+                assert graded.rewards.mean() == np.float32(metrics["reward/mean"])
+                assert estimate.advantages.shape == graded.rewards.shape
+            jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), run[-1][1])
+            shapes = state_shapes(session)
+    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, shapes)
+
+
+def test_a_finished_run_takes_no_further_step(config, run):
+    before = (Path(config.run_dir) / "metrics.jsonl").read_bytes()
+    train(config, callbacks=[lambda *_: pytest.fail("a step was taken")], report=lambda _: None)
+    assert (Path(config.run_dir) / "metrics.jsonl").read_bytes() == before
