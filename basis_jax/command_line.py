@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -78,7 +79,7 @@ def field_names(config: Any, prefix: str = "") -> list[str]:
 def check_names(arguments: Sequence[str], config: Config) -> None:
     """Raise a ValueError for the first ``--field`` that the config does not have."""
     known = field_names(config)
-    for argument in arguments:
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
         if not argument.startswith("--") or argument in ("--help", "-h"):
             continue
         name = argument[2:].split("=")[0].replace("-", "_")
@@ -88,6 +89,11 @@ def check_names(arguments: Sequence[str], config: Config) -> None:
                 f"--estimator.options {name.rpartition('.')[2]} VALUE"
             )
         if name not in known and name.removeprefix("no_") not in known:
+            if previous[2:].replace("-", "_") in known:
+                raise ValueError(
+                    f"{argument} is no config field; if it is the value of {previous}, write "
+                    f"{previous}={argument}"
+                )
             plain = name.replace("no_", "", 1)
             near = difflib.get_close_matches(plain, known, n=4, cutoff=0.4) or known[:4]
             raise ValueError(
@@ -119,6 +125,13 @@ def parse(
     default = load_config(known.config or "quickstart")
     check_names(rest, default)
     return tyro.cli(Config, default=default, args=rest, description=description), known
+
+
+def same_command() -> str:
+    """The command that started this process, to be typed again."""
+    program, *arguments = sys.argv
+    python = "" if program.startswith("basis-jax ") else "python "
+    return python + " ".join([program, *map(shlex.quote, arguments)])
 
 
 def run(main: Callable[[], None]) -> None:

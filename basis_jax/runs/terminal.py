@@ -37,7 +37,8 @@ class Terminal:
             self._live.start()
             self._show(max(0, done), "")
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def step(self, step: int, metrics: Mapping[str, float]) -> str:
+        """Show a step, and return what is shown."""
         now = time.monotonic()
         if step > 0:  # line 0 is the evaluation before the first step
             self._seconds.append(now - self._then)
@@ -46,11 +47,18 @@ class Terminal:
         parts += [
             f"{label} {form.format(metrics[key])}" for label, key, form in FIELDS if key in metrics
         ]
+        parts += [
+            f"{key.split('/')[1]} {value:.1%}"
+            for key, value in metrics.items()
+            if key.count("/") == 2 and key.startswith("eval/") and key.endswith("/accuracy")
+        ]
         if self._seconds and step < self._total:
             # the low median forgets the step that compiled as soon as there is another
             eta = median_low(self._seconds) * (self._total - step)
             parts.append(f"ETA {timedelta(seconds=round(eta))}")
-        self._show(step, "  ".join(parts))
+        line = "  ".join(parts)
+        self._show(step, line)
+        return line
 
     def _show(self, step: int, line: str) -> None:
         if self._live is None:

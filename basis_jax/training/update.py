@@ -23,8 +23,8 @@ from basis_jax.sampling.rollouts import Graded
 from basis_jax.types import Batch, Estimate, Signals, TrainState
 
 
-def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW under a warm-up and a schedule over ``updates`` updates."""
+def learning_rate(section: OptimSection, *, updates: int) -> optax.Schedule:
+    """Number of updates before -> learning rate: a warm-up, then a schedule over ``updates``."""
     decay = max(1, updates - section.warmup_steps)
     main_schedule = {
         "constant": optax.constant_schedule(section.lr),
@@ -33,7 +33,12 @@ def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTran
     }[section.schedule]
     share = section.lr / (section.warmup_steps + 1)  # the first update learns too
     warmup = optax.linear_schedule(share, section.lr, max(1, section.warmup_steps))
-    schedule = optax.join_schedules([warmup, main_schedule], [section.warmup_steps])
+    return optax.join_schedules([warmup, main_schedule], [section.warmup_steps])
+
+
+def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW under ``learning_rate``."""
+    schedule = learning_rate(section, updates=updates)
     adamw = optax.adamw(
         schedule, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay
     )
@@ -122,6 +127,12 @@ def finish_step(state: TrainState, estimator_state: PyTree) -> TrainState:
     return replace(state, step=state.step + 1, estimator_state=estimator_state)
 
 
+def newest_learning_rate(schedule: optax.Schedule, opt_state: PyTree) -> float:
+    """The learning rate of the newest update; of the first where there was none yet."""
+    counts = [int(count) for _, count in optax.tree.get_all_with_path(opt_state, "count")]
+    return float(schedule(max(0, counts[0] - 1)))
+
+
 def merge_updates(outcomes: list[dict[str, Float[Array, ""]]]) -> dict[str, float]:
     """Metrics of a step's updates: the mean, and the maximum where the name says so.
 
@@ -131,8 +142,10 @@ def merge_updates(outcomes: list[dict[str, Float[Array, ""]]]) -> dict[str, floa
     norms = ("policy/grad_norm", "policy/update_norm")
     if not all(np.isfinite(o[name]) for o in outcomes for name in norms):
         raise ValueError(
-            "the update of this step is not finite and none of it is saved; the same command "
-            "would come to it again: give another --run-dir and a lower optim.lr, or float32"
+            "the update of this step is not finite, and none of it is saved; likely causes, in "
+            "this order, are token ids beyond the model's vocabulary, NaN in the model's weights, "
+            "bfloat16 (set model.compute_dtype to float32) and too high an optim.lr; the same "
+            "command would come to this step again, so give another --run-dir too"
         )
     merged = {}
     for name in outcomes[0] if outcomes else ():

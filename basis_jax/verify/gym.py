@@ -37,6 +37,9 @@ class GymVerifier(Verifier):
         replies = dict(zip(different, self.pool.run(different), strict=True))
         return [verdict_of(*replies[pair]) for pair in pairs]
 
+    def stop(self) -> None:
+        self.pool.stop()
+
     def close(self) -> None:
         self.pool.close()
 

@@ -72,6 +72,9 @@ class MathVerifier(Verifier):
             self.remembered.clear()
         return [verdicts[pair] for pair in pairs]
 
+    def stop(self) -> None:
+        self.pool.stop()
+
     def close(self) -> None:
         self.pool.close()
 

@@ -18,12 +18,17 @@ from pathlib import Path
 
 START_SECONDS = 120
 START_ATTEMPTS = 3
+LOOK_EVERY_S = 0.5  # whether the run has been stopped
 PATIENCE = 10  # a job may take this many times its CPU time by the clock: others compute as well
 UNCLEAN = ("memory", "nonsense", "refused")
 """What may be due to jobs before; repeated by a fresh process unless it was one."""
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR")
 Reply = tuple[str, str]  # the kind of verdict ("right", "wrong", "timeout", ...); the reason
+
+
+class Stopped(Exception):
+    """Grading was given up, as the run that asked for it ends."""
 
 
 class Worker:
@@ -100,16 +105,18 @@ class Pool:
         self.size, self.seconds, self.memory_mb = workers, seconds, memory_mb
         self.workers: list[Worker] = []
         self.failed_starts, self.has_started, self.trouble = 0, False, ""
-        self.lock = threading.Lock()
+        self.lock, self.stopped = threading.Lock(), threading.Event()
 
     def run(self, pairs: Sequence[tuple[str, str]]) -> list[Reply]:
         """The reply to each pair. Raises RuntimeError where no worker could ever start; later a
-        pair without a process to grade it is a failure."""
+        pair without a process to grade it is a failure. Raises Stopped after ``stop``."""
         with self.lock:
             replies: dict[int, Reply] = {}
             waiting = deque(range(len(pairs)))
             try:
                 while len(replies) < len(pairs):
+                    if self.stopped.is_set():
+                        raise Stopped
                     self._feed(waiting, pairs)
                     for worker, spoke in self._heard():
                         self._take(worker, spoke, replies, waiting=waiting)
@@ -156,7 +163,7 @@ class Pool:
             for worker in active:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
             rest = min(w.deadline for w in active) - time.monotonic()
-            spoke = [key.data for key, _ in selector.select(max(rest, 0))]
+            spoke = [key.data for key, _ in selector.select(min(max(rest, 0), LOOK_EVERY_S))]
         now = time.monotonic()
         silent = [w for w in active if w not in spoke and w.deadline <= now]
         return [(w, True) for w in spoke] + [(w, False) for w in silent]
@@ -204,6 +211,10 @@ class Pool:
     def _drop(self, worker: Worker) -> None:
         worker.end()
         self.workers.remove(worker)
+
+    def stop(self) -> None:
+        """End a call of ``run`` in another thread, and all later ones, within a second."""
+        self.stopped.set()
 
     def close(self) -> None:
         """End the processes. The pool can be used again; they would start anew."""

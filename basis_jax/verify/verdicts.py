@@ -58,6 +58,9 @@ class Verifier:
         """A verdict for each completion; ``answers`` are the right ones. From any thread."""
         raise NotImplementedError
 
+    def stop(self) -> None:
+        """End a call of ``grade`` in another thread soon, by an exception."""
+
     def close(self) -> None:
         """End the processes."""
 
