@@ -7,10 +7,8 @@ files hold (bfloat16, float16 or float32).
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,30 +17,12 @@ from jaxtyping import PyTree
 
 from basis_jax.files import read_json
 from basis_jax.model import decoder
-from basis_jax.model.decoder import ModelConfig, RopeScaling
+from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import named
 from basis_jax.weights import layout
+from basis_jax.weights.config_json import describe, parse
 from basis_jax.weights.layout import DTYPES, list_names
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-SIZES = {  # config.json -> ModelConfig
-    "vocab_size": "vocab_size",
-    "hidden_size": "embed",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "intermediate_size": "mlp",
-    "max_position_embeddings": "max_positions",
-}
-SCALING = {  # config.json -> RopeScaling
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_max_positions",
-}
 CARRIED_FILES = (  # from the source folder into an export
     "tokenizer.json",
     "tokenizer_config.json",
@@ -86,75 +66,6 @@ def resolve_folder(path: str | Path) -> Path:
         ) from error
 
 
-def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """theta and scaling, from ``rope_parameters`` (transformers 5) or the top level (4)."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    partial = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
-    if kind not in ("default", "llama3") or partial != 1 or {dict} & {*map(type, rope.values())}:
-        raise ValueError(
-            f"rotary embedding {rope}, partial_rotary_factor {partial} is not supported; the types "
-            "default and llama3, the same in all layers and over whole heads, are"
-        )
-    if kind == "default":
-        return theta, None
-    absent = [name for name in SCALING if rope.get(name) is None]
-    if absent:
-        raise ValueError(f"rotary embedding of type llama3 needs {list_names(absent)}")
-    return theta, RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_positions=int(rope["original_max_position_embeddings"]),
-    )
-
-
-def _check_supported(raw: Mapping[str, Any]) -> None:
-    kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ValueError(f"model_type {kind!r} is not supported; {list_names(ARCHITECTURES)} are")
-    absent = [name for name in SIZES if not isinstance(raw.get(name), int)]
-    if absent:
-        raise ValueError(f"{list_names(absent)} must be given as whole numbers")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported; silu is")
-    if raw.get("quantization_config"):
-        raise ValueError("quantization_config is set; quantised weights are not supported")
-    kinds = raw.get("layer_types")
-    if kinds is None and raw.get("use_sliding_window") and raw.get("sliding_window"):
-        sliding = raw["num_hidden_layers"] - raw.get("max_window_layers", 28)
-        kinds = ["sliding_attention"] * sliding
-    others = {*(kinds or ())} - {"full_attention"}
-    if others:
-        raise ValueError(
-            f"layers with {list_names(others)} are not supported; full_attention is "
-            "(use_sliding_window false)"
-        )
-
-
-def _parse(raw: Mapping[str, Any]) -> ModelConfig:
-    """config.json's contents -> ModelConfig in float32, without remat."""
-    _check_supported(raw)
-    theta, scaling = _rope(raw)
-    kind, heads = raw["model_type"], raw["num_attention_heads"]
-    bias = kind != "qwen2" and bool(raw.get("attention_bias"))
-    return ModelConfig(
-        architecture=kind,
-        **{ours: raw[theirs] for theirs, ours in SIZES.items()},
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        tied=bool(raw.get("tie_word_embeddings")),
-        qkv_bias=bias or kind == "qwen2",
-        output_bias=bias,
-        mlp_bias=kind == "llama" and bool(raw.get("mlp_bias")),
-        qk_norm=kind == "qwen3",
-    )
-
-
 def read_model_config(
     folder: str | Path,
     *,
@@ -173,31 +84,9 @@ def read_model_config(
     raw = read_json(path)
     try:
         computed = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention}
-        return replace(_parse(raw), **computed)
+        return replace(parse(raw), **computed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def describe(model_config: ModelConfig) -> dict[str, Any]:
-    """config.json of a ModelConfig, in the form that transformers 4 and 5 both read."""
-    raw = {theirs: getattr(model_config, ours) for theirs, ours in SIZES.items()}
-    raw |= {
-        "architectures": [ARCHITECTURES[model_config.architecture]],
-        "model_type": model_config.architecture,
-        "num_key_value_heads": model_config.kv_heads,
-        "head_dim": model_config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": model_config.norm_eps,
-        "rope_theta": model_config.rope_theta,
-        "tie_word_embeddings": model_config.tied,
-        "attention_bias": model_config.output_bias,
-        "mlp_bias": model_config.mlp_bias,
-    }
-    if model_config.rope_scaling is not None:
-        scaling = asdict(model_config.rope_scaling)
-        raw["rope_scaling"] = {theirs: scaling[ours] for theirs, ours in SCALING.items()}
-        raw["rope_scaling"]["rope_type"] = "llama3"
-    return raw
 
 
 def load_params(folder: str | Path, model_config: ModelConfig, mesh: Mesh | None = None) -> PyTree:
@@ -252,7 +141,7 @@ def save_params(
         stored = {name: DTYPES.get(tensor.get_dtype()) for name, tensor in tensors.items()}
     else:
         raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype or "float32"
-    if _parse(raw) != replace(
+    if parse(raw) != replace(
         model_config, compute_dtype="float32", remat="none", attention="plain"
     ):
         raise ValueError(
