@@ -176,7 +176,8 @@ def test_decoding_one_token_at_a_time_rotates_as_the_full_pass_does():
 
 
 def test_described_scalings_are_read_back(tmp_path):
-    for scaling in (LinearScaling(3.0), parse(BASE | {"rope_scaling": QWEN_CARD}).rope_scaling):
+    yarn = parse(BASE | {"rope_scaling": QWEN_CARD | {"attention_factor": 1.7}}).rope_scaling
+    for scaling in (LinearScaling(3.0), yarn):
         model_config = dataclasses.replace(
             tiny.TINY, rope_scaling=scaling, max_positions=4 * 32768, rope_theta=1e6
         )

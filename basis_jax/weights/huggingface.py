@@ -6,6 +6,7 @@ files hold (bfloat16, float16 or float32).
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -41,14 +42,23 @@ CARRIED_FILES = (  # from the source folder into an export
 def resolve_folder(path: str | Path) -> Path:
     """The local folder of a model.
 
-    ``path`` is ``embedded:quickstart`` (in this package), a folder, or a hub id, which is
-    downloaded or found in the hub's cache. Raises ValueError where there is none.
+    ``path`` is ``embedded:quickstart`` (in this package), a folder, a model's folder in the hub's
+    cache (``models--owner--name``: its newest snapshot), or a hub id, which is downloaded or found
+    in that cache. Raises ValueError where there is none.
     """
     if path == "embedded:quickstart":
         return Path(__file__).parent / "quickstart_model"
     folder = Path(path).expanduser()
+    allowed = "give a folder, a hub id (owner/name) or embedded:quickstart with --model.path"
+    if not str(path).strip():
+        raise ValueError(f"the model's path is empty; {allowed}")
     if folder.is_dir():
-        return folder
+        return folder if (folder / "config.json").exists() else _in_cache(folder)
+    if folder.exists():
+        raise ValueError(
+            f"{path} is a file; give the folder that it stands in with --model.path (basis-jax "
+            "convert makes a folder out of a .gguf file)"
+        )
     if str(path).startswith((".", "~", "/")) or str(path).count("/") != 1:
         raise ValueError(
             f"{path} is no folder, no hub id (owner/name) and not embedded:quickstart; "
@@ -66,6 +76,27 @@ def resolve_folder(path: str | Path) -> Path:
         ) from error
 
 
+def _in_cache(folder: Path) -> Path:
+    """The snapshot in a folder of the hub's cache that ``main`` names, or its only one; any other
+    folder as it is. Raises ValueError for the cache itself and for several snapshots."""
+    models = list_names(p.name for p in folder.glob("models--*"))
+    if models:
+        raise ValueError(
+            f"{folder} is the hub's cache, which holds {models}; give one of these folders, or the "
+            "hub id (owner/name), with --model.path"
+        )
+    main, snapshots = folder / "refs" / "main", folder / "snapshots"
+    found = sorted(p for p in snapshots.iterdir() if p.is_dir()) if snapshots.is_dir() else []
+    if main.is_file() and (named := snapshots / main.read_text().strip()) in found:
+        return named
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} holds several snapshots, {list_names(p.name for p in found)}, and none is "
+            "main; give the folder of one with --model.path"
+        )
+    return found[0] if found else folder
+
+
 def read_model_config(
     folder: str | Path,
     *,
@@ -81,6 +112,7 @@ def read_model_config(
     if compute_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"compute_dtype is {compute_dtype!r}; float32 and bfloat16 are allowed")
     path = Path(folder) / "config.json"
+    _check_complete(Path(folder))
     raw = read_json(path)
     try:
         computed = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention}
@@ -89,11 +121,29 @@ def read_model_config(
         raise ValueError(f"{path}: {error}") from error
 
 
+def _check_complete(folder: Path) -> None:
+    """Raise ValueError for an adapter without its model, and a folder without config.json."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder} holds a LoRA adapter (adapter_config.json) for the model {base}, which is "
+            "not supported; merge it into that model (peft: merge_and_unload, save_pretrained) and "
+            "give the merged folder with --model.path"
+        )
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no config.json; give the folder of a Hugging Face model with "
+            "--model.path"
+        )
+
+
 def load_params(folder: str | Path, model_config: ModelConfig, mesh: Mesh | None = None) -> PyTree:
     """float32 parameters of a folder, laid out over the mesh; without one, on the first device.
 
     Every device's part is read from the files on its own: the host never holds the whole model.
-    Raises ValueError naming missing, unknown and misshapen tensors and damaged files.
+    Raises ValueError naming missing, unknown and misshapen tensors, damaged files, and tensors that
+    hold NaN or infinity.
     """
     tensors = layout.open_tensors(folder)
     layout.check_tensors(tensors, model_config, folder)
@@ -170,22 +220,49 @@ def load_tokenizer(folder: str | Path):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        words = tokenizer.get_vocab()
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
-        raise ValueError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the tokenizer of {folder} cannot be loaded: {reason}") from error
+    size = _vocabulary(folder)
+    beyond = sorted((i, word) for word, i in words.items() if i >= size)
+    if beyond:
+        raise ValueError(
+            f"the tokenizer of {folder} has {len(beyond)} tokens beyond the model's vocabulary of "
+            f"{size:.0f} (config.json), from {beyond[0][1]!r} with id {beyond[0][0]} on; give the "
+            "tokenizer of this model"
+        )
+    return tokenizer
+
+
+def _vocabulary(folder: str | Path) -> float:
+    """``vocab_size`` of config.json; infinity where it is not there."""
+    path = Path(folder) / "config.json"
+    size = read_json(path).get("vocab_size") if path.is_file() else None
+    return size if isinstance(size, int) else math.inf
 
 
 def eos_ids(folder: str | Path, tokenizer) -> tuple[int, ...]:
     """Every token that ends a completion, ascending.
 
     The union of eos_token_id in generation_config.json, in config.json and of the tokenizer.
-    Raises ValueError where there is none.
+    Raises ValueError where there is none, and for what is no token of the model.
     """
     found = {tokenizer.eos_token_id}
+    size = _vocabulary(folder)
     for path in (Path(folder) / name for name in ("generation_config.json", "config.json")):
-        if path.is_file():
-            ids = read_json(path).get("eos_token_id")
-            found |= set(ids) if isinstance(ids, list) else {ids}
+        if not path.is_file():
+            continue
+        ids = read_json(path).get("eos_token_id")
+        for i in ids if isinstance(ids, list) else [ids]:
+            whole = isinstance(i, int) and not isinstance(i, bool)
+            if i is not None and not (whole and 0 <= i < size):
+                raise ValueError(
+                    f"{path} has the eos_token_id {i!r}, which is no token of the model; write "
+                    f"whole numbers from 0, below its vocabulary of {size:.0f}"
+                )
+            found.add(i)
     found.discard(None)
     if not found:
         raise ValueError(
