@@ -1,8 +1,12 @@
 """Configs and overrides: every mistake is one sentence."""
 
 import dataclasses
+import fractions
 import importlib.util
+import json
 import re
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -66,6 +70,7 @@ def test_a_file_without_config_function_is_refused(tmp_path):
         ("def config(:\n", "SyntaxError"),
         ("def config():\n    return 3\n", "returns a int"),
         ("def config():\n    return missing\n", "NameError"),
+        ("def config():\n    return int('x')\n", "ValueError"),
     ]:
         (tmp_path / "empty.py").write_text(text)
         with pytest.raises(ValueError, match=words):
@@ -94,6 +99,65 @@ def test_our_errors_end_a_script_with_their_sentence_and_others_keep_their_trace
         command_line.run(unwritable)
     with pytest.raises(ValueError, match="invalid literal"):
         command_line.run(others)
+
+
+def library(error):
+    """Something that makes a library raise on what a user gave."""
+
+    def main():
+        if error == "json":
+            json.loads("{")
+        elif error == "template":
+            import jinja2
+
+            jinja2.Template("{{ a + 1 }}").render(a="x")
+        elif error == "long":
+            fractions.Fraction("x" * 5000)
+        elif error == "path":
+            sysconfig.get_path("no such\nplace")
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        ("json", r"Expecting property name .* \(JSONDecodeError in json; --debug shows"),
+        ("template", r"can only concatenate str .* \(TypeError in "),
+        ("path", r"'no such.*place' \(KeyError in sysconfig; --debug shows the traceback\)"),
+        ("long", r"Invalid literal for Fraction: 'xx.* \.\.\. \(ValueError in fractions; "),
+    ],
+)
+def test_what_a_library_raises_is_one_sentence_and_a_traceback_with_debug(
+    monkeypatch, error, sentence
+):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "x"])
+    with pytest.raises(SystemExit, match=f"^error: {sentence}") as raised:
+        command_line.run(library(error))
+    assert "\n" not in raised.value.code and len(raised.value.code) < 500
+    monkeypatch.setattr(sys, "argv", ["train.py", "--debug", "--config", "x"])
+    with pytest.raises(Exception) as raised:  # noqa: B017
+        command_line.run(library(error))
+    assert not isinstance(raised.value, SystemExit)
+    assert sys.argv == ["train.py", "--config", "x"], "the command does not see the flag"
+
+
+def test_debug_shows_the_traceback_of_our_own_errors_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--debug"])
+    with pytest.raises(ValueError, match="no config file"):
+        command_line.run(lambda: command_line.load_config(tmp_path / "none.py"))
+
+
+def test_a_bug_of_this_package_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(command_line, "packaged_configs", lambda: None)
+    with pytest.raises(TypeError):
+        command_line.run(lambda: command_line.find_config("no such config"))
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    with pytest.raises(SystemExit, match="error: .*tyro.*; install it, or the extra"):
+        command_line.run(lambda: parse())
 
 
 def test_every_config_field_is_read_somewhere():

@@ -4,12 +4,15 @@
 files hold (bfloat16, float16 or float32).
 """
 
+import collections
 import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +171,7 @@ def save_params(
     *,
     source: str | Path | None = None,
     dtype: str | None = None,
+    generation: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> Path:
@@ -175,9 +179,10 @@ def save_params(
 
     With ``source`` (the folder that training began from) its config.json, tokenizer and
     generation files are carried over, and ``dtype=None`` stores each tensor as it is stored there.
-    Without it, config.json is made from ``model_config`` and None means float32. For crashes and
+    Without it, config.json is made from ``model_config`` and None means float32. ``generation``
+    holds what generation_config.json says otherwise than that of the source. For crashes and
     ``overwrite`` see ``layout.write_folder``. Raises ValueError where config.json and
-    ``model_config`` disagree.
+    ``model_config`` disagree, and for parameters that hold NaN or infinity.
     """
     if dtype not in (None, *DTYPES.values()):
         raise ValueError(f"dtype is {dtype!r}; None, {list_names(DTYPES.values())} are allowed")
@@ -190,7 +195,8 @@ def save_params(
         tensors = layout.open_tensors(source)
         stored = {name: DTYPES.get(tensor.get_dtype()) for name, tensor in tensors.items()}
     else:
-        raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype or "float32"
+        names = [n for n in ("dtype", "torch_dtype") if n in raw] or ["torch_dtype"]
+        raw |= dict.fromkeys(names, dtype or "float32")
     if parse(raw) != replace(
         model_config, compute_dtype="float32", remat="none", attention="plain"
     ):
@@ -199,13 +205,33 @@ def save_params(
             "; give as source the folder that the parameters were loaded from"
         )
     files["config.json"] = json.dumps(raw, indent=2).encode()
+    if generation:
+        described = _generation(source, raw) | dict(generation)
+        files["generation_config.json"] = json.dumps(described, indent=2).encode()
     tensors = (
-        (name, value.astype(jnp.dtype(stored.get(name) or dtype or "float32"), copy=False))
+        (name, layout.rounded(value, stored.get(name) or dtype or "float32", name))
         for name, value in layout.stored_tensors(params, model_config)
     )
     return layout.write_folder(
         folder, tensors, files, max_shard_bytes=max_shard_bytes, overwrite=overwrite
     )
+
+
+def _generation(source: str | Path | None, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's generation_config.json, or what transformers makes of config.json."""
+    path = Path(source or "") / "generation_config.json"
+    if source is not None and path.is_file():
+        return read_json(path)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: raw[name] for name in names if raw.get(name) is not None}
+
+
+def stored_dtype(folder: str | Path) -> str:
+    """What most of a folder's numbers are stored in, such as "bfloat16"."""
+    counts: collections.Counter[str] = collections.Counter()
+    for tensor in layout.open_tensors(folder).values():
+        counts[DTYPES.get(tensor.get_dtype(), "float32")] += math.prod(tensor.get_shape())
+    return max(counts, key=lambda dtype: counts[dtype])
 
 
 def load_tokenizer(folder: str | Path):
@@ -236,7 +262,7 @@ def load_tokenizer(folder: str | Path):
     return tokenizer
 
 
-def _vocabulary(folder: str | Path) -> float:
+def _vocabulary(folder: str | Path) -> int | float:
     """``vocab_size`` of config.json; infinity where it is not there."""
     path = Path(folder) / "config.json"
     size = read_json(path).get("vocab_size") if path.is_file() else None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
@@ -147,7 +148,8 @@ def check_finite(value: np.ndarray, name: str) -> None:
         finite = np.isfinite(np.sum(value)) or np.isfinite(value).all()
     if not finite:
         raise ValueError(
-            f"{name} holds NaN or infinity; give the weights from before they became so"
+            f"{name} holds NaN or infinity; give weights of which every number is finite, such as "
+            "an earlier checkpoint"
         )
 
 
@@ -257,6 +259,17 @@ def stored_tensors(params: PyTree, model_config: ModelConfig) -> Iterator[tuple[
         layers = value if parameter.stacked else [value]
         for name, layer in zip(parameter.names, layers, strict=True):
             yield name, parameter.layout.to_stored(layer)
+
+
+def rounded(value: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """The values in another dtype. Raises ValueError for NaN and infinity, and for numbers that
+    float16 has no room for."""
+    check_finite(value, name)
+    with np.errstate(over="ignore"):
+        found = value.astype(jnp.dtype(dtype), copy=False)
+    if dtype == "float16" and not np.isfinite(found).all():
+        raise ValueError(f"{name} holds numbers beyond float16's 65504; store it as bfloat16")
+    return found
 
 
 def write_folder(
