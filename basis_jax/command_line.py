@@ -82,10 +82,11 @@ def check_names(arguments: Sequence[str], config: Config) -> None:
         if not argument.startswith("--") or argument in ("--help", "-h"):
             continue
         name = argument[2:].split("=")[0].replace("-", "_")
-        if name.startswith("estimator.options."):
+        section, _, option = name.rpartition(".")
+        if section in ("estimator.options", "data.chat_template_options"):
             raise ValueError(
-                f"{argument} is not how an estimator's option is given; write "
-                f"--estimator.options {name.rpartition('.')[2]} VALUE"
+                f"{argument} is not how such an option is given; write "
+                f"--{section.replace('_', '-')} {option} VALUE"
             )
         if name not in known and name.removeprefix("no_") not in known:
             plain = name.replace("no_", "", 1)
@@ -144,27 +145,32 @@ def run(main: Callable[[], None]) -> None:
 def one_sentence(error: Exception) -> str | None:
     """What the error says where a user can mend it; None where its traceback is needed."""
     package, library = origin(error)
+    text = " ".join(str(error).split())
     if isinstance(error, OSError) or (package == "ours" and isinstance(error, ValueError)):
-        return str(error)
+        return text
     if isinstance(error, ModuleNotFoundError) and package == "ours":
         return f"{error}; install it, or the extra of basis_jax that brings it (see README.md)"
     if package != "library":
         return None
-    text = " ".join(str(error).split())
     text = text if len(text) <= LONGEST else text[:LONGEST] + " ..."
     name = type(error).__name__
     return f"{text or name} ({name} in {library}; --debug shows the traceback)"
 
 
 def origin(error: Exception) -> tuple[str, str]:
-    """Whose code raised the error, "ours", "library" or "user", and the name of its package."""
+    """Whose code raised the error, "ours", "library" or "user", and the name of its package.
+
+    JAX takes its own frames out of tracebacks; its errors are known by their classes.
+    """
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     file = frame.f_code.co_filename
     if file.startswith("<"):  # compiled from a text, as jinja2's templates and frozen modules are
         return "library", frame.f_globals.get("__name__") or file
     path, package = Path(file).resolve(), Path(__file__).resolve().parent
     if package in path.parents:
-        return "ours", package.name
+        defined = type(error).__module__.partition(".")[0]
+        own = defined in ("builtins", package.name)
+        return ("ours", package.name) if own else ("library", defined)
     for name in ("purelib", "platlib", "stdlib", "platstdlib"):  # the last two hold the first two
         folder = Path(sysconfig.get_path(name)).resolve()
         if folder in path.parents:

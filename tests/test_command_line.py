@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import jax
 import pytest
 
 from basis_jax import command_line
@@ -77,9 +78,15 @@ def test_a_file_without_config_function_is_refused(tmp_path):
             command_line.load_config(tmp_path / "empty.py")
 
 
-def test_an_estimators_option_as_a_field_is_told_how_to_be_given():
-    with pytest.raises(ValueError, match="write --estimator.options rule VALUE"):
-        parse("--estimator.options.rule", "published")
+def test_an_option_as_a_field_is_told_how_to_be_given():
+    for option in ("--estimator.options rule", "--data.chat-template-options enable_thinking"):
+        with pytest.raises(ValueError, match=f"write {option} VALUE"):
+            parse(option.replace(" ", "."), "published")
+
+
+def test_options_of_the_chat_template_come_with_their_types():
+    config = parse("--data.chat-template-options", "enable_thinking", "False", "depth", "4")
+    assert config.data.chat_template_options == {"enable_thinking": False, "depth": 4}
 
 
 def test_our_errors_end_a_script_with_their_sentence_and_others_keep_their_traceback(tmp_path):
@@ -140,6 +147,14 @@ def test_what_a_library_raises_is_one_sentence_and_a_traceback_with_debug(
         command_line.run(library(error))
     assert not isinstance(raised.value, SystemExit)
     assert sys.argv == ["train.py", "--config", "x"], "the command does not see the flag"
+
+
+def test_errors_of_jax_are_one_sentence_though_its_frames_are_taken_out(tmp_path):
+    with pytest.raises(ValueError) as raised:
+        command_line.load_config(tmp_path / "none.py")
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile trying")
+    sentence = command_line.one_sentence(error.with_traceback(raised.value.__traceback__))
+    assert re.search(r"Out of memory while trying \(JaxRuntimeError in jax", sentence)
 
 
 def test_debug_shows_the_traceback_of_our_own_errors_too(monkeypatch, tmp_path):

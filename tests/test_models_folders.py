@@ -109,9 +109,10 @@ def test_a_model_in_the_hubs_cache_is_its_newest_snapshot(tmp_path):
 
 
 def test_the_hubs_cache_itself_is_refused_with_the_models_in_it(tmp_path):
-    cached(tmp_path, "0a")
-    with pytest.raises(ValueError, match="is the hub's cache, which holds models--owner--name"):
-        huggingface.resolve_folder(tmp_path)
+    cached(tmp_path / "hub", "0a")
+    for root in (tmp_path / "hub", tmp_path):
+        with pytest.raises(ValueError, match="is the hub's cache, which holds models--owner--name"):
+            huggingface.resolve_folder(root)
 
 
 @pytest.mark.parametrize("path", ["", " "])

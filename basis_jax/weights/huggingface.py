@@ -82,7 +82,7 @@ def resolve_folder(path: str | Path) -> Path:
 def _in_cache(folder: Path) -> Path:
     """The snapshot in a folder of the hub's cache that ``main`` names, or its only one; any other
     folder as it is. Raises ValueError for the cache itself and for several snapshots."""
-    models = list_names(p.name for p in folder.glob("models--*"))
+    models = list_names(p.name for i in ("", "hub/") for p in folder.glob(f"{i}models--*"))
     if models:
         raise ValueError(
             f"{folder} is the hub's cache, which holds {models}; give one of these folders, or the "
@@ -255,9 +255,9 @@ def load_tokenizer(folder: str | Path):
     beyond = sorted((i, word) for word, i in words.items() if i >= size)
     if beyond:
         raise ValueError(
-            f"the tokenizer of {folder} has {len(beyond)} tokens beyond the model's vocabulary of "
-            f"{size:.0f} (config.json), from {beyond[0][1]!r} with id {beyond[0][0]} on; give the "
-            "tokenizer of this model"
+            f"the tokenizer of {folder} has ids beyond the model's vocabulary of {size:.0f} "
+            f"(config.json), {len(beyond)} of them, from {beyond[0][0]} ({beyond[0][1]!r}) on; "
+            "give the tokenizer of this model"
         )
     return tokenizer
 
