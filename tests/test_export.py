@@ -31,20 +31,27 @@ def run(tiny_folder, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "run"
     model_config, params = huggingface.read_model_config(tiny_folder), {}
     start = huggingface.load_params(tiny_folder, model_config)
-    optimizer = make_optimizer(OptimSection(), updates=1)
-    mesh = make_mesh(devices=jax.devices()[:1])
-    config = Config(run_dir=str(run_dir), model=ModelSection(path=str(tiny_folder)))
-    with checkpoint.open_checkpoints(run_dir, CheckpointSection()) as checkpoints:
-        for step in (2, 10):
-            noise = np.random.default_rng(step)
-            params[step] = jax.tree.map(
-                lambda x, noise=noise: x + noise.normal(scale=0.02, size=x.shape).astype("float32"),
-                start,
-            )
-            state = make_state(params[step], optimizer, (), model_config=model_config, mesh=mesh)
-            state = dataclasses.replace(state, step=jnp.int32(step))
-            checkpoint.save(checkpoints, state, dataclasses.asdict(config))
+    for step in (2, 10):
+        noise = np.random.default_rng(step)
+        params[step] = jax.tree.map(
+            lambda x, noise=noise: x + noise.normal(scale=0.02, size=x.shape).astype("float32"),
+            start,
+        )
+        save(run_dir, params[step], step=step, model_config=model_config, model=tiny_folder)
     return run_dir, params
+
+
+def save(run_dir, params, *, step, model_config, model):
+    """A checkpoint with these parameters."""
+    optimizer, mesh = (
+        make_optimizer(OptimSection(), updates=1),
+        make_mesh(devices=jax.devices()[:1]),
+    )
+    config = Config(run_dir=str(run_dir), model=ModelSection(path=str(model)))
+    state = make_state(params, optimizer, (), model_config=model_config, mesh=mesh)
+    state = dataclasses.replace(state, step=jnp.int32(step))
+    with checkpoint.open_checkpoints(run_dir, CheckpointSection()) as checkpoints:
+        checkpoint.save(checkpoints, state, dataclasses.asdict(config))
 
 
 def assert_equal(found, expected):
@@ -156,6 +163,19 @@ def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_sentence(run, tin
         with pytest.raises(ValueError, match="10 cannot be read as a checkpoint") as raised:
             read()
         assert "\n" not in str(raised.value)
+
+
+def test_a_checkpoint_with_nan_is_not_loaded(run, tiny_folder, tmp_path):
+    """As arrays of the host, and in a part that one of four devices holds."""
+    model_config = huggingface.read_model_config(tiny_folder)
+    params = run[1][2]
+    wrong = params | {"layers": dict(params["layers"])}
+    wrong["layers"]["q_proj"] = params["layers"]["q_proj"].at[1, -1, -1, -1].set(jnp.inf)
+    save(tmp_path / "run", wrong, step=1, model_config=model_config, model=tiny_folder)
+    found = trained.find_checkpoint(tmp_path / "run")
+    for mesh in (None, make_mesh(data=1, fsdp=2, tensor=2)):
+        with pytest.raises(ValueError, match=r"\['q_proj'\] of checkpoint .* holds NaN"):
+            trained.load_checkpoint_params(found, model_config, mesh)
 
 
 def test_a_bfloat16_source_is_exported_in_bfloat16_unless_asked(run, tiny_folder, tmp_path, capsys):
