@@ -149,6 +149,7 @@ def test_a_turns_end_of_several_plain_tokens_is_warned_of(tokenizer):
         tiny.TEMPLATE.replace("</s>", "\n"),
         "{{ messages[0]['content'] }}",
         "{{ raise_exception('only one message') }}",
+        None,
     ):
         tokenizer.chat_template = template
         assert warnings_of(tokenizer, ends=()) == []

@@ -70,8 +70,8 @@ def turn_end(section: DataSection, tokenizer) -> tuple[str, list[int]]:
     special token, or all of it where it has none, and its tokens. Empty where nothing is written or
     the template has no place for an answer."""
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
-    options = template_options(section, tokenizer)
     try:
+        options = template_options(section, tokenizer)
         text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     except Exception:  # the prompts' own rendering says what is wrong with a template
         return "", []

@@ -242,8 +242,7 @@ def _positive(
     value = raw.get(name)
     if value is None:
         value = default
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}{where}; a number above 0 is needed")
     return float(value)
 
