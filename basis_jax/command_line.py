@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import shlex
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Sequence
 from importlib.machinery import SourceFileLoader
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from basis_jax.config import Config
+
+LONGEST = 400  # characters of a library's message that are shown
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -53,7 +56,7 @@ def load_config(name: str | Path) -> Config:
     try:
         loader.exec_module(module)
         config = module.config()
-    except (SyntaxError, AttributeError, ImportError, NameError, TypeError) as error:
+    except Exception as error:  # a config is a program
         raise ValueError(
             f"config file {path} does not run ({type(error).__name__}: {error}); it must have a "
             "function config() that returns a basis_jax Config"
@@ -83,10 +86,11 @@ def check_names(arguments: Sequence[str], config: Config) -> None:
         if not argument.startswith("--") or argument in ("--help", "-h"):
             continue
         name = argument[2:].split("=")[0].replace("-", "_")
-        if name.startswith("estimator.options."):
+        section, _, option = name.rpartition(".")
+        if section in ("estimator.options", "data.chat_template_options"):
             raise ValueError(
-                f"{argument} is not how an estimator's option is given; write "
-                f"--estimator.options {name.rpartition('.')[2]} VALUE"
+                f"{argument} is not how such an option is given; write "
+                f"--{section.replace('_', '-')} {option} VALUE"
             )
         if name not in known and name.removeprefix("no_") not in known:
             if previous[2:].replace("-", "_") in known:
@@ -124,7 +128,8 @@ def parse(
         )
     default = load_config(known.config or "quickstart")
     check_names(rest, default)
-    return tyro.cli(Config, default=default, args=rest, description=description), known
+    described = f"{description}\n\n--debug shows the traceback of an error."
+    return tyro.cli(Config, default=default, args=rest, description=described), known
 
 
 def same_command() -> str:
@@ -135,15 +140,55 @@ def same_command() -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main; our own ValueErrors, and files that cannot be read or written, end it
-    with their one sentence, no traceback."""
+    """Call a script's main; with ``--debug`` among its arguments, errors keep their tracebacks.
+
+    Without it, what a user can mend ends the script with one sentence: our own ValueErrors, files
+    that cannot be read or written, a package that is not installed, and whatever a library raises.
+    Other errors of this package, and all of a user's own files, keep their tracebacks.
+    """
+    debug = "--debug" in sys.argv[1:]
+    if debug:
+        sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         main()
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    except ValueError as error:
-        frames = list(traceback.walk_tb(error.__traceback__))
-        raised_in = Path(frames[-1][0].f_code.co_filename).resolve()
-        if Path(__file__).resolve().parent not in raised_in.parents:
+    except Exception as error:
+        sentence = None if debug else one_sentence(error)
+        if sentence is None:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {sentence}")
+
+
+def one_sentence(error: Exception) -> str | None:
+    """What the error says where a user can mend it; None where its traceback is needed."""
+    package, library = origin(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) or (package == "ours" and isinstance(error, ValueError)):
+        return text
+    if isinstance(error, ModuleNotFoundError) and package == "ours":
+        return f"{error}; install it, or the extra of basis_jax that brings it (see README.md)"
+    if package != "library":
+        return None
+    text = text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+    name = type(error).__name__
+    return f"{text or name} ({name} in {library}; --debug shows the traceback)"
+
+
+def origin(error: Exception) -> tuple[str, str]:
+    """Whose code raised the error, "ours", "library" or "user", and the name of its package.
+
+    JAX takes its own frames out of tracebacks; its errors are known by their classes.
+    """
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    file = frame.f_code.co_filename
+    if file.startswith("<"):  # compiled from a text, as jinja2's templates and frozen modules are
+        return "library", frame.f_globals.get("__name__") or file
+    path, package = Path(file).resolve(), Path(__file__).resolve().parent
+    if package in path.parents:
+        defined = type(error).__module__.partition(".")[0]
+        own = defined in ("builtins", package.name)
+        return ("ours", package.name) if own else ("library", defined)
+    for name in ("purelib", "platlib", "stdlib", "platstdlib"):  # the last two hold the first two
+        folder = Path(sysconfig.get_path(name)).resolve()
+        if folder in path.parents:
+            return "library", path.relative_to(folder).parts[0].removesuffix(".py")
+    return "user", path.stem

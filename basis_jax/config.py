@@ -42,6 +42,9 @@ class DataSection:
     """``chat`` (the tokenizer's template) or ``text`` (few-shot lines, no template)."""
     system_prompt: str = ""
     """System message of the chat format (empty: none)."""
+    chat_template_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """What the tokenizer's template reads besides the messages, such as Qwen3's
+    ``enable_thinking False``."""
     problem_wrapper: str = ""
     """Text that the source has around each problem, ``{problem}`` in it: it is taken off."""
     problem_prefix: str = ""

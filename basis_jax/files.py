@@ -83,9 +83,12 @@ def whole_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError where the file cannot be read as one."""
+    """A JSON object, with or without a byte-order mark before it.
+
+    Raises ValueError where the file cannot be read as one.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

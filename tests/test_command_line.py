@@ -1,10 +1,15 @@
 """Configs and overrides: every mistake is one sentence."""
 
 import dataclasses
+import fractions
 import importlib.util
+import json
 import re
+import sys
+import sysconfig
 from pathlib import Path
 
+import jax
 import pytest
 
 from basis_jax import command_line
@@ -66,15 +71,22 @@ def test_a_file_without_config_function_is_refused(tmp_path):
         ("def config(:\n", "SyntaxError"),
         ("def config():\n    return 3\n", "returns a int"),
         ("def config():\n    return missing\n", "NameError"),
+        ("def config():\n    return int('x')\n", "ValueError"),
     ]:
         (tmp_path / "empty.py").write_text(text)
         with pytest.raises(ValueError, match=words):
             command_line.load_config(tmp_path / "empty.py")
 
 
-def test_an_estimators_option_as_a_field_is_told_how_to_be_given():
-    with pytest.raises(ValueError, match="write --estimator.options rule VALUE"):
-        parse("--estimator.options.rule", "published")
+def test_an_option_as_a_field_is_told_how_to_be_given():
+    for option in ("--estimator.options rule", "--data.chat-template-options enable_thinking"):
+        with pytest.raises(ValueError, match=f"write {option} VALUE"):
+            parse(option.replace(" ", "."), "published")
+
+
+def test_options_of_the_chat_template_come_with_their_types():
+    config = parse("--data.chat-template-options", "enable_thinking", "False", "depth", "4")
+    assert config.data.chat_template_options == {"enable_thinking": False, "depth": 4}
 
 
 def test_our_errors_end_a_script_with_their_sentence_and_others_keep_their_traceback(tmp_path):
@@ -94,6 +106,73 @@ def test_our_errors_end_a_script_with_their_sentence_and_others_keep_their_trace
         command_line.run(unwritable)
     with pytest.raises(ValueError, match="invalid literal"):
         command_line.run(others)
+
+
+def library(error):
+    """Something that makes a library raise on what a user gave."""
+
+    def main():
+        if error == "json":
+            json.loads("{")
+        elif error == "template":
+            import jinja2
+
+            jinja2.Template("{{ a + 1 }}").render(a="x")
+        elif error == "long":
+            fractions.Fraction("x" * 5000)
+        elif error == "path":
+            sysconfig.get_path("no such\nplace")
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        ("json", r"Expecting property name .* \(JSONDecodeError in json; --debug shows"),
+        ("template", r"can only concatenate str .* \(TypeError in "),
+        ("path", r"'no such.*place' \(KeyError in sysconfig; --debug shows the traceback\)"),
+        ("long", r"Invalid literal for Fraction: 'xx.* \.\.\. \(ValueError in fractions; "),
+    ],
+)
+def test_what_a_library_raises_is_one_sentence_and_a_traceback_with_debug(
+    monkeypatch, error, sentence
+):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "x"])
+    with pytest.raises(SystemExit, match=f"^error: {sentence}") as raised:
+        command_line.run(library(error))
+    assert "\n" not in raised.value.code and len(raised.value.code) < 500
+    monkeypatch.setattr(sys, "argv", ["train.py", "--debug", "--config", "x"])
+    with pytest.raises(Exception) as raised:  # noqa: B017
+        command_line.run(library(error))
+    assert not isinstance(raised.value, SystemExit)
+    assert sys.argv == ["train.py", "--config", "x"], "the command does not see the flag"
+
+
+def test_errors_of_jax_are_one_sentence_though_its_frames_are_taken_out(tmp_path):
+    with pytest.raises(ValueError) as raised:
+        command_line.load_config(tmp_path / "none.py")
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile trying")
+    sentence = command_line.one_sentence(error.with_traceback(raised.value.__traceback__))
+    assert re.search(r"Out of memory while trying \(JaxRuntimeError in jax", sentence)
+
+
+def test_debug_shows_the_traceback_of_our_own_errors_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--debug"])
+    with pytest.raises(ValueError, match="no config file"):
+        command_line.run(lambda: command_line.load_config(tmp_path / "none.py"))
+
+
+def test_a_bug_of_this_package_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(command_line, "packaged_configs", lambda: None)
+    with pytest.raises(TypeError):
+        command_line.run(lambda: command_line.find_config("no such config"))
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    with pytest.raises(SystemExit, match="error: .*tyro.*; install it, or the extra"):
+        command_line.run(lambda: parse())
 
 
 def test_every_config_field_is_read_somewhere():

@@ -31,20 +31,27 @@ def run(tiny_folder, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "run"
     model_config, params = huggingface.read_model_config(tiny_folder), {}
     start = huggingface.load_params(tiny_folder, model_config)
-    optimizer = make_optimizer(OptimSection(), updates=1)
-    mesh = make_mesh(devices=jax.devices()[:1])
-    config = Config(run_dir=str(run_dir), model=ModelSection(path=str(tiny_folder)))
-    with checkpoint.open_checkpoints(run_dir, CheckpointSection()) as checkpoints:
-        for step in (2, 10):
-            noise = np.random.default_rng(step)
-            params[step] = jax.tree.map(
-                lambda x, noise=noise: x + noise.normal(scale=0.02, size=x.shape).astype("float32"),
-                start,
-            )
-            state = make_state(params[step], optimizer, (), model_config=model_config, mesh=mesh)
-            state = dataclasses.replace(state, step=jnp.int32(step))
-            checkpoint.save(checkpoints, state, dataclasses.asdict(config))
+    for step in (2, 10):
+        noise = np.random.default_rng(step)
+        params[step] = jax.tree.map(
+            lambda x, noise=noise: x + noise.normal(scale=0.02, size=x.shape).astype("float32"),
+            start,
+        )
+        save(run_dir, params[step], step=step, model_config=model_config, model=tiny_folder)
     return run_dir, params
+
+
+def save(run_dir, params, *, step, model_config, model):
+    """A checkpoint with these parameters."""
+    optimizer, mesh = (
+        make_optimizer(OptimSection(), updates=1),
+        make_mesh(devices=jax.devices()[:1]),
+    )
+    config = Config(run_dir=str(run_dir), model=ModelSection(path=str(model)))
+    state = make_state(params, optimizer, (), model_config=model_config, mesh=mesh)
+    state = dataclasses.replace(state, step=jnp.int32(step))
+    with checkpoint.open_checkpoints(run_dir, CheckpointSection()) as checkpoints:
+        checkpoint.save(checkpoints, state, dataclasses.asdict(config))
 
 
 def assert_equal(found, expected):
@@ -156,6 +163,76 @@ def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_sentence(run, tin
         with pytest.raises(ValueError, match="10 cannot be read as a checkpoint") as raised:
             read()
         assert "\n" not in str(raised.value)
+
+
+def test_a_checkpoint_with_nan_is_not_loaded(run, tiny_folder, tmp_path):
+    """As arrays of the host, and in a part that one of four devices holds."""
+    model_config = huggingface.read_model_config(tiny_folder)
+    params = run[1][2]
+    wrong = params | {"layers": dict(params["layers"])}
+    wrong["layers"]["q_proj"] = params["layers"]["q_proj"].at[1, -1, -1, -1].set(jnp.inf)
+    save(tmp_path / "run", wrong, step=1, model_config=model_config, model=tiny_folder)
+    found = trained.find_checkpoint(tmp_path / "run")
+    for mesh in (None, make_mesh(data=1, fsdp=2, tensor=2)):
+        with pytest.raises(ValueError, match=r"\['q_proj'\] of checkpoint .* holds NaN"):
+            trained.load_checkpoint_params(found, model_config, mesh)
+
+
+def test_a_bfloat16_source_is_exported_in_bfloat16_unless_asked(run, tiny_folder, tmp_path, capsys):
+    """And config.json and generation_config.json say what the weights are stored in."""
+    run_dir, params = run
+    half = tmp_path / "half"
+    model_config = huggingface.read_model_config(tiny_folder)
+    source = huggingface.load_params(tiny_folder, model_config)
+    huggingface.save_params(source, model_config, half, source=tiny_folder, dtype="bfloat16")
+    for name, options, dtype in (
+        ("default", {"model_path": str(half)}, "bfloat16"),
+        ("asked", {"model_path": str(half), "dtype": "float32"}, "float32"),
+        ("single", {}, "float32"),
+    ):
+        convert.run(run_dir, to=tmp_path / name, **options)
+        assert f"weights in {dtype}" in capsys.readouterr().out
+        assert huggingface.stored_dtype(tmp_path / name) == dtype
+        for file, field in (("config.json", "torch_dtype"), ("generation_config.json", "dtype")):
+            assert json.loads((tmp_path / name / file).read_text())[field] == dtype
+    found = huggingface.load_params(tmp_path / "default", model_config)
+    assert_equal(
+        found, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype("float32"), params[10])
+    )
+
+
+@pytest.fixture
+def stopping(run, tmp_path):
+    """The run's newest checkpoint, of a config with the stop tokens "." and "?"."""
+    copied = tmp_path / "stopping"
+    shutil.copytree(run[0] / "checkpoints" / "10", copied)
+    saved = copied / "config" / "metadata"
+    config = json.loads(saved.read_text())
+    config["sampling"]["stop_tokens"] = [".", "?"]
+    saved.write_text(json.dumps(config))
+    return copied
+
+
+@pytest.mark.parametrize("given", [None, {"eos_token_id": 2, "pad_token_id": 0, "top_p": 0.9}])
+def test_stop_tokens_of_the_run_end_completions_of_the_export(
+    stopping, tiny_folder, tmp_path, given
+):
+    """Beside what ended them before; other settings of the source stay."""
+    import transformers
+
+    source = tmp_path / "source"
+    shutil.copytree(tiny_folder, source)
+    if given:
+        (source / "generation_config.json").write_text(json.dumps(given))
+    convert.run(stopping, to=tmp_path / "out", model_path=str(source))
+    tokenizer = huggingface.load_tokenizer(source)
+    stops = tokenizer.convert_tokens_to_ids(["</s>", ".", "?"])
+    found = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert found.eos_token_id == sorted(stops)
+    assert huggingface.eos_ids(tmp_path / "out", tokenizer) == tuple(sorted(stops))
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    kept = {k: v for k, v in (given or {}).items() if k != "eos_token_id"}
+    assert written == kept | {"eos_token_id": sorted(stops), "dtype": "float32"}
 
 
 @pytest.mark.torch

@@ -16,6 +16,7 @@ from basis_jax.model.sharding import make_mesh, named
 from basis_jax.weights import huggingface, layout
 
 NAMES = list(make_golden.CASES)
+PLAIN = [n for n, (_, s) in make_golden.CASES.items() if not make_golden.LONG.items() <= s.items()]
 V4 = {  # Llama in the form of transformers 4
     "model_type": "llama",
     "vocab_size": 64,
@@ -93,7 +94,7 @@ def test_logits_equal_those_of_transformers(tmp_path, name):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_folder_to_params_to_folder_is_exact(tmp_path, name, dtype):
     folder = random_folder(tmp_path, name, dtype)
     out = huggingface.save_params(
@@ -139,7 +140,7 @@ def test_config_made_without_a_source_describes_the_same_model(tmp_path, name):
     assert {str(x.dtype) for x in read_back(out).values()} == {"bfloat16"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_mesh_changes_the_layout_and_not_the_numbers(tmp_path, name):
     """Every parameter over (data 1, fsdp 2, tensor 2), laid out as its logical axes say."""
     folder = golden_folder(tmp_path, name)
@@ -226,9 +227,10 @@ def test_absent_settings_mean_what_transformers_takes_them_for(tmp_path):
     )
     assert config_of(tmp_path, head_dim=16).head_dim == 16
     assert config_of(tmp_path, attention_bias=True).output_bias
-    qwen = config_of(tmp_path, model_type="qwen2", sliding_window=4096, use_sliding_window=False)
+    heads = {"num_key_value_heads": 2, "head_dim": 16}
+    qwen = config_of(tmp_path, model_type="qwen2", use_sliding_window=False, **heads)
     assert qwen.qkv_bias and not qwen.output_bias and not qwen.qk_norm
-    assert config_of(tmp_path, model_type="qwen3").qk_norm
+    assert config_of(tmp_path, model_type="qwen3", **heads).qk_norm
 
 
 @pytest.mark.parametrize(
@@ -236,8 +238,7 @@ def test_absent_settings_mean_what_transformers_takes_them_for(tmp_path):
     [
         ({"model_type": "mistral"}, "mistral"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

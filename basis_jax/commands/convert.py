@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from basis_jax.config import Config, config_from
+from basis_jax.opening.rollout_setup import stop_ids
 from basis_jax.weights import huggingface, trained
 from basis_jax.weights.gguf import convert
 
@@ -34,29 +36,46 @@ def run(
     /,
     *,
     to: Path,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Literal["source", "float32", "bfloat16"] = "source",
     model_path: str = "",
     shard_gb: float = 5.0,
 ) -> None:
     """The trained parameters of a run become the folder TO, with config and tokenizer of the model
-    that training began from.
+    that training began from; its stop tokens end completions there too (generation_config.json).
 
     Args:
         run: a run folder (its newest checkpoint), or RUN/checkpoints/STEP.
         to: the folder to make; it must not exist.
-        dtype: how the weights are stored; float32 keeps every bit.
+        dtype: how the weights are stored; source: as in the model that training began from, whose
+            bfloat16 rounds what was trained; float32 keeps every bit.
         model_path: the model folder that training began from, where it has moved.
         shard_gb: the largest file of weights, in 10^9 bytes.
     """
     checkpoint = trained.find_checkpoint(run)
-    source = huggingface.resolve_folder(model_path or trained.model_path(checkpoint))
+    saved = trained.saved_config(checkpoint)
+    source = huggingface.resolve_folder(model_path or saved["model"]["path"])
     model_config = huggingface.read_model_config(source)
     params = trained.load_checkpoint_params(checkpoint, model_config)
-    limit = int(shard_gb * 1e9)
+    stored = huggingface.stored_dtype(source) if dtype == "source" else dtype
     folder = huggingface.save_params(
-        params, model_config, to, source=source, dtype=dtype, max_shard_bytes=limit
+        params,
+        model_config,
+        to,
+        source=source,
+        dtype=None if dtype == "source" else dtype,
+        generation={"dtype": stored} | ends(source, config_from(saved)),
+        max_shard_bytes=int(shard_gb * 1e9),
     )
-    print(f"wrote {folder} from {checkpoint}")
+    print(f"wrote {folder} from {checkpoint}, weights in {stored}")
+
+
+def ends(source: Path, config: Config) -> dict[str, list[int]]:
+    """``eos_token_id`` with the run's stop tokens; nothing where it has none."""
+    if not config.sampling.stop_tokens:
+        return {}
+    tokenizer = huggingface.load_tokenizer(source)
+    ids = huggingface.eos_ids(source, tokenizer) + stop_ids(config, tokenizer)
+    return {"eos_token_id": sorted({*ids})}
 
 
 FORMS = {"run": run, "gguf": gguf}

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from basis_jax.config import DataSection
+from basis_jax.data.chat import chat_text, token_rows
 from basis_jax.data.problem import Problem
 
 FORMATS = ("chat", "text")
@@ -38,15 +39,16 @@ def as_text(problem: Problem, section: DataSection, tokenizer: Any) -> str:
     *before, (role, content) = messages
     content = section.problem_prefix + content + section.problem_suffix
     if section.prompt_format == "text":
-        if before or section.system_prompt:
+        if before or section.system_prompt or section.chat_template_options:
             raise ValueError(
-                "data.prompt_format 'text' has no place for a system prompt or a chat of several "
-                "messages; use 'chat', or data.problem_prefix for what stands before a problem"
+                "data.prompt_format 'text' has no place for a system prompt, options of a chat "
+                "template or a chat of several messages; use 'chat', or data.problem_prefix for "
+                "what stands before a problem"
             )
         return content
     system = [("system", section.system_prompt)] if section.system_prompt else []
     chat = [{"role": r, "content": c} for r, c in (*system, *before, (role, content))]
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return chat_text(chat, section, tokenizer)
 
 
 def encode_prompts(
@@ -55,15 +57,13 @@ def encode_prompts(
     """Problems as token rows in the order of their uids. Left out and counted: repeated ones, those
     without text or answer, prompts too long.
 
-    ``size`` > 0 keeps the first so many in that order, which is a random subset. A template writes
-    its special tokens itself; plain text gets those that the tokenizer puts around a text. Raises
-    ValueError where nothing is left.
+    ``size`` > 0 keeps the first so many in that order, which is a random subset. Raises ValueError
+    where nothing is left.
     """
     unique = {p.uid: p for p in dict.fromkeys(problems)}
     complete = [unique[uid] for uid in sorted(unique) if unique[uid].prompt and unique[uid].answer]
     texts = [as_text(p, section, tokenizer) for p in complete]
-    special = section.prompt_format == "text"
-    rows = tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
+    rows = token_rows(texts, section, tokenizer)
     fitting = [
         (p, row)
         for p, row in zip(complete, rows, strict=True)

@@ -16,18 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from basis_jax.model.rope import LinearScaling, RopeScaling, YarnScaling
 from basis_jax.model.sharding import constrain
 from basis_jax.pytree import pytree
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama-3 frequency scaling (config.json ``rope_type: llama3``)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,7 @@ class ModelConfig:
     mlp: int
     max_positions: int
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | LinearScaling | YarnScaling | None = None
     norm_eps: float = 1e-6
     tied: bool = False  # output layer = embedding
     qkv_bias: bool = False  # Qwen2
@@ -85,22 +76,11 @@ class KeyValues:
 
 
 def rope_frequencies(model_config: ModelConfig) -> Float[Array, " half"]:
-    """Rotation per position, in radians: theta^(-2i/d), scaled as Llama 3 where asked.
-
-    Llama 3: wavelengths above original/low_freq are divided by ``factor``, those below
-    original/high_freq are kept, and between them the two are interpolated.
-    """
+    """Rotation per position, in radians: theta^(-2i/d), scaled where asked (``rope.py``)."""
     exponent = jnp.arange(0, model_config.head_dim, 2, dtype=jnp.float32) / model_config.head_dim
     frequency = 1.0 / (model_config.rope_theta**exponent)
     scaling = model_config.rope_scaling
-    if scaling is None:
-        return frequency
-    turns = scaling.original_max_positions * frequency / (2 * math.pi)
-    smooth = (turns - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    smooth = jnp.clip(smooth, 0.0, 1.0)
-    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+    return frequency if scaling is None else scaling.scale(frequency, model_config.rope_theta)
 
 
 def rotate(
@@ -109,6 +89,8 @@ def rotate(
     """Rotary embedding on halves: pairs are (i, i + Dh/2), as Hugging Face stores the weights."""
     angle = positions[..., None].astype(jnp.float32) * rope_frequencies(model_config)[None, None]
     sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
+    if model_config.rope_scaling is not None and model_config.rope_scaling.amplitude != 1:
+        sin, cos = (x * model_config.rope_scaling.amplitude for x in (sin, cos))
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
     return rotated.astype(x.dtype)

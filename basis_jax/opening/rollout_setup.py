@@ -1,7 +1,8 @@
 """What stays fixed for all rollouts of a run, built from its config."""
 
 import dataclasses
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from basis_jax.config import Config
+from basis_jax.data.chat import turn_end
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import make_mesh
 from basis_jax.sampling.rollouts import RolloutSetup
@@ -31,19 +33,46 @@ def locate_model(config: Config) -> tuple[Path, ModelConfig, Mesh]:
 
 @contextmanager
 def open_setup(
-    config: Config, folder: Path, model_config: ModelConfig, mesh: Mesh, tokenizer: Any
+    config: Config,
+    folder: Path,
+    model_config: ModelConfig,
+    mesh: Mesh,
+    tokenizer: Any,
+    *,
+    report: Callable[[str], None] = print,
 ) -> Iterator[RolloutSetup]:
     """Start the verifier and yield the setup; the verifier's processes end with the block."""
+    ends = huggingface.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer)
+    report_turn_end(config, tokenizer, ends, report)
     with make_verifier(config.data.verifier) as verifier:
         yield RolloutSetup(
             model_config=model_config,
             mesh=mesh,
             tokenizer=tokenizer,
-            eos_ids=huggingface.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer),
+            eos_ids=ends,
             verifier=verifier,
             seed=config.seed,
             rows_at_once=config.train.sample_rollouts,
         )
+
+
+def report_turn_end(
+    config: Config, tokenizer: Any, ends: Collection[int], report: Callable[[str], None]
+) -> None:
+    """Warn of a chat template that ends a turn with what does not end a completion."""
+    if config.data.prompt_format != "chat":
+        return
+    text, ids = turn_end(config.data, tokenizer)
+    if not ids or ids[0] in ends:
+        return
+    if len(ids) == 1:
+        advice = f"give --sampling.stop-tokens {shlex.quote(text)}"
+    else:
+        advice = "that is several tokens, so check that the tokenizer is that of the model"
+    report(
+        f"warning: the chat template ends a turn with {text!r}, which ends no completion of this "
+        f"model; {advice}"
+    )
 
 
 def stop_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:

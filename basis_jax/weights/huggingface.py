@@ -4,11 +4,13 @@
 files hold (bfloat16, float16 or float32).
 """
 
+import collections
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +21,12 @@ from jaxtyping import PyTree
 
 from basis_jax.files import read_json
 from basis_jax.model import decoder
-from basis_jax.model.decoder import ModelConfig, RopeScaling
+from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import named
 from basis_jax.weights import layout
+from basis_jax.weights.config_json import describe, parse
 from basis_jax.weights.layout import DTYPES, list_names
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-SIZES = {  # config.json -> ModelConfig
-    "vocab_size": "vocab_size",
-    "hidden_size": "embed",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "intermediate_size": "mlp",
-    "max_position_embeddings": "max_positions",
-}
-SCALING = {  # config.json -> RopeScaling
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_max_positions",
-}
 CARRIED_FILES = (  # from the source folder into an export
     "tokenizer.json",
     "tokenizer_config.json",
@@ -61,14 +45,23 @@ CARRIED_FILES = (  # from the source folder into an export
 def resolve_folder(path: str | Path) -> Path:
     """The local folder of a model.
 
-    ``path`` is ``embedded:quickstart`` (in this package), a folder, or a hub id, which is
-    downloaded or found in the hub's cache. Raises ValueError where there is none.
+    ``path`` is ``embedded:quickstart`` (in this package), a folder, a model's folder in the hub's
+    cache (``models--owner--name``: its newest snapshot), or a hub id, which is downloaded or found
+    in that cache. Raises ValueError where there is none.
     """
     if path == "embedded:quickstart":
         return Path(__file__).parent / "quickstart_model"
     folder = Path(path).expanduser()
+    allowed = "give a folder, a hub id (owner/name) or embedded:quickstart with --model.path"
+    if not str(path).strip():
+        raise ValueError(f"the model's path is empty; {allowed}")
     if folder.is_dir():
-        return folder
+        return folder if (folder / "config.json").exists() else _in_cache(folder)
+    if folder.exists():
+        raise ValueError(
+            f"{path} is a file; give the folder that it stands in with --model.path (basis-jax "
+            "convert makes a folder out of a .gguf file)"
+        )
     if str(path).startswith((".", "~", "/")) or str(path).count("/") != 1:
         raise ValueError(
             f"{path} is no folder, no hub id (owner/name) and not embedded:quickstart; "
@@ -86,73 +79,25 @@ def resolve_folder(path: str | Path) -> Path:
         ) from error
 
 
-def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """theta and scaling, from ``rope_parameters`` (transformers 5) or the top level (4)."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    partial = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
-    if kind not in ("default", "llama3") or partial != 1 or {dict} & {*map(type, rope.values())}:
+def _in_cache(folder: Path) -> Path:
+    """The snapshot in a folder of the hub's cache that ``main`` names, or its only one; any other
+    folder as it is. Raises ValueError for the cache itself and for several snapshots."""
+    models = list_names(p.name for i in ("", "hub/") for p in folder.glob(f"{i}models--*"))
+    if models:
         raise ValueError(
-            f"rotary embedding {rope}, partial_rotary_factor {partial} is not supported; the types "
-            "default and llama3, the same in all layers and over whole heads, are"
+            f"{folder} is the hub's cache, which holds {models}; give one of these folders, or the "
+            "hub id (owner/name), with --model.path"
         )
-    if kind == "default":
-        return theta, None
-    absent = [name for name in SCALING if rope.get(name) is None]
-    if absent:
-        raise ValueError(f"rotary embedding of type llama3 needs {list_names(absent)}")
-    return theta, RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_positions=int(rope["original_max_position_embeddings"]),
-    )
-
-
-def _check_supported(raw: Mapping[str, Any]) -> None:
-    kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ValueError(f"model_type {kind!r} is not supported; {list_names(ARCHITECTURES)} are")
-    absent = [name for name in SIZES if not isinstance(raw.get(name), int)]
-    if absent:
-        raise ValueError(f"{list_names(absent)} must be given as whole numbers")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported; silu is")
-    if raw.get("quantization_config"):
-        raise ValueError("quantization_config is set; quantised weights are not supported")
-    kinds = raw.get("layer_types")
-    if kinds is None and raw.get("use_sliding_window") and raw.get("sliding_window"):
-        sliding = raw["num_hidden_layers"] - raw.get("max_window_layers", 28)
-        kinds = ["sliding_attention"] * sliding
-    others = {*(kinds or ())} - {"full_attention"}
-    if others:
+    main, snapshots = folder / "refs" / "main", folder / "snapshots"
+    found = sorted(p for p in snapshots.iterdir() if p.is_dir()) if snapshots.is_dir() else []
+    if main.is_file() and (named := snapshots / main.read_text().strip()) in found:
+        return named
+    if len(found) > 1:
         raise ValueError(
-            f"layers with {list_names(others)} are not supported; full_attention is "
-            "(use_sliding_window false)"
+            f"{folder} holds several snapshots, {list_names(p.name for p in found)}, and none is "
+            "main; give the folder of one with --model.path"
         )
-
-
-def _parse(raw: Mapping[str, Any]) -> ModelConfig:
-    """config.json's contents -> ModelConfig in float32, without remat."""
-    _check_supported(raw)
-    theta, scaling = _rope(raw)
-    kind, heads = raw["model_type"], raw["num_attention_heads"]
-    bias = kind != "qwen2" and bool(raw.get("attention_bias"))
-    return ModelConfig(
-        architecture=kind,
-        **{ours: raw[theirs] for theirs, ours in SIZES.items()},
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        tied=bool(raw.get("tie_word_embeddings")),
-        qkv_bias=bias or kind == "qwen2",
-        output_bias=bias,
-        mlp_bias=kind == "llama" and bool(raw.get("mlp_bias")),
-        qk_norm=kind == "qwen3",
-    )
+    return found[0] if found else folder
 
 
 def read_model_config(
@@ -170,40 +115,37 @@ def read_model_config(
     if compute_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"compute_dtype is {compute_dtype!r}; float32 and bfloat16 are allowed")
     path = Path(folder) / "config.json"
+    _check_complete(Path(folder))
     raw = read_json(path)
     try:
-        return replace(_parse(raw), compute_dtype=compute_dtype, remat=remat, attention=attention)
+        return replace(parse(raw), compute_dtype=compute_dtype, remat=remat, attention=attention)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def describe(model_config: ModelConfig) -> dict[str, Any]:
-    """config.json of a ModelConfig, in the form that transformers 4 and 5 both read."""
-    raw = {theirs: getattr(model_config, ours) for theirs, ours in SIZES.items()}
-    raw |= {
-        "architectures": [ARCHITECTURES[model_config.architecture]],
-        "model_type": model_config.architecture,
-        "num_key_value_heads": model_config.kv_heads,
-        "head_dim": model_config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": model_config.norm_eps,
-        "rope_theta": model_config.rope_theta,
-        "tie_word_embeddings": model_config.tied,
-        "attention_bias": model_config.output_bias,
-        "mlp_bias": model_config.mlp_bias,
-    }
-    if model_config.rope_scaling is not None:
-        scaling = asdict(model_config.rope_scaling)
-        raw["rope_scaling"] = {theirs: scaling[ours] for theirs, ours in SCALING.items()}
-        raw["rope_scaling"]["rope_type"] = "llama3"
-    return raw
+def _check_complete(folder: Path) -> None:
+    """Raise ValueError for an adapter without its model, and a folder without config.json."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder} holds a LoRA adapter (adapter_config.json) for the model {base}, which is "
+            "not supported; merge it into that model (peft: merge_and_unload, save_pretrained) and "
+            "give the merged folder with --model.path"
+        )
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no config.json; give the folder of a Hugging Face model with "
+            "--model.path"
+        )
 
 
 def load_params(folder: str | Path, model_config: ModelConfig, mesh: Mesh | None = None) -> PyTree:
     """float32 parameters of a folder, laid out over the mesh; without one, on the first device.
 
     Every device's part is read from the files on its own: the host never holds the whole model.
-    Raises ValueError naming missing, unknown and misshapen tensors and damaged files.
+    Raises ValueError naming missing, unknown and misshapen tensors, damaged files, and tensors that
+    hold NaN or infinity.
     """
     tensors = layout.open_tensors(folder)
     layout.check_tensors(tensors, model_config, folder)
@@ -233,6 +175,7 @@ def save_params(
     *,
     source: str | Path | None = None,
     dtype: str | None = None,
+    generation: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> Path:
@@ -240,9 +183,10 @@ def save_params(
 
     With ``source`` (the folder that training began from) its config.json, tokenizer and
     generation files are carried over, and ``dtype=None`` stores each tensor as it is stored there.
-    Without it, config.json is made from ``model_config`` and None means float32. For crashes and
+    Without it, config.json is made from ``model_config`` and None means float32. ``generation``
+    holds what generation_config.json says otherwise than that of the source. For crashes and
     ``overwrite`` see ``layout.write_folder``. Raises ValueError where config.json and
-    ``model_config`` disagree.
+    ``model_config`` disagree, and for parameters that hold NaN or infinity.
     """
     if dtype not in (None, *DTYPES.values()):
         raise ValueError(f"dtype is {dtype!r}; None, {list_names(DTYPES.values())} are allowed")
@@ -255,8 +199,9 @@ def save_params(
         tensors = layout.open_tensors(source)
         stored = {name: DTYPES.get(tensor.get_dtype()) for name, tensor in tensors.items()}
     else:
-        raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype or "float32"
-    if _parse(raw) != replace(
+        names = [n for n in ("dtype", "torch_dtype") if n in raw] or ["torch_dtype"]
+        raw |= dict.fromkeys(names, dtype or "float32")
+    if parse(raw) != replace(
         model_config, compute_dtype="float32", remat="none", attention="plain"
     ):
         raise ValueError(
@@ -264,13 +209,33 @@ def save_params(
             "; give as source the folder that the parameters were loaded from"
         )
     files["config.json"] = json.dumps(raw, indent=2).encode()
+    if generation:
+        described = _generation(source, raw) | dict(generation)
+        files["generation_config.json"] = json.dumps(described, indent=2).encode()
     converted = (
-        (name, value.astype(jnp.dtype(stored.get(name) or dtype or "float32"), copy=False))
+        (name, layout.rounded(value, stored.get(name) or dtype or "float32", name))
         for name, value in layout.stored_tensors(params, model_config)
     )
     return layout.write_folder(
         folder, converted, files, max_shard_bytes=max_shard_bytes, overwrite=overwrite
     )
+
+
+def _generation(source: str | Path | None, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's generation_config.json, or what transformers makes of config.json."""
+    path = Path(source or "") / "generation_config.json"
+    if source is not None and path.is_file():
+        return read_json(path)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: raw[name] for name in names if raw.get(name) is not None}
+
+
+def stored_dtype(folder: str | Path) -> str:
+    """What most of a folder's numbers are stored in, such as "bfloat16"."""
+    counts: collections.Counter[str] = collections.Counter()
+    for tensor in layout.open_tensors(folder).values():
+        counts[DTYPES.get(tensor.get_dtype(), "float32")] += math.prod(tensor.get_shape())
+    return max(counts, key=lambda dtype: counts[dtype])
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -285,22 +250,49 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        words = tokenizer.get_vocab()
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
-        raise ValueError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the tokenizer of {folder} cannot be loaded: {reason}") from error
+    size = _vocabulary(folder)
+    beyond = sorted((i, word) for word, i in words.items() if i >= size)
+    if beyond:
+        raise ValueError(
+            f"the tokenizer of {folder} has ids beyond the model's vocabulary of {size:.0f} "
+            f"(config.json), {len(beyond)} of them, from {beyond[0][0]} ({beyond[0][1]!r}) on; "
+            "give the tokenizer of this model"
+        )
+    return tokenizer
+
+
+def _vocabulary(folder: str | Path) -> int | float:
+    """``vocab_size`` of config.json; infinity where it is not there."""
+    path = Path(folder) / "config.json"
+    size = read_json(path).get("vocab_size") if path.is_file() else None
+    return size if isinstance(size, int) else math.inf
 
 
 def eos_ids(folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a completion, ascending.
 
     The union of eos_token_id in generation_config.json, in config.json and of the tokenizer.
-    Raises ValueError where there is none.
+    Raises ValueError where there is none, and for what is no token of the model.
     """
     found = {tokenizer.eos_token_id}
+    size = _vocabulary(folder)
     for path in (Path(folder) / name for name in ("generation_config.json", "config.json")):
-        if path.is_file():
-            ids = read_json(path).get("eos_token_id")
-            found |= set(ids) if isinstance(ids, list) else {ids}
+        if not path.is_file():
+            continue
+        ids = read_json(path).get("eos_token_id")
+        for i in ids if isinstance(ids, list) else [ids]:
+            whole = isinstance(i, int) and not isinstance(i, bool)
+            if i is not None and not (whole and 0 <= i < size):
+                raise ValueError(
+                    f"{path} has the eos_token_id {i!r}, which is no token of the model; write "
+                    f"whole numbers from 0, below its vocabulary of {size:.0f}"
+                )
+            found.add(i)
     found.discard(None)
     if not found:
         raise ValueError(

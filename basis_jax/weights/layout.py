@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
@@ -110,15 +111,23 @@ class Parameter:
         return self.layout.stored_shape(self.shape[1:] if self.stacked else self.shape)
 
     def reader(self, tensors: Mapping[str, Any]) -> Callable[[tuple[slice, ...]], np.ndarray]:
-        """index -> that block in float32; devices that hold the same block share one reading."""
+        """index -> that block in float32; devices that hold the same block share one reading.
+
+        A reading raises ValueError where the block holds NaN or infinity.
+        """
         parts = [tensors[name] for name in self.names]
         blocks: dict[tuple, np.ndarray] = {}
 
         def block(index):
             if not self.stacked:
-                return self.layout.read(parts[0], self.shape, index).astype(np.float32)
+                whole = self.layout.read(parts[0], self.shape, index).astype(np.float32)
+                check_finite(whole, self.names[0])
+                return whole
             layers = [self.layout.read(p, self.shape[1:], index[1:]) for p in parts[index[0]]]
-            return np.stack(layers, dtype=np.float32)
+            stacked = np.stack(layers, dtype=np.float32)
+            for layer, name in zip(stacked, self.names[index[0]], strict=True):
+                check_finite(layer, name)
+            return stacked
 
         def read(index):
             key = tuple((s.start, s.stop) for s in index)
@@ -127,6 +136,21 @@ class Parameter:
             return blocks[key]
 
         return read
+
+
+def check_finite(value: np.ndarray, name: str) -> None:
+    """Raise ValueError where the values hold NaN or infinity.
+
+    Their sum, one pass without a copy, is not finite then; only where it is not are they looked at
+    one by one, as a sum of finite numbers may overflow too.
+    """
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(np.sum(value)) or np.isfinite(value).all()
+    if not finite:
+        raise ValueError(
+            f"{name} holds NaN or infinity; give weights of which every number is finite, such as "
+            "an earlier checkpoint"
+        )
 
 
 def parameters(model_config: ModelConfig) -> list[Parameter]:
@@ -235,6 +259,17 @@ def stored_tensors(params: PyTree, model_config: ModelConfig) -> Iterator[tuple[
         layers = value if parameter.stacked else [value]
         for name, layer in zip(parameter.names, layers, strict=True):
             yield name, parameter.layout.to_stored(layer)
+
+
+def rounded(value: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """The values in another dtype. Raises ValueError for NaN and infinity, and for numbers that
+    float16 has no room for."""
+    check_finite(value, name)
+    with np.errstate(over="ignore"):
+        found = value.astype(jnp.dtype(dtype), copy=False)
+    if dtype == "float16" and not np.isfinite(found).all():
+        raise ValueError(f"{name} holds numbers beyond float16's 65504; store it as bfloat16")
+    return found
 
 
 def write_folder(

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import named_tree
-from basis_jax.weights.layout import list_names
+from basis_jax.weights.layout import check_finite, list_names
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -54,7 +54,8 @@ def load_checkpoint_params(
 ) -> PyTree:
     """float32 parameters of a checkpoint, laid out over the mesh; without one, NumPy arrays.
 
-    Raises ValueError where it cannot be read or its parameters are not those of ``model_config``.
+    Raises ValueError where it cannot be read, its parameters are not those of ``model_config``, or
+    they hold NaN or infinity.
     """
     folder = (checkpoint / "state").absolute()
     handler = ocp.PyTreeCheckpointHandler()
@@ -79,7 +80,20 @@ def load_checkpoint_params(
     )
     with _reading(checkpoint):
         restored = handler.restore(folder, args=args)
+    for path, name in zip(expected, names, strict=True):
+        for block in _blocks(restored[name]):
+            check_finite(block, f"the parameter {path} of checkpoint {checkpoint}")
     return jax.tree.unflatten(jax.tree.structure(shapes), [restored[name] for name in names])
+
+
+def _blocks(parameter: np.ndarray | jax.Array) -> Iterator[np.ndarray]:
+    """The different parts of a parameter that this process holds."""
+    if isinstance(parameter, np.ndarray):
+        yield parameter
+        return
+    for shard in parameter.addressable_shards:
+        if shard.replica_id == 0:
+            yield np.asarray(shard.data)
 
 
 def _check_same_model(checkpoint: Path, stored: dict, expected: dict) -> None:

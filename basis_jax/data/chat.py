@@ -1,0 +1,103 @@
+"""Chat templates and special tokens: from messages to the tokens that a model reads."""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+
+from basis_jax.config import DataSection
+
+INSTEAD = "give --data.prompt-format text, which needs no template"
+TRUTH = {"true": True, "false": False}
+ANSWER = "forty-two"  # the assistant's, where a turn's end is looked for
+
+
+def chat_text(chat: Sequence[Mapping[str, str]], section: DataSection, tokenizer) -> str:
+    """The messages in the tokenizer's chat template, up to where the model's answer begins.
+
+    Raises ValueError where there is no template, where it refuses the messages or leaves out the
+    system's, and for options that it does not read.
+    """
+    options = template_options(section, tokenizer)
+    try:
+        text = tokenizer.apply_chat_template(
+            list(chat), tokenize=False, add_generation_prompt=True, **options
+        )
+    except Exception as error:  # templates are programs: jinja2's errors, and Python's
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"the tokenizer's chat template refuses the problem {chat[-1]['content'][:80]!r} with "
+            f"the roles {', '.join(message['role'] for message in chat)} ({reason}); change "
+            f"data.system_prompt or the problem's chat, or {INSTEAD}"
+        ) from error
+    for message in chat:
+        if message["role"] == "system" and message["content"].strip() not in text:
+            raise ValueError(
+                f"the tokenizer's chat template leaves out the system message "
+                f"{message['content'][:80]!r}; change data.system_prompt or the problem's chat, "
+                f"or {INSTEAD}"
+            )
+    return text
+
+
+def template_options(section: DataSection, tokenizer) -> dict[str, bool | int | float | str]:
+    """``data.chat_template_options``, with "true" and "false" as what they mean.
+
+    Raises ValueError where there is no template, and for an option that it does not read.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name; transformers takes the default one
+        template = template.get("default")
+    if not template:
+        raise ValueError(
+            f"the tokenizer has no chat template; {INSTEAD}, or add chat_template.jinja to the "
+            "model's folder"
+        )
+    own = inspect.signature(tokenizer.apply_chat_template).parameters
+    for name in section.chat_template_options:
+        if name in own or not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ValueError(
+                f"data.chat_template_options has {name!r}, which the tokenizer's chat template "
+                "does not read; take it out, or write it as the template does"
+            )
+    return {
+        name: TRUTH.get(value.lower(), value) if isinstance(value, str) else value
+        for name, value in section.chat_template_options.items()
+    }
+
+
+def turn_end(section: DataSection, tokenizer) -> tuple[str, list[int]]:
+    """What the template writes behind an answer, without spaces around it: the text of its first
+    special token, or all of it where it has none, and its tokens. Empty where nothing is written or
+    the template has no place for an answer."""
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
+    try:
+        options = template_options(section, tokenizer)
+        text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    except Exception:  # the prompts' own rendering says what is wrong with a template
+        return "", []
+    before, _, end = text.rpartition(ANSWER)
+    if not before or not end.strip():
+        return "", []
+    ids = tokenizer(end.strip(), add_special_tokens=False)["input_ids"]
+    special = [i for i in ids if i in tokenizer.added_tokens_decoder]
+    return (tokenizer.decode(special[:1]), special[:1]) if special else (end.strip(), ids)
+
+
+def token_rows(texts: Sequence[str], section: DataSection, tokenizer) -> list[list[int]]:
+    """The texts' tokens. A template writes its special tokens itself; plain text gets those that
+    the tokenizer puts around a text, its BOS only where the text does not begin with it.
+
+    Raises ValueError for a tokenizer that puts its EOS behind a text: nothing follows that.
+    """
+    plain = section.prompt_format == "text"
+    rows = tokenizer(list(texts), add_special_tokens=plain)["input_ids"] if texts else []
+    if not plain:
+        return rows
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for text, row in zip(texts, rows, strict=True):
+        if eos is not None and row[-1:] == [eos] and not text.endswith(tokenizer.eos_token):
+            raise ValueError(
+                f"the tokenizer puts its EOS {tokenizer.eos_token!r} behind every text, and no "
+                "answer follows that; set add_eos_token to false in its tokenizer_config.json"
+            )
+    return [row[1:] if bos is not None and row[:2] == [bos, bos] else row for row in rows]
