@@ -1,14 +1,16 @@
 """Problems as rows of tokens, in the order of their uids."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int32
 
 from basis_jax.config import DataSection
+from basis_jax.data.overlap import contradictions
 from basis_jax.data.problem import Problem
+from basis_jax.data.values import shown
 
 FORMATS = ("chat", "text")
 
@@ -45,7 +47,39 @@ def as_text(problem: Problem, section: DataSection, tokenizer) -> str:
         return content
     system = [("system", section.system_prompt)] if section.system_prompt else []
     chat = [{"role": r, "content": c} for r, c in (*system, *before, (role, content))]
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are programs: jinja's errors, and Python's
+        raise ValueError(
+            f"the tokenizer's chat template refuses the problem {shown(content)} with the roles "
+            f"{', '.join(message['role'] for message in chat)} ({' '.join(str(error).split())}); "
+            "change data.system_prompt or the problem's chat"
+        ) from error
+
+
+def encode_and_report(
+    name: str,
+    problems: Sequence[Problem],
+    section: DataSection,
+    tokenizer,
+    *,
+    size: int,
+    report: Callable[[str], None],
+) -> EncodedProblems:
+    """``encode_prompts`` of a named set; reports what was left out, and prompts that stand there
+    with two answers."""
+    encoded = encode_prompts(problems, section, tokenizer, size=size)
+    report(f"{name} problems: {', '.join(f'{v} {k}' for k, v in encoded.counts.items() if v)}")
+    different = contradictions(encoded.problems)
+    if different:
+        one, other = different[0]
+        prompt = one.prompt if isinstance(one.prompt, str) else one.prompt[-1][1]
+        report(
+            f"warning: {len(different)} prompts of the {name} problems have different answers in "
+            f"different rows, such as {shown(prompt)}: {shown(one.answer)} and "
+            f"{shown(other.answer)}"
+        )
+    return encoded
 
 
 def encode_prompts(
