@@ -78,8 +78,9 @@ def one_answer(value: Any, worked: bool) -> str:
         return json.dumps(value)
     if isinstance(value, float | Decimal):
         return from_number(value)
+    part = next(iter(value), "value") if isinstance(value, Mapping) else ""
     advice = (
-        "name one of its parts, as in --data.answer-field answer.value"
+        f"name one of its parts, as in --data.answer-field answer.{part}"
         if isinstance(value, Mapping)
         else "give a text, a number, or a list of them"
     )

@@ -12,7 +12,7 @@ from basis_jax.data.benchmarks import BENCHMARKS, Source
 from basis_jax.data.chats import read_prompt
 from basis_jax.data.hub import hub_rows
 from basis_jax.data.problem import Problem
-from basis_jax.data.tables import READABLE, Rows, file_kind, read_table
+from basis_jax.data.tables import CSV, JSON, READABLE, Rows, file_kind, read_table
 from basis_jax.data.values import held_in, is_missing
 from basis_jax.verify.gym import check_scorer
 
@@ -130,16 +130,20 @@ def read_rows(source: Source) -> tuple[str, Rows]:
     path = Path(source.path).expanduser()
     before_colon = Path(source.path.partition(":")[0]).expanduser()
     try:
-        if path.is_file() or (file_kind(path) and not path.is_dir()):
-            return read_table(path)
-        if before_colon.is_file():
-            raise ValueError(f"{before_colon} is a file and has no subsets; give it without the :")
+        kind = file_kind(path)
+        if path.is_file() and kind is None:
+            raise ValueError(f"{path} is of an unknown kind; {READABLE}")
+        if kind and not path.exists():
+            raise ValueError(f"there is no file {path}; {READABLE}")
+        if before_colon != path and before_colon.is_file():
+            raise ValueError(f"{before_colon} is a file and has no subsets; leave out the colon")
         local_only = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
-        if not path.is_dir() and local_only and not before_colon.is_dir():
-            raise ValueError(f"there is no file or folder {source.path}")
+        if local_only and not path.exists() and not before_colon.exists():
+            raise ValueError(f"there is no file or folder {source.path}; {READABLE}")
     except (OSError, ValueError) as error:
-        advice = "" if READABLE in str(error) else f"; {READABLE}"
-        raise ValueError(f"{error}{advice}, with {source.option}") from error
+        raise ValueError(f"{error}, with {source.option}") from error
+    if path.is_file() and kind in (JSON, CSV):
+        return read_table(path)
     return "row", hub_rows(source.path, split=source.split, option=source.option)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a local file, each with its number: JSON, CSV and parquet, compressed or not."""
+"""Rows of a local text file, each with its number: JSON and CSV, compressed or not."""
 
 import bz2
 import codecs
@@ -41,20 +41,13 @@ def file_kind(path: Path) -> tuple[str, ...] | None:
 
 
 def read_table(path: Path) -> tuple[str, Rows]:
-    """What the rows of a file are called (line or row), and the rows with their numbers.
+    """The rows of a JSON or CSV file with their numbers, after what they are called: line or row.
 
-    Raises ValueError, there or while the rows are read, where the file cannot be read; it names
-    the file, and the line or row where there is one.
+    Raises ValueError, here or while the rows are read, where the file cannot be read; it names the
+    file, and the line or row where there is one.
     """
-    kind = file_kind(path)
-    if kind is None:
-        raise ValueError(f"{path} is of an unknown kind; {READABLE}")
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    if kind is PARQUET:
-        return "row", parquet_rows(path)
     text = read_text(path)
-    if kind is CSV:
+    if file_kind(path) is CSV:
         ends = [end.lower() for end in path.suffixes]
         return "line", csv_rows(path, text, "\t" if ".tsv" in ends[-2:] else ",")
     if ARRAY.match(text):
@@ -70,7 +63,7 @@ def read_text(path: Path) -> str:
             if data.startswith(signature):
                 data = COMPRESSED[suffix](data)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-        raise ValueError(f"cannot read {path} ({error})") from error
+        raise ValueError(f"cannot read {path} ({error}); give another file") from error
     encoding = "utf-8"
     for mark, name in BYTE_ORDER_MARKS:
         if data.startswith(mark):
@@ -198,26 +191,3 @@ def cell_value(cell: str) -> str | None:
     if len(cell) < 6 and cell.strip().lower() in EMPTY_CELLS:
         return None
     return cell[:-2] if FLOAT_INTEGER.fullmatch(cell) else cell
-
-
-def parquet_rows(path: Path) -> Rows:
-    """Rows of a parquet file."""
-    import pyarrow  # here: JSON files do not need it
-    import pyarrow.parquet
-
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000)
-        number = 0
-        for batch in batches:
-            for row in column_rows(batch.to_pydict()):
-                number += 1
-                yield number, row
-    except (OSError, pyarrow.ArrowException, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"cannot read {path} ({reason})") from error
-
-
-def column_rows(columns: Mapping[str, list]) -> Iterator[dict[str, Any]]:
-    """Columns as rows: 20 times faster than to ask for row by row."""
-    for values in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, values, strict=True))
