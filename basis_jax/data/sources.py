@@ -136,7 +136,7 @@ def read_rows(source: Source) -> tuple[str, Rows]:
         if kind and not path.exists():
             raise ValueError(f"there is no file {path}; {READABLE}")
         if before_colon != path and before_colon.is_file():
-            raise ValueError(f"{before_colon} is a file and has no subsets; leave out the colon")
+            raise ValueError(f"{source.path} asks a file for a subset; leave out the colon")
         local_only = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
         if local_only and not path.exists() and not before_colon.exists():
             raise ValueError(f"there is no file or folder {source.path}; {READABLE}")
