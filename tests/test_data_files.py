@@ -74,6 +74,24 @@ def test_files_put_one_after_the_other_with_their_marks(tmp_path):
     assert load(tmp_path / "a.jsonl") == EXPECTED * 2
 
 
+def test_narrow_floats_have_the_digits_that_were_written(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = {"problem": ["a", "b", "c"], "answer": [0.1, 43.0, None]}
+    made = datasets.Dataset.from_dict(rows).cast_column("answer", datasets.Value("float32"))
+    made.to_parquet(tmp_path / "a.parquet")
+    assert [p.answer for p in load(tmp_path / "a.parquet")] == ["0.1", "43", ""]
+
+
+def test_a_sentence_stays_short_where_there_are_many_columns(tmp_path):
+    rows = {str(i): i for i in range(5000)}
+    (tmp_path / "a.json").write_text(json.dumps([rows]))
+    refused(tmp_path / "a.json", "row 1: the row has the columns 0, 1, 2", "28, 29, ...;")
+    (tmp_path / "a.json").write_text(json.dumps({"problem": rows, "answer": rows}))
+    refused(tmp_path / "a.json", "line 1: the problem is an object with 0, 1", "28, 29, ...;")
+
+
 @pytest.mark.parametrize("name", ["a.PARQUET", "a[1].parquet"])
 def test_a_parquet_file_of_any_name(tmp_path, name):
     import datasets

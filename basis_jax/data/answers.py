@@ -93,9 +93,9 @@ def from_text(text: str, worked: bool) -> str:
     if text.startswith(MARKED):
         answer = text
     else:
-        answer = after_hashes(text) or last_boxed(text)
-        if answer is None:
-            answer = "" if worked or is_empty_mark(text) else text.strip()
+        marked = after_hashes(text) or last_boxed(text)
+        whole = "" if worked or marked is not None or is_empty_mark(text) else text.strip()
+        answer = marked or whole
         if answer[:1] in ("$", "\\") and (formula := FORMULA.fullmatch(answer)):
             answer = next(filter(None, formula.groups())).strip()
     if not answer.isascii():

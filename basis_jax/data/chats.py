@@ -84,14 +84,13 @@ def read_chat(value: list | Mapping) -> str | Messages:
     """The messages of a chat up to the last that asks for an answer."""
     if len(value) == 1 and isinstance(value, list) and is_users(value[0]):
         return value[0]["content"]
-    if isinstance(value, Mapping):
-        value = one_by_one(value)
-    if not all(isinstance(message, Mapping) for message in value):
+    listed = one_by_one(value) if isinstance(value, Mapping) else value
+    if not all(isinstance(message, Mapping) for message in listed):
         raise ValueError(
             f"the problem is {described(value)}; give one text, or a chat whose messages have role "
             "and content"
         )
-    messages = [read_message(message, i) for i, message in enumerate(value, start=1)]
+    messages = [read_message(message, i) for i, message in enumerate(listed, start=1)]
     if not messages:
         return ""
     while messages and messages[-1][0] == "assistant":
@@ -111,10 +110,11 @@ def one_by_one(value: Mapping) -> Sequence[Any]:
     if (chat := whole_chat(value)) is not None:
         return chat
     for keys in KEYS:
-        columns = [value.get(key) for key in keys]
-        if all(isinstance(column, list) for column in columns) and len({*map(len, columns)}) == 1:
-            return [dict(zip(keys, pair, strict=True)) for pair in zip(*columns, strict=True)]
-        if isinstance(columns[0], str) and keys[1] in value:
+        roles, contents = (value.get(key) for key in keys)
+        if isinstance(roles, list) and isinstance(contents, list) and len(roles) == len(contents):
+            pairs = zip(roles, contents, strict=True)
+            return [dict(zip(keys, pair, strict=True)) for pair in pairs]
+        if isinstance(roles, str) and keys[1] in value:
             return [value]
     part = next(iter(value), "text")
     raise ValueError(

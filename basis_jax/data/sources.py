@@ -13,7 +13,7 @@ from basis_jax.data.chats import read_prompt
 from basis_jax.data.hub import hub_rows
 from basis_jax.data.problem import Problem
 from basis_jax.data.tables import CSV, JSON, READABLE, Rows, file_kind, read_table
-from basis_jax.data.values import held_in, is_missing
+from basis_jax.data.values import held_in, is_missing, listing
 from basis_jax.verify.gym import check_scorer
 
 SCORERS_TRIED = 3  # problems of reasoning-gym whose scorer is tried before a run
@@ -155,11 +155,11 @@ def choose_columns(row: Mapping[str, Any], source: Source) -> tuple[str, str]:
         return named
     for choice in (named, *source.otherwise):
         for layout in COLUMN_LAYOUTS:
-            columns = tuple(name or usual for name, usual in zip(choice, layout, strict=True))
+            columns = (choice[0] or layout[0], choice[1] or layout[1])
             if all(has_column(row, name) for name in columns):
                 return columns
     raise ValueError(
-        f"the row has the columns {', '.join(row)}; name those with the problem and the answer by "
+        f"the row has the columns {listing(row)}; name those with the problem and the answer by "
         "--data.problem-field and --data.answer-field"
     )
 
@@ -192,7 +192,7 @@ def value_at(row: Mapping[str, Any], name: str) -> Any:
                 return value_at(inside, ".".join(parts[i:]))
             except ValueError:
                 break
-    raise ValueError(f"the row has no column {name!r} but {', '.join(row)}; {ADVICE}")
+    raise ValueError(f"the row has no column {name!r} but {listing(row)}; {ADVICE}")
 
 
 def as_problem(row: Mapping[str, Any], columns: tuple[str, str], source: Source) -> Problem:

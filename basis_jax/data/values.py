@@ -2,12 +2,13 @@
 
 import ast
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 MISSING_WORDS = frozenset({"nan", "<na>"})
 """Texts, in lower case, that a data frame writes for a missing value."""
 SHOWN = 40  # characters of a text in an error
+NAMED = 30  # columns of a row, or parts of an object, that an error names
 
 
 def is_missing(value: Any) -> bool:
@@ -29,12 +30,18 @@ def described(value: Any) -> str:
     if isinstance(value, str):
         return "a text"
     if isinstance(value, Mapping):
-        return f"an object with {', '.join(map(str, value)) or 'nothing in it'}"
+        return f"an object with {listing(value) or 'nothing in it'}"
     if isinstance(value, list):
         kinds = {bool: "booleans", int: "numbers", float: "numbers", str: "texts", list: "lists"}
         found = {"objects" if isinstance(v, Mapping) else kinds.get(type(v), "") for v in value}
         return f"a list of {found.pop()}" if len(found) == 1 and "" not in found else "a mixed list"
     return f"of the type {type(value).__name__}"
+
+
+def listing(names: Iterable[Any]) -> str:
+    """Names with commas between them; many are cut short."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:NAMED] + ["..."] * (len(names) > NAMED))
 
 
 def shown(text: str) -> str:
