@@ -15,7 +15,7 @@ SAVED = ("dataset_info.json", "dataset_dict.json")  # by save_to_disk
 
 def hub_rows(path: str, *, split: str, option: str) -> Rows:
     """Rows of a parquet file, a folder, or a data set on the hub; ``name:subset`` asks for a
-    subset, as in openai/gsm8k:main. Narrow floats have the digits that they were written with (0.1).
+    subset, as in openai/gsm8k:main. Narrow floats have the digits that were written (0.1).
 
     Raises one ValueError for whatever keeps it from being read, with the cause and what to do."""
     dataset = read_dataset(path, split=split, option=option)

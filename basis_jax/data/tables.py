@@ -135,17 +135,22 @@ def array_rows(path: Path, text: str) -> Rows:
 
 def broken_item(text: str) -> str:
     """Row and line of the item at which an array cannot be read."""
-    decoder, skipped = json.JSONDecoder(), re.compile(r"[\s,]*")
-    position = skipped.match(text, text.index("[") + 1).end()
-    number = 1
+    decoder = json.JSONDecoder()
+    position, number = after_gap(text, text.index("[") + 1), 1
     try:
         while position < len(text) and text[position] != "]":
             _, position = decoder.raw_decode(text, position)
-            position = skipped.match(text, position).end()
+            position = after_gap(text, position)
             number += 1
     except (ValueError, RecursionError):
         pass
     return f"row {number} (line {text.count(chr(10), 0, position) + 1})"
+
+
+def after_gap(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\n\r,":
+        position += 1
+    return position
 
 
 def check_row(row: Any, path: Path, unit: str, number: int) -> None:
