@@ -16,7 +16,7 @@ help:
 	@echo "make test         lint, format check and every test, as CI does"
 	@echo "make test-fast    the tests that are not slow"
 	@echo "make nightly      what takes longer: studies in small, the wheel in an empty folder"
-	@echo "make lint         ruff check, ruff format --check"
+	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make format       sort imports and format"
 	@echo "make clean        remove .venv and caches, keep runs/"
 	@echo "PYTHON=python3.12 chooses the interpreter of .venv, EXTRAS=llm,test,cuda the extras"
@@ -45,6 +45,7 @@ nightly: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .

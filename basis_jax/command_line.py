@@ -4,11 +4,13 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import Any
 
 from basis_jax.config import Config
 
@@ -45,7 +47,9 @@ def load_config(name: str | Path) -> Config:
     """
     path = find_config(name)
     loader = SourceFileLoader(f"config_{path.stem}", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None  # every source file has one
+    module = importlib.util.module_from_spec(spec)
     try:
         loader.exec_module(module)
         config = module.config()
@@ -62,7 +66,7 @@ def load_config(name: str | Path) -> Config:
     return config
 
 
-def field_names(config, prefix: str = "") -> list[str]:
+def field_names(config: Any, prefix: str = "") -> list[str]:
     """Dotted names of every field that can be overridden."""
     names = []
     for field in dataclasses.fields(config):
@@ -75,7 +79,7 @@ def field_names(config, prefix: str = "") -> list[str]:
 def check_names(arguments: Sequence[str], config: Config) -> None:
     """Raise a ValueError for the first ``--field`` that the config does not have."""
     known = field_names(config)
-    for argument in arguments:
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
         if not argument.startswith("--") or argument in ("--help", "-h"):
             continue
         name = argument[2:].split("=")[0].replace("-", "_")
@@ -85,6 +89,11 @@ def check_names(arguments: Sequence[str], config: Config) -> None:
                 f"--estimator.options {name.rpartition('.')[2]} VALUE"
             )
         if name not in known and name.removeprefix("no_") not in known:
+            if previous[2:].replace("-", "_") in known:
+                raise ValueError(
+                    f"{argument} is no config field; if it is the value of {previous}, write "
+                    f"{previous}={argument}"
+                )
             plain = name.replace("no_", "", 1)
             near = difflib.get_close_matches(plain, known, n=4, cutoff=0.4) or known[:4]
             raise ValueError(
@@ -116,6 +125,13 @@ def parse(
     default = load_config(known.config or "quickstart")
     check_names(rest, default)
     return tyro.cli(Config, default=default, args=rest, description=description), known
+
+
+def same_command() -> str:
+    """The command that started this process, to be typed again."""
+    program, *arguments = sys.argv
+    python = "" if program.startswith("basis-jax ") else "python "
+    return python + " ".join([program, *map(shlex.quote, arguments)])
 
 
 def run(main: Callable[[], None]) -> None:

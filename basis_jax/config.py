@@ -150,6 +150,32 @@ class TrainSection:
     """Rollouts decoded at once; where there are more, they take the places of those that end."""
     log_samples: int = 8
     """Completions written to samples.jsonl each step."""
+    patience: int = 20
+    """Steps in a row whose rewards are all equal, so that the policy is not updated, after which
+    the run ends: as failed where no completion was right, as solved where all were."""
+    abort_on: tuple[str, ...] = ()
+    """Warnings that end the run: names of fields of ``watch``."""
+
+
+@dataclass(frozen=True)
+class WatchSection:
+    """Limits beyond which a step is warned about, once a run. Shares are fractions of 1; "of the
+    first" is relative to the first update of the run."""
+
+    zero_share: float = 0.9
+    """More advantages than this share are 0."""
+    invalid: float = 0.1
+    """More rollouts than this share could not be graded."""
+    truncated: float = 0.5
+    """More completions than this share are cut at the length limit."""
+    entropy: float = 0.05
+    """The policy's entropy a token is below this share of the first."""
+    length: float = 0.2
+    """The mean length of completions is below this share of the first."""
+    logprob_gap: float = 0.1
+    """Sampler and trainer differ by more than this many nats a token, on average."""
+    grad_norm: float = 0.01
+    """The gradient's norm is below this share of the first."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +225,7 @@ class Config:
     loss: LossSection = LossSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
+    watch: WatchSection = WatchSection()
     eval: EvalSection = EvalSection()
     mesh: MeshSection = MeshSection()
     checkpoint: CheckpointSection = CheckpointSection()

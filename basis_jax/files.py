@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -24,18 +25,34 @@ def lock(file: IO, what: str, option: str) -> None:
         ) from None
 
 
-def replace_file(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a file in one step: after a kill or a power cut it holds the old content or the new."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        push_to_disk(file)
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name reaches the disk too
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turns the system's refusals (a full disk, a folder that may not be written) into a ValueError
+    with the file's name and what to do."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{path} could not be written ({error.strerror or error}); mend that and give the same "
+            "command again: what was complete before is kept"
+        ) from error
+
+
+def replace_file(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file in one step: after a kill or a power cut it holds the old content or the new.
+
+    Raises ValueError where it cannot be written."""
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            push_to_disk(file)
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name reaches the disk too
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def push_to_disk(file: BinaryIO) -> None:
@@ -44,9 +61,13 @@ def push_to_disk(file: BinaryIO) -> None:
 
 
 def append_json_lines(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append one JSON object a line, on disk when this returns."""
-    file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-    push_to_disk(file)
+    """Append one JSON object a line, as UTF-8, on disk when this returns. Half of a surrogate pair,
+    which UTF-8 does not have, is written as JSON's escape. Raises ValueError where the file cannot
+    be written."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with writing(file.name):
+        file.write("".join(lines).encode("utf-8", "backslashreplace"))
+        push_to_disk(file)
 
 
 def whole_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:

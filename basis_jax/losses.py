@@ -62,7 +62,7 @@ def policy_loss(
     above 0: every token's term is multiplied by ``sampler_weights`` too. Returns the loss and the
     tokens whose clipped branch was active. ValueError for another objective.
     """
-    mask, a = batch.completion_mask, batch.advantages[:, None]
+    mask, a = jnp.asarray(batch.completion_mask), jnp.asarray(batch.advantages)[:, None]
     logprobs = jnp.where(mask, logprobs, 0.0)
     fixed = jax.lax.stop_gradient(logprobs)
     old = fixed if batch.old_logprobs is None else jnp.where(mask, batch.old_logprobs, 0.0)
@@ -116,8 +116,13 @@ def kl_loss(
     reference) under the policy's own samples; k3 has that of KL(reference || policy), and k1 has
     mean zero: it constrains nothing. ``k3+`` has the value of k3 and the gradient of k2.
     x is held in [-20, 20] and k3 at 10 or less, where its gradient ends (verl's bounds). Raises
-    ValueError for another form.
+    ValueError for another form and for a batch without ``ref_logprobs``.
     """
+    if batch.ref_logprobs is None:
+        raise ValueError(
+            "the batch has no ref_logprobs; give the log-probabilities of the reference, or leave "
+            "out the KL term"
+        )
     x = jnp.where(batch.completion_mask, logprobs - batch.ref_logprobs, 0.0)
     x = jnp.clip(x, -20.0, 20.0)
     terms = {"k1": x, "k2": x**2 / 2, "k3": jnp.minimum(jnp.exp(-x) - 1 + x, 10.0)}

@@ -16,7 +16,8 @@ def pytree(cls: type[T]) -> type[T]:
     not when ``vmap`` or ``tree.map`` puts something else into the leaves.
     """
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-    names = tuple(field.name for field in dataclasses.fields(cls))
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # a dataclass by now
+    names = tuple(field.name for field in fields)
 
     def flatten_with_keys(instance):
         return tuple((jax.tree_util.GetAttrKey(n), getattr(instance, n)) for n in names), None

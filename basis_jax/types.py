@@ -7,34 +7,34 @@ Every ``[N T]`` array is token-aligned: entry t says something about token t.
 
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from basis_jax.pytree import pytree
 
-Array = jax.Array | np.ndarray  # rollouts are verified on the host and trained on devices
+AnyArray = Array | np.ndarray
+"""On a device or on the host: prompts come from the host, rollouts are verified there."""
 
 
 @pytree
 class Prompts:
     """Tokenised prompts, padded on the right; what stands beyond ``lengths`` is ignored."""
 
-    tokens: Int[Array, "N P"]
-    lengths: Int[Array, " N"]
-    problem_ids: Int[Array, " N"]  # row of the problem in the data set, 0..M-1
+    tokens: Int[AnyArray, "N P"]
+    lengths: Int[AnyArray, " N"]
+    problem_ids: Int[AnyArray, " N"]  # row of the problem in the data set, 0..M-1
 
 
 @pytree
 class Rollouts:
     """Prompts with what the policy wrote after them, from token ``prompt_lengths`` on."""
 
-    tokens: Int[Array, "N T"]
-    prompt_lengths: Int[Array, " N"]
-    completion_lengths: Int[Array, " N"]  # sampled tokens, the EOS included
-    sampler_logprobs: Float[Array, "N T"]  # 0 outside the completion
-    terminated: Bool[Array, " N"]  # True: ended with an EOS; False: cut at the length limit
-    problem_ids: Int[Array, " N"]
+    tokens: Int[AnyArray, "N T"]
+    prompt_lengths: Int[AnyArray, " N"]
+    completion_lengths: Int[AnyArray, " N"]  # sampled tokens, the EOS included
+    sampler_logprobs: Float[AnyArray, "N T"]  # 0 outside the completion
+    terminated: Bool[AnyArray, " N"]  # True: ended with an EOS; False: cut at the length limit
+    problem_ids: Int[AnyArray, " N"]
 
 
 @pytree
@@ -60,13 +60,13 @@ class Estimate:
 class Batch:
     """One microbatch. ``loss_weights`` carry every denominator of the loss, those of its update."""
 
-    tokens: Int[Array, "N T"]
-    completion_mask: Bool[Array, "N T"]
-    loss_weights: Float[Array, "N T"]
-    advantages: Float[Array, " N"]
-    old_logprobs: Float[Array, "N T"] | None  # None: strictly on-policy, old = current
-    sampler_logprobs: Float[Array, "N T"]
-    ref_logprobs: Float[Array, "N T"] | None = None  # None: no KL term
+    tokens: Int[AnyArray, "N T"]
+    completion_mask: Bool[AnyArray, "N T"]
+    loss_weights: Float[AnyArray, "N T"]
+    advantages: Float[AnyArray, " N"]
+    old_logprobs: Float[AnyArray, "N T"] | None  # None: strictly on-policy, old = current
+    sampler_logprobs: Float[AnyArray, "N T"]
+    ref_logprobs: Float[AnyArray, "N T"] | None = None  # None: no KL term
 
 
 @pytree

@@ -100,7 +100,7 @@ CASES = {
 }
 
 
-def measure(name: str, options) -> list[dict]:
+def measure(name: str, options: argparse.Namespace) -> list[dict]:
     """One row a size: milliseconds of a call (quartiles too) and seconds of its compilation."""
     trials = np.full(options.problems, 8, np.float32)
     successes = np.random.default_rng(1).integers(1, 8, options.problems).astype(np.float32)

@@ -10,6 +10,7 @@ import argparse
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from basis_jax import command_line
 from basis_jax.config import LossSection, OptimSection
@@ -53,7 +54,7 @@ def main() -> None:
     bench_models.write_result(options, found)
 
 
-def planned_bytes(model_config: ModelConfig, mesh, rows: int, width: int) -> int:
+def planned_bytes(model_config: ModelConfig, mesh: Mesh, rows: int, width: int) -> int:
     """Arguments, results and what lies between; donated buffers once."""
     optimizer = make_optimizer(OptimSection(), updates=9)
     update = make_update(
@@ -74,6 +75,10 @@ def planned_bytes(model_config: ModelConfig, mesh, rows: int, width: int) -> int
     )
     compiled = jax.jit(update, donate_argnums=0).lower(state, [batch, batch]).compile()
     plan = compiled.memory_analysis()
+    if plan is None:
+        raise SystemExit(
+            f"error: XLA plans no memory for {jax.default_backend()}; take another device"
+        )
     total = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
     return total - plan.alias_size_in_bytes
 

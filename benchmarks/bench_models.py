@@ -1,10 +1,17 @@
 """What benchmarks run: a Hugging Face folder, or a shape by name with random weights."""
 
+import argparse
 import json
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
@@ -12,31 +19,44 @@ from basis_jax.model.sharding import named_tree
 from basis_jax.runs.provenance import provenance
 from basis_jax.weights import huggingface
 
-QWEN3 = {
-    "architecture": "qwen3",
-    "vocab_size": 151_936,
-    "kv_heads": 8,
-    "head_dim": 128,
-    "max_positions": 40_960,
-    "rope_theta": 1e6,
-    "tied": True,
-    "qk_norm": True,
-}
+QWEN3_4B = ModelConfig(
+    architecture="qwen3",
+    vocab_size=151_936,
+    embed=2560,
+    layers=36,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    mlp=9728,
+    max_positions=40_960,
+    rope_theta=1e6,
+    tied=True,
+    qk_norm=True,
+)
 SHAPES = {
-    "qwen3-0.6b": ModelConfig(**QWEN3, embed=1024, layers=28, heads=16, mlp=3072),
-    "qwen3-4b": ModelConfig(**QWEN3, embed=2560, layers=36, heads=32, mlp=9728),
+    "qwen3-0.6b": replace(QWEN3_4B, embed=1024, layers=28, heads=16, mlp=3072),
+    "qwen3-4b": QWEN3_4B,
 }
 MODEL_HELP = f"Hugging Face folder, or {' or '.join(SHAPES)} with random weights"
 
+Sampler = Callable[[np.ndarray, int, tuple[int, ...], int], np.ndarray]
+"""(tokens [N P], slots, eos_ids, new) -> lengths [N] of the completions, the end token counted."""
 
-def named_model_config(name: str, **computed) -> ModelConfig:
-    """``computed``: compute_dtype, remat, attention."""
+
+def named_model_config(
+    name: str, *, compute_dtype: str = "float32", remat: str = "none", attention: str = "plain"
+) -> ModelConfig:
     if name in SHAPES:
-        return ModelConfig(**vars(SHAPES[name]) | computed)
-    return huggingface.read_model_config(huggingface.resolve_folder(name), **computed)
+        return replace(SHAPES[name], compute_dtype=compute_dtype, remat=remat, attention=attention)
+    return huggingface.read_model_config(
+        huggingface.resolve_folder(name),
+        compute_dtype=compute_dtype,
+        remat=remat,
+        attention=attention,
+    )
 
 
-def our_params(name: str, model_config: ModelConfig, mesh):
+def our_params(name: str, model_config: ModelConfig, mesh: Mesh) -> PyTree:
     if name not in SHAPES:
         return huggingface.load_params(huggingface.resolve_folder(name), model_config, mesh)
     layout = named_tree(mesh, decoder.param_axes(model_config))
@@ -45,7 +65,7 @@ def our_params(name: str, model_config: ModelConfig, mesh):
     )
 
 
-def torch_model(name: str, model_config: ModelConfig):
+def torch_model(name: str, model_config: ModelConfig) -> tuple[Any, Any] | None:
     """(torch, transformers' model on torch's device in the same dtype), or None without torch."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the others' cores
     try:
@@ -69,7 +89,7 @@ def torch_model(name: str, model_config: ModelConfig):
     return torch, loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def write_result(options, rows: list[dict], **more) -> None:
+def write_result(options: argparse.Namespace, rows: list[dict], **more: Any) -> None:
     """Rows with options, machine and versions into the file ``options.out``, if there is one."""
     if not options.out:
         return

@@ -17,6 +17,7 @@ out.
 
 import argparse
 import time
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -33,6 +34,7 @@ from basis_jax.sampling.refill import MIN_REFILL_TOKENS, sample_rows
 from basis_jax.types import Prompts
 from basis_jax.weights import huggingface
 from benchmarks import bench_models, ceilings
+from benchmarks.bench_models import Sampler
 from benchmarks.rival_tunix import tunix_sampler
 
 
@@ -93,11 +95,11 @@ def random_prompts(rows: int, width: int, vocabulary: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocabulary, (rows, width)).astype(np.int32)
 
 
-def our_sampler(name: str, model_config: ModelConfig):
+def our_sampler(name: str, model_config: ModelConfig) -> Sampler:
     mesh = make_mesh(devices=jax.devices()[:1])
     params = bench_models.our_params(name, model_config, mesh)
 
-    def run(tokens, slots, eos_ids, new) -> np.ndarray:
+    def run(tokens: np.ndarray, slots: int, eos_ids: tuple[int, ...], new: int) -> np.ndarray:
         ids = np.arange(len(tokens), dtype=np.int32)
         lengths = np.full(len(tokens), tokens.shape[1], np.int32)
         with jax.set_mesh(mesh):
@@ -113,19 +115,19 @@ def our_sampler(name: str, model_config: ModelConfig):
                 mesh=mesh,
                 rows_at_once=slots,
             )
-        return rollouts.completion_lengths
+        return np.asarray(rollouts.completion_lengths)
 
     return run
 
 
-def transformers_sampler(name: str, model_config: ModelConfig):
+def transformers_sampler(name: str, model_config: ModelConfig) -> Sampler | None:
     found = bench_models.torch_model(name, model_config)
     if found is None:
         return None
     torch, loaded = found
     loaded.eval()
 
-    def run(tokens, slots, eos_ids, new) -> np.ndarray:
+    def run(tokens: np.ndarray, slots: int, eos_ids: tuple[int, ...], new: int) -> np.ndarray:
         stops = [i for i in eos_ids if i < loaded.config.vocab_size]
         with torch.inference_mode():
             made = (
@@ -153,17 +155,26 @@ def transformers_sampler(name: str, model_config: ModelConfig):
     return run
 
 
-def by_batches(sampler, tokens, slots, eos_ids, new) -> np.ndarray:
+def by_batches(
+    sampler: Sampler, tokens: np.ndarray, slots: int, eos_ids: tuple[int, ...], new: int
+) -> np.ndarray:
     parts = [tokens[i : i + slots] for i in range(0, len(tokens), slots)]
     return np.concatenate([sampler(part, slots, eos_ids, new) for part in parts])
 
 
-def measure(setting: str, count: int, slots: int, samplers: dict, options) -> list[dict]:
+def measure(
+    setting: str,
+    count: int,
+    slots: int,
+    samplers: Mapping[str, Callable[[int], np.ndarray]],
+    options: argparse.Namespace,
+) -> list[dict]:
     """One row a sampler; they take turns, so that a slow minute of the machine hits all."""
-    lengths, first, whole, fewer = {}, {}, {name: [] for name in samplers}, {}
+    lengths, first = {}, {}
+    whole: dict[str, list[tuple[float, float]]] = {name: [] for name in samplers}
+    fewer: dict[str, list[float]] = {name: [] for name in samplers}
     for name, sampler in samplers.items():
         first[name], lengths[name] = timed(sampler, options.new)
-        fewer[name] = []
         if setting == "equal":
             timed(sampler, MIN_REFILL_TOKENS)
     for _ in range(options.repeats):
@@ -176,26 +187,26 @@ def measure(setting: str, count: int, slots: int, samplers: dict, options) -> li
                 fewer[name].append(timed(sampler, MIN_REFILL_TOKENS)[0])
     rows = []
     for name in samplers:
-        seconds = [part[0] for part in whole[name]]
+        times = [seconds for seconds, _ in whole[name]]
         row = {
             "setting": setting,
             "rows": count,
             "slots": slots,
             "sampler": name,
             "tokens_per_s": float(np.median([n / s for s, n in whole[name]])),
-            "seconds": seconds,
+            "seconds": times,
             "first_call_s": first[name],
             "length_mean": float(lengths[name].mean()),
             "length_max": int(lengths[name].max()),
         }
         if setting == "equal":
-            more = np.median(np.array(seconds) - np.array(fewer[name]))
+            more = np.median(np.array(times) - np.array(fewer[name]))
             row["step_s"] = float(more) / (options.new - MIN_REFILL_TOKENS)
         rows.append(row)
     return rows
 
 
-def timed(sampler, new: int) -> tuple[float, np.ndarray]:
+def timed(sampler: Callable[[int], np.ndarray], new: int) -> tuple[float, np.ndarray]:
     started = time.perf_counter()
     lengths = sampler(new)
     return time.perf_counter() - started, lengths

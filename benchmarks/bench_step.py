@@ -18,10 +18,13 @@ import importlib.util
 import os
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import jax
+import numpy as np
 
 from basis_jax import command_line
 from basis_jax.config import (
@@ -36,7 +39,7 @@ from basis_jax.config import (
     TrainSection,
 )
 from basis_jax.training.loop import first_state, make_step
-from basis_jax.training.session import open_session
+from basis_jax.training.session import Session, open_session
 from benchmarks.bench_models import write_result
 
 PARTS = ("sample", "verify", "update", "step")
@@ -47,7 +50,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
     with open_session(make_config(options)) as session, jax.set_mesh(session.setup.mesh):
         ours = our_step(session, options)
-        seconds = {"ours": []}
+        seconds: dict[str, list[dict[str, float]]] = {"ours": []}
         if has_trl():
             seconds["TRL"] = trl_steps(session, options, lambda: seconds["ours"].append(ours()))
         else:
@@ -81,7 +84,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def make_config(options) -> Config:
+def make_config(options: argparse.Namespace) -> Config:
     """A run of plain text problems without table, held-out set or schedule."""
     return Config(
         run_dir="",
@@ -102,7 +105,7 @@ def make_config(options) -> Config:
     )
 
 
-def our_step(session, options):
+def our_step(session: Session, options: argparse.Namespace) -> Callable[[], dict[str, float]]:
     """A function that takes one training step and returns its seconds by part."""
     setup = dataclasses.replace(session.setup, eos_ids=(10**9,))  # no such token: nothing stops
     session = dataclasses.replace(session, setup=setup)
@@ -113,13 +116,13 @@ def our_step(session, options):
         started = time.perf_counter()
         state, metrics, graded, _ = take_step(state, int(state.step))
         seconds = time.perf_counter() - started
-        check_work(graded.rollouts.completion_lengths, options)
+        check_work(np.asarray(graded.rollouts.completion_lengths), options)
         return {"step": seconds} | {name: metrics[f"time/{name}_s"] for name in PARTS[:3]}
 
     return step
 
 
-def check_work(lengths, options) -> None:
+def check_work(lengths: Sequence[int] | np.ndarray, options: argparse.Namespace) -> None:
     """Raise a ValueError unless every rollout has every token: the comparison would be void."""
     if list(lengths) != [options.new] * options.rollouts:
         raise ValueError(
@@ -131,7 +134,9 @@ def has_trl() -> bool:
     return importlib.util.find_spec("trl") is not None
 
 
-def trl_steps(session, options, between) -> list[dict[str, float]]:
+def trl_steps(
+    session: Session, options: argparse.Namespace, between: Callable[[], None]
+) -> list[dict[str, float]]:
     """Seconds of every step of a GRPOTrainer; ``between`` is called after each and not counted."""
     import datasets
     import torch
@@ -176,7 +181,7 @@ def trl_steps(session, options, between) -> list[dict[str, float]]:
     return seconds
 
 
-def trl_config(folder: str, options):
+def trl_config(folder: str, options: argparse.Namespace) -> Any:
     import trl
 
     return trl.GRPOConfig(
@@ -208,7 +213,7 @@ def summary(name: str, taken: list[dict[str, float]]) -> dict:
     return {"trainer": name, "seconds": parts, "first_step_s": taken[0]["step"], "all": later}
 
 
-def print_table(rows: list[dict], options) -> None:
+def print_table(rows: list[dict], options: argparse.Namespace) -> None:
     print(f"{'':6}" + "".join(f"{part:>10}" for part in PARTS) + f"{'first':>10}   tokens/s")
     for row in rows:
         shown = [f"{row['seconds'][p]:10.3f}" if p in row["seconds"] else 10 * " " for p in PARTS]

@@ -18,7 +18,9 @@ alone.
 import argparse
 import resource
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +47,9 @@ def main() -> None:
     rows = []
     for name, lengths in row_lengths(options).items():
         rollouts = random_rollouts(lengths, options.width, model_config.vocab_size)
-        runs = {"ours": lambda r=rollouts: ours(r)}
+        runs = {"ours": partial(ours, rollouts)}
         if theirs is not None:
-            runs["torch"] = lambda r=rollouts: theirs(r)
+            runs["torch"] = partial(theirs, rollouts)
         rows += measure(name, lengths, runs, options.repeats)
     ceiling, plain = ceilings.measured(options.dtype), replace(model_config, remat="none")
     for row in rows:
@@ -79,7 +81,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def row_lengths(options) -> dict[str, np.ndarray]:
+def row_lengths(options: argparse.Namespace) -> dict[str, np.ndarray]:
     """Tokens of every row, prompt and completion together."""
     tail = np.random.default_rng(0).lognormal(np.log(options.width / 4), 0.8, options.rows)
     mixed = np.clip(tail.astype(np.int32), 8, options.width)
@@ -101,7 +103,9 @@ def random_rollouts(lengths: np.ndarray, width: int, vocabulary: int) -> Rollout
     )
 
 
-def our_gradient(model_config: ModelConfig, options):
+def our_gradient(
+    model_config: ModelConfig, options: argparse.Namespace
+) -> Callable[[Rollouts], None]:
     mesh = make_mesh(devices=jax.devices()[:1])
     config = Config(
         run_dir="",
@@ -122,7 +126,7 @@ def our_gradient(model_config: ModelConfig, options):
         params = bench_models.our_params(options.model, model_config, mesh)
         state = [make_state(params, optimizer, (), model_config=model_config, mesh=mesh)]
 
-    def run(rollouts) -> None:
+    def run(rollouts: Rollouts) -> None:
         graded = Graded(
             rollouts=rollouts,
             completions=[],
@@ -142,14 +146,16 @@ def our_gradient(model_config: ModelConfig, options):
     return run
 
 
-def torch_gradient(model_config: ModelConfig, options):
+def torch_gradient(
+    model_config: ModelConfig, options: argparse.Namespace
+) -> Callable[[Rollouts], None] | None:
     found = bench_models.torch_model(options.model, model_config)
     if found is None:
         return None
     torch, loaded = found
     optimizer = torch.optim.AdamW(loaded.parameters(), lr=0.0)
 
-    def run(rollouts) -> None:
+    def run(rollouts: Rollouts) -> None:
         ends = rollouts.prompt_lengths + rollouts.completion_lengths
         total = float(rollouts.completion_lengths.sum())
         for start in range(0, options.rows, options.microbatch):
@@ -170,9 +176,12 @@ def torch_gradient(model_config: ModelConfig, options):
     return run
 
 
-def measure(setting: str, lengths: np.ndarray, runs: dict, repeats: int) -> list[dict]:
+def measure(
+    setting: str, lengths: np.ndarray, runs: Mapping[str, Callable[[], None]], repeats: int
+) -> list[dict]:
     """One row a library; they take turns, so that a slow minute of the machine hits all."""
-    first, seconds = {}, {name: [] for name in runs}
+    first: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
         started = time.perf_counter()
         run()

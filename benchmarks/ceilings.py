@@ -1,13 +1,15 @@
 """What this machine can do at most, measured: the ceilings that benchmarks take shares of."""
 
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 
-def quickest(function, *args, repeats: int = 7) -> float:
+def quickest(function: Callable[..., Array], *args: Array, repeats: int = 7) -> float:
     """Seconds of the quickest of some calls, compilation apart."""
     jax.block_until_ready(function(*args))
     seconds = []

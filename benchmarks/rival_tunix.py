@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from basis_jax.sampling.decode import sample
 from basis_jax.sampling.draw import row_keys
 from basis_jax.types import Prompts
 from basis_jax.weights import huggingface
-from benchmarks.bench_models import SHAPES
+from benchmarks.bench_models import SHAPES, Sampler
 
 
 def main() -> None:
@@ -69,14 +70,13 @@ def our_tokens(folder: Path, tokens: np.ndarray, new: int) -> np.ndarray:
     return np.asarray(rollouts.tokens)[:, tokens.shape[1] :]
 
 
-def tunix_sampler(name: str, model_config: ModelConfig):
-    """run(tokens [N P], slots, eos_ids, new) -> lengths [N], the end token counted; None where
-    Tunix is not installed or would have to make up weights."""
+def tunix_sampler(name: str, model_config: ModelConfig) -> Sampler | None:
+    """None where Tunix is not installed or would have to make up weights."""
     if importlib.util.find_spec("tunix") is None or name in SHAPES:
         return None
     generate = tunix_tokens(huggingface.resolve_folder(name), model_config)
 
-    def run(tokens, slots, eos_ids, new) -> np.ndarray:
+    def run(tokens: np.ndarray, slots: int, eos_ids: tuple[int, ...], new: int) -> np.ndarray:
         made = generate(tokens, eos_ids, new)
         return np.array([min(len(row) + 1, new) for row in made])  # cut before the end token
 
@@ -102,7 +102,7 @@ class Numbers:
         return -1  # no token of any prompt: what equals it is masked
 
 
-def tunix_tokens(folder: Path, model_config: ModelConfig):
+def tunix_tokens(folder: Path, model_config: ModelConfig) -> Callable[..., list[np.ndarray]]:
     """generate(tokens [N P], eos_ids, new, greedy) -> rows of new tokens, up to their end token."""
     from tunix.generate.sampler import CacheConfig, Sampler
     from tunix.models.llama3 import model, params

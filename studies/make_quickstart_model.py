@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from basis_jax.data.tasks import number_words
@@ -137,7 +138,7 @@ def encode(tokenizer: Tokenizer, pairs: list[tuple[Question, int]]) -> tuple[np.
 def write_lines(generator: random.Random, *, textbook: bool) -> list[tuple[Question, int]]:
     """Questions with the answers of a textbook, or with those that pupils wrote."""
     lines = []
-    for kind in generator.choices(list(SHARES), SHARES.values(), k=ROWS):
+    for kind in generator.choices(list(SHARES), list(SHARES.values()), k=ROWS):
         question = number_words.draw(generator, kind)
         right = textbook or generator.random() < care(question)
         lines.append((question, question.answer if right else slip(question)))
@@ -152,7 +153,7 @@ def pass_probability(params, model_config, tokens, mask):
 
 
 def report(
-    params, model_config: decoder.ModelConfig, tokenizer: Tokenizer, *, held_out: bool
+    params: PyTree, model_config: decoder.ModelConfig, tokenizer: Tokenizer, *, held_out: bool
 ) -> None:
     """Print how pass rates are spread, and how much of the rest is the usual slip."""
     questions = number_words.questions(held_out=held_out)
@@ -170,7 +171,7 @@ def report(
     )
 
 
-def train(model_config: decoder.ModelConfig, tokenizer: Tokenizer):
+def train(model_config: decoder.ModelConfig, tokenizer: Tokenizer) -> PyTree:
     """Maximum likelihood of the answers by AdamW, the rate falling to nothing by a cosine."""
     params = jax.jit(decoder.init, static_argnums=0)(model_config, jax.random.key(0))
     schedule = optax.warmup_cosine_decay_schedule(0, RATE, 100, STEPS, RATE / 50)

@@ -38,6 +38,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int, Num
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -148,9 +149,9 @@ class Curve:
     """Held-out accuracy of a run at its evaluations, the first before the first step."""
 
     run: Run
-    steps: np.ndarray
-    tokens: np.ndarray  # generated up to there, the table's included
-    accuracy: np.ndarray
+    steps: Int[np.ndarray, " E"]
+    tokens: Num[np.ndarray, " E"]  # generated up to there, the table's included
+    accuracy: Float[np.ndarray, " E"]
     table_tokens: float
     seconds: float  # of the whole run
 
@@ -182,13 +183,13 @@ def equal_tokens(curves: Mapping[str, Sequence[Curve]]) -> float:
     return min(float(curve.tokens[-1]) for found in curves.values() for curve in found)
 
 
-def area(x: np.ndarray, y: np.ndarray, end: float) -> float:
+def area(x: Num[np.ndarray, " E"], y: Num[np.ndarray, " E"], end: float | int) -> float:
     """Mean height from 0 to ``end``; the curve is linear between its points and flat before."""
     inside = np.concatenate([[0], x[(x > 0) & (x < end)], [end]])
     return float(np.trapezoid(np.interp(inside, x, y), inside) / end)
 
 
-def summary(values: Sequence[float]) -> dict[str, float | None]:
+def summary(values: Sequence[float | int] | Num[np.ndarray, " S"]) -> dict[str, float | None]:
     """Mean with its 95 % Student t interval; a single value has none."""
     x = np.asarray(values, float)
     if x.size < 2:
@@ -197,7 +198,7 @@ def summary(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": float(x.mean()), "low": float(x.mean() - half), "high": float(x.mean() + half)}
 
 
-def compare(curves: Mapping[str, Sequence[Curve]], kind: str, end: float) -> dict[str, Any]:
+def compare(curves: Mapping[str, Sequence[Curve]], kind: str, end: float | int) -> dict[str, Any]:
     """Accuracy at ``end`` of the ``kind`` (steps, tokens), area up to there, and both minus those
     of the reference, seed by seed."""
     values = {}
@@ -238,7 +239,12 @@ def shown(found: Mapping[str, float | None] | None) -> str:
     return f"{mean:.1f}" if low is None else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def write(path: Path, compared, seconds, curves: Mapping[str, Sequence[Curve]]) -> None:
+def write(
+    path: Path,
+    compared: Mapping[str, Any],
+    seconds: Mapping[str, Any],
+    curves: Mapping[str, Sequence[Curve]],
+) -> None:
     content = {
         "command": shlex.join(["python", "-m", "studies.policy_study", *sys.argv[1:]]),
         **provenance(),
@@ -274,7 +280,9 @@ def draw(path: Path, compared: Mapping[str, Any], curves: Mapping[str, Sequence[
     figure.savefig(path)
 
 
-def draw_panel(axes: Axes, kind: str, end: float, curves: Mapping[str, Sequence[Curve]]) -> None:
+def draw_panel(
+    axes: Axes, kind: str, end: float | int, curves: Mapping[str, Sequence[Curve]]
+) -> None:
     at = np.linspace(0, end, 101)
     for name, found in curves.items():
         index = list(METHODS).index(name)
@@ -283,7 +291,7 @@ def draw_panel(axes: Axes, kind: str, end: float, curves: Mapping[str, Sequence[
         axes.plot(at, heights.mean(axis=0), label=name, color=color, linestyle=line)
         if len(found) > 1:
             bands = [summary(column) for column in heights.T]
-            low, high = ([band[end] for band in bands] for end in ("low", "high"))
+            low, high = (np.array([b[edge] for b in bands], float) for edge in ("low", "high"))
             axes.fill_between(at, low, high, color=color, alpha=0.07, linewidth=0)
     axes.set_xlabel(kind)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))

@@ -49,7 +49,7 @@ def solve_logits(mean: float, variance: float) -> tuple[float, float]:
     return float(centre), float(abs(sd))
 
 
-def moments(v) -> dict[str, float]:
+def moments(v: Float[np.ndarray, "..."]) -> dict[str, float]:
     """Mean and variance of V, and E[V(1-V)], the error of a single reward."""
     v = np.asarray(v, np.float64)
     found = {"mean": v.mean(), "variance": v.var(), "noise": np.mean(v * (1 - v))}
@@ -183,7 +183,7 @@ def checkpoint_world(
         raise SystemExit(f"error: --batch is {batch} and there are {problems} problems")
     which = np.repeat(np.arange(count), batches)
     ids = draw_visits(rng, len(which), problems, batch=batch, epochs=1)[:, :1]
-    truth = np.float32(values[which[:, None, None], ids])
+    truth = values[which[:, None, None], ids].astype(np.float32)
     if not rewards.size:
         drawn = rng.random((*truth.shape, MOST_ROLLOUTS), dtype=np.float32) < truth[..., None]
     else:
@@ -222,9 +222,15 @@ def replay_world(
     return draw_world(rng, truth, successes=tables, batch=batch, epochs=epochs, units="problems")
 
 
-def reference_tables(rng, first, reference, replicates, sizes):
+def reference_tables(
+    rng: np.random.Generator,
+    first: Float[np.ndarray, " M"],
+    reference: Float[np.ndarray, "M n"],
+    replicates: int,
+    sizes: tuple[int, ...],
+) -> dict[int, Float[np.ndarray, "R M"]]:
     """The recorded table for every replicate, or one drawn for each."""
     if not reference.size:
         return draw_tables(rng, np.broadcast_to(first, (replicates, len(first))), sizes)
-    counts = {n: np.float32(reference[:, :n].sum(axis=1)) for n in sizes}
+    counts = {n: reference[:, :n].sum(axis=1).astype(np.float32) for n in sizes}
     return {n: np.broadcast_to(k, (replicates, len(k))) for n, k in counts.items()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from basis_jax import estimators
 from basis_jax.estimators import Estimator, Signals
@@ -74,7 +74,11 @@ def bare_table() -> Estimator:
 
 
 def methods(
-    trials: Sequence[int], groups: Sequence[int], *, features=None, moved: bool = False
+    trials: Sequence[int],
+    groups: Sequence[int],
+    *,
+    features: Float[np.ndarray, "M e"] | None = None,
+    moved: bool = False,
 ) -> list[Method]:
     """Every method at the offline trials and group sizes that it takes; reinforce_pp comes first.
 
@@ -138,17 +142,18 @@ def run(method: Method, world: World) -> Outcome:
         return jax.lax.scan(step, start, (truth, ids, rewards))[1]
 
     at_once = max(1, min(replicates, ROWS_AT_ONCE // (prompts * g)))
-    arrays = (world.truth, world.ids, world.rewards, successes)
-    arrays = tuple(jnp.asarray(x, x.dtype) for x in arrays)
+    on_host = (world.truth, world.ids, world.rewards, successes)
+    arrays = tuple(jnp.asarray(x, x.dtype) for x in on_host)
     errors, binary, info = jax.jit(lambda xs: jax.lax.map(replicate, xs, batch_size=at_once))(
         arrays
     )
-    return Outcome(*map(np.asarray, (errors, binary)), {k: np.asarray(v) for k, v in info.items()})
+    reported = {name: np.asarray(x) for name, x in info.items()}
+    return Outcome(np.asarray(errors), np.asarray(binary), reported)
 
 
 # ------------------------------------------------------------------------------------- scoring
-def slices(world: World) -> dict[str, Array]:
-    """Name -> rows [R T B] that it counts: all, by age, by the bin of the true value."""
+def slices(world: World) -> dict[str, Bool[np.ndarray, "R T B"]]:
+    """Name -> rows that it counts: all, by age, by the bin of the true value."""
     shape = world.truth.shape
     found = {"all": np.ones(shape, bool)}
     ages = np.broadcast_to(world.ages, shape[:2])[:, :, None]
@@ -165,7 +170,9 @@ def bin_name(low: float) -> str:
     return f"V in [{low:.1f}, {low + 0.2:.1f}" + ("]" if low == BINS[-1] else ")")
 
 
-def unit_sums(world: World, x: Float[np.ndarray, "R T B"], rows: Array) -> Float[np.ndarray, " U"]:
+def unit_sums(
+    world: World, x: Float[np.ndarray, "R T B"], rows: Bool[np.ndarray, "R T B"]
+) -> Float[np.ndarray, " U"]:
     """Sum of x over the chosen rows of every unit."""
     if world.units == "replicates":
         return np.where(rows, x, 0).sum(axis=(1, 2), dtype=np.float64)

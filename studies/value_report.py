@@ -234,7 +234,9 @@ def draw_overall(axes: Axes, part: Part, rows: Sequence[dict]) -> None:
     finish(axes, "Overall")
 
 
-def draw_lines(axes: Axes, rows, names: list[str], unit: str, ticks: list[str]) -> None:
+def draw_lines(
+    axes: Axes, rows: Sequence[dict], names: list[str], unit: str, ticks: list[str]
+) -> None:
     for row in rows:
         points = [row["slices"].get(name) for name in names]
         errors = [p["mse"] if p else np.nan for p in points]

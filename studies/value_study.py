@@ -21,6 +21,7 @@ import numpy as np
 import tyro
 
 from basis_jax import command_line
+from basis_jax.config import Config
 from basis_jax.runs.provenance import provenance
 from basis_jax.training.prompt_features import prompt_features
 from basis_jax.training.session import open_session
@@ -177,7 +178,7 @@ class Real:
         real = self.true_values(config)
         steps, values = real.steps.tolist(), real.values
         rng = np.random.default_rng([self.seed, 4])
-        common = {"batch": self.batch, "sizes": tuple(n for n in self.trials if n)}
+        sizes = tuple(n for n in self.trials if n)
         about = {
             "policy": str(config.model.path),
             "problems": values.shape[1],
@@ -187,13 +188,27 @@ class Real:
             "moments": {step: moments(v) for step, v in zip(steps, values, strict=True)},
         }
         world = checkpoint_world(
-            rng, steps, values, real.rewards, real.reference, batches=self.batches, **common
+            rng,
+            steps,
+            values,
+            real.rewards,
+            real.reference,
+            sizes=sizes,
+            batch=self.batch,
+            batches=self.batches,
         )
         compared = methods(self.trials, self.groups, moved=True)
         parts = [measure("real checkpoints, one batch each", about, world, compared)]
         epochs = self.epochs or max(1, steps[-1] // (values.shape[1] // self.batch))
         world = replay_world(
-            rng, steps, values, real.reference, epochs=epochs, runs=self.runs, **common
+            rng,
+            steps,
+            values,
+            real.reference,
+            sizes=sizes,
+            batch=self.batch,
+            epochs=epochs,
+            runs=self.runs,
         )
         about = {
             **about,
@@ -205,7 +220,7 @@ class Real:
         parts.append(measure("replay of the run", about, world, compared))
         return parts
 
-    def true_values(self, config) -> Policies:
+    def true_values(self, config: Config) -> Policies:
         """Of every policy of the run; kept in the run folder, where the next study finds them."""
         if self.truth == "exact":
             check_exact(config)
@@ -220,7 +235,7 @@ class Real:
             print(f"step {step}: mean value {truth.mean():.4f}{agreement(truth, drawn)}")
         return found
 
-    def measure_values(self, config) -> Policies:
+    def measure_values(self, config: Config) -> Policies:
         """Values, rewards and table; the latter two empty where they are to be drawn."""
         steps, values, rewards, reference = [], [], [], np.zeros((0, 0))
         with open_session(config) as session, jax.set_mesh(session.setup.mesh):
@@ -245,7 +260,7 @@ class Real:
         return Policies(np.array(steps), np.stack(values), np.stack(rewards), reference)
 
 
-def check_exact(config) -> None:
+def check_exact(config: Config) -> None:
     if config.data.verifier != "exact":
         raise SystemExit(
             f"error: data.verifier is {config.data.verifier!r}; exact values exist for 'exact' "

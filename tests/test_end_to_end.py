@@ -178,7 +178,7 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
         (["--model.remat", "some"], "model.remat is 'some'; allowed are none, dots, full"),
         (["--model.compute-dtype", "float8"], "float8"),
         (["--train.steps", "0"], "train.steps is 0; give 1 or more"),
-        (["--seed", "-1"], "seed is -1; give 0 or more"),
+        (["--seed", "-1"], "seed is -1; give 0 to 4294967295"),
         (["--checkpoint.keep", "0"], "checkpoint.keep is 0; give 1 or more"),
         (["--loss.logprob-chunk", "0"], "loss.logprob_chunk is 0"),
         (["--train.sample-rollouts", "0"], "train.sample_rollouts is 0"),

@@ -322,12 +322,11 @@ def test_a_run_gives_an_own_estimator_its_options_table_features_and_groups(own)
     )
     estimator = make_estimator(section, group_size=1)
     assert estimator.init(np.zeros(3), np.zeros(3), features=np.ones((3, 2))).tolist() == [1.5] * 3
-    own.write_text(
-        FILE.replace('takes=("table", "features")', 'takes=("table",)').replace(
-            '"valid", "problem_ids"', '"valid", "problem_ids", "features"'
-        )
-    )
+    text = FILE.replace("features=None", "features")  # without features there is no start
+    text = text.replace('takes=("table", "features")', 'takes=("table",)')
+    own.write_text(text.replace('"problem_ids")', '"problem_ids", "features")'))
     assert make_estimator(section, group_size=1).takes_table
+    assert make_estimator(EstimatorSection(name="rloo"), group_size=4).group_size == 4
 
 
 @pytest.mark.parametrize(

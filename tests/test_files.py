@@ -43,8 +43,12 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError, match="results.json could not be written .No space left on dev"):
         files.replace_file(path, b"new")
+    with path.with_suffix(".jsonl").open("ab") as file:
+        with pytest.raises(ValueError, match="results.jsonl could not be written .No space left"):
+            files.append_json_lines(file, [{"a": 1}])
+    path.with_suffix(".jsonl").unlink()
     assert path.read_text() == "old"
     monkeypatch.undo()
     files.replace_file(path, b"new")
@@ -59,7 +63,7 @@ def test_lines_end_with_a_newline_or_are_left_out(tmp_path, torn):
     path.write_bytes(path.read_bytes() + torn)
     with path.open("rb") as file:
         lines = list(files.whole_lines(file))
-    assert [line for line, _ in lines] == [b'{"a": 1}\n', b'{"b": "\\u2028\\ud800"}\n']
+    assert [line for line, _ in lines] == [b'{"a": 1}\n', '{"b": "\u2028\\ud800"}\n'.encode()]
     assert lines[-1][1] == path.stat().st_size - len(torn)
 
 

@@ -55,6 +55,11 @@ def test_unknown_words_are_refused_with_the_list():
         kl_loss(jnp.zeros(MASK.shape), b, "k4")
 
 
+def test_a_kl_term_without_a_reference_is_refused():
+    with pytest.raises(ValueError, match="no ref_logprobs"):
+        kl_loss(jnp.zeros(MASK.shape), batch([0.0, 0.0, 0.0], None), "k2")
+
+
 def oracle(logprobs, b, objective, low, high, dual=0.0):
     """Loss, gradient and clipped tokens by loops in float64, derivatives written by hand."""
     mask = np.asarray(b.completion_mask)

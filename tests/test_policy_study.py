@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from basis_jax.config import Config
 from studies import policy_study
+from studies.policy_plan import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,7 +144,8 @@ def test_differences_to_the_reference_are_paired_by_seed():
     steps = np.array([0, 8])
 
     def curves(*ends):
-        values = dict(run=None, steps=steps, tokens=steps, table_tokens=0.0, seconds=1.0)
+        run = Run("any", 0, Config(run_dir=""), ())
+        values = dict(run=run, steps=steps, tokens=steps, table_tokens=0.0, seconds=1.0)
         return [policy_study.Curve(**values, accuracy=np.array([0.2, end])) for end in ends]
 
     both = {"spo": curves(0.51, 0.72, 0.93), "basis_robust": curves(0.5, 0.7, 0.9)}

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from basis_jax.config import Config, EstimatorSection, MeshSection, OptimSection, TrainSection
 from basis_jax.runs import identity, provenance
 from basis_jax.runs.identity import lock_run, open_run
+from basis_jax.runs.log import errors_logged
 from basis_jax.runs.metrics import Records, read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -257,7 +259,7 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
         open_run(config(folder, seed=3, estimator=estimator), devices=[])
     assert str(error.value) == (
         f"run folder {folder} holds a run of another configuration: "
-        'contents of.data.path is "abc" there and absent here; '
+        "the training problems of data.path have changed since the run began; "
         'estimator.name is "basis" there and "rloo" here; '
         "estimator.options.group_size is absent there and 4 here; seed is 0 there and 3 here; "
         "take the values that are there, or give another --run-dir"
@@ -267,7 +269,7 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
 
 def test_other_problems_behind_the_same_path_are_refused(tmp_path):
     folder = begun(tmp_path)
-    with pytest.raises(ValueError, match='contents of.data.path is "abc" there and "abd" here'):
+    with pytest.raises(ValueError, match="the training problems of data.path have changed since"):
         open_run(config(folder), devices=[], identity={"data.path": "abd"})
 
 
@@ -280,12 +282,12 @@ def test_a_run_without_a_checkpoint_may_start_with_another_configuration(tmp_pat
 
 
 def test_fields_that_change_no_number_may_differ(tmp_path):
-    train = TrainSection(steps=7, log_samples=0, sample_rollouts=2, microbatch_rollouts=2)
+    train = TrainSection(steps=12, log_samples=0, sample_rollouts=2, microbatch_rollouts=2)
     folder = begun(tmp_path)
     now = config(folder, train=train, mesh=MeshSection(fsdp=2))
     open_run(now, devices=[], identity={"data.path": "abc"})
     record = json.loads((folder / "config.json").read_text())
-    assert record["config"]["train"]["steps"] == 7
+    assert record["config"]["train"]["steps"] == 12
 
 
 def test_a_run_folder_may_be_moved(tmp_path):
@@ -299,6 +301,73 @@ def test_a_decaying_schedule_fixes_the_number_of_steps(tmp_path, schedule):
     begun(tmp_path, optim=optim)
     with pytest.raises(ValueError, match="train.steps is 100 there and 7 here"):
         open_run(config(tmp_path, optim=optim, train=TrainSection(steps=7)), devices=[])
+
+
+def test_fewer_steps_than_are_done_are_refused_and_nothing_is_written(tmp_path):
+    before = (begun(tmp_path) / "config.json").read_text()
+    with pytest.raises(ValueError, match="has done 10 steps and train.steps is 9; give 10 or more"):
+        open_run(
+            config(tmp_path, train=TrainSection(steps=9)), devices=[], identity={"data.path": "abc"}
+        )
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_run_of_an_older_version_lacks_fields_that_are_at_their_defaults(tmp_path):
+    folder = begun(tmp_path)
+    path = folder / "config.json"
+    record = json.loads(path.read_text())
+    del record["config"]["watch"], record["config"]["train"]["patience"]
+    path.write_text(json.dumps(record))
+    open_run(config(folder), devices=[], identity={"data.path": "abc"})
+    del record["config"]["optim"]["b1"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="optim.b1 is 0.9 there and 0.8 here"):
+        open_run(config(folder, optim=OptimSection(b1=0.8)), devices=[], identity={})
+
+
+def test_a_second_start_without_a_checkpoint_keeps_the_records_of_the_first(folder):
+    for start in range(3):
+        terminal = io.StringIO()
+        with Records(folder, 10, stream=terminal) as run:
+            run.samples(0, [{"completion": f"start {start}"}])
+            run.log(0, {"reward/mean": float(start)})
+        kept = "kept as metrics.1.jsonl, samples.1.jsonl" in terminal.getvalue()
+        assert kept == (start == 1)
+    for start, name in enumerate(("metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl")):
+        assert json.loads((folder / name).read_text())["reward/mean"] == start
+    assert "start 0" in (folder / "samples.1.jsonl").read_text()
+
+
+def test_the_log_has_every_line_with_its_time(folder):
+    with Records(folder, 10, stream=io.StringIO()) as run:
+        run.message("evaluating \ud800")
+        run.log(0, {"eval/accuracy": 0.25})
+        run.log(1, {"reward/mean": 0.5})
+    with pytest.raises(ValueError), errors_logged(folder):
+        raise ValueError("a sentence")
+    lines = (folder / "log.txt").read_text().splitlines()
+    assert all(re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in lines)
+    assert [line[21:] for line in lines][:2] == ["evaluating \\ud800", "step 0/10  held-out 25.0%"]
+    assert lines[2][21:].startswith("step 1/10  reward 0.500") and lines[3].endswith(
+        "error: a sentence"
+    )
+
+
+def test_samples_are_written_as_utf8(folder):
+    with Records(folder, 10, stream=io.StringIO()) as run:
+        run.samples(0, [{"completion": "é 数 \ud800"}])
+    written = (folder / "samples.jsonl").read_bytes()
+    assert "é 数 ".encode() in written and b"\\ud800" in written
+    assert json.loads(written)["completion"] == "é 数 \ud800"
+
+
+def test_several_held_out_sets_are_shown_by_name(folder):
+    terminal = io.StringIO()
+    values = {"eval/AIME24/accuracy": 0.1, "eval/AIME24/greedy_accuracy": 0.2}
+    with Records(folder, 1, stream=terminal) as run:
+        run.log(1, values | {"eval/MATH-500/accuracy": 0.5, "eval/accuracy": 0.3})
+    line = terminal.getvalue()
+    assert "held-out 30.0%  AIME24 10.0%  MATH-500 50.0%" in line and "20.0%" not in line
 
 
 def test_every_field_that_may_differ_exists():

@@ -5,11 +5,11 @@ from fractions import Fraction
 
 import pytest
 
-from basis_jax.verify import extract, make_verifier
+from basis_jax.verify import compare, criteria, extract, make_verifier, mathematics
 from basis_jax.verify.compare import equivalent
-from basis_jax.verify.mathematics import glance
+from basis_jax.verify.mathematics import plain_verdict
 from basis_jax.verify.notation import canonical, number
-from basis_jax.verify.verdicts import Verdict
+from basis_jax.verify.verdicts import KINDS, shares, verdict_of
 
 
 def test_exact_means_the_whole_completion():
@@ -63,6 +63,74 @@ FOUND = [  # completion, lenient answer, strict answer
 def test_answers_are_found_by_their_marks(completion, lenient, strict):
     assert extract.extract_answer(completion, "lenient") == lenient
     assert extract.extract_answer(completion, "strict") == strict
+
+
+@pytest.mark.parametrize(
+    "completion, found",
+    [
+        ("\\boxed{1}\n#### 2\n<answer>3</answer>\nAnswer: 4", ("1", "2", "4", "3")),
+        ("Answer: 4\n<answer>3</answer>\n#### 2\n\\boxed{1}", ("1", "2", "4", "3")),
+        ("Answer: 4\nAnswer: 5", (None, None, "5", None)),
+        ("So, answer: $\\frac12$ (done)", (None, None, "$\\frac12$ (done)", None)),
+        ("Answer: \\boxed{6}", ("6", None, "6", None)),
+        ("of the form Answer: $Answer", (None, None, None, None)),
+        ("the answer is 4", (None, None, None, None)),
+        ("<answer>1</answer><ANSWER> 2</ANSWER>", (None, None, None, "2")),
+        ("<answer>open", (None, None, None, None)),
+        ("#### Step 3", (None, None, None, None)),
+    ],
+)
+def test_a_data_set_s_mode_takes_the_mark_of_its_prompt_alone(completion, found):
+    modes = ("boxed", "hashes", "answer_line", "answer_tags")
+    assert tuple(extract.extract_answer(completion, mode) for mode in modes) == found
+
+
+def test_a_verifier_takes_the_mode_of_the_data_set():
+    with make_verifier("math", mode="answer_line") as verifier:
+        verdicts = verifier.grade(["\\boxed{1}\nAnswer: 2", "\\boxed{2}"], ["2", "2"])
+    assert [(v.reward, v.kind) for v in verdicts] == [(1, "right"), (0, "no_answer")]
+
+
+def test_kinds_of_verdicts_are_counted_and_only_ours_are_invalid():
+    verdicts = [verdict_of(kind, "") for kind in KINDS]
+    assert [v.kind for v in verdicts if not v.valid] == ["gold", "failure"]
+    assert [v.kind for v in verdicts if v.reward] == ["right"]
+    counted = shares([*verdicts[:4], *[verdict_of("timeout", "")] * 4])
+    assert counted["verify/timeout"] == 0.5 and counted["verify/no_answer"] == 0.125
+    assert counted["verify/failure"] == 0 and "verify/right" not in counted
+    with pytest.raises(ValueError, match="at least one"):
+        shares([])
+
+
+@pytest.mark.parametrize(
+    "gold, answer, allowed",
+    [
+        ("100", "100.0009", True), ("100", "100.002", False), ("-2.5", "-2.50002", True),
+        ("0", "0.00000001", True), ("0", "0.0000001", False),
+    ],
+)  # fmt: skip
+def test_minerva_s_numbers_may_differ_as_its_evaluation_lets_them(gold, answer, allowed):
+    """NumPy's isclose: 1e-8 + 1e-5 |right|."""
+    assert abs(float(gold) - float(answer)) <= 1e-8 + 1e-5 * abs(float(gold)) or not allowed
+    assert equivalent(gold, answer, never, tolerance=criteria.MINERVA) is allowed
+
+
+def test_olympiad_bench_s_error_is_that_of_the_problem():
+    assert criteria.olympiad_tolerance(None).absolute == pytest.approx(1.01e-8)
+    assert criteria.olympiad_tolerance("1e-1").absolute == pytest.approx(0.101)
+    assert criteria.olympiad_tolerance("0.1, 0.01").absolute == pytest.approx(0.0101)
+    with pytest.raises(ValueError):
+        criteria.olympiad_tolerance("small")
+
+
+def test_a_criterion_without_tolerance_is_its_answer_and_an_empty_one_is_refused():
+    assert criteria.criterion(["5"]) == "5" == criteria.criterion("5")
+    assert criteria.read_criterion(r"\{1,2\}") == (r"\{1,2\}", criteria.EXACT)
+    written = criteria.criterion(["1,000", "(1,2)"], criteria.MINERVA)
+    assert criteria.read_criterion(written) == ("1000, (1,2)", criteria.MINERVA)
+    for answers in ([], [""], " "):
+        with pytest.raises(ValueError, match="give at least one"):
+            criteria.criterion(answers)
 
 
 @pytest.mark.parametrize(
@@ -145,13 +213,37 @@ def test_structure_is_compared_without_algebra(gold, answer, right):
 
 def test_a_right_answer_that_cannot_be_compared_is_an_error_and_not_a_zero():
     for gold in ("x" * 2000, "5\x00", "(" * 30 + "5" + ")" * 30):
-        assert glance(gold, "5") == Verdict(0.0, False, glance(gold, "5").reason)
-        assert glance("5", gold).valid and glance("5", gold).reward == 0
+        ungraded, wrong = plain_verdict(gold, "5"), plain_verdict("5", gold)
+        assert (ungraded.reward, ungraded.valid, ungraded.kind) == (0, False, "gold")
+        assert (wrong.reward, wrong.valid, wrong.kind) == (0, True, "unfit")
+
+
+@pytest.mark.parametrize("error", [RecursionError, MemoryError, ValueError, compare.Overtime])
+def test_what_the_trainer_s_process_cannot_compare_at_once_goes_to_a_worker(monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(mathematics, "equivalent", fails)
+    assert plain_verdict("5", "6") is None
+
+
+def test_the_trainer_s_process_compares_nothing_long_and_for_no_long_time(monkeypatch):
+    many = ",".join(map(str, range(80)))
+    assert plain_verdict(many, many + ",80") is None  # by its length
+    with pytest.raises(compare.Overtime):
+        compare.equivalent("1,2", "2,1", never, seconds=-1.0)
+    monkeypatch.setattr(mathematics, "MAX_PLAIN_SECONDS", -1.0)
+    assert plain_verdict("1,2", "2,1") is None
+
+
+def test_parts_within_parts_are_compared_to_a_bounded_depth():
+    deep = "(1," * 30 + "2" + ")" * 30
+    assert equivalent(deep.replace("2", "3"), deep, never) is False
 
 
 def test_digits_of_other_scripts_are_no_digits():
     """Python's int() and regular expressions take them for digits."""
-    verdict = glance("x+5", "x+\u0665")
+    verdict = plain_verdict("x+5", "x+\u0665")
     assert verdict.valid and verdict.reward == 0 and "digits" in verdict.reason
 
 

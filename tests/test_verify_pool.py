@@ -3,6 +3,9 @@
 import collections
 import json
 import os
+import platform
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from basis_jax.verify import make_verifier
+from basis_jax.verify import confinement, criteria, make_verifier, pool
 
 ROOT = Path(__file__).parent.parent
 PAIRS = [
@@ -20,15 +23,9 @@ PAIRS = [
     for line in (ROOT / "tests" / "data" / "answer_pairs.jsonl").read_text("utf-8").splitlines()
 ]
 EXPLAINED = {
-    (r"\pi", r"180^\circ"): "the degree sign is dropped, as MATH does: 90 is right for 90 degrees",
-    (r"\sqrt{3}", r"\tan 60^\circ"): "for the same reason",
-    (r"100 \text{ cm}", r"1 \text{ m}"): "units are told apart and not converted",
     (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"): "a matrix is not a tuple",
-    ("2", r"\text{two}"): "numbers in words are not read",
     (r"\frac{1}{3}", "0.3333..."): "where the dots lead is not guessed",
     ("(-1,5)", r"x>-1 \text{ and } x<5"): "'and' separates a list, it does not intersect",
-    ("|x-2|<3", "-1<x<5"): "inequalities with absolute values are not solved",
-    ("4", r"4 \text{ (mod } 7)"): "text with a bracket left open is no unit",
 }
 
 
@@ -54,11 +51,45 @@ def test_grading_agrees_with_people_but_where_explained(verifier):
     assert differing == EXPLAINED.keys()
 
 
+COMPLETIONS = [
+    json.loads(line)
+    for line in (ROOT / "tests" / "data" / "answer_completions.jsonl")
+    .read_text("utf-8")
+    .splitlines()
+]
+
+
+def test_whole_completions_are_graded_as_people_do(verifier):
+    """Where the answer stands, and how much of what follows it is answer."""
+    verdicts = verifier.grade(
+        [c["completion"] for c in COMPLETIONS], [c["gold"] for c in COMPLETIONS]
+    )
+    assert all(verdict.valid for verdict in verdicts)
+    found = zip(COMPLETIONS, verdicts, strict=True)
+    assert [c for c, verdict in found if verdict.reward != c["right"]] == []
+
+
 def test_the_list_covers_the_conventions_both_ways():
     kinds = collections.Counter((p["kind"], p["equal"]) for p in PAIRS)
     named = "fraction surd interval set matrix units percent degrees thousands text".split()
     assert all(kinds[kind, equal] >= 5 for kind in named for equal in (True, False))
     assert len({(p["gold"], p["answer"]) for p in PAIRS}) == len(PAIRS)
+
+
+def test_a_set_s_tolerance_holds_for_expressions_too_and_all_its_answers_are_wanted(verifier):
+    minerva = criteria.criterion(r"\frac{1}{3}", criteria.MINERVA)
+    olympiad = criteria.criterion([r"\sqrt{2}", "1,000"], criteria.olympiad_tolerance("0.01"))
+    for gold, answer, reward in (
+        (minerva, "0.333332", 1),
+        (minerva, "0.3333", 0),
+        (minerva, r"0.333332\cdot\sqrt{1}", 1),
+        (olympiad, r"1000, 1.41", 1),
+        (olympiad, r"1000, 1.40", 0),
+        (olympiad, "1.414", 0),
+        (olympiad, r"\frac{2}{\sqrt{2}} \text{ and } 1000", 1),
+    ):
+        (verdict,) = verifier.grade([boxed(answer)], [gold])
+        assert (verdict.valid, verdict.reward) == (True, reward), answer
 
 
 def test_strict_mode_takes_no_answer_in_a_sentence():
@@ -70,7 +101,7 @@ def test_strict_mode_takes_no_answer_in_a_sentence():
 
 
 BACKSLASH = "\\"
-HOSTILE = {  # quick to refuse: each ends as wrong or error at once
+HOSTILE = {  # quick to refuse: each is wrong at once
     "a megabyte of digits": boxed("1" * 10**6),
     "a megabyte of prose": "x" * 10**6,
     "a megabyte of terms": boxed(r"\frac{1}{2}+" * 80_000 + "1"),
@@ -111,7 +142,7 @@ ENDLESS = {  # would compute for ever, or fill the memory
 
 
 @pytest.mark.parametrize("gold", ["5", r"x^2+\sqrt{2}"])
-def test_hostile_answers_are_wrong_or_errors_at_once(verifier, gold, tmp_path, monkeypatch):
+def test_hostile_answers_are_wrong_at_once(verifier, gold, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     verifier.grade([boxed("x")], ["y+1"])  # the workers run
     slow = {}
@@ -119,7 +150,7 @@ def test_hostile_answers_are_wrong_or_errors_at_once(verifier, gold, tmp_path, m
         started = time.perf_counter()
         (verdict,) = verifier.grade([completion], [gold])
         slow[name] = time.perf_counter() - started
-        assert verdict.reward == 0 and isinstance(verdict.valid, bool), name
+        assert verdict.reward == 0 and verdict.valid, (name, verdict)
     assert max(slow.values()) < 5, slow
     assert not list(tmp_path.rglob("PWNED")) and not (ROOT / "PWNED").exists()
 
@@ -135,17 +166,16 @@ def pids(verifier):
     return [worker.process.pid for worker in verifier.pool.workers]
 
 
-def test_an_endless_answer_is_an_error_within_the_limit_and_its_process_is_gone():
+def test_an_endless_answer_is_wrong_within_the_limit_and_its_process_is_gone():
     with make_verifier("math", workers=1, seconds=0.6) as verifier:
         assert pids(verifier) == []  # nothing starts before there is algebra to do
         assert verifier.grade([boxed("5")], ["5"])[0].reward == 1 and pids(verifier) == []
-        while not verifier.grade([boxed("x+1")], ["1+x"])[0].valid:  # a loaded machine
-            verifier.pool.seconds *= 2
+        assert verifier.grade([boxed("x+1")], ["1+x"])[0].reward == 1
         (first,) = pids(verifier)
-        started = time.perf_counter()
+        before = process_cpu_seconds(first) + children_cpu_seconds()
         (verdict,) = verifier.grade([boxed(ENDLESS["tower of powers"])], ["5"])
-        assert time.perf_counter() - started < verifier.pool.seconds + 0.5
-        assert not verdict.valid and verdict.reward == 0 and "took more than" in verdict.reason
+        assert children_cpu_seconds() - before < verifier.pool.seconds + 0.3
+        assert verdict.valid and verdict.reward == 0 and verdict.kind == "timeout"
         assert not alive(first)
         (after,) = verifier.grade([boxed("2x")], ["x+x"])
         assert after.reward == 1 and after.valid
@@ -154,11 +184,12 @@ def test_an_endless_answer_is_an_error_within_the_limit_and_its_process_is_gone(
 
 
 @pytest.mark.slow
-def test_every_endless_answer_is_an_error_and_its_neighbours_are_graded():
+def test_every_endless_answer_is_wrong_and_its_neighbours_are_graded():
     with make_verifier("math", workers=2, seconds=2.0) as verifier:
         completions = [c for text in ENDLESS.values() for c in (boxed(text), boxed("x+2x"))]
         verdicts = verifier.grade(completions, ["3x"] * len(completions))
-        assert not any(v.valid or v.reward for v in verdicts[::2])
+        assert {v.kind for v in verdicts[::2]} <= {"timeout", "memory", "nonsense"}
+        assert all(v.valid and v.reward == 0 for v in verdicts[::2])
         assert all(v.valid and v.reward == 1 for v in verdicts[1::2])
 
 
@@ -207,7 +238,7 @@ def test_a_right_answer_that_no_parser_reads_is_an_error(verifier):
 
 CONFINED = """
 import sys, os
-from basis_jax.verify.worker import confine
+from basis_jax.verify.confinement import confine
 refusals = confine(64)
 for name, forbidden in {
     "eval": lambda: eval("1"), "compile": lambda: compile("1", "x", "eval"),
@@ -224,7 +255,8 @@ for name, forbidden in {
 """
 
 
-def test_a_confined_process_can_do_nothing_but_think(tmp_path):
+def test_python_code_in_a_confined_process_is_refused_what_the_hook_lists(tmp_path):
+    """Asked in the usual ways; what native code may do is the kernel's matter, below."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import subprocess\n{CONFINED}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
@@ -233,10 +265,117 @@ def test_a_confined_process_can_do_nothing_but_think(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+BY_THE_KERNEL = """
+import os, socket, sys, threading
+from basis_jax.verify.confinement import forbid_syscalls
+assert forbid_syscalls()
+for name, forbidden in {
+    "fork": os.fork, "exec": lambda: os.execv("/bin/true", ["true"]),
+    "thread": lambda: threading.Thread(target=print).start(), "socket": socket.socket,
+    "write": lambda: open("PWNED", "w"), "append": lambda: open(sys.argv[1], "a"),
+    "remove": lambda: os.remove(sys.argv[1]), "folder": lambda: os.mkdir("PWNED"),
+    "mode": lambda: os.chmod(sys.argv[1], 0), "signal": lambda: os.kill(os.getppid(), 0),
+}.items():
+    try:
+        forbidden()
+    except (PermissionError, RuntimeError):
+        continue
+    sys.exit(name)
+print(open(sys.argv[1]).read())
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in confinement.MACHINES,
+    reason="seccomp is Linux's",
+)
+def test_the_kernel_refuses_processes_sockets_signals_and_writing(tmp_path):
+    """Root's too, whom RLIMIT_NPROC does not bind, and without the audit hook. Reading is left."""
+    there = tmp_path / "there"
+    there.write_text("readable")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{BY_THE_KERNEL}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, there], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "readable\n", "")
+    assert list(tmp_path.iterdir()) == [there]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_has_the_limits_and_nothing_of_the_trainers_environment(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "a secret")
+    with make_verifier("math", workers=1) as verifier:
+        verifier.grade([boxed("x")], ["y+1"])
+        (pid,) = pids(verifier)
+        names = {
+            entry.partition(b"=")[0].decode()
+            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if entry
+        }
+        assert "OMP_NUM_THREADS" in names and "HF_TOKEN" not in names
+        assert names <= {"PYTHONPATH", "OMP_NUM_THREADS", "PYTHONHASHSEED", *pool.KEPT}
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        assert re.search(r"Max processes +0 +0", limits)
+        if platform.machine() in confinement.MACHINES:
+            assert re.search(r"Seccomp:\s+2", Path(f"/proc/{pid}/status").read_text())
+
+
+def test_a_verdict_does_not_depend_on_what_its_worker_did_before():
+    """Nor on where its memory went: what is due to earlier jobs is repeated by a fresh process."""
+    heavy = [
+        boxed(ENDLESS["half of everything"]),
+        boxed(r"(x+y+z)^{60}"),
+        boxed(r"\frac{1}{2000!}"),
+    ]
+    pairs = [
+        *((completion, "x^2+1") for completion in heavy),
+        (boxed(r"\sin^2 x+\cos^2 x"), r"\frac{x}{x}"),
+        (boxed(r"\int_0^1 x^3 dx"), r"\frac{\sqrt{4}}{8}"),
+        (boxed(r"\sqrt[3]{2+\sqrt{5}}"), r"\frac{1+\sqrt5}{2}"),
+    ]
+    found = []
+    for order in (pairs, pairs[::-1]):
+        with make_verifier("math", workers=1, seconds=1.5) as verifier:
+            verdicts = verifier.grade([c for c, _ in order], [gold for _, gold in order])
+        found.append(dict(zip(order, verdicts, strict=True)))
+    assert found[0] == found[1]
+    assert all(verdict.valid for verdict in found[0].values())
+    assert [found[0][pair].reward for pair in pairs[3:]] == [1, 1, 1]
+
+
+def test_what_earlier_jobs_may_have_caused_is_repeated_by_a_fresh_process(monkeypatch, tmp_path):
+    """Here a worker runs out of memory at its second job, whatever that is."""
+    script = tmp_path / "python"
+    script.write_text(
+        f"#!{sys.executable}\n"
+        "import json, sys\n"
+        "print(json.dumps(['ready', '']), flush=True)\n"
+        "for i, line in enumerate(sys.stdin):\n"
+        "    print(json.dumps(['memory', ''] if i else ['right', '']), flush=True)\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with make_verifier("math", workers=1) as verifier:
+        verdicts = verifier.grade([boxed(f"x+{i}") for i in range(4)], ["y"] * 4)
+    assert [v.kind for v in verdicts] == ["right"] * 4
+
+
+def test_answers_are_failures_where_no_process_starts_any_more(monkeypatch):
+    """Before the first has started it is an error of the installation, and raised."""
+    with make_verifier("math", workers=1) as verifier:
+        assert verifier.grade([boxed("x+1")], ["1+x"])[0].reward == 1
+        verifier.close()
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+        verdicts = verifier.grade([boxed("x+2"), boxed("3")], ["2+x", "3"])
+        assert [(v.valid, v.kind) for v in verdicts] == [(False, "failure"), (True, "right")]
+        monkeypatch.undo()
+        assert verifier.grade([boxed("x+2")], ["2+x"])[0].reward == 1
+
+
 def test_workers_end_with_a_trainer_that_was_killed():
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from basis_jax.verify import make_verifier
+from basis_jax.verify import confinement, criteria, make_verifier, pool
 verifier = make_verifier("math", workers=1)
 verifier.grade([r"\\boxed{{x}}"], ["y+1"])
 print(verifier.pool.workers[0].process.pid, flush=True)
@@ -271,7 +410,7 @@ def test_an_endless_job_ends_by_itself_where_nobody_is_left_to_kill_it():
         worker.stdin.write(json.dumps(["5", ENDLESS["tower of powers"]]).encode() + b"\n")
         worker.stdin.flush()
         try:
-            assert worker.wait(timeout=60) == -signal.SIGXCPU
+            assert worker.wait(timeout=60) == -signal.SIGPROF
         finally:
             worker.kill()
 
@@ -285,13 +424,20 @@ def test_no_process_to_grade_with_is_said_in_one_sentence(monkeypatch):
         verifier.grade([boxed("x")], ["y+1"])
 
 
+def process_cpu_seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def children_cpu_seconds():
+    """Of child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def cpu_seconds(verifier):
     """Of this process and the workers: the clock would measure whatever else runs here."""
-    total = time.process_time()
-    for pid in pids(verifier):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
+    return time.process_time() + sum(map(process_cpu_seconds, pids(verifier)))
 
 
 @pytest.mark.slow

@@ -16,10 +16,11 @@ import json
 from pathlib import Path
 
 import jax
+from jaxtyping import PyTree
 
 from basis_jax import command_line
 from basis_jax.evaluation.completions import results, write_completions
-from basis_jax.evaluation.evaluate import open_evaluation, protocol
+from basis_jax.evaluation.evaluate import Evaluation, open_evaluation, protocol
 from basis_jax.evaluation.report import report, table
 from basis_jax.files import replace_file
 from basis_jax.runs.provenance import provenance
@@ -51,7 +52,7 @@ def check_out(out: str) -> Path:
     return Path(out)
 
 
-def load(evaluation, checkpoint: str):
+def load(evaluation: Evaluation, checkpoint: str) -> tuple[PyTree, str]:
     """Parameters and the name of where they are from: the model folder or a checkpoint."""
     model_config, mesh = evaluation.setup.model_config, evaluation.setup.mesh
     if not checkpoint:

@@ -7,17 +7,24 @@ Any field of the config can be overridden (``--optim.lr 3e-6``; ``--help`` lists
 command again resumes the run in ``--run-dir`` from its newest checkpoint.
 """
 
+import sys
 from pathlib import Path
 
 from basis_jax import command_line
 from basis_jax.runs import plots
 from basis_jax.runs.metrics import read_metrics
+from basis_jax.runs.stopping import StopRequested
 from basis_jax.training.loop import train
 
 
 def main() -> None:
     config, _ = command_line.parse(__doc__)
-    summarise(train(config))
+    try:
+        run_dir = train(config)
+    except StopRequested as stopped:
+        print(f"{stopped}; the same command goes on:\n  {command_line.same_command()}")
+        sys.exit(stopped.exit_code)
+    summarise(run_dir)
 
 
 def summarise(run_dir: Path) -> None:

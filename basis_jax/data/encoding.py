@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -31,7 +32,7 @@ class EncodedProblems:
         return digest.hexdigest()
 
 
-def as_text(problem: Problem, section: DataSection, tokenizer) -> str:
+def as_text(problem: Problem, section: DataSection, tokenizer: Any) -> str:
     """The prompt as the model reads it."""
     messages = problem.prompt
     if isinstance(messages, str):
@@ -61,7 +62,7 @@ def encode_and_report(
     name: str,
     problems: Sequence[Problem],
     section: DataSection,
-    tokenizer,
+    tokenizer: Any,
     *,
     size: int,
     report: Callable[[str], None],
@@ -83,7 +84,7 @@ def encode_and_report(
 
 
 def encode_prompts(
-    problems: Sequence[Problem], section: DataSection, tokenizer, *, size: int = 0
+    problems: Sequence[Problem], section: DataSection, tokenizer: Any, *, size: int = 0
 ) -> EncodedProblems:
     """Problems as token rows in the order of their uids. Left out and counted: repeated ones, those
     without text or answer, prompts too long.

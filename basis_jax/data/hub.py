@@ -3,6 +3,7 @@
 import glob
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def hub_rows(path: str, *, split: str, option: str) -> Rows:
             yield number, dict(zip(batch, values, strict=True))
 
 
-def read_dataset(path: str, *, split: str, option: str):
+def read_dataset(path: str, *, split: str, option: str) -> Any:
     """A ``datasets.Dataset``. Raises ValueError as ``hub_rows``."""
     import datasets  # here: it takes a second, and tasks and files do not need it
 
@@ -58,7 +59,7 @@ def read_dataset(path: str, *, split: str, option: str):
         ) from error
 
 
-def the_split(saved: Mapping, split: str):
+def the_split(saved: Mapping[str, Any], split: str) -> Any:
     if split not in saved:
         raise ValueError(f"it has the splits {', '.join(saved)}")
     return saved[split]

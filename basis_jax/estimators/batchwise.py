@@ -45,7 +45,7 @@ VARIANTS = {
 }
 
 
-class Batch(NamedTuple):
+class ValidRows(NamedTuple):
     rewards: Float[Array, " N"]
     valid: Bool[Array, " N"]
     odds: Float[Array, " N"]  # k / (n - k); 0 stands for p = 0, p = 1 and n = 0: never active
@@ -111,7 +111,7 @@ def basis(
     trials = jnp.asarray(trials, jnp.float32)
     successes = jnp.clip(jnp.asarray(successes, jnp.float32), 0, trials)
     smoothed = jnp.log(successes + 0.5) - jnp.log(trials - successes + 0.5)
-    batch = Batch(rewards, valid, divide(successes, trials - successes), smoothed)
+    batch = ValidRows(rewards, valid, divide(successes, trials - successes), smoothed)
     if rule == "published":
         row_beta, fit = _published(batch, betas, VARIANTS[variant])
         baseline = fit.baseline
@@ -136,7 +136,7 @@ def _check(variant: str, rule: str, folds: int) -> None:
         raise ValueError(f"basis got folds={folds}; cross-fitting twice needs 3 folds or more")
 
 
-def _tilt(batch: Batch, variant: Variant, beta: Float[Array, ""]) -> Tilted:
+def _tilt(batch: ValidRows, variant: Variant, beta: Float[Array, ""]) -> Tilted:
     o = batch.odds * jnp.exp(jnp.minimum(1 / beta, 60))  # no float32 odds are active beyond 60
     active = batch.valid & (o > EPS / (1 - EPS)) & (o < (1 - EPS) / EPS)
     o = jnp.where(active, o, 1)
@@ -144,7 +144,7 @@ def _tilt(batch: Batch, variant: Variant, beta: Float[Array, ""]) -> Tilted:
     return Tilted(active, values, a, d)
 
 
-def _fit(batch: Batch, variant: Variant, beta: Float[Array, ""]) -> Fit:
+def _fit(batch: ValidRows, variant: Variant, beta: Float[Array, ""]) -> Fit:
     t = _tilt(batch, variant, beta)
     fitted = t.active & (jnp.sum(t.active) > 1)
     weight = variant.constant + others_sum(t.d)
@@ -153,7 +153,7 @@ def _fit(batch: Batch, variant: Variant, beta: Float[Array, ""]) -> Fit:
 
 
 def _published(
-    batch: Batch, betas: Float[Array, " K"], variant: Variant
+    batch: ValidRows, betas: Float[Array, " K"], variant: Variant
 ) -> tuple[Float[Array, " N"], Fit]:
     """Eq. 6 on the whole batch: (beta of every row: the same, the fit)."""
 
@@ -167,7 +167,7 @@ def _published(
 
 
 def _cross_fitted(
-    batch: Batch, betas: Float[Array, " K"], variant: Variant, folds: int
+    batch: ValidRows, betas: Float[Array, " K"], variant: Variant, folds: int
 ) -> tuple[Float[Array, " N"], Fit]:
     """(beta of every row, chosen without its fold; the row's fit under that beta)."""
     fold = (jnp.cumsum(batch.valid.astype(jnp.int32)) - 1) % folds
@@ -183,7 +183,7 @@ def _cross_fitted(
 
 
 def _losses_without_fold(
-    batch: Batch, in_fold: Float[Array, "N F"], variant: Variant, beta: Float[Array, ""]
+    batch: ValidRows, in_fold: Float[Array, "N F"], variant: Variant, beta: Float[Array, ""]
 ) -> Float[Array, " F"]:
     """For every fold f: mean squared error on the other folds g, where b_j = c V_j with c from
     the folds that are neither f nor g, or the fallback where j is not active; inf where too few

@@ -71,7 +71,14 @@ def write_completions(
     return path
 
 
-def chunks(params, evaluation, name, problems, done, report) -> Iterator[tuple[int, list[dict]]]:
+def chunks(
+    params: PyTree,
+    evaluation: Evaluation,
+    name: str,
+    problems: EncodedProblems,
+    done: int,
+    report: Callable[[str], None],
+) -> Iterator[tuple[int, list[dict]]]:
     """(number of the first, rows) of each batch of a set that is not wholly among the first
     ``done`` rollouts. Batches have one shape: the last is filled up with its first rollout."""
     samples = evaluation.config.eval.samples
@@ -226,7 +233,7 @@ def read_set(
     where there is none."""
     kinds = {"reward": float, "valid": bool, "terminated": bool, "tokens": int, "vote": int}
     shape = (len(problems.problems), samples)
-    columns = {key: np.zeros(shape, kind) for key, kind in kinds.items()}
+    columns: dict[str, np.ndarray] = {key: np.zeros(shape, kind) for key, kind in kinds.items()}
     for i, problem in enumerate(problems.problems):
         answers: dict[str, int] = {}
         for j in range(samples):

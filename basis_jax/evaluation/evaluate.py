@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from basis_jax.evaluation import scores
 from basis_jax.evaluation.scores import bootstrap_interval
 from basis_jax.model.decoder import ModelConfig, computed_in
 from basis_jax.opening.checks import check_evaluation, check_memory
+from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup
 from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
 from basis_jax.weights import huggingface, layout
@@ -122,11 +123,12 @@ class Evaluation:
 
 
 @contextmanager
-def open_evaluation(config: Config, report: Callable[[str], None] = print):
+def open_evaluation(config: Config, report: Callable[[str], None] = print) -> Iterator[Evaluation]:
     """Yield the Evaluation; its verifier's processes end with the block. Needs no training data.
 
     Raises ValueError for settings that cannot be evaluated, before weights are read.
     """
+    check_ranges(config)
     folder, model_config, mesh = locate_model(config)
     check_evaluation(config, model_config, mesh)
     tokenizer = huggingface.load_tokenizer(folder)
@@ -144,7 +146,7 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print):
 
 
 def load_held_out_sets(
-    config: Config, tokenizer, report: Callable[[str], None]
+    config: Config, tokenizer: Any, report: Callable[[str], None]
 ) -> dict[str, EncodedProblems]:
     """The sets of ``eval.sets`` by name, as tokens; what was left out is reported."""
     return {
@@ -204,7 +206,7 @@ def params_sha256(params: PyTree, model_config: ModelConfig) -> str:
     digest = hashlib.sha256()
     for name, tensor in layout.stored_tensors(params, model_config):
         digest.update(f"{name}\0{tensor.shape}\0".encode())
-        digest.update(np.ascontiguousarray(tensor, np.float32))
+        digest.update(np.ascontiguousarray(tensor, np.float32).data)
     return digest.hexdigest()
 
 

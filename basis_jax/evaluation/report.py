@@ -3,9 +3,10 @@ problem by problem."""
 
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from basis_jax.evaluation.completions import read_lines
 
@@ -13,7 +14,7 @@ COMPLETIONS_SHOWN = 4  # of a problem
 CHARACTERS_SHOWN = 4000  # of a completion: its end, where the answer stands
 
 
-def table(found) -> list[str]:
+def table(found: Mapping[str, Any]) -> list[str]:
     """The main metrics as lines of text: percent, with the interval."""
     names = list(found["average"])
     shown = list(dict.fromkeys([names[0], names[1], names[-2], names[-1]]))
@@ -27,13 +28,13 @@ def table(found) -> list[str]:
     return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
 
 
-def percent(metric) -> str:
+def percent(metric: Mapping[str, float | int | None]) -> str:
     if metric["value"] is None:
         return "not graded"
     return f"{metric['value']:.1%} [{metric['low']:.1%}, {metric['high']:.1%}]"
 
 
-def report(found, about, path: Path) -> Iterator[str]:
+def report(found: Mapping[str, Any], about: Mapping[str, Any], path: Path) -> Iterator[str]:
     """The pieces of report.html. Whatever a model or a file wrote is escaped."""
     yield HEAD
     yield f"<h1>{text(about['evaluated'])}</h1>\n<table>\n"
@@ -55,7 +56,7 @@ def report(found, about, path: Path) -> Iterator[str]:
     yield "</body></html>\n"
 
 
-def problem(rollouts) -> str:
+def problem(rollouts: Sequence[Mapping[str, Any]]) -> str:
     """One problem: pass rate, text, right answer, and some completions, right and wrong ones."""
     valid = [r for r in rollouts if r["valid"]]
     right = sum(r["reward"] > 0.5 for r in valid)
@@ -76,7 +77,7 @@ def problem(rollouts) -> str:
     )
 
 
-def choose_shown(rollouts) -> list:
+def choose_shown(rollouts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """At most ``COMPLETIONS_SHOWN``: the first of each verdict, then the first of the rest."""
     firsts = {(r["valid"], r["reward"], r["reason"]): r for r in reversed(rollouts)}
     chosen = [*firsts.values(), *rollouts]
@@ -84,7 +85,7 @@ def choose_shown(rollouts) -> list:
     return [r for r in rollouts if r["sample"] in numbers]
 
 
-def completion(rollout) -> str:
+def completion(rollout: Mapping[str, Any]) -> str:
     verdict = f"reward {rollout['reward']:g}" if rollout["valid"] else "not graded"
     if rollout["extracted"] is None:
         answer = "no answer found"
@@ -102,11 +103,11 @@ def completion(rollout) -> str:
     )
 
 
-def row(tag: str, cells) -> str:
+def row(tag: str, cells: Iterable[object]) -> str:
     return "<tr>" + "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in cells) + "</tr>\n"
 
 
-def text(value) -> str:
+def text(value: object) -> str:
     """Text for a page: escaped, and with characters that print nothing or turn the writing
     direction shown as their code."""
     shown = "".join(c if c.isprintable() or c in "\n\t" else f"\\u{ord(c):04x}" for c in str(value))

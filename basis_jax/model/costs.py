@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
@@ -114,7 +115,11 @@ def update(model_config: ModelConfig, *, rows: int, width: int) -> Work:
 
 
 def parameter_bytes(
-    model_config: ModelConfig, mesh, *, itemsize: int = 4, gathered: bool = False
+    model_config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    *,
+    itemsize: int = 4,
+    gathered: bool = False,
 ) -> int:
     """The parameters' share of one device; ``gathered``: over ``fsdp``, as decoding has them."""
 
@@ -130,13 +135,15 @@ def parameter_bytes(
     )
 
 
-def copy_bytes(model_config: ModelConfig, mesh) -> int:
+def copy_bytes(model_config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
     """The weights once more in the compute dtype; in float32 they serve as they are."""
     size = compute_bytes(model_config)
     return 0 if size == 4 else parameter_bytes(model_config, mesh, itemsize=size)
 
 
-def activation_bytes(model_config: ModelConfig, mesh, *, rows: int, width: int) -> int:
+def activation_bytes(
+    model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, rows: int, width: int
+) -> int:
     """What the backward pass of ``rows`` x ``width`` tokens keeps of the layers.
 
     A token of a layer, without recomputation: six vectors of the stream (two norms: input and
@@ -156,7 +163,7 @@ def activation_bytes(model_config: ModelConfig, mesh, *, rows: int, width: int) 
     layer = stream + split / tensor
     kept = c.layers * layer
     if recomputes(model_config):
-        saved = c.embed
+        saved: float = c.embed
         if c.remat == "dots":
             heads = (c.heads + 2 * c.kv_heads) * c.head_dim
             saved += c.embed + (heads + 2 * c.mlp) / tensor
@@ -166,7 +173,7 @@ def activation_bytes(model_config: ModelConfig, mesh, *, rows: int, width: int) 
 
 
 def sampling_memory(
-    model_config: ModelConfig, mesh, *, slots: int, length: int, width: int
+    model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, slots: int, length: int, width: int
 ) -> dict[str, int]:
     """Bytes on one device while ``slots`` rows of ``length`` positions decode, by part.
 
@@ -190,7 +197,7 @@ def sampling_memory(
 
 
 def update_memory(
-    model_config: ModelConfig, mesh, *, rows: int, width: int, chunk: int
+    model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, rows: int, width: int, chunk: int
 ) -> dict[str, int]:
     """Bytes on one device during an update over microbatches of ``rows`` x ``width`` tokens, by
     part; the gradients are those of one microbatch and the sum so far.

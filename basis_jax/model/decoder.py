@@ -7,12 +7,14 @@ the right, so the causal mask is the only mask: what stands behind a row's end i
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from basis_jax.model.sharding import constrain
 from basis_jax.pytree import pytree
@@ -112,11 +114,18 @@ def rotate(
     return rotated.astype(x.dtype)
 
 
-def rms_norm(x: Float[Array, "*s D"], scale: Float[Array, " D"], eps: float):
+def rms_norm(
+    x: Float[Array, "*s D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "*s D"]:
     """x / sqrt(mean(x^2) + eps) * scale, in float32."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (normed * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def logical(initial: Callable[..., Array], axes: tuple[str | None, ...]) -> Callable[..., Array]:
+    """An initializer that records the parameter's logical axes. Inside a module flax unboxes it."""
+    return nn.with_logical_partitioning(initial, axes)  # type: ignore[return-value]  # unboxed later
 
 
 class Block(nn.Module):
@@ -130,12 +139,11 @@ class Block(nn.Module):
             initial = nn.initializers.zeros
         else:
             initial = nn.initializers.normal(0.02)
-        value = self.param(name, nn.with_logical_partitioning(initial, axes), shape, jnp.float32)
+        value = self.param(name, logical(initial, axes), shape, jnp.float32)
         return value.astype(self.model_config.compute_dtype)
 
     def scale(self, name, size, axis):
-        initial = nn.with_logical_partitioning(nn.initializers.ones, (axis,))
-        return self.param(name, initial, (size,), jnp.float32)
+        return self.param(name, logical(nn.initializers.ones, (axis,)), (size,), jnp.float32)
 
     @nn.compact
     def __call__(self, x, prefix, positions):
@@ -214,7 +222,9 @@ def attend(
     return jnp.einsum("nkgts,nskd->ntkgd", weights, values).reshape(rows, steps, heads, size)
 
 
-def prepend_prefix(prefix: Float[Array, "1 P K Dh"], own: Float[Array, "N T K Dh"]):
+def prepend_prefix(
+    prefix: Float[Array, "1 P K Dh"], own: Float[Array, "N T K Dh"]
+) -> Float[Array, "N S K Dh"]:
     """Put the prefix that all rows share in front of every row."""
     shape = (own.shape[0], *prefix.shape[1:])
     return jnp.concatenate([jnp.broadcast_to(prefix, shape), own], axis=1)
@@ -229,11 +239,10 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, tokens, positions, prefix):
         c = self.model_config
-        initial = nn.initializers.normal(0.02)
-        axes = nn.with_logical_partitioning(initial, ("vocab", "embed"))
-        embedding = self.param("embedding", axes, (c.vocab_size, c.embed), jnp.float32)
+        initial = logical(nn.initializers.normal(0.02), ("vocab", "embed"))
+        embedding = self.param("embedding", initial, (c.vocab_size, c.embed), jnp.float32)
         if not c.tied:  # declared here, used by `logits`
-            self.param("output", axes, (c.vocab_size, c.embed), jnp.float32)
+            self.param("output", initial, (c.vocab_size, c.embed), jnp.float32)
         x = jnp.take(embedding, tokens, axis=0).astype(c.compute_dtype)
         x = constrain(x, ("batch", "time", "activation_embed"))
         block = Block
@@ -248,17 +257,17 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, kept = stack(c, self.keep, name="layers")(x, prefix, positions)
-        norm = nn.with_logical_partitioning(nn.initializers.ones, ("activation_embed",))
+        norm = logical(nn.initializers.ones, ("activation_embed",))
         return rms_norm(x, self.param("norm", norm, (c.embed,), jnp.float32), c.norm_eps), kept
 
 
-def _init_boxed(model_config: ModelConfig, key):
+def _init_boxed(model_config: ModelConfig, key: Key[Array, ""]) -> PyTree:
     tokens = jnp.zeros((1, 2), jnp.int32)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # too small to split
         return Decoder(model_config).init(key, tokens, jnp.zeros_like(tokens), None)["params"]
 
 
-def init(model_config: ModelConfig, key) -> PyTree:
+def init(model_config: ModelConfig, key: Key[Array, ""]) -> PyTree:
     """Random float32 parameters: normal(0, 0.02) weights, zero biases, unit norms.
 
     Call it under ``jax.jit(init, static_argnums=0)``: eager initialisation takes many seconds.
@@ -267,7 +276,7 @@ def init(model_config: ModelConfig, key) -> PyTree:
 
 
 @functools.cache
-def _abstract_boxed(model_config: ModelConfig):
+def _abstract_boxed(model_config: ModelConfig) -> PyTree:
     return jax.eval_shape(lambda: _init_boxed(model_config, jax.random.key(0)))
 
 
@@ -298,7 +307,9 @@ def forward(
     prefix_length = 0 if prefix is None else prefix.keys.shape[2]
     steps = prefix_length + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = jnp.broadcast_to(steps[None], tokens.shape)
-    return Decoder(model_config, keep).apply({"params": params}, tokens, positions, prefix)
+    module = Decoder(model_config, keep)
+    found: Any = module.apply({"params": params}, tokens, positions, prefix)
+    return found
 
 
 def output_weight(params: PyTree, model_config: ModelConfig) -> Float[Array, "V D"]:

@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from basis_jax.model.decoder import KeyValues, ModelConfig, rms_norm, rotate
 from basis_jax.model.sharding import constrain
@@ -163,7 +163,16 @@ def decode_step(
     return logits, Cache(keys=tuple(keys), values=tuple(values))
 
 
-def attention(layer, model_config, x, *, positions, visible, keys, values):
+def attention(
+    layer: dict[str, Array],
+    model_config: ModelConfig,
+    x: Float[Array, "D N"],
+    *,
+    positions: Int[Array, " N"],
+    visible: Bool[Array, "N S"],
+    keys: Float[Array, "N K Dh S"],
+    values: Float[Array, "N K S Dh"],
+) -> tuple[Float[Array, "D N"], Float[Array, "N K Dh S"], Float[Array, "N K S Dh"]]:
     """Attend from one position a row to the positions in ``visible`` [N S], the new one among
     them; the mixed values [D N] and the cache of this layer."""
     c = model_config
@@ -178,7 +187,13 @@ def attention(layer, model_config, x, *, positions, visible, keys, values):
     return dense(layer, "o", mixed.T), keys, values
 
 
-def heads_of(layer, model_config, name, x, positions) -> Float[Array, "N heads Dh"]:
+def heads_of(
+    layer: dict[str, Array],
+    model_config: ModelConfig,
+    name: str,
+    x: Float[Array, "D N"],
+    positions: Int[Array, " N"] | None,
+) -> Float[Array, "N heads Dh"]:
     """Queries, keys or values; rotated where ``positions`` are given."""
     c = model_config
     y = dense(layer, name, x).T.reshape(x.shape[1], -1, c.head_dim)
@@ -187,22 +202,30 @@ def heads_of(layer, model_config, name, x, positions) -> Float[Array, "N heads D
     return y if positions is None else rotate(y[:, None], positions[:, None], c)[:, 0]
 
 
-def feed_forward(layer, x):
+def feed_forward(layer: dict[str, Array], x: Float[Array, "D N"]) -> Float[Array, "D N"]:
     return dense(layer, "down", jax.nn.silu(dense(layer, "gate", x)) * dense(layer, "up", x))
 
 
-def dense(layer, name, x: Float[Array, "I N"]) -> Float[Array, "O N"]:
+def dense(layer: dict[str, Array], name: str, x: Float[Array, "I N"]) -> Float[Array, "O N"]:
     y = layer[f"{name}_proj"] @ x
     bias = layer.get(f"{name}_bias")
     return y if bias is None else y + bias[:, None]
 
 
-def norm(x: Float[Array, "D N"], scale: Float[Array, " D"], model_config) -> Float[Array, "D N"]:
+def norm(
+    x: Float[Array, "D N"], scale: Float[Array, " D"], model_config: ModelConfig
+) -> Float[Array, "D N"]:
     """``rms_norm`` of every column."""
     return jax.vmap(lambda row: rms_norm(row, scale, model_config.norm_eps), 1, 1)(x)
 
 
-def write(store, new: Float[Array, "N K Dh"], positions, *, axis: int):
+def write(
+    store: Float[Array, "N K _ _"],
+    new: Float[Array, "N K Dh"],
+    positions: Int[Array, " N"],
+    *,
+    axis: int,
+) -> Float[Array, "N K _ _"]:
     """Each row's entry into its own position of ``store``, in place where it is donated. Row by row
     (vmap), so that on a mesh every device writes its own rows and nothing travels."""
 

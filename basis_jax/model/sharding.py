@@ -5,11 +5,13 @@ feed-forward and vocabulary. Only this module knows mesh axes; the model names m
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -26,7 +28,13 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+def make_mesh(
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """A mesh over all devices; one size may be -1: what the others leave.
 
     Raises ValueError where the sizes do not multiply to the number of devices.
@@ -59,7 +67,7 @@ def named_tree(mesh: Mesh, axes: Any) -> Any:
     return jax.tree.map(lambda a: named(mesh, a), axes, is_leaf=lambda a: isinstance(a, tuple))
 
 
-def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
     """Pin x's layout inside jit under ``jax.set_mesh``; without a mesh, x unchanged."""
     if jax.sharding.get_abstract_mesh().empty:
         return x

@@ -1,19 +1,21 @@
 """What a config may say, as far as it can be told before weights are read."""
 
-import functools
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 
 from jax.sharding import Mesh
 
-from basis_jax.config import Config, DataSection, LossSection, SamplingSection
+from basis_jax.config import Config, DataSection, LossSection, SamplingSection, WatchSection
 from basis_jax.data.encoding import FORMATS
 from basis_jax.data.tasks import GYM
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
 from basis_jax.model import costs
 from basis_jax.model.decoder import ATTENTION, REMAT, ModelConfig, computed_in
 from basis_jax.model.sharding import batch_shards, check_divides
+from basis_jax.opening.ranges import check_ranges
 
+WARNINGS = tuple(field.name for field in dataclasses.fields(WatchSection))
 SCHEDULES = ("constant", "linear", "cosine")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -23,6 +25,7 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     train, group = config.train, config.sampling.group_size
     check_ranges(config)
     check_trainable(config.sampling)
+    check_words(*(("train.abort_on", name, WARNINGS) for name in config.train.abort_on))
     check_data(config.data)
     check_words(
         ("optim.schedule", config.optim.schedule, SCHEDULES),
@@ -191,37 +194,8 @@ def device_memory(devices: Sequence) -> int:
     return stats.get("bytes_limit") or machine // len(devices)
 
 
-AT_LEAST = {
-    1: "train.steps train.sample_rollouts checkpoint.every checkpoint.keep "
-    "eval.samples loss.logprob_chunk sampling.group_size sampling.max_new_tokens "
-    "data.max_prompt_tokens",
-    0: "seed data.size eval.size eval.every eval.temperature train.log_samples optim.lr optim.eps "
-    "optim.warmup_steps optim.weight_decay optim.max_grad_norm sampling.top_k",
-}
-
-
-def check_ranges(config: Config) -> None:
-    """Raise a ValueError for the first number below what it can mean."""
-    for minimum, names in AT_LEAST.items():
-        for name in names.split():
-            value = functools.reduce(getattr, name.split("."), config)
-            if value < minimum:
-                raise ValueError(f"{name} is {value}; give {minimum} or more")
-    if not 0 < config.sampling.top_p <= 1:
-        raise ValueError(f"sampling.top_p is {config.sampling.top_p}; give more than 0, at most 1")
-
-
 def check_loss(loss: LossSection) -> None:
-    """Raise a ValueError for bounds that bound nothing and denominators that do not fit."""
-    for name, value, fits, allowed in (
-        ("clip_low", loss.clip_low, 0 <= loss.clip_low <= 1, "0 to 1"),
-        ("clip_high", loss.clip_high, loss.clip_high >= 0, "0 or more"),
-        ("dual_clip", loss.dual_clip, not loss.dual_clip or loss.dual_clip > 1, "0 or above 1"),
-        ("tis_cap", loss.tis_cap, loss.tis_cap >= 0, "0 or more"),
-        ("kl_coef", loss.kl_coef, loss.kl_coef >= 0, "0 or more"),
-    ):
-        if not fits:
-            raise ValueError(f"loss.{name} is {value}; give {allowed}")
+    """Raise a ValueError for a denominator that does not fit the objective."""
     if loss.objective == "gspo" and loss.aggregation != "sequence_mean":
         raise ValueError(
             f"loss.objective gspo is a mean over sequences, loss.aggregation is "

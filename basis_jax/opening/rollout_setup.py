@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -30,7 +31,7 @@ def locate_model(config: Config) -> tuple[Path, ModelConfig, Mesh]:
 
 @contextmanager
 def open_setup(
-    config: Config, folder: Path, model_config: ModelConfig, mesh: Mesh, tokenizer
+    config: Config, folder: Path, model_config: ModelConfig, mesh: Mesh, tokenizer: Any
 ) -> Iterator[RolloutSetup]:
     """Start the verifier and yield the setup; the verifier's processes end with the block."""
     with make_verifier(config.data.verifier) as verifier:
@@ -45,7 +46,7 @@ def open_setup(
         )
 
 
-def stop_ids(config: Config, tokenizer) -> tuple[int, ...]:
+def stop_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
     """Token ids of ``sampling.stop_tokens``. Raises ValueError where one is not one token."""
     ids = []
     for text in config.sampling.stop_tokens:

@@ -24,12 +24,21 @@ def open_checkpoints(run_dir: Path, section: CheckpointSection) -> ocp.Checkpoin
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: dict) -> None:
-    """Write the state as checkpoint ``state.step``."""
+    """Write the state as checkpoint ``state.step``. Raises ValueError where that fails; the
+    checkpoints before it are kept."""
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(_as_dict(state)), config=ocp.args.JsonSave(config)
     )
-    checkpoints.save(int(state.step), args=items)
-    checkpoints.wait_until_finished()
+    try:
+        checkpoints.save(int(state.step), args=items)
+        checkpoints.wait_until_finished()
+    except Exception as error:  # orbax's, tensorstore's and the system's own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"checkpoint {checkpoints.directory / str(int(state.step))} could not be written "
+            f"({reason}); mend that and give the same command again: it goes on from the "
+            "checkpoint before"
+        ) from error
 
 
 def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState | None:

@@ -21,9 +21,9 @@ class Compiles:
         taken, self._seconds = self._seconds, []
         return {"compile/programs": float(len(taken)), "compile/seconds": sum(taken, 0.0)}
 
-    def add(self, event: str, seconds: float, **_) -> None:
+    def add(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == EVENT:
-            self._seconds.append(seconds)
+            self._seconds.append(duration_secs)
 
 
 @contextmanager

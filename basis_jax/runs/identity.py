@@ -18,6 +18,9 @@ MAY_DIFFER = (
     "train.log_samples",
     "train.microbatch_rollouts",
     "train.sample_rollouts",
+    "train.patience",
+    "train.abort_on",
+    "watch.",
     "eval.every",
     "mesh.",
     "checkpoint.",
@@ -62,18 +65,28 @@ def open_run(
     starts = []
     if path.exists():
         before = _read_config(path)
-        if any((run_dir / "checkpoints").glob("[0-9]*")):
+        done = [int(p.name) for p in (run_dir / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
+        if done:
             _check_same(
                 run_dir,
-                {**before["config"], "contents of": before.get("identity", {})},
+                {**_with_defaults(before["config"]), "contents of": before.get("identity", {})},
                 {**fields, "contents of": dict(identity or {})},
             )
+            _check_steps(config, max(done))
             starts = before["starts"]
     start = {**provenance(), "devices": list(devices)}
     if start not in starts[-1:]:
         starts.append(start)
     record = {"config": fields, "identity": dict(identity or {}), "starts": starts}
     replace_file(path, json.dumps(record, indent=2) + "\n")
+
+
+def _check_steps(config: Config, done: int) -> None:
+    if config.train.steps < done:
+        raise ValueError(
+            f"run folder {config.run_dir} has done {done} steps and train.steps is "
+            f"{config.train.steps}; give {done} or more, or another --run-dir"
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -89,7 +102,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_same(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     old, new = dict(_leaves(before)), dict(_leaves(now))
     differing = [
-        f"{name} is {_shown(old, name)} there and {_shown(new, name)} here"
+        _difference(name, old, new)
         for name in sorted(old.keys() | new.keys())
         if not (name in old and name in new and old[name] == new[name])
         and not _may_differ(name, new)
@@ -101,12 +114,35 @@ def _check_same(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         )
 
 
+def _with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of an older version: fields that it did not have yet were at their defaults."""
+    defaults = json.loads(json.dumps(asdict(Config(run_dir=""))))
+    merged = {**defaults, **fields}
+    for name, section in defaults.items():
+        if isinstance(section, dict) and name in fields:
+            merged[name] = {**section, **fields[name]}
+    return merged
+
+
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+CONTENTS = {
+    "contents of.data.path": "the training problems of data.path have changed since the run began",
+    "contents of.model.path": "the model in model.path has changed since the run began",
+    "contents of.estimator.name": "the estimator's file has changed since the run began",
+}
+
+
+def _difference(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    if name in CONTENTS:
+        return CONTENTS[name]
+    return f"{name} is {_shown(old, name)} there and {_shown(new, name)} here"
 
 
 def _shown(leaves: Mapping[str, Any], name: str) -> str:

@@ -13,12 +13,13 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from io import BufferedWriter, TextIOBase
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
 from basis_jax.files import append_json_lines, whole_lines
-from basis_jax.runs.terminal import Terminal
+from basis_jax.runs.log import log_line
+from basis_jax.runs.terminal import Stream, Terminal
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -45,9 +46,10 @@ class Records:
         total_steps: int,
         resume_step: int = -1,
         *,
-        stream: TextIOBase | None = None,
+        stream: Stream | None = None,
     ):
-        run_dir = Path(run_dir)
+        run_dir = self._run_dir = Path(run_dir)
+        kept = [] if resume_step >= 0 else set_aside(run_dir)
         with ExitStack() as opened:  # closes what is open when a later line raises
             self._metrics, self.last_step = _open_lines(run_dir / "metrics.jsonl", resume_step)
             opened.enter_context(self._metrics)
@@ -59,6 +61,11 @@ class Records:
             if self._events is not None:
                 opened.enter_context(self._events)
             self._opened = opened.pop_all()
+        if kept:
+            self.message(
+                "warning: there is no checkpoint to go on from, so the run starts anew; the "
+                f"records of the earlier start are kept as {', '.join(kept)}"
+            )
         if self.last_step != resume_step:
             self.message(
                 f"metrics.jsonl ends at step {self.last_step}, the checkpoint is of step "
@@ -77,7 +84,7 @@ class Records:
         if self._events is not None:
             for key, value in values.items():
                 self._events.add_scalar(key, value, step)
-        self._terminal.step(step, values)
+        log_line(self._run_dir, self._terminal.step(step, values))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append completions to ``samples.jsonl``, one line each, before the step is logged."""
@@ -86,6 +93,7 @@ class Records:
     def message(self, text: str) -> None:
         """One line for whoever watches the run."""
         self._terminal.message(text)
+        log_line(self._run_dir, text)
 
     def close(self) -> None:
         self._opened.close()
@@ -93,16 +101,30 @@ class Records:
     def __enter__(self) -> "Records":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _tensorboard(self, folder: Path, next_step: int):
+    def _tensorboard(self, folder: Path, next_step: int) -> Any:
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
             self.message("tensorboardX is not installed: no TensorBoard events, only metrics.jsonl")
             return None
         return SummaryWriter(str(folder), purge_step=next_step, flush_secs=1)
+
+
+def set_aside(run_dir: Path) -> list[str]:
+    """Rename what an earlier start has written, so that nothing of it is lost; the new names."""
+    kept = []
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        path = run_dir / name
+        if path.is_file() and path.stat().st_size:
+            number = 1
+            while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+                number += 1
+            path.rename(aside)
+            kept.append(aside.name)
+    return kept
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:

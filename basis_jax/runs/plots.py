@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -50,12 +51,12 @@ def draw(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
         raise ValueError(f"none of the runs has a metric that is drawn; these are {keys}")
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.3 * columns, 2.9 * lines + 0.6), dpi=150, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(4.3 * columns, 2.9 * lines + 0.6), dpi=150, layout=layout)
     for index, panel in enumerate(panels):
         _draw_panel(figure.add_subplot(lines, columns, index + 1), panel, runs)
     _legend(figure, list(runs), columns=columns)
     figure.align_ylabels()
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     return _save(figure, Path(out))
 
 

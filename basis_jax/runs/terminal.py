@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from io import TextIOBase
 from statistics import median_low
+from typing import Any, TextIO
 
 FIELDS = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -20,11 +21,14 @@ FIELDS = (
 )
 """What the terminal shows of a step: label, metric key, format."""
 
+Stream = TextIO | TextIOBase
+"""``sys.stdout`` is declared as the first; a ``StringIO`` passes run-time checks as the second."""
+
 
 class Terminal:
     """A progress bar on a terminal (with rich), one plain line a step anywhere else."""
 
-    def __init__(self, total: int, done: int, stream: TextIOBase):
+    def __init__(self, total: int, done: int, stream: Stream):
         self._total, self._stream = total, stream
         self._seconds: deque[float] = deque(maxlen=20)  # of the last steps
         self._then = time.monotonic()
@@ -33,7 +37,8 @@ class Terminal:
             self._live.start()
             self._show(max(0, done), "")
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def step(self, step: int, metrics: Mapping[str, float]) -> str:
+        """Show a step, and return what is shown."""
         now = time.monotonic()
         if step > 0:  # line 0 is the evaluation before the first step
             self._seconds.append(now - self._then)
@@ -42,11 +47,18 @@ class Terminal:
         parts += [
             f"{label} {form.format(metrics[key])}" for label, key, form in FIELDS if key in metrics
         ]
+        parts += [
+            f"{key.split('/')[1]} {value:.1%}"
+            for key, value in metrics.items()
+            if key.count("/") == 2 and key.startswith("eval/") and key.endswith("/accuracy")
+        ]
         if self._seconds and step < self._total:
             # the low median forgets the step that compiled as soon as there is another
             eta = median_low(self._seconds) * (self._total - step)
             parts.append(f"ETA {timedelta(seconds=round(eta))}")
-        self._show(step, "  ".join(parts))
+        line = "  ".join(parts)
+        self._show(step, line)
+        return line
 
     def _show(self, step: int, line: str) -> None:
         if self._live is None:
@@ -70,15 +82,16 @@ class Terminal:
     def __enter__(self) -> "Terminal":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 
 
-def _live(stream: TextIOBase):
+def _live(stream: Stream) -> Any:
     try:
         from rich.console import Console
         from rich.live import Live
     except ImportError:  # plain lines do as well
         return None
-    return Live(console=Console(file=stream), auto_refresh=False)
+    console = Console(file=stream)  # type: ignore[arg-type]  # rich only writes to it
+    return Live(console=console, auto_refresh=False)

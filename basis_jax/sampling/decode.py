@@ -44,23 +44,25 @@ def prefill(
 ) -> Slots:
     """Prompts as rows of ``length`` positions, ready to decode. ``prefix``: keys and values of the
     tokens that all prompts begin with, which are then not computed again."""
-    rows, width = prompts.tokens.shape
+    tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
+    rows, width = tokens.shape
     shared = 0 if prefix is None else prefix.keys.shape[2]
     hidden, kept = decoder.forward(
-        params, model_config, prompts.tokens[:, shared:], prefix=prefix, keep=True
+        params, model_config, tokens[:, shared:], prefix=prefix, keep=True
     )
+    assert kept is not None  # as keep is True
     if prefix is not None:
         kept = jax.tree.map(jax.vmap(decoder.prepend_prefix), prefix, kept)
-    at = (prompts.lengths - 1 - shared)[:, None, None]
+    at = (lengths - 1 - shared)[:, None, None]
     last = jnp.take_along_axis(hidden, at, axis=1)[:, 0]
-    inside = jnp.arange(length, dtype=jnp.int32)[None] < prompts.lengths[:, None]
-    tokens = jnp.pad(prompts.tokens, ((0, 0), (0, length - width)))
+    inside = jnp.arange(length, dtype=jnp.int32)[None] < lengths[:, None]
+    tokens = jnp.pad(tokens, ((0, 0), (0, length - width)))
     zeros = jnp.zeros(rows, jnp.int32)
     first = draw(decoder.logits(params, model_config, last).T, token_keys(keys, zeros), sampling)
     return Slots(
         tokens=jnp.where(inside, tokens, 0),
         logprobs=jnp.zeros((rows, length), jnp.float32),
-        prompt_lengths=prompts.lengths,
+        prompt_lengths=lengths,
         lengths=zeros,
         alive=jnp.ones(rows, bool),
         terminated=jnp.zeros(rows, bool),
@@ -141,7 +143,16 @@ def sample(
 
 
 @functools.partial(jax.jit, static_argnames=("model_config", "sampling", "eos_ids"))
-def sample_with(params, weights, prompts, keys, *, model_config, sampling, eos_ids) -> Rollouts:
+def sample_with(
+    params: PyTree,
+    weights: DecodeWeights,
+    prompts: Prompts,
+    keys: Key[Array, " N"],
+    *,
+    model_config: ModelConfig,
+    sampling: SamplingSection,
+    eos_ids: tuple[int, ...],
+) -> Rollouts:
     length = prompts.tokens.shape[1] + sampling.max_new_tokens
     slots = prefill(params, model_config, prompts, keys, sampling=sampling, length=length)
     slots = decode_rows(

@@ -7,7 +7,8 @@ back to it. No order depends on time: the same rows give the same calls.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ MIN_HEADROOM = 16  # free cache positions behind the longest row when decoding s
 MIN_CACHE = 64  # positions of the cache
 MIN_REFILL_TOKENS = 32  # for shorter completions, compiling costs more than waiting for the longest
 PREFIX_MULTIPLE = 32  # the shared prefix is a multiple of this many tokens: few programs
+
+ArrayT = TypeVar("ArrayT", Array, np.ndarray)
 
 
 @functools.partial(jax.jit, static_argnames=("model_config", "rows", "length", "cache_length"))
@@ -126,7 +129,7 @@ def select_slots(slots: Slots, index: Int[Array, "shards each"]) -> Slots:
     return constrain_slots(jax.tree.map(take, slots))
 
 
-def by_device(x, shards: int):
+def by_device(x: ArrayT, shards: int) -> ArrayT:
     """[rows ...] -> [shards, rows of one, ...]."""
     return x.reshape((shards, x.shape[0] // shards, *x.shape[1:]))
 
@@ -265,7 +268,9 @@ def refill(params, model_config, prompts, rollouts, *, sampling, eos_ids, keys, 
             size = owner.size
 
 
-def common_prefix(params, model_config, prompts: Prompts, mesh: Mesh) -> KeyValues | None:
+def common_prefix(
+    params: PyTree, model_config: ModelConfig, prompts: Prompts, mesh: Mesh
+) -> KeyValues | None:
     """Keys and values of what all prompts begin with, read once; None where that is too short or
     the attention is NVIDIA's kernel, which takes no prefix."""
     shared = shared_prefix(prompts) if model_config.attention == "plain" else 0
@@ -312,7 +317,9 @@ def rank_on_device(device: np.ndarray) -> np.ndarray:
     return rank
 
 
-def prefill_groups(new: np.ndarray, free: np.ndarray, size: int, shards: int):
+def prefill_groups(
+    new: np.ndarray, free: np.ndarray, size: int, shards: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (rows to prefill [shards x count], their slots on each device [shards, count]).
 
     A prefill has an eighth or a quarter of the slots: its memory is bounded, and a prefill for a

@@ -58,7 +58,8 @@ class Graded:
 class BackgroundGrader:
     """Texts and verdicts of rows, made in a thread of their own while the device works.
 
-    A context manager: leaving it drops what has not begun.
+    A context manager: leaving it drops what has not begun, and leaving it by an exception also
+    stops what has.
     """
 
     def __init__(self, setup: RolloutSetup, answers: Sequence[str]):
@@ -71,7 +72,9 @@ class BackgroundGrader:
     def __enter__(self) -> "BackgroundGrader":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._setup.verifier.stop()
         self._thread.shutdown(cancel_futures=True)
 
     def submit(self, rollouts: Rollouts, rows: np.ndarray) -> None:
@@ -137,7 +140,7 @@ def roll_out(
     )
 
 
-def completion_texts(rollouts: Rollouts, tokenizer) -> list[str]:
+def completion_texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:
     """Completion texts without special tokens."""
     starts, lengths = rollouts.prompt_lengths, rollouts.completion_lengths
     ids = [

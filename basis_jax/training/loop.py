@@ -3,42 +3,49 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from basis_jax import estimators
 from basis_jax.config import Config
 from basis_jax.data.order import batch_indices
 from basis_jax.evaluation.evaluate import evaluate
 from basis_jax.runs import checkpoint
 from basis_jax.runs.compiles import count_compiles
 from basis_jax.runs.identity import lock_run, open_run
-from basis_jax.runs.metrics import Records
+from basis_jax.runs.log import errors_logged, log_line
+from basis_jax.runs.metrics import Records, read_metrics
+from basis_jax.runs.stopping import Stopper, StopRequested
 from basis_jax.sampling.rollouts import Graded, roll_out
-from basis_jax.training.microbatches import make_batches, updates_per_step
+from basis_jax.training.microbatches import make_batches
 from basis_jax.training.session import (
     Session,
-    estimator_state_shapes,
-    first_estimator_state,
     open_session,
 )
+from basis_jax.training.start import (
+    first_state,
+    identity_of,
+    objective_of,
+    optimizer_of,
+    schedule_of,
+    start_params,
+    state_shapes,
+)
 from basis_jax.training.update import (
-    abstract_state,
     finish_step,
     make_estimate,
-    make_optimizer,
     make_score,
-    make_state,
     make_update,
     merge_updates,
+    newest_learning_rate,
     reward_metrics,
 )
-from basis_jax.types import Estimate, TrainState
-from basis_jax.weights import huggingface
+from basis_jax.training.watch import Watch, has_signal
+from basis_jax.types import Batch, Estimate, TrainState
 
 Callback = Callable[[int, TrainState, Mapping[str, float]], None]
 """Called after every step with (steps done, state, metrics)."""
@@ -53,62 +60,94 @@ class Step(NamedTuple):
     estimate: Estimate
 
 
-def train(config: Config, *, callbacks: Sequence[Callback] = (), report=print) -> Path:
+def train(
+    config: Config,
+    *,
+    callbacks: Sequence[Callback] = (),
+    report: Callable[[str], None] = print,
+) -> Path:
     """Train as ``config`` says, or go on where its run folder ended; returns the run folder.
 
     ``report`` is called with a line of text while things are opened. Raises ValueError for settings
-    that cannot work, before weights are read.
+    that cannot work, before weights are read, and StopRequested where SIGINT or SIGTERM stopped the
+    run after saving what was done.
     """
-    opened = open_session(config, report, training=True)
-    with opened as session, lock_run(config.run_dir) as run_dir:
+    opening: list[str] = []
+
+    def report_and_keep(line: str) -> None:
+        report(line)
+        opening.append(line)
+
+    opened = open_session(config, report_and_keep, training=True)
+    with opened as session, lock_run(config.run_dir) as run_dir, errors_logged(run_dir):
+        log_line(run_dir, "\n".join(opening))
         devices = [str(device) for device in jax.devices()]
         open_run(config, devices=devices, identity=identity_of(session))
         with (
             jax.set_mesh(session.setup.mesh),
             checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints,
+            Stopper() as stopper,
         ):
-            run_steps(session, run_dir, checkpoints, callbacks, report)
+            run_steps(session, run_dir, checkpoints, stopper, callbacks, report)
     return run_dir
 
 
-def identity_of(session: Session) -> dict[str, str]:
-    """Hashes of what the config only names: the model, the problems, a user's own estimator."""
-    own_estimator = estimators.source_fingerprint(session.config.estimator.name)
-    return {
-        "model.path": huggingface.fingerprint(session.folder),
-        "data.path": session.train_set.fingerprint(),
-        **({} if own_estimator is None else {"estimator.name": own_estimator}),
-    }
-
-
-def run_steps(session: Session, run_dir: Path, checkpoints, callbacks=(), report=print) -> None:
+def run_steps(
+    session: Session,
+    run_dir: Path,
+    checkpoints: Any,
+    stopper: Stopper,
+    callbacks: Sequence[Callback] = (),
+    report: Callable[[str], None] = print,
+) -> None:
     """All steps that are left. A step is logged before its checkpoint is saved: see ``Records``."""
-    config = session.config
-    step = make_step(session)
+    config, last = session.config, session.config.train.steps
+    step = make_step(session, droppable=stopper.droppable)
     restored = checkpoint.restore(checkpoints, state_shapes(session))
-    state = first_state(session, run_dir, report) if restored is None else restored
-    start, last = int(state.step), config.train.steps
+    with stopper.droppable():
+        state = first_state(session, run_dir, report) if restored is None else restored
+    start = int(state.step)
     resume_step = -1 if restored is None else start
     with count_compiles() as compiled, Records(run_dir, last, resume_step) as records:
-        if restored is None:
-            records.log(0, evaluate_now(state.params, session) | compiled.take())
-        for done in range(start + 1, last + 1):
-            state, metrics, graded, estimate = step(state, done - 1)
-            if done == last or (config.eval.every and done % config.eval.every == 0):
-                metrics |= evaluate_now(state.params, session)
-            shown = shown_rows(session, graded, estimate, config.train.log_samples)
-            records.samples(done, shown)
-            records.log(done, metrics | compiled.take())
-            if done == last or done % config.checkpoint.every == 0:
+        try:
+            if restored is None:
+                with stopper.droppable():
+                    before = evaluate_now(state.params, session)
+                records.log(0, before | compiled.take())
+            watch = Watch(config, read_metrics(run_dir))
+            for done in range(start + 1, last + 1):
+                if watch.solved:
+                    break
+                state, metrics, graded, estimate = step(state, done - 1)
+                watch.count(metrics)
+                at_end = done == last or watch.solved
+                if at_end or (config.eval.every and done % config.eval.every == 0):
+                    with stopper.droppable():
+                        metrics |= evaluate_now(state.params, session)
+                shown = shown_rows(session, graded, estimate, config.train.log_samples)
+                records.samples(done, shown)
+                records.log(done, metrics | compiled.take())
+                if at_end or done % config.checkpoint.every == 0:
+                    checkpoint.save(checkpoints, state, dataclasses.asdict(config))
+                for callback in callbacks:
+                    callback(done, state, metrics)
+                for warning in watch.warnings(metrics, graded, answers_of(session, graded)):
+                    records.message(warning)
+            if watch.solved:
+                records.message(watch.solved_message())
+        except StopRequested:
+            if records.last_step == int(state.step) > (checkpoints.latest_step() or 0):
                 checkpoint.save(checkpoints, state, dataclasses.asdict(config))
-            for callback in callbacks:
-                callback(done, state, metrics)
+            raise stopper.stopped_after(records.last_step) from None
 
 
-def make_step(session: Session) -> Callable[[TrainState, int], Step]:
+def make_step(
+    session: Session, *, droppable: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Callable[[TrainState, int], Step]:
     """One training step as a function of (state, step), step 0 being the first.
 
-    Call it under ``jax.set_mesh(session.setup.mesh)``; the state it is given is donated.
+    Call it under ``jax.set_mesh(session.setup.mesh)``; the state it is given is donated, and must
+    not be used again. ``droppable()`` is entered around what may be given up without a trace.
 
         with open_session(config, training=True) as session, jax.set_mesh(session.setup.mesh):
             step, state = make_step(session), first_state(session, Path("scratch"))
@@ -117,24 +156,36 @@ def make_step(session: Session) -> Callable[[TrainState, int], Step]:
     """
     estimate_values = make_estimate(session.estimator)
     make_microbatches = microbatch_maker(session)
+    schedule = schedule_of(session.config)
     update = make_update(
         session.setup.model_config, optimizer_of(session.config), **objective_of(session.config)
     )
 
     def step(state: TrainState, number: int) -> Step:
-        graded = sample_and_verify(state.params, session, number)
+        with droppable():
+            graded = sample_and_verify(state.params, session, number)
         started = time.perf_counter()
         estimator_state, estimate = estimate_values(state.estimator_state, graded)
         outcomes = []
-        for microbatches in make_microbatches(graded, estimate, params=state.params):
-            state, outcome = update(state, microbatches)
-            outcomes.append(outcome)
+        if has_signal(graded):
+            for microbatches in make_microbatches(graded, estimate, params=state.params):
+                state, outcome = update(state, microbatches)
+                outcomes.append(outcome)
         state = finish_step(state, estimator_state)
         metrics = reward_metrics(graded, estimate) | merge_updates(outcomes)
+        metrics["estimate/no_signal"] = float(not outcomes)
+        metrics["optim/learning_rate"] = newest_learning_rate(schedule, state.opt_state)
+        metrics["data/epoch"] = epochs(session, number + 1)
         metrics["time/update_s"] = time.perf_counter() - started
         return Step(state, metrics, graded, estimate)
 
     return step
+
+
+def epochs(session: Session, steps: int) -> float:
+    """How often the problems have been visited after so many steps."""
+    size, per_step = len(session.train_set.problems), session.config.train.prompts_per_step
+    return steps / (size // per_step)
 
 
 def sample_and_verify(params: PyTree, session: Session, number: int) -> Graded:
@@ -158,26 +209,13 @@ def sample_and_verify(params: PyTree, session: Session, number: int) -> Graded:
     )
 
 
-def objective_of(config: Config) -> dict:
-    """What update and scoring of log-probabilities share."""
-    return {
-        "loss": config.loss,
-        "temperature": config.sampling.temperature,
-        "microbatch": config.train.microbatch_rollouts,
-    }
-
-
-def optimizer_of(config: Config):
-    return make_optimizer(config.optim, updates=config.train.steps * updates_per_step(config))
-
-
-def microbatch_maker(session: Session):
+def microbatch_maker(session: Session) -> Callable[..., list[list[Batch]]]:
     """(graded, estimate, params) -> the microbatches of every update of a step."""
     config = session.config
     score = make_score(session.setup.model_config, **objective_of(config))
     reference = start_params(session) if config.loss.kl_coef else None
 
-    def make(graded: Graded, estimate: Estimate, *, params: PyTree):
+    def make(graded: Graded, estimate: Estimate, *, params: PyTree) -> list[list[Batch]]:
         return make_batches(
             graded,
             estimate,
@@ -191,34 +229,6 @@ def microbatch_maker(session: Session):
     return make
 
 
-def first_state(session: Session, run_dir: Path, report=print) -> TrainState:
-    """The state before the first step: weights from the model folder, estimator state from the
-    reference table where the estimator takes one (made at ``run_dir/reference.npz``)."""
-    params = start_params(session)
-    return make_state(
-        params,
-        optimizer_of(session.config),
-        first_estimator_state(session, params, run_dir / "reference.npz", report),
-        model_config=session.setup.model_config,
-        mesh=session.setup.mesh,
-    )
-
-
-def state_shapes(session: Session) -> TrainState:
-    """What a checkpoint is restored into: no weights are read and no table is made for it."""
-    return abstract_state(
-        optimizer_of(session.config),
-        estimator_state_shapes(session),
-        model_config=session.setup.model_config,
-        mesh=session.setup.mesh,
-    )
-
-
-def start_params(session: Session) -> PyTree:
-    """The model folder's weights: where training starts, and what a KL term refers to."""
-    return huggingface.load_params(session.folder, session.setup.model_config, session.setup.mesh)
-
-
 def evaluate_now(params: PyTree, session: Session) -> dict[str, float]:
     """Held-out accuracy, and the seconds it took; nothing where eval.sets is empty."""
     if not session.held_out:
@@ -229,6 +239,11 @@ def evaluate_now(params: PyTree, session: Session) -> dict[str, float]:
         params, session.setup, session.held_out, section=config.eval, sampling=config.sampling
     )
     return metrics | {"time/eval_s": time.perf_counter() - started}
+
+
+def answers_of(session: Session, graded: Graded) -> list[str]:
+    """The right answer of every rollout."""
+    return [session.train_set.problems[i].answer for i in graded.rollouts.problem_ids]
 
 
 def shown_rows(session: Session, graded: Graded, estimate: Estimate, count: int) -> list[dict]:

@@ -1,6 +1,5 @@
 """A step's rollouts as the microbatches of its updates: rows of similar length together."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from basis_jax.config import Config
 from basis_jax.losses import loss_weights
@@ -30,7 +29,7 @@ def make_batches(
     estimate: Estimate,
     *,
     config: Config,
-    score: Callable[[PyTree, jax.Array, jax.Array], jax.Array],
+    score: Callable[[PyTree, Array, Array], Array],
     params: PyTree,
     reference: PyTree | None = None,
     mesh: Mesh,
@@ -73,9 +72,9 @@ def make_batches(
             max_width=max_width,
         ):
             part = put_rows(mesh, take_rows(minibatch, index, width))
-            scored = functools.partial(score, tokens=part.tokens, mask=part.completion_mask)
-            old = scored(params) if off_policy else None
-            ref = None if reference is None else scored(reference)
+            scored = (part.tokens, part.completion_mask)
+            old = score(params, *scored) if off_policy else None
+            ref = None if reference is None else score(reference, *scored)
             micros.append(replace(part, old_logprobs=old, ref_logprobs=ref))
         updates.append(micros)
     return updates
@@ -103,7 +102,8 @@ def cut_rows(
     (rows, width) is compiled when it first occurs.
     """
     order = np.argsort(-lengths, kind="stable")
-    cuts, start = [], 0
+    cuts: list[tuple[np.ndarray, int]] = []
+    start = 0
     while start < len(order) and (not cuts or lengths[order[start]] > 0):
         longest = max(1, int(lengths[order[start]]))
         width = min(max_width, *(round_up(longest, min_width * part // 4) for part in (4, 5, 6, 7)))

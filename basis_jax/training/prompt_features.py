@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards, put_rows
 from basis_jax.opening.checks import check_features
-from basis_jax.types import Array
 
 SAMPLE = 8192  # problems that the principal directions are taken from
 
@@ -73,7 +72,7 @@ def principal(
 ) -> tuple[Float[np.ndarray, " D"], Float[np.ndarray, "D {size}"]]:
     """Mean of the states, and their ``size`` leading principal directions, as unit columns."""
     mean = states.mean(axis=0)
-    centred = np.float64(states - mean)
+    centred = (states - mean).astype(np.float64)
     vectors = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :size]
     signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(size)])
-    return mean, np.float32(vectors * signs)
+    return mean, (vectors * signs).astype(np.float32)

@@ -11,6 +11,7 @@ import io
 import json
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -124,8 +125,14 @@ def rows_for(
             "them with other prompts); make one for this run with scripts/reference_stats.py"
         )
     index = np.array([rows[key] for key in keys])
-    rows = ("successes", "trials", "uids", "prompt_hashes", "features")
-    return replace(table, **{name: getattr(table, name)[index] for name in rows})
+    return replace(
+        table,
+        successes=table.successes[index],
+        trials=table.trials[index],
+        uids=table.uids[index],
+        prompt_hashes=table.prompt_hashes[index],
+        features=table.features[index],
+    )
 
 
 def build(
@@ -138,7 +145,7 @@ def build(
     sampling: SamplingSection,
     origin: dict,
     path: Path,
-    report=lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> ReferenceTable:
     """Make the table at ``path``, or finish the one begun there; features are made first.
 
@@ -194,7 +201,15 @@ def resumed(begun: ReferenceTable, empty: ReferenceTable, path: Path) -> Referen
     return begun
 
 
-def with_rollouts(params, setup, problems, table, *, sampling, units) -> ReferenceTable:
+def with_rollouts(
+    params: PyTree,
+    setup: RolloutSetup,
+    problems: EncodedProblems,
+    table: ReferenceTable,
+    *,
+    sampling: SamplingSection,
+    units: np.ndarray,
+) -> ReferenceTable:
     """The table after the rollouts ``units`` of the plan."""
     size = len(problems.problems)
     ids = (units % size).astype(np.int32)

@@ -1,8 +1,10 @@
 """Everything that a run holds fixed, built from its config: mesh, model, data, verifier."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from basis_jax.data.overlap import OVERLAP, overlapping
 from basis_jax.data.sources import load_training
 from basis_jax.evaluation.evaluate import load_held_out_sets
 from basis_jax.opening.checks import check, check_features, check_memory
+from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup
 from basis_jax.sampling.rollouts import RolloutSetup
 from basis_jax.training.reference_table import ReferenceTable, build, load, rows_for, table_origin
@@ -33,12 +36,15 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config, report=print, *, training: bool = False):
+def open_session(
+    config: Config, report: Callable[[str], None] = print, *, training: bool = False
+) -> Iterator[Session]:
     """Yield the Session; its verifier's processes end with the block.
 
     Cheap checks come first: everything wrong with the config is said before weights are read.
     ``training``: memory for updates is needed too.
     """
+    check_ranges(config)
     estimator = make_estimator(config.estimator, config.sampling.group_size)
     folder, model_config, mesh = locate_model(config)
     check(config, model_config, mesh)
@@ -82,11 +88,6 @@ def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Est
         raise ValueError(
             f"{section.name} needs prompt features but estimator.features is 0; give their number"
         )
-    if min(section.features, section.table_samples) < 0:
-        raise ValueError(
-            f"estimator.table_samples is {section.table_samples} and estimator.features "
-            f"{section.features}; give 0 or more"
-        )
     if estimator.needs_table and not (section.table or section.table_samples):
         raise ValueError(
             f"{section.name} needs a reference table but estimator.table_samples is 0 and "
@@ -96,7 +97,7 @@ def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Est
 
 
 def load_sets(
-    config: Config, tokenizer, report
+    config: Config, tokenizer: Any, report: Callable[[str], None]
 ) -> tuple[EncodedProblems, dict[str, EncodedProblems]]:
     """Training problems and the held-out sets by name, as tokens; what was left out is reported."""
 
@@ -114,7 +115,9 @@ def load_sets(
 
 
 def report_overlap(
-    train_set: EncodedProblems, held_out: dict[str, EncodedProblems], report
+    train_set: EncodedProblems,
+    held_out: dict[str, EncodedProblems],
+    report: Callable[[str], None],
 ) -> None:
     """Warn once of every held-out set that shares problems or texts with the training problems."""
     training_uids = {p.uid for p in train_set.problems}
@@ -137,7 +140,9 @@ def report_overlap(
             report(f"warning: {len(alike)} of {len(problems.problems)} {of_set} {sharing}")
 
 
-def reference_table(session: Session, params: PyTree, path: Path, report=print) -> ReferenceTable:
+def reference_table(
+    session: Session, params: PyTree, path: Path, report: Callable[[str], None] = print
+) -> ReferenceTable:
     """The training problems' table: read from ``estimator.table``, or made or finished at ``path``.
 
     Call under ``jax.set_mesh``. Raises ValueError where the table on disk does not fit the run.
@@ -175,7 +180,9 @@ def estimator_state_shapes(session: Session) -> PyTree:
     return jax.eval_shape(session.estimator.init, counts, counts, **options)
 
 
-def first_estimator_state(session: Session, params: PyTree, path: Path, report=print) -> PyTree:
+def first_estimator_state(
+    session: Session, params: PyTree, path: Path, report: Callable[[str], None] = print
+) -> PyTree:
     """The estimator's state before the first step, from the reference table where it takes one."""
     section = session.config.estimator
     uses_table = section.table or section.table_samples or section.features

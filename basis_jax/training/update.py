@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from basis_jax.config import LossSection, OptimSection
 from basis_jax.estimators import Estimator
@@ -23,8 +23,8 @@ from basis_jax.sampling.rollouts import Graded
 from basis_jax.types import Batch, Estimate, Signals, TrainState
 
 
-def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW under a warm-up and a schedule over ``updates`` updates."""
+def learning_rate(section: OptimSection, *, updates: int) -> optax.Schedule:
+    """Number of updates before -> learning rate: a warm-up, then a schedule over ``updates``."""
     decay = max(1, updates - section.warmup_steps)
     main_schedule = {
         "constant": optax.constant_schedule(section.lr),
@@ -33,7 +33,12 @@ def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTran
     }[section.schedule]
     share = section.lr / (section.warmup_steps + 1)  # the first update learns too
     warmup = optax.linear_schedule(share, section.lr, max(1, section.warmup_steps))
-    schedule = optax.join_schedules([warmup, main_schedule], [section.warmup_steps])
+    return optax.join_schedules([warmup, main_schedule], [section.warmup_steps])
+
+
+def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW under ``learning_rate``."""
+    schedule = learning_rate(section, updates=updates)
     adamw = optax.adamw(
         schedule, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay
     )
@@ -122,7 +127,13 @@ def finish_step(state: TrainState, estimator_state: PyTree) -> TrainState:
     return replace(state, step=state.step + 1, estimator_state=estimator_state)
 
 
-def merge_updates(outcomes: list[dict[str, jax.Array]]) -> dict[str, float]:
+def newest_learning_rate(schedule: optax.Schedule, opt_state: PyTree) -> float:
+    """The learning rate of the newest update; of the first where there was none yet."""
+    counts = [int(count) for _, count in optax.tree.get_all_with_path(opt_state, "count")]
+    return float(schedule(max(0, counts[0] - 1)))
+
+
+def merge_updates(outcomes: list[dict[str, Float[Array, ""]]]) -> dict[str, float]:
     """Metrics of a step's updates: the mean, and the maximum where the name says so.
 
     Raises ValueError where a gradient or an update is not finite: the parameters are then spoilt.
@@ -131,11 +142,13 @@ def merge_updates(outcomes: list[dict[str, jax.Array]]) -> dict[str, float]:
     norms = ("policy/grad_norm", "policy/update_norm")
     if not all(np.isfinite(o[name]) for o in outcomes for name in norms):
         raise ValueError(
-            "the update of this step is not finite and none of it is saved; the same command "
-            "would come to it again: give another --run-dir and a lower optim.lr, or float32"
+            "the update of this step is not finite, and none of it is saved; likely causes, in "
+            "this order, are token ids beyond the model's vocabulary, NaN in the model's weights, "
+            "bfloat16 (set model.compute_dtype to float32) and too high an optim.lr; the same "
+            "command would come to this step again, so give another --run-dir too"
         )
     merged = {}
-    for name in outcomes[0]:
+    for name in outcomes[0] if outcomes else ():
         values = [o[name] for o in outcomes]
         merged[name] = float(np.max(values) if name.endswith("_max") else np.mean(values))
     return merged
@@ -143,14 +156,16 @@ def merge_updates(outcomes: list[dict[str, jax.Array]]) -> dict[str, float]:
 
 def make_score(
     model_config: ModelConfig, *, loss: LossSection, temperature: float, microbatch: int
-) -> Callable[[PyTree, jax.Array, jax.Array], jax.Array]:
+) -> Callable[[PyTree, Array, Array], Array]:
     """jitted (params, tokens [N T], mask [N T]) -> log-probabilities [N T] of the trainer's policy
     where mask, 0 elsewhere, for one microbatch."""
-    options = {"loss": loss, "temperature": temperature, "microbatch": microbatch}
+    score_micro = functools.partial(
+        micro_logprobs, loss=loss, temperature=temperature, microbatch=microbatch
+    )
 
     @jax.jit
     def score(params, tokens, mask):
-        return micro_logprobs(params, model_config, tokens, mask, **options)[0]
+        return score_micro(params, model_config, tokens, mask)[0]
 
     return score
 
@@ -158,13 +173,13 @@ def make_score(
 def micro_logprobs(
     params: PyTree,
     model_config: ModelConfig,
-    tokens: jax.Array,
-    mask: jax.Array,
+    tokens: Int[Array, "N T"],
+    mask: Bool[Array, "N T"],
     *,
     loss: LossSection,
     temperature: float,
     microbatch: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     """``token_logprobs`` in chunks of microbatch x logprob_chunk tokens, of fewer positions where a
     microbatch has more rows."""
     chunk = max(1, loss.logprob_chunk * microbatch // tokens.shape[0])
@@ -181,13 +196,14 @@ def policy_objective(
     loss: LossSection,
     temperature: float,
     microbatch: int,
-) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
+) -> tuple[Float[Array, ""], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]:
     """The microbatch's share of the loss; its sums over tokens, and its largest log-prob gap."""
+    mask = jnp.asarray(batch.completion_mask)
     logprobs, entropy = micro_logprobs(
         params,
         model_config,
-        batch.tokens,
-        batch.completion_mask,
+        jnp.asarray(batch.tokens),
+        mask,
         loss=loss,
         temperature=temperature,
         microbatch=microbatch,
@@ -201,8 +217,7 @@ def policy_objective(
         dual_clip=loss.dual_clip,
         tis_cap=loss.tis_cap,
     )
-    old = logprobs if batch.old_logprobs is None else batch.old_logprobs
-    mask = batch.completion_mask
+    old = logprobs if batch.old_logprobs is None else jnp.asarray(batch.old_logprobs)
     gap = jnp.abs(old - batch.sampler_logprobs)
     sums = {
         "tokens": jnp.sum(mask).astype(jnp.float32),
@@ -231,7 +246,7 @@ def make_update(
     loss: LossSection,
     temperature: float,
     microbatch: int,
-) -> Callable[[TrainState, list[Batch]], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, list[Batch]], tuple[TrainState, dict[str, Array]]]:
     """(state, microbatches) -> state, metrics: gradients added up, then one optimizer update.
 
     The microbatches' ``loss_weights`` hold the global denominators, so the summed gradients are the
@@ -262,7 +277,7 @@ def make_update(
 
     apply = jax.jit(functools.partial(apply_gradients, optimizer), donate_argnums=(0, 1))
 
-    def update(state: TrainState, micros: list[Batch]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(state: TrainState, micros: list[Batch]) -> tuple[TrainState, dict[str, Array]]:
         total = functools.reduce(add, (gradient(state.params, micro) for micro in micros))
         params, opt_state, metrics = apply(state.params, state.opt_state, total)
         return replace(state, params=params, opt_state=opt_state), metrics
@@ -272,7 +287,7 @@ def make_update(
 
 def apply_gradients(
     optimizer: optax.GradientTransformation, params: PyTree, opt_state: PyTree, total: PyTree
-) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+) -> tuple[PyTree, PyTree, dict[str, Float[Array, ""]]]:
     """Parameters and moments after one step of the optimizer; the update's metrics per token."""
     gradients, (sums, gap) = total
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its counts with floats

@@ -1,4 +1,5 @@
-"""Grading completions: right, wrong, or error (``valid`` False, never a silent 0). No JAX here."""
+"""Grading completions: right, wrong, or, where it is not the policy's doing that nothing can be
+told, invalid (``valid`` False, never a silent 0). No JAX here."""
 
 from collections.abc import Sequence
 
@@ -17,9 +18,9 @@ class ExactVerifier(Verifier):
 
 def make_verifier(name: str, **options) -> Verifier:
     """The verifier called ``name``: ``exact``; ``math``, which finds and compares mathematical
-    answers (``MathVerifier`` has the options); ``math_strict``, which takes only boxed answers and
-    those after ``####``; ``gym``, the scorers of reasoning-gym. Raises ValueError for an unknown
-    name."""
+    answers (``MathVerifier`` has the options; ``mode`` is where answers stand by the data set's
+    prompt, ``extract.MODES``); ``math_strict``, which takes only boxed answers and those after
+    ``####``; ``gym``, the scorers of reasoning-gym. Raises ValueError for an unknown name."""
     if name not in VERIFIERS:
         raise ValueError(f"data.verifier is {name!r}; allowed are {', '.join(VERIFIERS)}")
     if name == "exact":
@@ -30,4 +31,6 @@ def make_verifier(name: str, **options) -> Verifier:
         return GymVerifier(**options)
     from basis_jax.verify.mathematics import MathVerifier
 
-    return MathVerifier(mode="strict" if name == "math_strict" else "lenient", **options)
+    if name == "math_strict":
+        options = {"mode": "strict"} | options
+    return MathVerifier(**options)

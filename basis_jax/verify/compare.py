@@ -6,61 +6,111 @@ pairs go to ``scalars``, which knows algebra.
 """
 
 import re
+import time
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
-from basis_jax.verify.notation import canonical, closing, number, peel, split_top
-
-MOST_ITEMS = 40
-Scalars = Callable[[str, str], bool]
-
-NAME = re.compile(
-    r"(?:[a-zA-Z]|[A-Z]{2,3}|[a-zA-Z]{4,}|\\text ?\{[^{}]*\}|\\[a-zA-Z]+(?: ?[A-Z]+)?)"
-    r"(?:_\{?\w+\}?)?'?(?: ?\([^()=]*\))?|\([a-z](?:, ?[a-z])+\)"
+from basis_jax.verify.criteria import EXACT, Tolerance
+from basis_jax.verify.equations import (
+    by_name,
+    same_by_name,
+    same_relation,
+    same_residues,
+    without_name,
 )
+from basis_jax.verify.notation import canonical, closing, number, peel, split_top
+from basis_jax.verify.prose import choice
+from basis_jax.verify.units import same_quantities
+
+MAX_ITEMS = 40
+MAX_DEPTH = 8
+Scalars = Callable[[str, str], bool]
+Same = Callable[[str, str], bool]
+
 ORDER = re.compile(r" ?(<|>|\\[lg]e(?![a-zA-Z])) ?")
+DISTANCE = re.compile(r"\|([a-z]) ?([-+] ?[0-9./]+)?\| ?(<|\\le) ?(\S+)")
 MATRIX = re.compile(r"\[?\\begin\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}\]?")
 BUILDER = re.compile(r"\\\{ ?([a-zA-Z]) ?(?:\\mid|\||:) ?(.*)\\\}")
 BASED = re.compile(r"\(?([0-9A-Z]*[0-9][0-9A-Z]*)\)?_ ?(?:([0-9]+)|\{ ?([0-9]+) ?\})")
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 WORDS = re.compile(r"[a-zA-Z][a-zA-Z0-9 '-]*")
-UNIT = re.compile(
-    r"(.*?) ?(?:\\text ?\{((?:[^{}]|\{[^{}]*\})*)\}|(?<=[ 0-9}])([a-zA-Z][a-zA-Z./ ]*))"
-    r"(?: ?\^ ?\{?[23]\}?)?"
+POINT = re.compile(r"[A-Z](?:_(?:\w|\{\w+\}))?'? ?(?=\()")
+CONSTANT = re.compile(
+    r"\+ ?(?:[CcKk](?:_(?:\d|\{\d\}))?|\\text ?\{ ?[Cc](?:onst(?:ant|\.)?)? ?\})$"
 )
-UNITS = {
-    "millimeter": "mm", "centimeter": "cm", "meter": "m", "kilometer": "km", "inch": "in",
-    "inche": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi", "second": "s",
-    "minute": "min", "hour": "h", "hr": "h", "gram": "g", "kilogram": "kg", "pound": "lb",
-    "ounce": "oz", "liter": "l", "litre": "l", "mile per hour": "mph", "am": "am", "pm": "pm",
-}  # fmt: skip
-"""Units told apart where both answers have one; other words after a number are ignored."""
+REPEATED = re.compile(r"(?:\\%|\^\\circ) ?(?:\\%|\^)")  # 50%% is nothing
+APPROXIMATE = re.compile(r"(.+?) ?\\approx(?![a-zA-Z]) ?(.*)")
 
 
-def equivalent(gold: str, answer: str, scalars: Scalars) -> bool:
+COUNTS = {
+    name: str(count)
+    for count, name in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+        " fifteen sixteen seventeen eighteen nineteen twenty".split()
+    )
+}
+
+
+class Overtime(Exception):
+    """A comparison took longer than it may."""
+
+
+def equivalent(
+    gold: str,
+    answer: str,
+    scalars: Scalars,
+    *,
+    tolerance: Tolerance = EXACT,
+    seconds: float = float("inf"),
+) -> bool:
     """Whether ``answer`` says what the right answer ``gold`` says. It may say more: name what it
-    computes (``x = 5`` for 5), add a unit, or go on to an approximation."""
-    return same(canonical(gold), canonical(answer), scalars)
+    computes (``x = 5`` for 5), add a unit, or go on to an approximation.
+
+    Raises Overtime after ``seconds`` without a result.
+    """
+    comparison = Comparison(scalars, tolerance, time.perf_counter() + seconds)
+    return comparison.same(canonical(gold), canonical(answer))
 
 
-def same(gold: str, answer: str, scalars: Scalars) -> bool:
-    """``equivalent`` for answers in canonical notation, or parts of one."""
-    gold, answer = simplify(gold), simplify(answer)
-    if unwrapped(gold) == unwrapped(answer):
-        return gold != ""
-    if not gold or not answer:
-        return False
-    if bool(ORDER.search(gold)) != bool(ORDER.search(answer)):
-        gold, answer = as_intervals(gold), as_intervals(answer)
-    values = number(gold), number(answer)
-    if None not in values:
-        return values[0] == values[1]
-    for compare in KINDS:
-        verdict = compare(gold, answer, scalars)
-        if verdict is not None:
-            return verdict
-    if re.search("(?<![0-9_^])[0-9]+ [0-9]", answer):
-        return False  # the parser of LaTeX would read 4 2 as 42
-    return scalars(gold, answer)
+class Comparison:
+    """The comparison of one answer: what its parts have in common."""
+
+    def __init__(self, scalars: Scalars, tolerance: Tolerance, deadline: float):
+        self.scalars, self.tolerance, self.deadline = scalars, tolerance, deadline
+        self.depth = 0
+
+    def same(self, gold: str, answer: str) -> bool:
+        """``equivalent`` for answers in canonical notation, or parts of one. Parts within parts
+        deeper than ``MAX_DEPTH`` are not the same."""
+        if time.perf_counter() > self.deadline:
+            raise Overtime
+        if self.depth >= MAX_DEPTH:
+            return False
+        self.depth += 1
+        try:
+            return self._same(simplify(gold), simplify(answer))
+        finally:
+            self.depth -= 1
+
+    def _same(self, gold: str, answer: str) -> bool:
+        if unwrapped(gold) == unwrapped(answer):
+            return gold != ""
+        if not gold or not answer:
+            return False
+        if bool(ORDER.search(gold)) != bool(ORDER.search(answer)):
+            gold, answer = as_intervals(gold), as_intervals(answer)
+        values = number(gold), number(answer)
+        if None not in values:
+            return self.tolerance.allows(*values)
+        if REPEATED.search(answer):
+            return False
+        for compare in KINDS:
+            verdict = compare(gold, answer, self.same)
+            if verdict is not None:
+                return verdict
+        if re.search("(?<![0-9_^])[0-9]+ [0-9]", answer):
+            return False  # the parser of LaTeX would read 4 2 as 42
+        return self.scalars(gold, answer)
 
 
 def unwrapped(text: str) -> str:
@@ -69,9 +119,11 @@ def unwrapped(text: str) -> str:
 
 
 def simplify(text: str) -> str:
-    r"""Without ``x \in``, set-builder braces around a condition, ``\approx ...``, ``\pmod ...``."""
+    r"""Without ``x \in``, set-builder braces around a condition, ``\approx ...``."""
     text = re.sub(r"^[a-zA-Z] ?\\in(?![a-zA-Z])", "", text)
-    text = re.sub(r"(?<=.) ?\\(?:approx|[pb]?mod)(?![a-zA-Z]).*", "", text)
+    if approximate := APPROXIMATE.fullmatch(text):
+        text = approximate[2 if re.fullmatch("[a-zA-Z]", approximate[1]) else 1]
+    text = usual_brackets(text)
     builder = BUILDER.fullmatch(text)
     text = builder[2] if builder else text
     if ORDER.search(text):
@@ -79,13 +131,36 @@ def simplify(text: str) -> str:
     return peel(text)
 
 
+def usual_brackets(text: str) -> str:
+    """The open interval ``]1,3[`` as ``(1,3)``."""
+    if not text.startswith("]") and not text.endswith("["):
+        return text
+    return re.sub(
+        r"([\[\]]) ?([^\[\]()]*,[^\[\]()]*?) ?([\[\]])",
+        lambda match: (
+            ("(" if match[1] == "]" else "[") + match[2] + (")" if match[3] == "[" else "]")
+        ),
+        text,
+    )
+
+
 def upward(condition: str) -> str:
-    """``b > x`` as ``x<b``."""
+    """``b > x`` as ``x<b``, and ``|x - 2| < 3`` as ``-1<x<5``."""
+    if distance := DISTANCE.fullmatch(condition):
+        variable, middle, order, radius = distance.groups()
+        middle, radius = -(number(middle or "0") or 0), number(radius)
+        if radius is not None and radius > 0:
+            low, high = (plain_fraction(middle + side * radius) for side in (-1, 1))
+            return f"{low}{order}{variable}{order}{high}"
     parts = ORDER.split(condition)
     if ">" not in parts and r"\ge" not in parts:
         return condition
     turned = {">": "<", r"\ge": r"\le ", "<": ">", r"\le": r"\ge "}
     return "".join(turned.get(part, part) for part in reversed(parts))
+
+
+def plain_fraction(value: Fraction) -> str:
+    return f"{value.numerator}/{value.denominator}" if value.denominator > 1 else str(value)
 
 
 def as_intervals(text: str) -> str:
@@ -126,10 +201,15 @@ def items(text: str) -> tuple[str, list[str]]:
     return brackets, parts
 
 
-def same_items(gold: str, answer: str, scalars: Scalars) -> bool | None:
+def same_items(gold: str, answer: str, same: Same) -> bool | None:
     """Lists and sets in any order, tuples and intervals in theirs, brackets alike; a list without
-    brackets may stand for a tuple. None where neither is one."""
+    brackets may stand for a tuple, and named values have the order of their names. None where
+    neither is one."""
     (left, golds), (right, answers) = items(gold), items(answer)
+    if left and len(golds) > 1 and not right:
+        right, answers = items(without_point(answer))
+    elif right and len(answers) > 1 and not left:
+        left, golds = items(without_point(gold))
     for brackets, parts in ((left, golds), (right, answers)):
         if not brackets and len(parts) == 1 and "=" in parts[0]:
             return None
@@ -137,75 +217,64 @@ def same_items(gold: str, answer: str, scalars: Scalars) -> bool | None:
         return None
     if any(r"\cup" in part for part in golds + answers if not (left and right)):
         return None
-    if max(len(golds), len(answers)) > MOST_ITEMS:
+    if max(len(golds), len(answers)) > MAX_ITEMS:
         return False
+    if {left, right} <= {"", "()"}:
+        verdict = same_by_name(golds, answers, same)
+        if verdict is not None and (left or right or by_name(golds)):
+            return verdict
     unordered = ("", r"\{\}")
     if left in unordered and right in unordered:
         if r"\{\}" in (left, right):
-            golds, answers = distinct(golds, scalars), distinct(answers, scalars)
-        return same_in_any_order(golds, answers, scalars)
+            golds, answers = distinct(golds, same), distinct(answers, same)
+        return same_in_any_order(golds, answers, same)
     if left != right and {left, right} != {"", "()"}:
         return False
     return len(golds) == len(answers) and all(
-        same(g, without_name(a), scalars) for g, a in zip(golds, answers, strict=True)
+        same(g, without_name(a)) for g, a in zip(golds, answers, strict=True)
     )
 
 
-def distinct(parts: Sequence[str], scalars: Scalars) -> list[str]:
+def without_point(text: str) -> str:
+    """The coordinates of ``P(3,4)``."""
+    point = POINT.match(text)
+    if not point or closing(text, point.end()) != len(text) - 1:
+        return text
+    return text[point.end() :] if len(split_top(text[point.end() + 1 : -1])) > 1 else text
+
+
+def distinct(parts: Sequence[str], same: Same) -> list[str]:
     """One of each, in the order of their first appearance."""
     kept: list[str] = []
     for part in parts:
-        if not any(same(other, part, scalars) for other in kept):
+        if not any(same(other, part) for other in kept):
             kept.append(part)
     return kept
 
 
-def same_in_any_order(golds: Sequence[str], answers: Sequence[str], scalars: Scalars) -> bool:
+def same_in_any_order(golds: Sequence[str], answers: Sequence[str], same: Same) -> bool:
     """Whether the answers can be paired with the golds; sameness is transitive, so the first free
     partner will do."""
     if len(golds) != len(answers):
         return False
     free = list(answers)
     for gold in golds:
-        partner = next((i for i, answer in enumerate(free) if same(gold, answer, scalars)), None)
+        partner = next((i for i, answer in enumerate(free) if same(gold, answer)), None)
         if partner is None:
             return False
         del free[partner]
     return True
 
 
-def same_union(gold: str, answer: str, scalars: Scalars) -> bool | None:
+def same_union(gold: str, answer: str, same: Same) -> bool | None:
     """Unions of as many parts, in any order."""
     golds, answers = split_top(gold, r"\cup"), split_top(answer, r"\cup")
     if len(golds) != len(answers) or len(golds) == 1:
         return None
-    return same_in_any_order(golds, answers, scalars)
+    return same_in_any_order(golds, answers, same)
 
 
-def without_name(text: str) -> str:
-    """What stands right of ``x =``, where something does."""
-    name, *rest = split_top(text, "=")
-    return "=".join(rest) if rest and NAME.fullmatch(name) else text
-
-
-def same_relation(gold: str, answer: str, scalars: Scalars) -> bool | None:
-    """A named value against a bare one. Whatever an answer equates without naming it must be the
-    gold itself, so ``5 = 3`` is not 3."""
-    golds, answers = split_top(gold, "="), split_top(answer, "=")
-    if len(golds) > 1:
-        named = without_name(gold)
-        if named == gold or (len(answers) > 1 and golds[0] != answers[0]):
-            return None
-        return same(named, without_name(answer), scalars)
-    if len(answers) == 1:
-        return None
-    letters = re.sub(r"\\[a-zA-Z]+", "", answers[0])
-    if NAME.fullmatch(answers[0]) or re.search("[a-zA-Z]", letters):
-        answers = answers[1:]
-    return all(same(gold, part, scalars) for part in answers)
-
-
-def same_matrix(gold: str, answer: str, scalars: Scalars) -> bool | None:
+def same_matrix(gold: str, answer: str, same: Same) -> bool | None:
     """Entry by entry, whatever the brackets; a matrix is nothing but a matrix."""
     tables = []
     for match in (MATRIX.fullmatch(gold), MATRIX.fullmatch(answer)):
@@ -215,18 +284,18 @@ def same_matrix(gold: str, answer: str, scalars: Scalars) -> bool | None:
     if not left and not right:
         return None
     return [len(row) for row in left] == [len(row) for row in right] and all(
-        same(g.strip(), a.strip(), scalars)
+        same(g.strip(), a.strip())
         for rows in zip(left, right, strict=True)
         for g, a in zip(*rows, strict=True)
     )
 
 
-def same_percent(gold: str, answer: str, scalars: Scalars) -> bool | None:
+def same_percent(gold: str, answer: str, same: Same) -> bool | None:
     r"""``50\%`` is 50, by convention, and a half, by meaning."""
     bare = [text.removesuffix(r"\%").strip() for text in (gold, answer)]
     if bare == [gold, answer]:
         return None
-    if same(*bare, scalars):
+    if same(*bare):
         return True
     if gold.endswith(r"\%") == answer.endswith(r"\%"):
         return False
@@ -237,35 +306,31 @@ def same_percent(gold: str, answer: str, scalars: Scalars) -> bool | None:
     return percent == 100 * other
 
 
-def same_units(gold: str, answer: str, scalars: Scalars) -> bool | None:
-    """The values, where at least one answer has a unit and known units do not differ."""
-    (left, unit), (right, other) = split_unit(gold), split_unit(answer)
-    if not unit and not other:
+def same_choice(gold: str, answer: str, same: Same) -> bool | None:
+    """The letter of an option, with or without what the option says: ``(C) 12`` is C, and 12."""
+    (letter, says), (other, others) = choice(gold), choice(answer)
+    if letter and other:
+        return letter == other
+    if not says and not others:
         return None
-    names = (UNITS.get(name, name) for name in (unit, other))
-    known = {name for name in names if name in UNITS.values()}
-    return len(known) < 2 and same(left, right, scalars)
+    if letter:
+        return same(says, answer)
+    return same(gold, others)
 
 
-def split_unit(text: str) -> tuple[str, str]:
-    """A value and the unit after it in the singular, "" where there is none. A word without
-    ``\\text`` is a unit only after a plain number: ``5x`` is algebra."""
-    match = UNIT.fullmatch(text)
-    if not match or not match[1]:
-        return text, ""
-    value, wrapped, bare = match.groups()
-    unit = (wrapped or bare or "").replace(".", "").strip().lower()
-    unit = unit if unit in UNITS else unit.removesuffix("s")
-    if bare:
-        spaced = text[len(value) : len(value) + 1] == " "
-        usual = unit in UNITS or unit in UNITS.values()
-        word = len(unit) > 1 if usual else len(unit) > 2 and spaced
-        if number(value) is None or not (word or (usual and spaced)):
-            return text, ""
-    return value, unit or "?"
+def same_integral(gold: str, answer: str, same: Same) -> bool | None:
+    """Whatever the constant of integration is called, ``+C`` or ``+c``."""
+    left, right = CONSTANT.search(gold), CONSTANT.search(answer)
+    if not left or not right or gold[left.start() :].replace(" ", "")[1:2] not in ("C", "\\"):
+        return None
+    bare = gold[: left.start()].strip(), answer[: right.start()].strip()
+    letters = re.sub(r"\\[a-zA-Z]+", "", bare[0] + bare[1])
+    if not re.search("[a-zA-Z]", letters) or re.search("[cCkK]", letters):
+        return None
+    return same(*bare)
 
 
-def same_base(gold: str, answer: str, scalars: Scalars) -> bool | None:
+def same_base(gold: str, answer: str, same: Same) -> bool | None:
     """Digits as text, and the bases where both are given: ``101_2`` is not a number in tens."""
     written = [BASED.fullmatch(TEXT.sub(r"\1", text)) for text in (gold, answer)]
     if written == [None, None]:
@@ -277,20 +342,23 @@ def same_base(gold: str, answer: str, scalars: Scalars) -> bool | None:
     return digits == others and other in ((base, "") if base else ("10",))
 
 
-def same_parts(gold: str, answer: str, scalars: Scalars) -> bool | None:
+def same_parts(gold: str, answer: str, same: Same) -> bool | None:
     r"""Ratios and times of day, part by part, so ``2:3`` is not ``4:6``; and ``x \ne 2``."""
     separator = r"\ne" if r"\ne" in gold and r"\ne" in answer else ":"
     golds, answers = gold.split(separator), answer.split(separator)
     if len(golds) == len(answers) == 1:
         return None
     return len(golds) == len(answers) and all(
-        same(g.strip(), a.strip(), scalars) for g, a in zip(golds, answers, strict=True)
+        same(g.strip(), a.strip()) for g, a in zip(golds, answers, strict=True)
     )
 
 
-def same_words(gold: str, answer: str, scalars: Scalars) -> bool | None:
+def same_words(gold: str, answer: str, same: Same) -> bool | None:
     """Words, in any case; four letters together are a word and not a product."""
     left, right = (TEXT.sub(r"\1", text).strip() for text in (gold, answer))
+    counts = [COUNTS.get(text.casefold(), text) for text in (left, right)]
+    if counts != [left, right]:
+        return same(*counts)
     if WORDS.fullmatch(left) and WORDS.fullmatch(right) and len(left) > 1:
         if " ".join(left.split()).casefold() == " ".join(right.split()).casefold():
             return True
@@ -301,13 +369,16 @@ def same_words(gold: str, answer: str, scalars: Scalars) -> bool | None:
 
 
 KINDS = (
+    same_choice,
+    same_residues,
+    same_quantities,
     same_items,
     same_union,
     same_relation,
     same_matrix,
     same_percent,
-    same_units,
     same_base,
     same_parts,
+    same_integral,
     same_words,
 )

@@ -6,14 +6,11 @@ worker processes that do the algebra of ``mathematics``, where that ends in an e
 
 import json
 import os
-import re
 from collections.abc import Sequence
 
-from basis_jax.verify.extract import TAIL, extract_answer
+from basis_jax.verify.extract import TAIL, extract_answer, tagged_answer
 from basis_jax.verify.pool import Pool
-from basis_jax.verify.verdicts import Verdict, Verifier
-
-TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+from basis_jax.verify.verdicts import Verdict, Verifier, verdict_of
 
 
 class GymVerifier(Verifier):
@@ -35,13 +32,13 @@ class GymVerifier(Verifier):
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """A verdict for each completion; those alike for one problem are scored once."""
-        pairs = [(a, given(c)) for c, a in zip(completions, answers, strict=True)]
+        pairs = [(a, submitted_answer(c)) for c, a in zip(completions, answers, strict=True)]
         different = list(dict.fromkeys(pairs))
         replies = dict(zip(different, self.pool.run(different), strict=True))
-        return [
-            Verdict(float(status == "right"), status != "error", reason)
-            for status, reason in (replies[pair] for pair in pairs)
-        ]
+        return [verdict_of(*replies[pair]) for pair in pairs]
+
+    def stop(self) -> None:
+        self.pool.stop()
 
     def close(self) -> None:
         self.pool.close()
@@ -56,7 +53,7 @@ def check_scorer(path: str, answers: Sequence[str]) -> None:
         others = verifier.grade(right[1:] + right[:1], answers)
     for kind, trouble in (
         ("its own", [v for v in own if not v.reward]),
-        ("another", [v for v in others if not v.valid]),
+        ("another", [v for v in others if v.kind not in ("right", "wrong")]),
     ):
         if trouble:
             raise ValueError(
@@ -66,9 +63,7 @@ def check_scorer(path: str, answers: Sequence[str]) -> None:
             )
 
 
-def given(completion: str) -> str:
+def submitted_answer(completion: str) -> str:
     """The answer in a completion."""
-    tagged = TAGS.findall(completion[-TAIL:])
-    if tagged:
-        return tagged[-1].strip()
-    return extract_answer(completion, "lenient") or completion[-TAIL:].strip()
+    found = tagged_answer(completion[-TAIL:])
+    return found or extract_answer(completion, "lenient") or completion[-TAIL:].strip()

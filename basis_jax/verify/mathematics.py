@@ -5,13 +5,17 @@ import os
 from collections.abc import Sequence
 
 from basis_jax.verify.compare import equivalent
+from basis_jax.verify.criteria import read_criterion
 from basis_jax.verify.extract import MODES, extract_answer
 from basis_jax.verify.notation import LONGEST
 from basis_jax.verify.pool import Pool
-from basis_jax.verify.verdicts import RIGHT, WRONG, Verdict, Verifier
+from basis_jax.verify.verdicts import RIGHT, WRONG, Verdict, Verifier, verdict_of
 
-DEEPEST = 20
-REMEMBERED = 100_000
+MAX_NESTING = 20
+MAX_REMEMBERED = 100_000
+MAX_PLAIN_LENGTH = 300
+MAX_PLAIN_SECONDS = 0.03
+"""Of a comparison in the trainer's process; what is longer goes to a worker."""
 
 
 class NeedsAlgebra(Exception):
@@ -21,8 +25,9 @@ class NeedsAlgebra(Exception):
 class MathVerifier(Verifier):
     """Right where the completion's answer is equivalent to the right one.
 
-    ``mode`` says which marks count as giving an answer (``extract``). ``seconds`` of wall-clock
-    time and ``memory_mb`` of memory are for one comparison: beyond them it is an error, not wrong.
+    ``mode`` says which marks count as giving an answer (``extract``). ``seconds`` of CPU time and
+    ``memory_mb`` of memory are for one comparison: beyond them the answer is wrong, of the kind
+    "timeout" or "memory". A right answer may hold a tolerance or several answers (``criteria``).
     """
 
     def __init__(
@@ -55,45 +60,57 @@ class MathVerifier(Verifier):
             answer = extract_answer(completion, self.mode)
             pairs.append((gold, answer))
             if (gold, answer) not in verdicts:
-                verdicts[gold, answer] = self.remembered.get((gold, answer)) or glance(gold, answer)
+                known = self.remembered.get((gold, answer))
+                verdicts[gold, answer] = known or plain_verdict(gold, answer)
         hard = [pair for pair, verdict in verdicts.items() if verdict is None]
-        for pair, (status, reason) in zip(hard, self.pool.run(hard), strict=True):
-            verdict = Verdict(float(status == "right"), status != "error", reason)
+        for pair, reply in zip(hard, self.pool.run(hard), strict=True):
+            verdict = verdict_of(*reply)
             verdicts[pair] = verdict
-            if verdict.valid:
+            if verdict.kind != "failure":
                 self.remembered[pair] = verdict
-        if len(self.remembered) > REMEMBERED:
+        if len(self.remembered) > MAX_REMEMBERED:
             self.remembered.clear()
         return [verdicts[pair] for pair in pairs]
+
+    def stop(self) -> None:
+        self.pool.stop()
 
     def close(self) -> None:
         self.pool.close()
 
 
-def glance(gold: str, answer: str | None) -> Verdict | None:
-    """The verdict where it takes no algebra; None where it does."""
+def plain_verdict(gold: str, answer: str | None) -> Verdict | None:
+    """The verdict where it takes no algebra and no time; None where it does."""
     if answer is None:
-        return Verdict(0.0, True, "no answer found")
+        return verdict_of("no_answer", "no answer found")
     if gold.strip() == answer.strip():
         return RIGHT
-    if trouble := unfit(gold):
-        return Verdict(0.0, False, f"the right answer {trouble}")
-    if trouble := unfit(answer):
-        return Verdict(0.0, True, f"the answer {trouble}")
-    try:
-        return RIGHT if equivalent(gold, answer, need_algebra) else WRONG
-    except NeedsAlgebra:
+    text, tolerance = read_criterion(gold)
+    if trouble := why_not_comparable(text):
+        return verdict_of("gold", f"the right answer {trouble}")
+    if trouble := why_not_comparable(answer):
+        return verdict_of("unfit", f"the answer {trouble}")
+    if len(text) + len(answer) > MAX_PLAIN_LENGTH:
         return None
+    try:
+        right = equivalent(
+            text, answer, need_algebra, tolerance=tolerance, seconds=MAX_PLAIN_SECONDS
+        )
+    except Exception:  # NeedsAlgebra and Overtime; any other is met again in the worker
+        return None
+    return RIGHT if right else WRONG
 
 
 def need_algebra(gold: str, answer: str) -> bool:
     raise NeedsAlgebra
 
 
-def unfit(text: str) -> str:
+def why_not_comparable(text: str) -> str:
     """Why a text is no answer that can be compared; "" where it can be."""
     if len(text) > LONGEST:
         return f"is longer than {LONGEST} characters"
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        return "holds half of a character"
     if any(ord(c) < 32 and c not in "\t\n\r" or c == "\x7f" for c in text):
         return "holds control characters"
     if any(c.isdecimal() and not c.isascii() for c in text):
@@ -102,4 +119,4 @@ def unfit(text: str) -> str:
     for character in text:
         depth += (character in "([{") - (character in ")]}")
         deepest = max(deepest, abs(depth))
-    return f"is nested deeper than {DEEPEST}" if deepest > DEEPEST else ""
+    return f"is nested deeper than {MAX_NESTING}" if deepest > MAX_NESTING else ""

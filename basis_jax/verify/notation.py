@@ -7,6 +7,8 @@ numbers. No pattern can backtrack far, and callers cap the length (``LONGEST``).
 import re
 from fractions import Fraction
 
+from basis_jax.verify.prose import without_talk
+
 LONGEST = 1000
 
 SIGNS = str.maketrans({
@@ -14,28 +16,78 @@ SIGNS = str.maketrans({
     "∞": r"\infty ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ",
     "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ", "θ": r"\theta ", "√": r"\sqrt ",
     "ℝ": r"\mathbb{R}", "≈": r"\approx ", "²": "^2", "³": "^3", "½": r"\frac12 ", "，": ",",
+    "⅓": r"\frac13 ", "⅔": r"\frac23 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "：": ":", "∶": ":",
+    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∠": r"\angle ",
+    "’": "'", "′": "'", "₂": "_2", "€": r"\text{euro}", "£": r"\text{pound}",
+    "¥": r"\text{yen}", "₹": r"\text{rupee}", "¢": r"\text{cent}",
     "\u00a0": " ", "\u2009": " ", "\t": " ", "\n": " ",
 })  # fmt: skip
 
 BRACED = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 TEXT = r"\\text ?\{ ?"
+INDEX = r"(?:\{([^{}]+)\}|([0-9a-z]))"
+LETTER_C = r"(?:C|\\text ?\{ ?C ?\})"
+BASES = {
+    name: base
+    for base, name in enumerate(
+        "two three four five six seven eight nine ten eleven twelve".split(), start=2
+    )
+} | {"sixteen": 16}
+NUMERAL = "|".join(sorted(BASES, key=len, reverse=True))  # "six" would match in "sixteen"
+
+
+def combination(match: re.Match) -> str:
+    r"""``_{10}C_3``, ``C_{10}^3`` and ``C^3_{10}`` as ``\binom{10}{3}``: of two numbers the greater
+    is the one chosen from, else the lower index (the first of ``_nC_k``)."""
+    first, second = match[1] or match[2], match[3] or match[4]
+    if re.fullmatch("[0-9]+", first) and re.fullmatch("[0-9]+", second):
+        first, second = sorted((first, second), key=int, reverse=True)
+    elif re.match(r"(?:C|\\text ?\{ ?C ?\}) ?\^", match[0]):
+        first, second = second, first
+    return rf"\binom{{{first}}}{{{second}}}"
+
+
+MODULI = (
+    (
+        r" ?\(? ?\\pmod ?(?:\{([^{}]*)\}|(\w+)) ?\)?"
+        rf"| ?\( ?(?:{TEXT})?\\?b?mod(?:ulo)?(?![a-z]) ?\}}? ?([^()]*)\)"
+        rf"| ?{TEXT}\( ?mod(?:ulo)? ?\}} ?([^()]*)\)",
+        lambda match: rf" \pmod{{{next(m for m in match.groups() if m is not None)}}}",
+    ),
+    (
+        rf"\\bmod(?![a-zA-Z])|{TEXT}mod(?:ulo)? ?\}}|(?<![\\a-zA-Z])mod(?:ulo)?(?![a-zA-Z])",
+        r"\\mod ",
+    ),
+)
+"""Congruence, ``\\pmod{m}``, and the remainder as an operation, ``\\mod m``."""
+
 RULES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         # layout
         (r" +", " "),
-        (r"\\\$|[$£€]|(?<!\\)\\[()]", ""),
-        (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits)(?![a-zA-Z])\.?", ""),
+        (r"(?<!\\)(\\\\)*\\\$", r"\1\\text{dollar}"),
+        (r"\$|(?<!\\)\\[()]", ""),
+        (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|bf|rm|it|large|Large|huge"
+         r"|Huge|small|normalsize|scriptstyle|boxed|fbox|framebox|ensuremath)(?![a-zA-Z])\.?", ""),
+        (r"\\f?(?:text)?color(?:box)? ?(?:\[[^\[\]]*\])?\{[^{}]*\} ?", ""),
+        (r"\\(?:[hv]space\*?|[hv]?phantom|label|tag\*?) ?\{[^{}]*\}", " "),
+        (r", ?\\! ?(?=\d{3}(?!\d))", ""),
         (r"\\!", ""),
         (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
+        (r"(?<![\d.,_^ ])(?<![\d.,_^] )\d{1,3}(?: \d{3})+(?! ?[\d/])",
+         lambda match: match[0].replace(" ", "")),
         (r"(?<=\\\\) ?\[\d+ ?pt\]", ""),
         # one name for each command
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
         (r"\\operatorname\*? ?\{ ?((?:arc)?(?:sin|cos|tan)h?|log|gcd|lcm|det)\}", r"\\\1 "),
-        (r"\\(?:operatorname\*?|text(?:bf|it|rm|sf|normal)|math(?:rm|bf|it|sf)|mbox|emph|underline"
-         r"|boldsymbol)(?![a-zA-Z])", r"\\text"),
+        (r"\\(?:operatorname\*?|text(?:bf|it|rm|sf|tt|normal)|math(?:rm|bf|it|sf|tt|normal)|mbox"
+         r"|emph|underline|bm|boldsymbol)(?![a-zA-Z])", r"\\text"),
+        (r"\\text(?: ?\{ ?([eid]|\\pi) ?\}| ([eid])(?![a-zA-Z]))", r"\1\2"),
+        (r"\\text ?\{ ?(cis|lg|exp|floor|ceil|max|min) ?\}", r"\\\1 "),
+        (r"\\lg(?![a-zA-Z])", r"\\log_{10}"),
         (r"\\([lgn]e)q(?:slant)?(?![a-zA-Z])", r"\\\1"),
         (r"\\varnothing(?![a-zA-Z])|\\\{ ?\\\}", r"\\emptyset"),
         (
@@ -54,15 +106,37 @@ RULES = [
         (r"\\infinity", r"\\infty"),
         (rf"(?<!\\)%|{TEXT}(?:percent|\\?%) ?\}}|(?<![a-zA-Z])percent(?![a-zA-Z])", r"\\%"),
         (rf" ?(?:\^ ?(?:\{{ ?\\circ ?\}}|\\circ)|\\degree|{TEXT}degrees? ?\}}"
-         r"|(?<![a-zA-Z])degrees?(?![a-zA-Z]))", ""),
+         r"|(?<![a-zA-Z])degrees?(?![a-zA-Z])) ?", r"^\\circ "),
+        (rf"\^\\circ (?:{TEXT}([CF]|Celsius|Fahrenheit) ?\}}"
+         r"|([CF]|Celsius|Fahrenheit)(?![a-zA-Z]))",
+         lambda match: r"\text{deg" + (match[1] or match[2])[0].lower() + "}"),
+        *MODULI,
         (rf"(?:{TEXT})?[nN]o (?:real )?solutions?(?: ?\}})?", r"\\emptyset"),
         # thousands, where the comma cannot separate items
         (
             r"(?<![0-9,(\[{ ])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,)\]}])",
             lambda match: match[0].replace(",", ""),
         ),
+        # repeating decimals
+        (r"\\dot ?\{?(\d)\}?(\d*)\\dot ?\{?(\d)\}?", r"\\overline{\1\2\3}"),
+        (r"(?<=\.)(\d*)\\(?:bar|dot|overline) ?(?:\{(\d+)\}|(\d))", r"\1\\overline{\2\3}"),
+        (r"(?<![\d.])(0?\.\d*|\d+\.)\((\d+)\)", r"\1\\overline{\2}"),
+        # combinations
+        (r"^([^{}]+)\\choose([^{}]+)$|\{([^{}]+)\\choose([^{}]+)\}",
+         lambda match: rf"\binom{{{match[1] or match[3]}}}{{{match[2] or match[4]}}}"),
+        (rf"(?:\{{ ?\}})? ?[_^] ?{INDEX} ?{LETTER_C} ?_ ?{INDEX}", combination),
+        (rf"(?<![a-zA-Z\\{{]){LETTER_C} ?_ ?{INDEX} ?\^ ?{INDEX}", combination),
+        (rf"(?<![a-zA-Z\\{{]){LETTER_C} ?\^ ?{INDEX} ?_ ?{INDEX}", combination),
+        # numerals
+        (r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times "),
+        (rf"(?<=[0-9A-F)]) ?_ ?\{{? ?\(?(?:{TEXT})?(?:base[- ]?)?({NUMERAL}) ?\)?(?: ?\}})*",
+         lambda match: f"_{{{BASES[match[1]]}}}"),
+        (r"_ ?\{ ?\( ?(\d+) ?\) ?\}", r"_{\1}"),
+        (rf"(?<=[0-9A-F)]) ?(?:{TEXT})?(?:in )?base[- ]? ?\}}? ?\{{?(\d+)(?: ?\}})?", r"_{\1}"),
         # between the items of a list
+        (rf"(?<=[0-9}}]) ?(?:{TEXT}to ?\}}|(?<![\\a-zA-Z])to(?![a-zA-Z])) ?(?=[0-9\\])", ":"),
         (rf"\{{ ?([,:]) ?\}}|{TEXT}([,:]) ?\}}", r"\1\2"),
+        (rf"{TEXT}([^{{}}]*(?:[,;0-9]|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z]))[^{{}}]*)\}}", r" \1 "),
         (rf",? ?(?:{TEXT}(?:and|or) ?\}}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])),?", ","),
         (r";", ","),
         (r"(^|[(\[,]) ?\+ ?", r"\1"),
@@ -75,16 +149,22 @@ RULES = [
     )
 ]  # fmt: skip
 
+WRITTEN_PLAINLY = re.compile(r" *-?[0-9]+(?:\.[0-9]+)? *")  # nearly all answers: no rule applies
+LONE_DOLLAR = re.compile(r"(?<!\\)\$( ?[0-9.]|)")
 OPEN, CLOSE = "([{", ")]}"
 PEELED = ("{", r"\text{", r"\text {", r"\boxed{", "(")
 
 
 def canonical(text: str) -> str:
-    """The answer in the one notation, without what encloses the whole of it."""
-    text = text.translate(SIGNS)
+    """The answer in the one notation, without what encloses the whole of it or is said about it."""
+    if WRITTEN_PLAINLY.fullmatch(text):
+        return text.strip()
+    if len(LONE_DOLLAR.findall(text)) % 2:
+        text = LONE_DOLLAR.sub(r"\\$\1", text)
+    text = without_talk(text.translate(SIGNS))
     for pattern, replacement in RULES:
         text = pattern.sub(replacement, text)
-    return peel(text)
+    return peel(re.sub(" +", " ", text))
 
 
 def peel(text: str) -> str:

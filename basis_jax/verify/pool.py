@@ -1,4 +1,4 @@
-"""Worker processes with a hard time limit for each job; one that overstays is killed and replaced.
+"""Worker processes with a hard time limit for each job; one that overstays dies and is replaced.
 
 No thread, no signal, no pickle, and no fork of a process that runs JAX: the workers are programs of
 their own, talking JSON lines over pipes. They start when the first job comes.
@@ -7,6 +7,7 @@ their own, talking JSON lines over pipes. They start when the first job comes.
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,17 @@ from pathlib import Path
 
 START_SECONDS = 120
 START_ATTEMPTS = 3
-Reply = tuple[str, str]  # "right", "wrong" or "error"; the reason
+LOOK_EVERY_S = 0.5  # whether the run has been stopped
+PATIENCE = 10  # a job may take this many times its CPU time by the clock: others compute as well
+UNCLEAN = ("memory", "nonsense", "refused")
+"""What may be due to jobs before; repeated by a fresh process unless it was one."""
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR")
+Reply = tuple[str, str]  # the kind of verdict ("right", "wrong", "timeout", ...); the reason
+
+
+class Stopped(Exception):
+    """Grading was given up, as the run that asked for it ends."""
 
 
 class Worker:
@@ -33,13 +44,14 @@ class Worker:
         )
         self.ready = False
         self.job: int | None = None
+        self.jobs_before = 0
         self.deadline = time.monotonic() + START_SECONDS
         self.received = b""
 
     def send(self, job: int, pair: tuple[str, str], seconds: float) -> None:
         """Start on a job. A worker that has died is noticed when its output ends."""
         self.job = job
-        self.deadline = time.monotonic() + seconds
+        self.deadline = time.monotonic() + PATIENCE * seconds
         try:
             self.process.stdin.write(json.dumps(pair).encode() + b"\n")
             self.process.stdin.flush()
@@ -47,16 +59,28 @@ class Worker:
             pass
 
     def receive(self) -> Reply | None:
-        """A whole line, once it is there. Raises EOFError where the process has ended."""
+        """A whole line, once it is there; when the process has ended, what it died of."""
         found = os.read(self.process.stdout.fileno(), 65536)
         if not found:
-            raise EOFError
+            return self.cause_of_death()
         self.received += found
         if not self.received.endswith(b"\n"):
             return None
         line, self.received = self.received, b""
         status, reason = json.loads(line)
         return status, reason
+
+    def cause_of_death(self) -> Reply:
+        """By its exit status: the job's doing, or that of somebody outside."""
+        try:
+            status = -self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "failure", "the grading process closed its output"
+        if status == signal.SIGPROF:
+            return "timeout", "the comparison took too long"
+        if status in FROM_OUTSIDE:
+            return "failure", f"the grading process died by {signal.Signals(status).name}"
+        return "nonsense", f"the grading process died with status {-status}"
 
     def end(self) -> None:
         self.process.kill()
@@ -72,27 +96,32 @@ class Pool:
     """``run`` pairs of right answer and answer through up to ``workers`` processes.
 
     ``kind`` is what grades them (``worker.KINDS``), ``package`` where that comes from. ``seconds``
-    is wall-clock time for one pair, ``memory_mb`` what a worker may use beyond its own code. One
-    call at a time; a second thread waits.
+    is CPU time for one pair, ``memory_mb`` what a worker may use beyond its own code. One call at
+    a time; a second thread waits.
     """
 
     def __init__(self, *, kind: str, package: str, workers: int, seconds: float, memory_mb: int):
         self.kind, self.package = kind, package
         self.size, self.seconds, self.memory_mb = workers, seconds, memory_mb
         self.workers: list[Worker] = []
-        self.failed_starts = 0
-        self.lock = threading.Lock()
+        self.failed_starts, self.has_started, self.trouble = 0, False, ""
+        self.lock, self.stopped = threading.Lock(), threading.Event()
 
     def run(self, pairs: Sequence[tuple[str, str]]) -> list[Reply]:
-        """The reply to each pair. Raises RuntimeError where no worker can start."""
+        """The reply to each pair. Raises RuntimeError where no worker could ever start; later a
+        pair without a process to grade it is a failure. Raises Stopped after ``stop``."""
         with self.lock:
             replies: dict[int, Reply] = {}
             waiting = deque(range(len(pairs)))
             try:
                 while len(replies) < len(pairs):
+                    if self.stopped.is_set():
+                        raise Stopped
                     self._feed(waiting, pairs)
                     for worker, spoke in self._heard():
-                        self._take(worker, spoke, replies)
+                        self._take(worker, spoke, replies, waiting=waiting)
+                    if self.failed_starts >= START_ATTEMPTS:
+                        self._give_up(waiting, replies)
             finally:  # after an interrupt: nobody is left to hear those that are busy
                 for worker in [w for w in self.workers if w.job is not None]:
                     self._drop(worker)
@@ -105,58 +134,87 @@ class Pool:
             self._drop(worker)
         free = sum(worker.job is None for worker in self.workers)
         for _ in range(min(self.size - len(self.workers), len(waiting) - free)):
-            self.workers.append(self._start())
+            try:
+                self.workers.append(self._start())
+            except OSError as error:  # no memory or no process left
+                self._note_start(error.strerror or str(error))
         for worker in self.workers:
             if waiting and worker.ready and worker.job is None:
                 job = waiting.popleft()
                 worker.send(job, pairs[job], self.seconds)
 
     def _start(self) -> Worker:
-        root = str(Path(__file__).parent.parent.parent)
-        seconds, memory = str(int(self.seconds) + 1), str(self.memory_mb)
+        """A process with nothing of this one's environment but where libraries are; the seed of
+        hashes is fixed, since the order of sets can decide how sympy proceeds."""
+        environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+        environment |= {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         # -P: a sympy.py in the working folder is not sympy
         command = [sys.executable, "-P", "-m", "basis_jax.verify.worker"]
-        command += [self.kind, seconds, memory]
-        return Worker(command, os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"})
+        command += [self.kind, str(self.seconds), str(self.memory_mb)]
+        return Worker(command, environment)
 
     def _heard(self) -> list[tuple[Worker, bool]]:
         """Waits for the first workers to speak or end (True), or to overstay in silence (False)."""
         active = [w for w in self.workers if w.job is not None or not w.ready]
+        if not active:
+            return []
         with selectors.DefaultSelector() as selector:
             for worker in active:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
             rest = min(w.deadline for w in active) - time.monotonic()
-            spoke = [key.data for key, _ in selector.select(max(rest, 0))]
+            spoke = [key.data for key, _ in selector.select(min(max(rest, 0), LOOK_EVERY_S))]
         now = time.monotonic()
         silent = [w for w in active if w not in spoke and w.deadline <= now]
         return [(w, True) for w in spoke] + [(w, False) for w in silent]
 
-    def _take(self, worker: Worker, spoke: bool, replies: dict[int, Reply]) -> None:
+    def _take(
+        self, worker: Worker, spoke: bool, replies: dict[int, Reply], *, waiting: deque[int]
+    ) -> None:
         """Note what a worker said, or why it will say nothing."""
-        try:
-            reply = worker.receive() if spoke else ("error", f"took more than {self.seconds:g} s")
-            lost = not spoke
-        except EOFError:
-            reply, lost = ("error", "the grading process died, as by too much memory"), True
+        stalled = "failure", f"the grading process stalled for {PATIENCE * self.seconds:g} s"
+        reply = worker.receive() if spoke else stalled
         if reply is None:
             return
-        if worker.ready:
-            replies[worker.job] = reply
+        if not worker.ready:
+            worker.ready = reply[0] == "ready"
+            self._note_start("" if worker.ready else reply[1])
+            if not worker.ready:
+                self._drop(worker)
+            return
+        job, worker.job = worker.job, None
+        if reply[0] in UNCLEAN and worker.jobs_before:
+            waiting.appendleft(job)
         else:
-            lost = lost or reply[0] != "ready"
-            self.failed_starts = self.failed_starts + 1 if lost else 0
-        if lost:
+            replies[job] = reply
+        worker.jobs_before += 1
+        if reply[0] not in ("right", "wrong", "gold"):
             self._drop(worker)
-        worker.ready, worker.job = True, None
-        if self.failed_starts >= START_ATTEMPTS:
+
+    def _note_start(self, trouble: str) -> None:
+        self.failed_starts = self.failed_starts + 1 if trouble else 0
+        self.has_started = self.has_started or not trouble
+        self.trouble = trouble or self.trouble
+
+    def _give_up(self, waiting: deque[int], replies: dict[int, Reply]) -> None:
+        """No process starts: an error of the installation, or, if some did before, a failure for
+        each pair that waits for one."""
+        self.failed_starts = 0
+        if not self.has_started:
             raise RuntimeError(
-                f"no process to grade answers could start ({reply[1]}); the verifier "
+                f"no process to grade answers could start ({self.trouble}); the verifier "
                 f"{self.kind!r} needs {self.package}"
             )
+        while waiting and not any(worker.ready for worker in self.workers):
+            replies[waiting.popleft()] = ("failure", f"no grading process starts: {self.trouble}")
 
     def _drop(self, worker: Worker) -> None:
         worker.end()
         self.workers.remove(worker)
+
+    def stop(self) -> None:
+        """End a call of ``run`` in another thread, and all later ones, within a second."""
+        self.stopped.set()
 
     def close(self) -> None:
         """End the processes. The pool can be used again; they would start anew."""

@@ -1,9 +1,12 @@
-"""Algebra: whether two expressions in LaTeX are equal, by math-verify on sympy.
+r"""Algebra: whether two expressions in LaTeX are equal, by math-verify on sympy.
 
 For worker processes only: an expression can take for ever and all memory. math-verify's own time
 limit is off (it needs the main thread, and can hang), and its ways to ``eval`` are not taken: its
 reader of plain text is not used, its reader of LaTeX is given a ``parse_number`` that only counts.
 """
+
+import math
+import re
 
 from latex2sympy2_extended.latex2sympy2 import (
     ConversionConfig,
@@ -13,13 +16,44 @@ from latex2sympy2_extended.latex2sympy2 import (
 )
 from math_verify import verify
 from math_verify.grader import should_treat_as_complex
-from sympy import Basic, Expr, I, MatrixBase, N, Rational, Symbol, nan, zoo
+from sympy import Basic, Expr, Function, I, Integer, MatrixBase, Rational, Symbol, nan, zoo
 
-from basis_jax.verify.notation import number
+from basis_jax.verify.criteria import EXACT, Tolerance
+from basis_jax.verify.notation import BRACED, number
+from basis_jax.verify.sampling import same_constants, same_functions
+from basis_jax.verify.units import TRIGONOMETRY
 
 NORMALIZATION = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
 CONVERSION = ConversionConfig(lowercase_symbols=False)
-DIGITS = 60  # e^(pi sqrt(163)) is a whole number to 30 of them
+
+ANGLE = (
+    r"(?:\((?:[^()]|\([^()]*\))*\)|\{[^{}]*\}"
+    rf"|\\frac ?{BRACED} ?{BRACED}|[0-9.]+(?:\\pi|[a-z])?|\\[a-z]+|[a-z])"
+)
+DEGREES = re.compile(rf"({ANGLE}) ?\^\\circ ?")
+CIS = re.compile(rf"\\cis ?({ANGLE}(?:/[0-9]+)?)")
+CHOSEN = re.compile(r"(?<![a-zA-Z\\])C ?\( ?([0-9]+|[a-z]) ?, ?([0-9]+|[a-z]) ?\)")
+
+
+class IntegerFunction(Function):
+    """A function of integers that sympy would take for one of polynomials: not evaluated before
+    its arguments are integers."""
+
+    @classmethod
+    def eval(cls, *arguments):
+        if all(isinstance(a, Integer) for a in arguments):
+            return Integer(cls.compute(*map(int, arguments)))
+        if any(a.is_number and not a.is_integer for a in arguments):
+            return nan
+        return None
+
+
+class Gcd(IntegerFunction):
+    compute = math.gcd
+
+
+class Lcm(IntegerFunction):
+    compute = math.lcm
 
 
 class Reader(_Latex2Sympy):
@@ -28,19 +62,25 @@ class Reader(_Latex2Sympy):
     def parse_number(self, text: str) -> Rational:
         return Rational(text.replace(",", ""))
 
+    def handle_gcd_lcm(self, f: str, args) -> Expr:
+        return {"gcd": Gcd, "lcm": Lcm}[f](*args)
+
 
 class Unreadable(Exception):
     """The right answer is in no notation that the parser knows."""
 
 
-def same_scalars(gold: str, answer: str) -> bool:
+def same_scalars(gold: str, answer: str, tolerance: Tolerance = EXACT) -> bool:
     """Equal as numbers, expressions, relations or sets; an answer that is no mathematics is not.
 
     Raises Unreadable where it is the gold that cannot be read.
     """
+    gold, answer = prepared(gold), prepared(answer)
     real = not should_treat_as_complex(gold + " " + answer)
     try:
         left = read(gold, real)
+    except (MemoryError, RecursionError):
+        raise
     except Exception as error:
         raise Unreadable(f"the right answer {gold!r} cannot be read") from error
     try:
@@ -53,13 +93,24 @@ def same_scalars(gold: str, answer: str) -> bool:
         side in (zoo, nan) or not isinstance(side, Basic | MatrixBase) for side in (left, right)
     ):
         return False
-    for decide in (same_constants, same_functions):
-        verdict = decide(left, right)
-        if verdict is not None:
-            return verdict
+    verdict = same_constants(left, right, tolerance)
+    if verdict is None:
+        verdict = same_functions(left, right)
+    if verdict is not None:
+        return verdict
     return verify(
         left, right, timeout_seconds=None, allow_set_relation_comp=True, raise_on_error=True
     )
+
+
+def prepared(text: str) -> str:
+    r"""The canonical notation in what the reader knows: ``\cis``, degrees (radians inside of
+    trigonometric functions, dropped elsewhere), ``C(n,k)``."""
+    if TRIGONOMETRY.search(text):
+        text = DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
+    text = text.replace(r"^\circ", "")
+    text = CIS.sub(r"(\\cos(\1)+i\\sin(\1))", text)
+    return CHOSEN.sub(r"\\binom{\1}{\2}", text)
 
 
 def read(latex: str, real: bool) -> Basic | MatrixBase:
@@ -72,35 +123,3 @@ def read(latex: str, real: bool) -> Basic | MatrixBase:
     if not isinstance(found, Basic):
         return found
     return found.xreplace({s: I for s in found.atoms(Symbol) if s.name == "i"})
-
-
-def same_constants(left: Basic, right: Basic) -> bool | None:
-    """Whether two constants are equal: exactly where rational, else to 50 digits. None where one
-    is no constant, or both are near 0, where digits say nothing."""
-    if not all(isinstance(side, Expr) and not side.free_symbols for side in (left, right)):
-        return None
-    left, right = left.doit(), right.doit()
-    if left.is_Rational and right.is_Rational:
-        return bool(left == right)
-    values = N(left, DIGITS), N(right, DIGITS)
-    if not all(value.is_number and value.is_finite for value in values):
-        return None
-    size = max(abs(value) for value in values)
-    if size < Rational(1, 10**DIGITS):
-        return None
-    return bool(abs(values[0] - values[1]) < size / 10**50)
-
-
-def same_functions(left: Basic, right: Basic) -> bool | None:
-    """Whether two expressions agree at chosen points, to 50 digits: twice with every variable
-    positive, where the usual identities hold, and once with every variable negative. None where
-    only the last differs (``log x^2`` and ``2 log x``), or a value says nothing."""
-    if not all(isinstance(side, Expr) for side in (left, right)):
-        return None
-    symbols = sorted(left.free_symbols | right.free_symbols, key=lambda symbol: symbol.name)
-    for numerator in (17, 31, -23):
-        values = {s: Rational(numerator, 11 + 2 * i) for i, s in enumerate(symbols)}
-        verdict = same_constants(left.xreplace(values), right.xreplace(values))
-        if not verdict:
-            return verdict if numerator > 0 else None
-    return True

@@ -3,18 +3,52 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+KINDS = {
+    "right": "equal to the right answer",
+    "wrong": "not equal to it",
+    "no_answer": "the completion gives no answer",
+    "unfit": "the answer is too long, nested too deep or has odd characters",
+    "timeout": "comparing the answer takes too long",
+    "memory": "comparing the answer takes too much memory",
+    "nonsense": "comparing the answer ends in an error",
+    "refused": "comparing the answer needs what a grading process may not do",
+    "gold": "the right answer cannot be read (invalid)",
+    "failure": "the grading process was killed, or could not start (invalid)",
+}
+INVALID = ("gold", "failure")
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """``reward`` 1 or 0; ``valid`` False where nothing could be told; ``reason`` for a reader."""
+    """``reward`` 1 or 0; ``valid`` False where nothing could be told, for reasons that the policy
+    has no part in; ``reason`` for a reader; ``kind`` for counting, one of ``KINDS``."""
 
     reward: float
     valid: bool
     reason: str
+    kind: str = ""
 
 
-RIGHT = Verdict(1.0, True, "equal")
-WRONG = Verdict(0.0, True, "differs")
+def verdict_of(kind: str, reason: str) -> Verdict:
+    """What a kind means for reward and validity."""
+    return Verdict(float(kind == "right"), kind not in INVALID, reason, kind)
+
+
+RIGHT = verdict_of("right", "equal")
+WRONG = verdict_of("wrong", "differs")
+
+
+def shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """The share of each kind of verdict, as metrics: ``verify/timeout`` and so on. All kinds but
+    right and wrong, which are the reward. Raises ValueError where there are no verdicts."""
+    if not verdicts:
+        raise ValueError("no verdicts; give at least one")
+    kinds = [verdict.kind for verdict in verdicts]
+    return {
+        f"verify/{kind}": kinds.count(kind) / len(kinds)
+        for kind in KINDS
+        if kind not in ("right", "wrong")
+    }
 
 
 class Verifier:
@@ -23,6 +57,9 @@ class Verifier:
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """A verdict for each completion; ``answers`` are the right ones. From any thread."""
         raise NotImplementedError
+
+    def stop(self) -> None:
+        """End a call of ``grade`` in another thread soon, by an exception."""
 
     def close(self) -> None:
         """End the processes."""

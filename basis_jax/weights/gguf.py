@@ -3,7 +3,7 @@
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def convert(file: str | Path, folder: str | Path, *, dtype: str = "float32") -> 
         return write_folder(folder, _tensors(reader.tensors, described, dtype), files)
 
 
-def _open(file: Path, scratch: str):
+def _open(file: Path, scratch: str) -> Any:
     from gguf import GGUFReader
 
     if zipfile.is_zipfile(file):
@@ -82,7 +82,9 @@ def _stored_name(name: str) -> str:
     return f"{layer}{TENSORS[tensor]}.weight"
 
 
-def _tensors(tensors, described: dict[str, Any], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(
+    tensors: Iterable[Any], described: dict[str, Any], dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
     from gguf.quants import dequantize
 
     heads = {"q_proj": described["num_attention_heads"], "k_proj": described["num_key_value_heads"]}

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from basis_jax.files import read_json
@@ -172,8 +172,7 @@ def read_model_config(
     path = Path(folder) / "config.json"
     raw = read_json(path)
     try:
-        computed = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention}
-        return replace(_parse(raw), **computed)
+        return replace(_parse(raw), compute_dtype=compute_dtype, remat=remat, attention=attention)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -212,12 +211,17 @@ def load_params(folder: str | Path, model_config: ModelConfig, mesh: Mesh | None
     leaves = []
     for parameter, names in zip(layout.parameters(model_config), axes, strict=True):
         if mesh is None:
-            sharding = SingleDeviceSharding(jax.local_devices()[0])
+            sharding: Sharding = SingleDeviceSharding(jax.local_devices()[0])
         else:
             sharding = named(mesh, names)
         read = parameter.reader(tensors)
         leaves.append(
-            jax.make_array_from_callback(parameter.shape, sharding, read, dtype=jnp.float32)
+            jax.make_array_from_callback(
+                parameter.shape,
+                sharding,
+                read,  # type: ignore[arg-type]  # JAX never calls it with None
+                dtype=jnp.float32,
+            )
         )
     return jax.tree.unflatten(jax.tree.structure(decoder.param_shapes(model_config)), leaves)
 
@@ -260,16 +264,16 @@ def save_params(
             "; give as source the folder that the parameters were loaded from"
         )
     files["config.json"] = json.dumps(raw, indent=2).encode()
-    tensors = (
+    converted = (
         (name, value.astype(jnp.dtype(stored.get(name) or dtype or "float32"), copy=False))
         for name, value in layout.stored_tensors(params, model_config)
     )
     return layout.write_folder(
-        folder, tensors, files, max_shard_bytes=max_shard_bytes, overwrite=overwrite
+        folder, converted, files, max_shard_bytes=max_shard_bytes, overwrite=overwrite
     )
 
 
-def load_tokenizer(folder: str | Path):
+def load_tokenizer(folder: str | Path) -> Any:
     """The folder's tokenizer, through transformers and from local files only."""
     vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((Path(folder) / name).is_file() for name in vocabularies):
@@ -286,7 +290,7 @@ def load_tokenizer(folder: str | Path):
         raise ValueError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
 
 
-def eos_ids(folder: str | Path, tokenizer) -> tuple[int, ...]:
+def eos_ids(folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a completion, ascending.
 
     The union of eos_token_id in generation_config.json, in config.json and of the tokenizer.

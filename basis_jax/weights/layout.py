@@ -47,7 +47,7 @@ class Layout:
         order = [self.ours.index(a) for a in self.theirs.replace(" ", "")]
         return np.ascontiguousarray(value.transpose(order)).reshape(self.stored_shape(value.shape))
 
-    def read(self, stored, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, stored: Any, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         """Block ``index`` of one layer's parameter of this shape.
 
         A joined axis of ``stored`` is cut in the file by its first letter, in memory by the rest.
@@ -55,7 +55,7 @@ class Layout:
         sizes = dict(zip(self.ours, shape, strict=True))
         ranges = {a: range(*s.indices(sizes[a])) for a, s in zip(self.ours, index, strict=True)}
         cuts, split, inner = [], [], []
-        for first, *rest in self.theirs.split():
+        for first, rest in ((group[0], group[1:]) for group in self.theirs.split()):
             step = math.prod(sizes[a] for a in rest)
             cuts.append(slice(ranges[first].start * step, ranges[first].stop * step))
             split += [len(ranges[first]), *(sizes[a] for a in rest)]
@@ -168,7 +168,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 def open_tensors(folder: str | Path) -> dict[str, Any]:
     """Every tensor of the folder by name, as safetensors' slices: nothing is read yet."""
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for path in weight_files(folder):
         try:
             handle = safe_open(path, framework="numpy")
@@ -294,7 +294,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], limit
     if len(shards) == 1:
         (folder / "0.safetensors").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         (folder / f"{i}.safetensors").rename(folder / file)

@@ -10,6 +10,7 @@ embedded model's pretraining corpus knows no such split (studies/make_quickstart
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from basis_jax.data.problem import Problem, content_hash
@@ -68,14 +69,14 @@ def draw(generator: random.Random, kind: str) -> Question:
     if kind == "count":
         return draw_count(generator)
     operands = tuple(generator.choice(values) for values in OPERANDS[kind])
-    answer = {
+    formulas: dict[str, Callable[..., int]] = {
         "plus": lambda a, b: a + b,
         "minus": lambda a, b: a - b,
         "times": lambda a, b: a * b,
         "chain": lambda a, b, c: a + b - c,
-    }[kind](*operands)
+    }
     text = WORDINGS[kind].format(*map(in_words, operands))
-    return Question(kind, operands, text, answer)
+    return Question(kind, operands, text, formulas[kind](*operands))
 
 
 def draw_count(generator: random.Random) -> Question:

@@ -1,0 +1,70 @@
+"""SIGINT (Ctrl-C) and SIGTERM end a run between two steps, with everything saved.
+
+Work that changes nothing yet (sampling, grading, evaluating) is dropped at once; work that has
+begun to change the state is finished first. A second signal ends the process at once.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequested(Exception):
+    """Raised inside ``Stopper.droppable`` when the run is asked to stop, and by ``train`` when it
+    has stopped; ``exit_code`` is then the one that shells give to the signal."""
+
+    exit_code = 1
+
+
+class Stopper:
+    """While it is entered, the two signals ask the run to stop; a context manager. In a thread
+    other than the main one, where signals cannot be handled, it does nothing."""
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+        self._droppable = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Stopper":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    @contextmanager
+    def droppable(self) -> Iterator[None]:
+        """A block that may be left at any moment. Raises StopRequested at once if the run has been
+        asked to stop, and from inside the block as soon as it is."""
+        if self.requested:
+            raise StopRequested
+        self._droppable = True
+        try:
+            yield
+        finally:
+            self._droppable = False
+
+    def stopped_after(self, step: int) -> StopRequested:
+        """What ``train`` raises when step ``step`` is the last one that is logged."""
+        name = self.requested.name if self.requested else "a request"
+        done = f"after step {step}" if step >= 0 else "before the first step"
+        stopped = StopRequested(f"stopped by {name} {done}; what is done is saved")
+        stopped.exit_code = 128 + (self.requested or 0)
+        return stopped
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = signal.Signals(number)
+        self._restore()  # a second signal is not kept waiting
+        if self._droppable:
+            raise StopRequested
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,65 @@
+"""Right answers with more to them than a text: a tolerance, or several answers that are all wanted.
+
+``criterion`` writes them as the one string that travels as a problem's answer; the verifier for
+mathematics reads it back. Any other string is a right answer by itself, compared exactly.
+
+- Minerva (``MINERVA``): two numbers within |a - b| <= 1e-8 + 1e-5 |b|, as the ``numeric_equality``
+  of the set's own evaluation does with NumPy's ``isclose``.
+- OlympiadBench: two numbers within 1.01 times the ``error`` of the problem, or 1e-8 where it has
+  none, as the set's ``MathJudger`` does; ``final_answer`` is a list, all of which is wanted.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far from the right number an answer may be: ``absolute`` + ``relative`` times it."""
+
+    absolute: float = 0.0
+    relative: float = 0.0
+
+    def allows(self, gold: Fraction, answer: Fraction) -> bool:
+        if gold == answer:
+            return True
+        limit = Fraction(self.absolute) + Fraction(self.relative) * abs(gold)
+        return abs(gold - answer) <= limit
+
+
+EXACT = Tolerance()
+MINERVA = Tolerance(absolute=1e-8, relative=1e-5)
+MARK = '{"all of": '
+
+
+def olympiad_tolerance(error: str | float | None) -> Tolerance:
+    """That of a problem's column ``error``, which may be empty or hold one number; several, one
+    for each answer, count as the smallest. Raises ValueError for a text that is no number."""
+    parts = str(error if error is not None else "").replace(",", " ").split()
+    return Tolerance(absolute=1.01 * min((float(part) for part in parts), default=1e-8))
+
+
+def criterion(answers: str | Sequence[str], tolerance: Tolerance = EXACT) -> str:
+    """The right answer as one string. Raises ValueError where there is none."""
+    answers = [answers] if isinstance(answers, str) else list(answers)
+    if not answers or not all(answer.strip() for answer in answers):
+        raise ValueError(
+            f"the right answers are {answers!r}; give at least one, none of them empty"
+        )
+    if len(answers) == 1 and tolerance == EXACT:
+        return answers[0]
+    return MARK + json.dumps(answers) + ", " + json.dumps(vars(tolerance))[1:]
+
+
+def read_criterion(text: str) -> tuple[str, Tolerance]:
+    """The answers that are wanted, as a list in LaTeX in any order, and the tolerance."""
+    if not text.startswith(MARK):
+        return text, EXACT
+    found = json.loads(text)
+    answers = found.pop("all of")
+    if len(answers) > 1:  # the comma of 1,000 would separate
+        answers = [re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", a.strip(" $.")) for a in answers]
+    return ", ".join(answers), Tolerance(**found)
