@@ -27,15 +27,20 @@ class ModelSection:
 @dataclass(frozen=True)
 class DataSection:
     path: str = "task:number_words"
-    """``task:<name>`` (made here; ``task:gym/<name>?size=1000``: by reasoning-gym), a .json, .jsonl
-    or .parquet file, a folder, or a hub id."""
+    """``task:<name>`` (made here; ``task:gym/<name>?size=1000``: by reasoning-gym), a file (.json,
+    .jsonl, .csv or .parquet, also compressed by gzip), a folder, or a hub id."""
     split: str = "train"
     """Split of a hub data set or folder."""
     problem_field: str = ""
     """Column with the problem, a string or a chat's list of messages; ``a.b`` reaches inside.
-    Empty: recognised, for the layouts of MATH, GSM8K, DeepScaleR and DAPO-Math-17K."""
+    Empty: recognised, for the layouts of MATH, GSM8K, DeepScaleR and DAPO-Math-17K. The files of
+    ``eval.sets`` have these columns too, where they are there."""
     answer_field: str = ""
-    """Column with the answer, or with a solution that ends in a box or ``#### x``; as above."""
+    """Column with the answer, or with a solution that ends in a box or ``#### x``; as above. A list
+    holds several accepted answers."""
+    answers_wanted: str = "any"
+    """Of several accepted answers: ``any`` or ``all``. A row's own column ``answers_wanted`` (or
+    OlympiadBench's ``is_multiple_answer``) wins."""
     size: int = 0
     """Use this many problems (0: all)."""
     prompt_format: str = "chat"
@@ -179,7 +184,7 @@ class WatchSection:
 @dataclass(frozen=True)
 class EvalSection:
     sets: tuple[str, ...] = ("task:number_words",)
-    """Held-out problems: names of ``data.BENCHMARKS`` (MATH-500, AIME24, ...), or paths as
+    """Held-out problems: names of ``data.benchmarks`` (MATH-500, AIME24, ...), or paths as
     ``data.path`` (a task gives its held-out side)."""
     folder: str = ""
     """Folder whose ``<name>.jsonl`` files stand in for benchmarks on the hub."""

@@ -112,7 +112,7 @@ def test_a_benchmark_is_read_from_a_folder_by_its_name(tmp_path):
     rows = [{"question": "3+3?", "final_answer": ["$6$"], "solution": ["..."]}]
     write_lines(tmp_path / "OlympiadBench.jsonl", rows)
     (problem,) = sources.load_held_out("OlympiadBench", str(tmp_path))
-    assert problem.answer == "$6$"
+    assert problem.answer == "6"
 
 
 def test_a_missing_column_is_named_beside_those_that_are_there(tmp_path):
@@ -307,7 +307,6 @@ def test_a_run_tells_of_every_set_that_repeats_training_problems():
     assert [line.split(",")[0] for line in told] == [
         "warning: 1 of 2 held-out problems of a share 13 words in a row",
         "warning: 1 held-out problems of c are also training problems",
-        "warning: 1 of 1 held-out problems of c share 13 words in a row",
     ]
     assert "'two plus two'" in told[0]
 

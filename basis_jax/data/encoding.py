@@ -1,7 +1,7 @@
 """Problems as rows of tokens, in the order of their uids."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,10 @@ import numpy as np
 from jaxtyping import Int32
 
 from basis_jax.config import DataSection
-from basis_jax.data.chat import chat_text, token_rows
+from basis_jax.data.overlap import contradictions
 from basis_jax.data.problem import Problem
+from basis_jax.data.templates import chat_text, token_rows
+from basis_jax.data.values import shown
 
 FORMATS = ("chat", "text")
 
@@ -49,6 +51,31 @@ def as_text(problem: Problem, section: DataSection, tokenizer: Any) -> str:
     system = [("system", section.system_prompt)] if section.system_prompt else []
     chat = [{"role": r, "content": c} for r, c in (*system, *before, (role, content))]
     return chat_text(chat, section, tokenizer)
+
+
+def encode_and_report(
+    name: str,
+    problems: Sequence[Problem],
+    section: DataSection,
+    tokenizer: Any,
+    *,
+    size: int,
+    report: Callable[[str], None],
+) -> EncodedProblems:
+    """``encode_prompts`` of a named set; reports what was left out, and prompts that stand there
+    with two answers."""
+    encoded = encode_prompts(problems, section, tokenizer, size=size)
+    report(f"{name} problems: {', '.join(f'{v} {k}' for k, v in encoded.counts.items() if v)}")
+    different = contradictions(encoded.problems)
+    if different:
+        one, other = different[0]
+        prompt = one.prompt if isinstance(one.prompt, str) else one.prompt[-1][1]
+        report(
+            f"warning: {len(different)} prompts of the {name} problems have different answers in "
+            f"different rows, such as {shown(prompt)}: {shown(one.answer)} and "
+            f"{shown(other.answer)}"
+        )
+    return encoded
 
 
 def encode_prompts(

@@ -1,4 +1,4 @@
-"""Do held-out problems share texts with training problems?"""
+"""Do problems share texts: held-out with training problems, or those of one set?"""
 
 import re
 from collections.abc import Sequence
@@ -33,6 +33,22 @@ def overlapping(
         if shared:
             found.append((problem, first[shared[0]], " ".join(shared[0])))
     return found
+
+
+def contradictions(problems: Sequence[Problem]) -> list[tuple[Problem, Problem]]:
+    """For each prompt that has several answers, two problems with different ones. Answers differ
+    where their texts do, case and spaces aside."""
+    first: dict[str | tuple, Problem] = {}
+    found: dict[str | tuple, tuple[Problem, Problem]] = {}
+    for problem in problems:
+        other = first.setdefault(problem.prompt, problem)
+        if other is not problem and plain(other.answer) != plain(problem.answer):
+            found.setdefault(problem.prompt, (other, problem))
+    return list(found.values())
+
+
+def plain(text: str) -> str:
+    return "".join(text.split()).lower()
 
 
 def word_runs(problem: Problem) -> set[tuple[str, ...]]:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. ``prompt`` is its text, or the messages of a chat as (role, content) pairs."""
+    """One problem. ``prompt`` is its text, or the messages of a chat as (role, content) pairs.
+
+    ``answer`` is one text; several accepted answers are written as one (``answers.several``).
+    """
 
     prompt: str | tuple[tuple[str, str], ...]
     answer: str

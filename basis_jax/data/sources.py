@@ -1,15 +1,19 @@
 """Problem sets from files, folders, the hub and tasks: rows into Problems."""
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from basis_jax.config import DataSection
 from basis_jax.data import tasks
+from basis_jax.data.answers import WANTED, read_answer
+from basis_jax.data.benchmarks import BENCHMARKS, Source
+from basis_jax.data.chats import read_prompt
+from basis_jax.data.hub import hub_rows
 from basis_jax.data.problem import Problem
-from basis_jax.verify.extract import after_hashes, last_boxed
+from basis_jax.data.tables import CSV, JSON, READABLE, Rows, file_kind, read_table
+from basis_jax.data.values import held_in, is_missing, listing
 from basis_jax.verify.gym import check_scorer
 
 SCORERS_TRIED = 3  # problems of reasoning-gym whose scorer is tried before a run
@@ -18,32 +22,13 @@ COLUMN_LAYOUTS = (
     ("problem", "solution"),  # MATH: the answer is the last box
     ("question", "answer"),  # GSM8K: the answer follows ####
     ("prompt", "reward_model.ground_truth"),  # DAPO-Math-17K: the prompt is a chat
+    ("question", "final_answer"),  # OlympiadBench: a list
+    ("prompt", "answer"),
+    ("messages", "answer"),
+    ("conversations", "answer"),  # from and value
 )
 """Columns looked for, in this order, where the config names none."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a data set lies. Empty column names are recognised (``COLUMN_LAYOUTS``)."""
-
-    path: str
-    split: str = "test"
-    problem_field: str = ""
-    answer_field: str = ""
-    wrapper: str = ""
-    option: str = "--eval.sets"  # what a user changes when it cannot be read
-
-
-BENCHMARKS = {
-    "MATH-500": Source("HuggingFaceH4/MATH-500"),
-    "AIME24": Source("HuggingFaceH4/aime_2024", "train"),
-    "AIME25": Source("math-ai/aime25"),
-    "AMC23": Source("math-ai/amc23"),
-    "HMMT25": Source("MathArena/hmmt_feb_2025", "train"),
-    "Minerva": Source("math-ai/minervamath"),
-    "OlympiadBench": Source("math-ai/olympiadbench", "test", "question", "final_answer"),
-    "GSM8K": Source("openai/gsm8k:main"),
-}
+ADVICE = "name the right one with --data.problem-field, --data.answer-field"
 
 
 def load_training(section: DataSection) -> list[Problem]:
@@ -54,160 +39,196 @@ def load_training(section: DataSection) -> list[Problem]:
         problem_field=section.problem_field,
         answer_field=section.answer_field,
         wrapper=section.problem_wrapper,
+        wanted=section.answers_wanted,
         option="--data.path",
     )
     return load(source, held_out=False)
 
 
-def load_held_out(name: str, folder: str = "") -> list[Problem]:
-    """A benchmark by name (from ``folder/<name>.jsonl`` where there is one), or a set by path."""
-    source = BENCHMARKS.get(name, Source(name))
-    local = Path(folder) / f"{name}.jsonl"
-    if folder and local.is_file():
+def load_held_out(name: str, folder: str = "", section: DataSection | None = None) -> list[Problem]:
+    """A benchmark by name (from ``folder/<name>.jsonl``, or any other file of that name that can be
+    read, where there is one), or a set by path.
+
+    A set by path has the columns that ``section`` names, where it has them; otherwise, as those of
+    a benchmark that is not as on the hub, they are recognised. Raises ValueError as ``load``.
+    """
+    section = section or DataSection()
+    named, unnamed = (section.problem_field, section.answer_field), ("", "")
+    if folder and not Path(folder).is_dir():
+        raise ValueError(f"eval.folder is {folder}, which is no folder; give another")
+    if name not in BENCHMARKS:
+        source = Source(
+            name,
+            problem_field=section.problem_field,
+            answer_field=section.answer_field,
+            wrapper=section.problem_wrapper,
+            wanted=section.answers_wanted,
+            otherwise=((named[0], ""), ("", named[1]), unnamed),
+        )
+    else:
+        source = replace(BENCHMARKS[name], otherwise=(named, unnamed))
+    if local := stand_in(name, folder):
         source = replace(source, path=str(local))
     return load(source, held_out=True)
+
+
+def stand_in(name: str, folder: str) -> Path | None:
+    """The file of a folder that stands in for a set: ``<name>.jsonl`` before others."""
+    if not folder:
+        return None
+    usual = Path(folder) / f"{name}.jsonl"
+    if usual.is_file():
+        return usual
+    files = (p for p in sorted(Path(folder).iterdir()) if p.is_file() and file_kind(p))
+    return next((p for p in files if p.name.startswith(f"{name}.")), None)
 
 
 def load(source: Source, *, held_out: bool) -> list[Problem]:
     """The problems as they stand at their source: repeated rows too (the same object again, so
     DAPO's hundredfold rows cost nothing). ``held_out`` is the side of a task.
 
-    Raises ValueError where the source cannot be read, lacks a column or holds nothing.
+    A row without problem or answer is a Problem with an empty one. Raises ValueError, one sentence,
+    where the source cannot be read, lacks a column, holds nothing, or has a row that cannot be
+    understood; it names file and row.
     """
     if source.path.startswith("task:"):
         made = tasks.problems(source.path.removeprefix("task:"), held_out=held_out)
         if source.path.startswith("task:" + tasks.GYM):
             check_scorer(source.path, [problem.answer for problem in made[:SCORERS_TRIED]])
         return made
-    columns = (source.problem_field, source.answer_field)
-    seen: dict[Problem, Problem] = {}
-    found = []
-    for row in read_rows(source):
-        columns = columns if all(columns) else fill_in(columns, row, source.path)
-        problem = as_problem(row, columns, source.wrapper, source.path)
-        found.append(seen.setdefault(problem, problem))
+    if source.wanted not in WANTED:
+        raise ValueError(
+            f"data.answers_wanted is {source.wanted!r}; allowed are {', '.join(WANTED)}"
+        )
+    try:
+        found = list(problems_of(source))
+    except ValueError as error:
+        sentence = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())
+        raise ValueError(sentence) from error
     if not found:
         raise ValueError(f"{source.path} holds no problems; give another with {source.option}")
     return found
 
 
-def read_rows(source: Source) -> Iterator[Mapping[str, Any]]:
-    """Rows of a .json, .jsonl or .parquet file, of a data set folder, or of a hub data set."""
-    local = Path(source.path)
-    if local.suffix in (".json", ".jsonl"):
-        yield from read_json_rows(local, source.option)
-        return
-    dataset = read_dataset(source.path, split=source.split, option=source.option)
-    for batch in dataset.iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):  # 20 times faster than row by row
-            yield dict(zip(batch, values, strict=True))
+def problems_of(source: Source) -> Iterator[Problem]:
+    """Rows as Problems, equal ones the same object. Raises ValueError as ``load``."""
+    unit, rows = read_rows(source)
+    columns = None
+    seen: dict[Problem, Problem] = {}
+    for number, row in rows:
+        try:
+            columns = columns or choose_columns(row, source)
+            problem = as_problem(row, columns, source)
+        except ValueError as error:
+            raise ValueError(f"{source.path}, {unit} {number}: {error}") from error
+        yield seen.setdefault(problem, problem)
 
 
-def read_json_rows(path: Path, option: str) -> Iterator[Mapping[str, Any]]:
-    """Objects of a JSON array, or one a line. Raises ValueError naming the line that is not one."""
+def read_rows(source: Source) -> tuple[str, Rows]:
+    """What rows are called, and the rows with their numbers: of a file, a folder or a data set on
+    the hub. A name that can only be a local one is never looked for on the hub."""
+    path = Path(source.path).expanduser()
+    before_colon = Path(source.path.partition(":")[0]).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path} ({error}); give another with {option}") from error
-    try:
-        if text.lstrip().startswith("["):
-            rows: Iterator[tuple[int, Any]] = enumerate(json.loads(text), start=1)
-        else:  # not splitlines(): JSON strings may hold other line separators as they are
-            lines = enumerate(text.split("\n"), start=1)
-            rows = ((number, json.loads(line)) for number, line in lines if line.strip())
-        for number, row in rows:
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: row {number} is no object with named columns")
-            yield row
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is neither a JSON array nor one JSON object a line ({error})"
-        ) from error
+        kind = file_kind(path)
+        if path.is_file() and kind is None:
+            raise ValueError(f"{path} is of an unknown kind; {READABLE}")
+        if kind and not path.exists():
+            raise ValueError(f"there is no file {path}; {READABLE}")
+        if before_colon != path and before_colon.is_file():
+            raise ValueError(f"{source.path} asks a file for a subset; leave out the colon")
+        local_only = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
+        if local_only and not path.exists() and not before_colon.exists():
+            raise ValueError(f"there is no file or folder {source.path}; {READABLE}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}, with {source.option}") from error
+    if path.is_file() and kind in (JSON, CSV):
+        return read_table(path)
+    return "row", hub_rows(source.path, split=source.split, option=source.option)
 
 
-def read_dataset(path: str, *, split: str, option: str) -> Any:
-    """A ``datasets.Dataset``. ``name:subset`` asks the hub for a subset, as in openai/gsm8k:main.
-
-    Raises one ValueError for whatever keeps it from being read, with what to do.
-    """
-    import datasets  # here: it takes a second, and tasks and JSON files do not need it
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    local = Path(path)
-    name, _, subset = path.partition(":")
-    try:
-        if local.suffix == ".parquet":
-            return datasets.load_dataset("parquet", data_files=path, split="train")
-        if any((local / made).is_file() for made in ("dataset_info.json", "dataset_dict.json")):
-            saved = datasets.load_from_disk(path)
-            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-        if local.is_dir():
-            return datasets.load_dataset(path, split=split)
-        return datasets.load_dataset(name, subset or None, split=split)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        HfHubHTTPError,
-        HFValidationError,
-        datasets.exceptions.DatasetsError,
-    ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(
-            f"the data set {path!r} (split {split!r}) could not be read ({reason}); give a local "
-            f".json, .jsonl or .parquet file or a data set folder with {option}"
-        ) from error
-
-
-def fill_in(columns: tuple[str, str], row: Mapping[str, Any], path: str) -> tuple[str, str]:
-    """Column names where the config leaves them empty: those of the first layout that fits."""
-    for problem, answer in COLUMN_LAYOUTS:
-        named = (columns[0] or problem, columns[1] or answer)
-        if all(name.split(".")[0] in row for name in named):
-            return named
+def choose_columns(row: Mapping[str, Any], source: Source) -> tuple[str, str]:
+    """The columns with the problem and the answer: those that the source names, else those of the
+    first layout that fits. Raises ValueError with the columns that there are."""
+    named = (source.problem_field, source.answer_field)
+    if all(named) and not source.otherwise:
+        return named
+    for choice in (named, *source.otherwise):
+        for layout in COLUMN_LAYOUTS:
+            columns = (choice[0] or layout[0], choice[1] or layout[1])
+            if all(has_column(row, name) for name in columns):
+                return columns
     raise ValueError(
-        f"{path} has the columns {', '.join(row)}; name those with the problem and the answer by "
+        f"the row has the columns {listing(row)}; name those with the problem and the answer by "
         "--data.problem-field and --data.answer-field"
     )
 
 
-def value_at(row: Mapping[str, Any], name: str, path: str) -> Any:
-    """The value at a dotted name. Raises ValueError naming the columns that there are."""
-    value: Any = row
-    for part in name.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            raise ValueError(
-                f"{path} has no column {name!r} but {', '.join(row)}; name the right one with "
-                "--data.problem-field, --data.answer-field"
-            )
-        value = value[part]
-    return value
+def has_column(row: Mapping[str, Any], name: str) -> bool:
+    return name in row or name.split(".")[0] in row
 
 
-def as_problem(
-    row: Mapping[str, Any], columns: tuple[str, str], wrapper: str, path: str
-) -> Problem:
-    """A row as a Problem, its answer empty where the row has none.
+def value_at(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a column, whose name may hold dots, or the one that a dotted name reaches inside
+    objects; null where what it reaches into is. Raises ValueError naming the columns there are."""
+    if name in row:
+        return row[name]
+    outer, _, inner = name.partition(".")
+    inside = row.get(outer)
+    if isinstance(inside, dict) and inner in inside:  # as nearly always
+        return inside[inner]
+    parts = name.split(".")
+    for i in range(len(parts) - 1, 0, -1):
+        outer = ".".join(parts[:i])
+        if outer not in row:
+            continue
+        inside = row[outer]
+        if isinstance(inside, str) and inside[:1] == "{":  # as CSV files hold objects
+            inside = held_in(inside)
+        if is_missing(inside):
+            return None
+        if isinstance(inside, Mapping):
+            try:
+                return value_at(inside, ".".join(parts[i:]))
+            except ValueError:
+                break
+    raise ValueError(f"the row has no column {name!r} but {listing(row)}; {ADVICE}")
 
-    A chat of one user message is that message. A worked answer is what follows its last ``####``,
-    else what its last box holds; a ``solution`` with neither is no answer.
+
+def as_problem(row: Mapping[str, Any], columns: tuple[str, str], source: Source) -> Problem:
+    """A row as a Problem, its prompt or answer empty where the row has none.
+
+    A worked answer is what follows its last ``####``, else what its last box holds; a ``solution``
+    with neither is no answer. Several answers are all wanted where ``source.wanted`` says so, or
+    the row itself: ``answers_wanted``, or OlympiadBench's ``is_multiple_answer``. Raises ValueError
+    for what is no problem or no answer.
     """
-    prompt, answer = (value_at(row, name, path) for name in columns)
-    if isinstance(prompt, list):
-        prompt = tuple((message["role"], message["content"]) for message in prompt)
-        if len(prompt) == 1 and prompt[0][0] == "user":
-            prompt = prompt[0][1]
-    if isinstance(prompt, str):
-        prefix, _, suffix = wrapper.partition("{problem}")
-        prompt = prompt.strip().removeprefix(prefix).removesuffix(suffix).strip()
-    if isinstance(answer, list) and len(answer) == 1:
-        answer = answer[0]
-    answer = "" if answer is None else answer if isinstance(answer, str) else json.dumps(answer)
-    worked = after_hashes(answer) or last_boxed(answer)
-    if worked is None and columns[1].endswith("solution"):
-        worked = ""
+    answer = value_at(row, columns[1])
+    one_text = isinstance(answer, str) and answer[:1] not in ("[", "{")
     return Problem(
-        prompt=prompt or "",
-        answer=answer.strip() if worked is None else worked,
-        kind=str(row.get("kind", "")),
+        prompt=read_prompt(value_at(row, columns[0]), source.wrapper),
+        answer=read_answer(
+            answer,
+            worked=columns[1].endswith("solution"),
+            wanted=source.wanted if one_text else wanted_in(row, source.wanted),
+        ),
+        kind=kind_of(row["kind"]) if "kind" in row else "",
     )
+
+
+def kind_of(value: Any) -> str:
+    """A row's kind; those of lists and objects are none."""
+    is_kind = not is_missing(value) and not isinstance(value, list | Mapping)
+    return str(value).encode("utf-8", "replace").decode() if is_kind else ""
+
+
+def wanted_in(row: Mapping[str, Any], usual: str) -> str:
+    """Whether any or all of a row's answers are wanted."""
+    if "is_multiple_answer" in row and str(row["is_multiple_answer"]).lower() == "true":
+        return "all"
+    wanted = row.get("answers_wanted")
+    if is_missing(wanted):
+        return usual
+    if wanted not in WANTED:
+        raise ValueError(f"answers_wanted is {wanted!r}; allowed are {', '.join(WANTED)}")
+    return wanted

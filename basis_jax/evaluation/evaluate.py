@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 
 from basis_jax import verify
 from basis_jax.config import Config, EvalSection, SamplingSection
-from basis_jax.data.encoding import EncodedProblems, encode_prompts
+from basis_jax.data.encoding import EncodedProblems, encode_and_report
 from basis_jax.data.sources import load_held_out
 from basis_jax.evaluation import scores
 from basis_jax.evaluation.scores import bootstrap_interval
@@ -132,21 +132,34 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print) -> It
     folder, model_config, mesh = locate_model(config)
     check_evaluation(config, model_config, mesh)
     tokenizer = huggingface.load_tokenizer(folder)
-    sets = {}
-    for name in config.eval.sets:
-        problems = load_held_out(name, config.eval.folder)
-        sets[name] = encode_prompts(problems, config.data, tokenizer, size=config.eval.size)
-        counts = ", ".join(f"{v} {k}" for k, v in sets[name].counts.items() if v)
-        report(f"{name} problems: {counts}")
+    sets = load_held_out_sets(config, tokenizer, report)
+    for problems in sets.values():
         check_memory(
             config,
             model_config,
             mesh,
-            prompt_width=sets[name].tokens.shape[1],
-            rows=len(sets[name].problems) * config.eval.samples,
+            prompt_width=problems.tokens.shape[1],
+            rows=len(problems.problems) * config.eval.samples,
         )
     with open_setup(config, folder, model_config, mesh, tokenizer) as setup:
         yield Evaluation(config, folder, setup, sets)
+
+
+def load_held_out_sets(
+    config: Config, tokenizer: Any, report: Callable[[str], None]
+) -> dict[str, EncodedProblems]:
+    """The sets of ``eval.sets`` by name, as tokens; what was left out is reported."""
+    return {
+        name: encode_and_report(
+            f"held-out {name}",
+            load_held_out(name, config.eval.folder, config.data),
+            config.data,
+            tokenizer,
+            size=config.eval.size,
+            report=report,
+        )
+        for name in config.eval.sets
+    }
 
 
 def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from basis_jax.config import Config
-from basis_jax.data.chat import turn_end
+from basis_jax.data.templates import turn_end
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import make_mesh
 from basis_jax.sampling.rollouts import RolloutSetup

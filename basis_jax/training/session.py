@@ -12,10 +12,11 @@ from jaxtyping import PyTree
 
 from basis_jax import estimators
 from basis_jax.config import Config, EstimatorSection
-from basis_jax.data.encoding import EncodedProblems, encode_prompts
+from basis_jax.data.encoding import EncodedProblems, encode_and_report
 from basis_jax.data.order import batch_indices
 from basis_jax.data.overlap import OVERLAP, overlapping
-from basis_jax.data.sources import load_held_out, load_training
+from basis_jax.data.sources import load_training
+from basis_jax.evaluation.evaluate import load_held_out_sets
 from basis_jax.opening.checks import check, check_features, check_memory
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup
@@ -100,16 +101,15 @@ def load_sets(
 ) -> tuple[EncodedProblems, dict[str, EncodedProblems]]:
     """Training problems and the held-out sets by name, as tokens; what was left out is reported."""
 
-    def encode(name, problems, size):
-        encoded = encode_prompts(problems, config.data, tokenizer, size=size)
-        report(f"{name} problems: {', '.join(f'{v} {k}' for k, v in encoded.counts.items() if v)}")
-        return encoded
-
-    train_set = encode("training", load_training(config.data), config.data.size)
-    held_out = {}
-    for name in config.eval.sets:
-        problems = load_held_out(name, config.eval.folder)
-        held_out[name] = encode(f"held-out {name}", problems, config.eval.size)
+    train_set = encode_and_report(
+        "training",
+        load_training(config.data),
+        config.data,
+        tokenizer,
+        size=config.data.size,
+        report=report,
+    )
+    held_out = load_held_out_sets(config, tokenizer, report)
     report_overlap(train_set, held_out, report)
     return train_set, held_out
 
@@ -119,21 +119,25 @@ def report_overlap(
     held_out: dict[str, EncodedProblems],
     report: Callable[[str], None],
 ) -> None:
-    """Warn of every held-out set that shares problems or texts with the training problems."""
+    """Warn once of every held-out set that shares problems or texts with the training problems."""
     training_uids = {p.uid for p in train_set.problems}
     held_out_problems = [p for problems in held_out.values() for p in problems.problems]
     words = {p: shared for p, _, shared in overlapping(held_out_problems, train_set.problems)}
     for name, problems in held_out.items():
-        same = sum(p.uid in training_uids for p in problems.problems)
+        same = [p for p in problems.problems if p.uid in training_uids]
+        alike = [p for p in problems.problems if p in words and p.uid not in training_uids]
+        of_set = f"held-out problems of {name}"
+        sharing = (
+            f"share {OVERLAP} words in a row, or all of a shorter text, with a training problem, "
+            f"such as {words[alike[0]]!r}"
+            if alike
+            else ""
+        )
         if same:
-            report(f"warning: {same} held-out problems of {name} are also training problems")
-        alike = [p for p in problems.problems if p in words]
-        if alike:
-            report(
-                f"warning: {len(alike)} of {len(problems.problems)} held-out problems of "
-                f"{name} share {OVERLAP} words in a row, or all of a shorter text, with a training "
-                f"problem, such as {words[alike[0]]!r}"
-            )
+            more = f", and {len(alike)} others {sharing}" if alike else ""
+            report(f"warning: {len(same)} {of_set} are also training problems{more}")
+        elif alike:
+            report(f"warning: {len(alike)} of {len(problems.problems)} {of_set} {sharing}")
 
 
 def reference_table(

@@ -183,7 +183,9 @@ def read_rope(
     return theta, None if kind == "default" else _scaling(kind, rope, raw, theta)
 
 
-def _scaling(kind: str, rope: Mapping[str, Any], raw: Mapping[str, Any], theta: float):
+def _scaling(
+    kind: str, rope: Mapping[str, Any], raw: Mapping[str, Any], theta: float
+) -> RopeScaling:
     where = f" in a rotary embedding of type {kind}"
     factor = _positive(rope, "factor", where=where)
     if kind == "linear":

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from basis_jax.config import DataSection
 
@@ -11,7 +12,7 @@ TRUTH = {"true": True, "false": False}
 ANSWER = "forty-two"  # the assistant's, where a turn's end is looked for
 
 
-def chat_text(chat: Sequence[Mapping[str, str]], section: DataSection, tokenizer) -> str:
+def chat_text(chat: Sequence[Mapping[str, str]], section: DataSection, tokenizer: Any) -> str:
     """The messages in the tokenizer's chat template, up to where the model's answer begins.
 
     Raises ValueError where there is no template, where it refuses the messages or leaves out the
@@ -39,7 +40,7 @@ def chat_text(chat: Sequence[Mapping[str, str]], section: DataSection, tokenizer
     return text
 
 
-def template_options(section: DataSection, tokenizer) -> dict[str, bool | int | float | str]:
+def template_options(section: DataSection, tokenizer: Any) -> dict[str, bool | int | float | str]:
     """``data.chat_template_options``, with "true" and "false" as what they mean.
 
     Raises ValueError where there is no template, and for an option that it does not read.
@@ -65,7 +66,7 @@ def template_options(section: DataSection, tokenizer) -> dict[str, bool | int | 
     }
 
 
-def turn_end(section: DataSection, tokenizer) -> tuple[str, list[int]]:
+def turn_end(section: DataSection, tokenizer: Any) -> tuple[str, list[int]]:
     """What the template writes behind an answer, without spaces around it: the text of its first
     special token, or all of it where it has none, and its tokens. Empty where nothing is written or
     the template has no place for an answer."""
@@ -83,7 +84,7 @@ def turn_end(section: DataSection, tokenizer) -> tuple[str, list[int]]:
     return (tokenizer.decode(special[:1]), special[:1]) if special else (end.strip(), ids)
 
 
-def token_rows(texts: Sequence[str], section: DataSection, tokenizer) -> list[list[int]]:
+def token_rows(texts: Sequence[str], section: DataSection, tokenizer: Any) -> list[list[int]]:
     """The texts' tokens. A template writes its special tokens itself; plain text gets those that
     the tokenizer puts around a text, its BOS only where the text does not begin with it.
 

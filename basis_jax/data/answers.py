@@ -1,0 +1,129 @@
+"""The right answer in a row as one text: numbers, worked solutions, several accepted answers."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from basis_jax.data.values import check_characters, described, held_in, is_missing
+from basis_jax.verify.extract import BOX, after_hashes, last_boxed
+
+WANTED = ("any", "all")
+MARKS = {"any": "any of", "all": "all of"}
+MARKED = tuple(f'{{"{mark}": ' for mark in MARKS.values())
+FORMULA = re.compile(
+    r"\$\$([^$]+)(?<!\\)\$\$|\$([^$]+)(?<!\\)\$"
+    r"|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]",
+    re.DOTALL,
+)
+EXACT_FLOATS = 2**53  # every integer up to here is a float
+SAFE_DIGITS = 15  # that a float keeps of a decimal number
+
+
+def several(answers: Sequence[str], wanted: str) -> str:
+    """Several accepted answers as one text, in JSON: ``{"any of": [...]}``, where one is enough, or
+    ``{"all of": [...], "absolute": 0.0, "relative": 0.0}`` (no tolerance). Equal ones count once;
+    a single one is itself, and none is the empty text."""
+    different = list(dict.fromkeys(answers))
+    if len(different) < 2:
+        return different[0] if different else ""
+    tolerance = {"absolute": 0.0, "relative": 0.0} if wanted == "all" else {}
+    return json.dumps({MARKS[wanted]: different} | tolerance)
+
+
+def read_answer(value: Any, *, worked: bool = False, wanted: str = "any") -> str:
+    """The answer that a value gives; empty where it is missing.
+
+    ``worked``: the value is a solution, whose answer is marked. A list, or a text that holds a list
+    of texts, gives several accepted answers, of which any or all are ``wanted``. Raises ValueError
+    for a value that gives no answer.
+    """
+    if isinstance(value, str) and value[:2] in ('["', "['", '{"'):
+        value = listed(value)
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, list):
+        answers = [one_answer(part, worked) for part in value if not is_missing(part)]
+        return several([answer for answer in answers if answer], wanted)
+    return one_answer(value, worked)
+
+
+def listed(text: str) -> Any:
+    """The list of texts that a text holds, or the text. Raises ValueError where it is marked as
+    several answers (``several``) and is none."""
+    found = held_in(text)
+    if text.startswith(MARKED):
+        answers = next(iter(found.values()), None) if isinstance(found, dict) else None
+        if not (isinstance(answers, list) and answers and all(map(is_text, answers))):
+            raise ValueError(
+                "the answer begins like several accepted answers and does not hold a list of texts"
+            )
+        return text
+    is_list = isinstance(found, list) and all(isinstance(part, str) for part in found)
+    return found if is_list else text
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and not is_missing(value)
+
+
+def one_answer(value: Any, worked: bool) -> str:
+    """The answer that a single value gives."""
+    if isinstance(value, str):
+        return from_text(value, worked)
+    if is_missing(value):
+        return ""
+    if isinstance(value, bool | int):
+        return json.dumps(value)
+    if isinstance(value, float | Decimal):
+        return from_number(value)
+    part = next(iter(value), "value") if isinstance(value, Mapping) else ""
+    advice = (
+        f"name one of its parts, as in --data.answer-field answer.{part}"
+        if isinstance(value, Mapping)
+        else "give a text, a number, or a list of them"
+    )
+    raise ValueError(f"the answer is {described(value)}; {advice}")
+
+
+def from_text(text: str, worked: bool) -> str:
+    """What follows the last ``####``, else what the last box holds, else, unless it is ``worked``,
+    all of it; without dollars around it. A mark with nothing behind it gives no answer."""
+    if text.startswith(MARKED):
+        answer = text
+    else:
+        marked = after_hashes(text) or last_boxed(text)
+        whole = "" if worked or marked is not None or is_empty_mark(text) else text.strip()
+        answer = marked or whole
+        if answer[:1] in ("$", "\\") and (formula := FORMULA.fullmatch(answer)):
+            answer = next(filter(None, formula.groups())).strip()
+    if not answer.isascii():
+        check_characters("the answer", answer)
+    return "" if is_missing(answer) else answer
+
+
+def is_empty_mark(text: str) -> bool:
+    """Whether a text has a mark of an answer; called where no mark gives one."""
+    return "####" in text or ("\\" in text and BOX.search(text) is not None)
+
+
+def from_number(value: float | Decimal) -> str:
+    """A number as it was written: 43 for 43.0, which is how data frames write integers beside
+    missing values. Raises ValueError for infinity and for an integer whose digits are lost."""
+    if isinstance(value, Decimal):
+        if not value.is_finite():
+            raise ValueError("the answer is an infinite number; write it as a text")
+        return str(int(value)) if value == value.to_integral_value() else f"{value.normalize():f}"
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("the answer is an infinite number; write it as a text, such as \\infty")
+    if not value.is_integer():
+        return json.dumps(value)
+    if abs(value) < EXACT_FLOATS:
+        return str(int(value))
+    if len(Decimal(repr(value)).normalize().as_tuple().digits) > SAFE_DIGITS:
+        raise ValueError(
+            f"the answer {value!r} is an integer that was turned into a float and has lost its "
+            "last digits; write it as a text"
+        )
+    return json.dumps(value)

@@ -1,0 +1,34 @@
+"""Where a data set lies, and the benchmark sets that are known by name."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set and how its rows are read. Empty column names are recognised
+    (``sources.COLUMN_LAYOUTS``)."""
+
+    path: str
+    split: str = "test"
+    problem_field: str = ""
+    answer_field: str = ""
+    wrapper: str = ""
+    wanted: str = "any"  # of several accepted answers
+    otherwise: tuple[tuple[str, str], ...] = ()  # column names to try where those are not there
+    option: str = "--eval.sets"  # what a user changes when it cannot be read
+
+
+BENCHMARKS = {
+    "MATH-500": Source("HuggingFaceH4/MATH-500", "test", "problem", "answer"),  # 500
+    "AIME24": Source("HuggingFaceH4/aime_2024", "train", "problem", "answer"),  # 30
+    "AIME25": Source("math-ai/aime25", "test", "problem", "answer"),  # 30
+    "AMC23": Source("math-ai/amc23", "test", "question", "answer"),  # 40
+    "HMMT25": Source("MathArena/hmmt_feb_2025", "train", "problem", "answer"),  # 30
+    "Minerva": Source("math-ai/minervamath", "test", "question", "answer"),  # 272
+    "OlympiadBench": Source(
+        "math-ai/olympiadbench", "test", "question", "final_answer", wanted="all"
+    ),  # 674, text only and in English; the answer is a list
+    "GSM8K": Source("openai/gsm8k:main", "test", "question", "answer"),  # 1,319, after ####
+}
+"""Hub ids, splits, columns and sizes as dataset cards and public evaluation code give them
+(November 2026); tests/data has a fixture of our own for each layout."""
