@@ -20,8 +20,8 @@ from basis_jax.files import append_json_lines, lock, read_json, replace_file, wh
 from basis_jax.sampling.rollouts import ROWS_PER_SLOT, Graded
 from basis_jax.verify.compare import simplify, unwrapped, without_name
 from basis_jax.verify.extract import extract_answer
-from basis_jax.verify.gym import given
-from basis_jax.verify.mathematics import unfit
+from basis_jax.verify.gym import submitted_answer
+from basis_jax.verify.mathematics import why_not_comparable
 from basis_jax.verify.notation import canonical, number
 
 PROGRESS_EVERY_S = 10.0
@@ -141,7 +141,7 @@ def extracted(completion: str, verifier: str) -> str | None:
     if verifier == "exact":
         return completion.strip() or None
     if verifier == "gym":
-        return given(completion) or None
+        return submitted_answer(completion) or None
     return extract_answer(completion, "strict" if verifier == "math_strict" else "lenient")
 
 
@@ -152,7 +152,7 @@ def vote(answer: str | None, verifier: str) -> str | None:
     computed, plain numbers as exact fractions, so 0.5, 1/2 and x = \\frac12 agree. No algebra is
     done, and the right answer is not looked at.
     """
-    if answer is None or verifier in ("exact", "gym") or unfit(answer):
+    if answer is None or verifier in ("exact", "gym") or why_not_comparable(answer):
         return answer
     text = without_name(simplify(canonical(answer)))
     value = number(text)
