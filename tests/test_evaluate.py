@@ -32,6 +32,7 @@ from basis_jax.evaluation.report import report
 from basis_jax.files import replace_file
 from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.checks import check_evaluation
+from basis_jax.verify.verdicts import KINDS, verdict_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,6 +89,42 @@ def test_before_and_after_use_the_same_noise_and_greedy_uses_none(setup, problem
         greedy["eval/accuracy"] == greedy["eval/greedy_accuracy"] == first["eval/greedy_accuracy"]
     )
     assert len(problems.problems) == SIZE
+
+
+class Mixed:
+    """In turn: right, too late, no answer, and a right answer that cannot be read."""
+
+    def grade(self, completions, answers):
+        kinds = ("right", "timeout", "no_answer", "gold")
+        return [verdict_of(kinds[i % 4], "") for i in range(len(completions))]
+
+
+def test_every_kind_of_verdict_has_its_share_among_all_held_out_completions(
+    setup,  # noqa: F811
+    problems,  # noqa: F811
+):
+    four = dataclasses.replace(
+        problems,
+        problems=problems.problems[:4],
+        tokens=problems.tokens[:4],
+        lengths=problems.lengths[:4],
+    )
+    metrics = evaluate(
+        tiny.params(),
+        dataclasses.replace(setup, verifier=Mixed(), rows_at_once=16),
+        {"one": four},
+        section=EvalSection(samples=4),
+        sampling=dataclasses.replace(SAMPLING, max_new_tokens=1),
+    )
+    shares = {key: value for key, value in metrics.items() if key.startswith("eval/verify/")}
+    expected = dict.fromkeys(("timeout", "no_answer", "gold"), 1 / 4)
+    assert shares == {
+        f"eval/verify/{kind}": expected.get(kind, 0.0)
+        for kind in KINDS
+        if kind not in ("right", "wrong")
+    }
+    assert metrics["eval/invalid"] == 1 / 4
+    assert all(type(value) is float for value in metrics.values())
 
 
 SAMPLES = 6
@@ -166,6 +203,11 @@ def test_results_are_those_recomputed_from_the_written_lines(evaluation, tmp_pat
     assert len(rows) == 2 * SIZE * SAMPLES
     assert [row["sample"] for row in rows] == list(range(SAMPLES)) * 2 * SIZE
     assert len({row["completion"] for row in rows}) > SIZE, "samples of a problem differ"
+    assert {(row["kind"], row["reward"], row["valid"]) for row in rows} == {
+        ("right", 1.0, True),
+        ("wrong", 0.0, True),
+        ("failure", 0.0, False),
+    }
     assert list(found["average"]) == METRICS
     for name, of_set in found["sets"].items():
         mine = [row for row in rows if row["set"] == name]

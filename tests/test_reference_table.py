@@ -30,10 +30,12 @@ class EvenLength:
     """Right when the completion has an even number of tokens; it fails on the last problem."""
 
     def grade(self, completions, answers):
-        return [
-            Verdict(float(len(c.split()) % 2 == 0), a != str(SIZE - 1), "")
-            for c, a in zip(completions, answers, strict=True)
-        ]
+        verdicts = []
+        for completion, answer in zip(completions, answers, strict=True):
+            right, failed = len(completion.split()) % 2 == 0, answer == str(SIZE - 1)
+            kind = "failure" if failed else "right" if right else "wrong"
+            verdicts.append(Verdict(float(right), not failed, "", kind))
+        return verdicts
 
 
 @pytest.fixture(scope="module")

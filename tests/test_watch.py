@@ -40,6 +40,7 @@ def graded(rewards, valid=None):
         rewards=rewards,
         valid=np.ones(rewards.size, bool) if valid is None else np.asarray(valid),
         reasons=["differs"] * rewards.size,
+        kinds=["wrong"] * rewards.size,
         sample_seconds=1.0,
         verify_seconds=0.0,
     )
@@ -106,6 +107,8 @@ def test_all_wrong_moves_nothing_and_ends_the_run(
     lines = read_metrics(tmp_path / "run")
     assert [line["estimate/no_signal"] for line in lines[1:]] == [1.0] * 5
     assert "policy/grad_norm" not in lines[1]
+    samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert {json.loads(line)["kind"] for line in samples} == {"wrong"}
     shown = capsys.readouterr().out
     assert shown.count("valid rewards of this step are 0: there is nothing to learn") == 1
 

@@ -127,6 +127,7 @@ def as_rows(
                 "reward": float(graded.rewards[i]),
                 "valid": bool(graded.valid[i]),
                 "reason": graded.reasons[i],
+                "kind": graded.kinds[i],
                 "extracted": answer,
                 "vote": vote(answer, verifier),
                 "tokens": int(graded.rollouts.completion_lengths[i]),

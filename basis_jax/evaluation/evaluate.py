@@ -28,6 +28,7 @@ from basis_jax.opening.checks import check_evaluation, check_memory
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup
 from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
+from basis_jax.verify.verdicts import shares
 from basis_jax.weights import huggingface, layout
 
 
@@ -80,8 +81,8 @@ def evaluate(
     """Accuracy at the evaluation temperature and greedily: the average over sets with its 95 %
     interval (``eval/accuracy``, ``eval/greedy_accuracy``), and each set's own where there are
     several. ``eval/invalid``: the share of all completions without a verdict, which no accuracy
-    counts."""
-    metrics, valid = {}, []
+    counts. ``eval/verify/...``: the share of each kind of verdict (``verify.verdicts.shares``)."""
+    metrics, valid, kinds = {}, [], []
     passes = [("", section.samples, section.temperature), ("greedy_", 1, 0.0)]
     for prefix, samples, temperature in passes:
         scores_by_set = {}
@@ -95,6 +96,7 @@ def evaluate(
                 sampling=dataclasses.replace(sampling, temperature=temperature),
             )
             valid.append(graded.valid)
+            kinds += graded.kinds
             scores_by_set[name] = problem_scores(graded.rewards, graded.valid, samples)
             if len(sets) > 1:
                 metrics[f"eval/{name}/{prefix}accuracy"] = float(scores_by_set[name].mean())
@@ -104,6 +106,7 @@ def evaluate(
         )
         metrics[f"eval/{prefix}accuracy_low"] = low
         metrics[f"eval/{prefix}accuracy_high"] = high
+    metrics |= {f"eval/{name}": share for name, share in shares(kinds).items()}
     return metrics | {"eval/invalid": 1.0 - float(np.concatenate(valid).mean())}
 
 

@@ -272,6 +272,7 @@ def shown_rows(session: Session, graded: Graded, estimate: Estimate, count: int)
             "reward": float(graded.rewards[i]),
             "valid": bool(graded.valid[i]),
             "reason": graded.reasons[i],
+            "kind": graded.kinds[i],
             "value": float(estimate.values[i]),
             "advantage": float(estimate.advantages[i]),
             "terminated": bool(graded.rollouts.terminated[i]),
