@@ -15,11 +15,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_reference_table import SAMPLING, SIZE, problems, setup  # noqa: F401
+from test_reference_table import SAMPLING, SIZE, Numbers, problems, setup  # noqa: F401
 from whole_runs import environment, lines, run, run_killed, small
 
 from basis_jax.commands.evaluate import check_out
-from basis_jax.config import Config, EvalSection
+from basis_jax.config import Config, DataSection, EvalSection
 from basis_jax.evaluation import completions
 from basis_jax.evaluation.evaluate import (
     Evaluation,
@@ -31,8 +31,11 @@ from basis_jax.evaluation.evaluate import (
 from basis_jax.evaluation.report import report
 from basis_jax.files import replace_file
 from basis_jax.model.sharding import make_mesh
+from basis_jax.opening import rollout_setup
 from basis_jax.opening.checks import check_evaluation
+from basis_jax.verify import Verifier
 from basis_jax.verify.verdicts import KINDS, verdict_of
+from basis_jax.weights import huggingface
 
 ROOT = Path(__file__).parents[1]
 
@@ -356,6 +359,45 @@ def test_answers_of_one_normalised_text_vote_alike(verifier, same):
     assert len(votes) == 1 and None not in votes
     others = [r"so \boxed{17}", "17"][verifier == "exact"]
     assert completions.vote(completions.extracted(others, verifier), verifier) not in votes
+
+
+def test_the_answer_is_looked_for_where_the_verifier_is_told_to():
+    text = "\\boxed{1}\n#### 2\nThe answer is 3.\nAnswer: 4"
+    for verifier, mode, found in (
+        ("math", "boxed", "1"),
+        ("math", "hashes", "2"),
+        ("math", "strict", "2"),
+        ("math", "answer_line", "4"),
+        ("math", "answer_tags", None),
+        ("math", "", "4"),
+        ("math_strict", "", "2"),
+    ):
+        assert completions.extracted(text, verifier, mode) == found, (verifier, mode)
+
+
+def test_the_place_of_the_answer_reaches_the_verifier_the_lines_and_the_protocol(
+    evaluation, tmp_path, monkeypatch
+):
+    """Every completion has two answers; with ``hashes`` the one after #### is graded and voted."""
+    told = []
+    monkeypatch.setattr(
+        rollout_setup, "make_verifier", lambda name, mode: told.append((name, mode)) or Verifier()
+    )
+    config = dataclasses.replace(
+        evaluation.config, data=DataSection(verifier="math", answer_mode="hashes")
+    )
+    folder = tiny.write_folder(tmp_path / "tiny")
+    tokenizer = huggingface.load_tokenizer(folder)
+    with rollout_setup.open_setup(
+        config, folder, tiny.TINY, evaluation.setup.mesh, tokenizer
+    ) as opened:
+        assert told == [("math", "hashes")] and isinstance(opened.verifier, Verifier)
+    monkeypatch.setattr(Numbers, "batch_decode", lambda *_, **__: ["\\boxed{1}\n#### 2"] * 4)
+    other = dataclasses.replace(evaluation, config=config)
+    _, written = write(other, tmp_path / "out")
+    assert {json.loads(line)["extracted"] for line in written.splitlines()} == {"2"}
+    with pytest.raises(ValueError, match="another protocol: verifier is .*hashes.* there and "):
+        write(evaluation, tmp_path / "out")
 
 
 def test_a_completion_without_an_answer_has_no_vote():

@@ -392,10 +392,21 @@ def test_sizes_that_do_not_divide_are_refused(change, sentence):
             "NVIDIA GPUs, .* this is cpu with",
         ),
         ("model", {"attention": "flash"}, "model.attention is 'flash'; allowed are plain, cudnn"),
+        (
+            "data",
+            {"verifier": "math", "answer_mode": "box"},
+            "data.answer_mode is 'box'; allowed are lenient, strict, boxed, hashes, answer_line",
+        ),
+        ("data", {"answer_mode": "boxed"}, "for data.verifier 'exact'; only 'math' takes one"),
+        (
+            "data",
+            {"verifier": "math_strict", "answer_mode": "lenient"},
+            "for data.verifier 'math_strict'; only 'math' takes one, leave it empty",
+        ),
         ("sampling", {"dtype": "int4"}, "sampling.dtype is 'int4'; allowed are float32, bfloat16"),
     ],
 )
-def test_words_that_the_model_does_not_know_are_refused(section, change, sentence):
+def test_words_that_nothing_knows_are_refused(section, change, sentence):
     part = dataclasses.replace(getattr(CONFIG, section), **change)
     with pytest.raises(ValueError, match=sentence):
         check(dataclasses.replace(CONFIG, **{section: part}), tiny.TINY, make_mesh())

@@ -69,7 +69,7 @@ class EveryAnswer(Verifier):
 
 def run_with(verdict, monkeypatch, tiny_folder, dapo_file, run_dir, **changes):
     """A run in which every completion has this verdict; what it says ends up on the terminal."""
-    monkeypatch.setattr(rollout_setup, "make_verifier", lambda name: EveryAnswer(verdict))
+    monkeypatch.setattr(rollout_setup, "make_verifier", lambda *_, **__: EveryAnswer(verdict))
     sizes = {"train.prompts-per-step": N, "train.minibatch-rollouts": N, "train.steps": 6}
     sizes |= {"train.microbatch-rollouts": N, "train.sample-rollouts": N, "train.patience": 4}
     arguments = small(tiny_folder, dapo_file, run_dir, **sizes | {"checkpoint.every": 2} | changes)

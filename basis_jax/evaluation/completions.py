@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
+from basis_jax.config import DataSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.evaluation import scores
 from basis_jax.evaluation.evaluate import Evaluation, complete, sha256
 from basis_jax.files import append_json_lines, lock, read_json, replace_file, whole_lines
 from basis_jax.sampling.rollouts import ROWS_PER_SLOT, Graded
+from basis_jax.verify import extraction_mode
 from basis_jax.verify.compare import simplify, unwrapped, without_name
 from basis_jax.verify.extract import extract_answer
 from basis_jax.verify.gym import submitted_answer
@@ -100,22 +102,26 @@ def chunks(
             sampling=evaluation.sampling,
         )
         numbers = (units[:count] % samples).tolist()
-        verifier = evaluation.config.data.verifier
-        yield start, as_rows(graded, problems, name, numbers=numbers, verifier=verifier)
+        yield start, as_rows(graded, problems, name, numbers=numbers, data=evaluation.config.data)
         if time.monotonic() - reported > PROGRESS_EVERY_S or start + count == total:
             report(f"{name}: {start + count} of {total} completions")
             reported = time.monotonic()
 
 
 def as_rows(
-    graded: Graded, problems: EncodedProblems, name: str, *, numbers: Sequence[int], verifier: str
+    graded: Graded,
+    problems: EncodedProblems,
+    name: str,
+    *,
+    numbers: Sequence[int],
+    data: DataSection,
 ) -> list[dict[str, Any]]:
     """What is written of the first rollouts, those with the sample numbers ``numbers``. ``tokens``
     count the completion's, its EOS included."""
     rows = []
     for i, sample in enumerate(numbers):
         problem = problems.problems[graded.rollouts.problem_ids[i]]
-        answer = extracted(graded.completions[i], verifier)
+        answer = extracted(graded.completions[i], data.verifier, data.answer_mode)
         rows.append(
             {
                 "set": name,
@@ -129,7 +135,7 @@ def as_rows(
                 "reason": graded.reasons[i],
                 "kind": graded.kinds[i],
                 "extracted": answer,
-                "vote": vote(answer, verifier),
+                "vote": vote(answer, data.verifier),
                 "tokens": int(graded.rollouts.completion_lengths[i]),
                 "terminated": bool(graded.rollouts.terminated[i]),
             }
@@ -137,13 +143,14 @@ def as_rows(
     return rows
 
 
-def extracted(completion: str, verifier: str) -> str | None:
-    """The answer that the verifier finds in a completion; None where it finds none."""
+def extracted(completion: str, verifier: str, answer_mode: str = "") -> str | None:
+    """The answer that the verifier finds in a completion, where it looks for answers by
+    ``extraction_mode``; None where it finds none."""
     if verifier == "exact":
         return completion.strip() or None
     if verifier == "gym":
         return submitted_answer(completion) or None
-    return extract_answer(completion, "strict" if verifier == "math_strict" else "lenient")
+    return extract_answer(completion, extraction_mode(verifier, answer_mode))
 
 
 def vote(answer: str | None, verifier: str) -> str | None:

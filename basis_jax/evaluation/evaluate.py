@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from basis_jax import verify
-from basis_jax.config import Config, EvalSection, SamplingSection
+from basis_jax.config import Config, DataSection, EvalSection, SamplingSection
 from basis_jax.data.encoding import EncodedProblems, encode_prompts
 from basis_jax.data.sources import load_held_out
 from basis_jax.evaluation import scores
@@ -181,7 +181,7 @@ def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
         "max_new_tokens": sampling.max_new_tokens,
         "eos_ids": list(setup.eos_ids),
         "seed": setup.seed,
-        "verifier": verifier_version(config.data.verifier),
+        "verifier": verifier_version(config.data),
         "model": described,
         "weights_sha256": params_sha256(params, setup.model_config),
     }
@@ -200,12 +200,18 @@ def params_sha256(params: PyTree, model_config: ModelConfig) -> str:
     return digest.hexdigest()
 
 
-def verifier_version(name: str) -> dict[str, str]:
-    """A verifier's name, a hash of the source of ``verify/``, and the packages it computes with."""
+def verifier_version(section: DataSection) -> dict[str, str]:
+    """The verifier's name, where it looks for answers, a hash of the source of ``verify/``, and the
+    packages it computes with."""
     digest = hashlib.sha256()
     for path in sorted(Path(verify.__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     mathematics = ("math-verify", "latex2sympy2-extended", "sympy")
-    packages = {"exact": (), "gym": ("reasoning-gym",)}.get(name, mathematics)
+    packages = {"exact": (), "gym": ("reasoning-gym",)}.get(section.verifier, mathematics)
     versions = {package: importlib.metadata.version(package) for package in packages}
-    return {"name": name, "source_sha256": digest.hexdigest(), **versions}
+    return {
+        "name": section.verifier,
+        "answer_mode": section.answer_mode,
+        "source_sha256": digest.hexdigest(),
+        **versions,
+    }

@@ -34,7 +34,7 @@ def open_setup(
     config: Config, folder: Path, model_config: ModelConfig, mesh: Mesh, tokenizer: Any
 ) -> Iterator[RolloutSetup]:
     """Start the verifier and yield the setup; the verifier's processes end with the block."""
-    with make_verifier(config.data.verifier) as verifier:
+    with make_verifier(config.data.verifier, mode=config.data.answer_mode) as verifier:
         yield RolloutSetup(
             model_config=model_config,
             mesh=mesh,
