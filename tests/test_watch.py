@@ -19,7 +19,7 @@ from basis_jax.training.loop import train
 from basis_jax.training.watch import MIN_REWARDS, Watch, findings, has_signal
 from basis_jax.types import Rollouts
 from basis_jax.verify import Verifier
-from basis_jax.verify.verdicts import RIGHT, WRONG
+from basis_jax.verify.verdicts import RIGHT, WRONG, verdict_of
 
 N = 32
 
@@ -59,6 +59,14 @@ def test_only_valid_rewards_count():
     assert not has_signal(graded([0.0, 1.0], [False, False]))
 
 
+class HalfFailing(Verifier):
+    """Every second verdict of a call is that the grading process was killed."""
+
+    def grade(self, completions, answers):
+        failed = verdict_of("failure", "the grading process died by SIGKILL")
+        return [(RIGHT, failed)[i % 2] for i in range(len(completions))]
+
+
 class EveryAnswer(Verifier):
     def __init__(self, verdict):
         self.verdict = verdict
@@ -68,8 +76,10 @@ class EveryAnswer(Verifier):
 
 
 def run_with(verdict, monkeypatch, tiny_folder, dapo_file, run_dir, **changes):
-    """A run in which every completion has this verdict; what it says ends up on the terminal."""
-    monkeypatch.setattr(rollout_setup, "make_verifier", lambda *_, **__: EveryAnswer(verdict))
+    """A run in which every completion has this verdict, or that of this verifier; what it says
+    ends up on the terminal."""
+    verifier = verdict if isinstance(verdict, Verifier) else EveryAnswer(verdict)
+    monkeypatch.setattr(rollout_setup, "make_verifier", lambda *_, **__: verifier)
     sizes = {"train.prompts-per-step": N, "train.minibatch-rollouts": N, "train.steps": 6}
     sizes |= {"train.microbatch-rollouts": N, "train.sample-rollouts": N, "train.patience": 4}
     arguments = small(tiny_folder, dapo_file, run_dir, **sizes | {"checkpoint.every": 2} | changes)
@@ -129,6 +139,18 @@ def test_all_right_is_solved(monkeypatch, capsys, tiny_folder, dapo_file, tmp_pa
     lines = read_metrics(tmp_path / "run")
     assert lines[-1]["step"] == 4 and "eval/accuracy" in lines[-1]
     assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
+
+
+def test_every_evaluation_says_what_could_not_be_graded(
+    monkeypatch, capsys, tiny_folder, dapo_file, tmp_path
+):
+    changes = {"train.steps": 1}
+    run_with(HalfFailing(), monkeypatch, tiny_folder, dapo_file, tmp_path / "run", **changes)
+    before, *_, after = read_metrics(tmp_path / "run")
+    assert before["eval/invalid"] == before["eval/verify/failure"] == after["eval/invalid"] == 0.5
+    assert before["eval/accuracy"] == after["eval/greedy_accuracy"] == 0.5
+    shown = capsys.readouterr().out
+    assert shown.count("50.00% of the held-out completions could not be graded and count") == 2
 
 
 def watch(**train_section):

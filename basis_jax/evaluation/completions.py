@@ -28,10 +28,9 @@ from basis_jax.verify.notation import canonical, number
 
 PROGRESS_EVERY_S = 10.0
 RULES = {
-    "invalid": "completions that could not be graded are in no numerator and no denominator",
+    "invalid": "a completion that could not be graded counts as wrong in every metric",
     "avg@k": "mean over problems of the mean reward of a problem's k completions",
-    "pass@k": "mean over problems of 1 - binom(n - c, k) / binom(n, k), c of n completions right; "
-    "problems with fewer than k graded completions are left out",
+    "pass@k": "mean over problems of 1 - binom(n - c, k) / binom(n, k), c of n completions right",
     "maj@k": "reward of the answer (field vote) that most of a problem's completions give; those "
     "without an answer abstain; ties: the mean over the tied answers; no vote: 0",
     "interval": f"95 % percentile bootstrap over problems, {scores.RESAMPLES} draws, seed 0; a "
@@ -194,13 +193,15 @@ def results(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     """Every metric with its interval, computed from the lines of ``path`` alone, by set and as
     the average over sets; and of each set what was left out, not graded or cut short.
 
-    Raises ValueError where the lines are not those of the evaluation's plan.
+    Raises ValueError where the lines are not those of the evaluation's plan, and where no
+    completion of a set could be graded.
     """
     samples = evaluation.config.eval.samples
     rows = read_lines(path)
     described, scores_by_set = {}, {}
     for name, problems in evaluation.sets.items():
         columns = read_set(rows, name, problems, samples, path)
+        scores.check_graded(columns["valid"], name)
         scores_by_set[name] = scores.all_scores(
             *(columns[key] for key in ("reward", "valid", "vote"))
         )

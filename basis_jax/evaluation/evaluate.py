@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,18 +33,21 @@ from basis_jax.weights import huggingface, layout
 
 
 def problem_scores(rewards: np.ndarray, valid: np.ndarray, samples: int) -> np.ndarray:
-    """Mean reward per problem (its ``samples`` rows adjacent) over valid ones; problems without a
-    valid one are left out.
+    """Mean reward per problem, whose ``samples`` rows are adjacent; rows that are not valid count
+    as wrong."""
+    shape = (-1, samples)
+    return scores.average(scores.counted_rewards(rewards.reshape(shape), valid.reshape(shape)))
 
-    Raises ValueError where no completion at all could be graded.
-    """
-    if not valid.any():
-        raise ValueError(
-            f"none of the {valid.size} held-out completions could be graded (the verifier "
-            "failed on every one); check data.verifier and the answers"
-        )
-    means = scores.average(rewards.reshape(-1, samples), valid.reshape(-1, samples))
-    return means[~np.isnan(means)]
+
+def invalid_warning(metrics: Mapping[str, float]) -> str:
+    """A sentence where some of the completions of an ``evaluate`` could not be graded, else ""."""
+    if not metrics.get("eval/invalid"):
+        return ""
+    return (
+        f"warning: {metrics['eval/invalid']:.2%} of the held-out completions could not be graded "
+        f"and count as wrong (eval/invalid): {metrics['eval/verify/gold']:.2%} because the right "
+        f"answer cannot be read, {metrics['eval/verify/failure']:.2%} because the verifier failed"
+    )
 
 
 def complete(
@@ -80,8 +83,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy at the evaluation temperature and greedily: the average over sets with its 95 %
     interval (``eval/accuracy``, ``eval/greedy_accuracy``), and each set's own where there are
-    several. ``eval/invalid``: the share of all completions without a verdict, which no accuracy
-    counts. ``eval/verify/...``: the share of each kind of verdict (``verify.verdicts.shares``)."""
+    several. ``eval/invalid``: the share of all completions that could not be graded; they count as
+    wrong. ``eval/verify/...``: the share of each kind of verdict (``verify.verdicts.shares``).
+
+    Raises ValueError where no completion of a set could be graded.
+    """
     metrics, valid, kinds = {}, [], []
     passes = [("", section.samples, section.temperature), ("greedy_", 1, 0.0)]
     for prefix, samples, temperature in passes:
@@ -95,6 +101,7 @@ def evaluate(
                 samples=samples,
                 sampling=dataclasses.replace(sampling, temperature=temperature),
             )
+            scores.check_graded(graded.valid, name)
             valid.append(graded.valid)
             kinds += graded.kinds
             scores_by_set[name] = problem_scores(graded.rewards, graded.valid, samples)

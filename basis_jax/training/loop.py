@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from basis_jax import estimators
 from basis_jax.config import Config
 from basis_jax.data.order import batch_indices
-from basis_jax.evaluation.evaluate import evaluate
+from basis_jax.evaluation.evaluate import evaluate, invalid_warning
 from basis_jax.runs import checkpoint
 from basis_jax.runs.compiles import count_compiles
 from basis_jax.runs.identity import lock_run, open_run
@@ -103,7 +103,7 @@ def run_steps(
     resume_step = -1 if restored is None else start
     with count_compiles() as compiled, Records(run_dir, last, resume_step) as records:
         if restored is None:
-            records.log(0, evaluate_now(state.params, session) | compiled.take())
+            log_step(records, 0, evaluate_now(state.params, session) | compiled.take())
         watch = Watch(config, read_metrics(run_dir))
         for done in range(start + 1, last + 1):
             if watch.solved:
@@ -115,7 +115,7 @@ def run_steps(
                 metrics |= evaluate_now(state.params, session)
             shown = shown_rows(session, graded, estimate, config.train.log_samples)
             records.samples(done, shown)
-            records.log(done, metrics | compiled.take())
+            log_step(records, done, metrics | compiled.take())
             if at_end or done % config.checkpoint.every == 0:
                 checkpoint.save(checkpoints, state, dataclasses.asdict(config))
             for callback in callbacks:
@@ -124,6 +124,13 @@ def run_steps(
                 records.message(warning)
         if watch.solved:
             records.message(watch.solved_message())
+
+
+def log_step(records: Records, step: int, metrics: Mapping[str, float]) -> None:
+    """Log the step, and say where held-out completions could not be graded."""
+    records.log(step, metrics)
+    if warning := invalid_warning(metrics):
+        records.message(warning)
 
 
 def make_step(session: Session) -> Callable[[TrainState, int], Step]:
