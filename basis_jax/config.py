@@ -62,6 +62,11 @@ class DataSection:
     """``exact`` (the completion is the answer), ``math`` (equivalent answers, in a box, after
     ``####`` or in a sentence), ``math_strict`` (not in a sentence) or ``gym`` (the scorer of a
     ``task:gym/...``)."""
+    answer_mode: str = ""
+    """Where the verifier ``math`` looks for the answer, by what the prompt asks for: ``boxed``,
+    ``hashes`` (GSM8K's ``#### x``), ``answer_line`` (DAPO's ``Answer: x``), ``answer_tags`` (R1's
+    ``<answer>``), ``strict`` (boxed or hashes), ``lenient`` (all of them, else a sentence). Empty:
+    ``lenient``, and ``strict`` for ``math_strict``."""
 
 
 @dataclass(frozen=True)

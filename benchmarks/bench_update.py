@@ -133,6 +133,7 @@ def our_gradient(
             rewards=np.zeros(options.rows, np.float32),
             valid=np.ones(options.rows, bool),
             reasons=[],
+            kinds=[],
             sample_seconds=1.0,
             verify_seconds=0.0,
         )

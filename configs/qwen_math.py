@@ -7,6 +7,9 @@ Expected:  average over the seven sets .473 after 150 steps (published; GRPO wit
 
 Offline: 17,398 problems x 64 reference rollouts = 1.11 M completions, 14.5 times the 76,800 of the
 run itself; make the table once with scripts/reference_stats.py and give it as --estimator.table.
+
+DAPO's own prompt, which asks for a last line "Answer: x", is taken off, and a box is asked for as
+in the held-out sets; so data.answer_mode stays empty. Where the prompt is kept, set answer_line.
 """
 
 from basis_jax.config import (

@@ -8,30 +8,34 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny
-from test_reference_table import SAMPLING, SIZE, problems, setup  # noqa: F401
+from test_reference_table import SAMPLING, SIZE, Numbers, problems, setup  # noqa: F401
 from whole_runs import environment, lines, run, run_killed, small
 
 from basis_jax.commands.evaluate import check_out
-from basis_jax.config import Config, EvalSection
+from basis_jax.config import Config, DataSection, EvalSection
 from basis_jax.evaluation import completions
 from basis_jax.evaluation.evaluate import (
     Evaluation,
     bootstrap_interval,
     evaluate,
+    invalid_warning,
     problem_scores,
     protocol,
 )
-from basis_jax.evaluation.report import report
+from basis_jax.evaluation.report import report, warnings
 from basis_jax.files import replace_file
 from basis_jax.model.sharding import make_mesh
+from basis_jax.opening import rollout_setup
 from basis_jax.opening.checks import check_evaluation
+from basis_jax.verify import Verifier
+from basis_jax.verify.verdicts import KINDS, verdict_of
+from basis_jax.weights import huggingface
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,12 +63,39 @@ def test_sets_weigh_equally_whatever_their_size():
     assert low == high == 0.5
 
 
-def test_a_failed_verdict_is_no_zero():
-    rewards = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
-    scores = problem_scores(rewards, rewards > 0, 2)
-    assert scores.tolist() == [1.0, 1.0]  # the second problem has no verdict at all
-    with pytest.raises(ValueError, match="none of the 2 held-out completions"):
-        problem_scores(np.zeros(2), np.zeros(2, bool), 2)
+def test_a_completion_without_a_verdict_counts_as_wrong():
+    rewards = np.array([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    assert problem_scores(rewards, rewards > 0, 4).tolist() == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("dead", ["one", "two"])
+def test_a_set_without_a_verdict_ends_training_and_evaluation(
+    evaluation, tmp_path, monkeypatch, dead
+):
+    """Its name is said; the other set could be graded."""
+    problems = evaluation.sets["one"]  # noqa: F811
+    kept = {"one": np.arange(4), "two": np.arange(4)} | {dead: np.array([SIZE - 1])}
+    sets = {
+        name: dataclasses.replace(
+            problems,
+            problems=tuple(problems.problems[i] for i in rows),
+            tokens=problems.tokens[rows],
+            lengths=problems.lengths[rows],
+        )
+        for name, rows in kept.items()
+    }
+    sentence = f"none of the [0-9]+ completions of {dead} could be graded"
+    with pytest.raises(ValueError, match=sentence):
+        evaluate(
+            tiny.params(),
+            evaluation.setup,
+            sets,
+            section=evaluation.config.eval,
+            sampling=SAMPLING,
+        )
+    with pytest.raises(ValueError, match=sentence):
+        write(dataclasses.replace(evaluation, sets=sets), tmp_path)
+    assert len(lines(tmp_path / "completions.jsonl")) == SAMPLES * (4 + 1)
 
 
 def test_before_and_after_use_the_same_noise_and_greedy_uses_none(setup, problems):  # noqa: F811
@@ -88,6 +119,42 @@ def test_before_and_after_use_the_same_noise_and_greedy_uses_none(setup, problem
         greedy["eval/accuracy"] == greedy["eval/greedy_accuracy"] == first["eval/greedy_accuracy"]
     )
     assert len(problems.problems) == SIZE
+
+
+class Mixed:
+    """In turn: right, too late, no answer, and a right answer that cannot be read."""
+
+    def grade(self, completions, answers):
+        kinds = ("right", "timeout", "no_answer", "gold")
+        return [verdict_of(kinds[i % 4], "") for i in range(len(completions))]
+
+
+def test_every_kind_of_verdict_has_its_share_among_all_held_out_completions(
+    setup,  # noqa: F811
+    problems,  # noqa: F811
+):
+    four = dataclasses.replace(
+        problems,
+        problems=problems.problems[:4],
+        tokens=problems.tokens[:4],
+        lengths=problems.lengths[:4],
+    )
+    metrics = evaluate(
+        tiny.params(),
+        dataclasses.replace(setup, verifier=Mixed(), rows_at_once=16),
+        {"one": four},
+        section=EvalSection(samples=4),
+        sampling=dataclasses.replace(SAMPLING, max_new_tokens=1),
+    )
+    shares = {key: value for key, value in metrics.items() if key.startswith("eval/verify/")}
+    expected = dict.fromkeys(("timeout", "no_answer", "gold"), 1 / 4)
+    assert shares == {
+        f"eval/verify/{kind}": expected.get(kind, 0.0)
+        for kind in KINDS
+        if kind not in ("right", "wrong")
+    }
+    assert metrics["eval/invalid"] == 1 / 4
+    assert all(type(value) is float for value in metrics.values())
 
 
 SAMPLES = 6
@@ -133,7 +200,7 @@ def test_written_completions_give_the_numbers_of_training_bit_for_bit(evaluation
         "value": trained["eval/accuracy"],
         "low": trained["eval/accuracy_low"],
         "high": trained["eval/accuracy_high"],
-        "problems": 8,
+        "problems": 2 * SIZE,
     }
     assert 0 < trained["eval/accuracy"] < 1
 
@@ -145,18 +212,20 @@ def recomputed(rows, metric):
     for row in rows:
         grouped.setdefault(row["uid"], []).append(row)
     for found in grouped.values():
-        valid = [row for row in found if row["valid"]]
-        rewards = [row["reward"] for row in valid]
-        n, c = len(valid), sum(rewards)
-        if name == "pass" and n >= k:
+        rewards = [row["reward"] if row["valid"] else 0 for row in found]
+        n, c = len(found), sum(rewards)
+        if name == "pass":
             values.append(1 - math.comb(n - int(c), k) / math.comb(n, k))
-        elif name == "avg" and n:
+        elif name == "avg":
             values.append(c / n)
-        elif name == "maj" and n:
-            votes = Counter(row["vote"] for row in valid if row["vote"] is not None)
-            first = [v for v in votes if votes[v] == max(votes.values())]
-            by_vote = {row["vote"]: row["reward"] for row in valid}
-            values.append(sum(by_vote[v] for v in first) / len(first) if first else 0)
+        elif name == "maj":
+            by_vote = {}
+            for row, reward in zip(found, rewards, strict=True):
+                if row["vote"] is not None:
+                    by_vote.setdefault(row["vote"], []).append(reward)
+            most = max(map(len, by_vote.values()), default=0)
+            first = [sum(of) / len(of) for of in by_vote.values() if len(of) == most]
+            values.append(sum(first) / len(first) if first else 0)
     return sum(values) / len(values), len(values)
 
 
@@ -166,13 +235,18 @@ def test_results_are_those_recomputed_from_the_written_lines(evaluation, tmp_pat
     assert len(rows) == 2 * SIZE * SAMPLES
     assert [row["sample"] for row in rows] == list(range(SAMPLES)) * 2 * SIZE
     assert len({row["completion"] for row in rows}) > SIZE, "samples of a problem differ"
+    assert {(row["kind"], row["reward"], row["valid"]) for row in rows} == {
+        ("right", 1.0, True),
+        ("wrong", 0.0, True),
+        ("failure", 0.0, False),
+    }
     assert list(found["average"]) == METRICS
     for name, of_set in found["sets"].items():
         mine = [row for row in rows if row["set"] == name]
         for metric, entry in of_set["metrics"].items():
             value, count = recomputed(mine, metric)
             assert entry["value"] == pytest.approx(value, abs=1e-12), metric
-            assert entry["problems"] == count == SIZE - 1
+            assert entry["problems"] == count == SIZE
             assert entry["low"] <= entry["value"] <= entry["high"]
         assert of_set["invalid"] == SAMPLES == sum(not row["valid"] for row in mine)
         assert of_set["tokens_mean"] == pytest.approx(np.mean([row["tokens"] for row in mine]))
@@ -316,6 +390,45 @@ def test_answers_of_one_normalised_text_vote_alike(verifier, same):
     assert completions.vote(completions.extracted(others, verifier), verifier) not in votes
 
 
+def test_the_answer_is_looked_for_where_the_verifier_is_told_to():
+    text = "\\boxed{1}\n#### 2\nThe answer is 3.\nAnswer: 4"
+    for verifier, mode, found in (
+        ("math", "boxed", "1"),
+        ("math", "hashes", "2"),
+        ("math", "strict", "2"),
+        ("math", "answer_line", "4"),
+        ("math", "answer_tags", None),
+        ("math", "", "4"),
+        ("math_strict", "", "2"),
+    ):
+        assert completions.extracted(text, verifier, mode) == found, (verifier, mode)
+
+
+def test_the_place_of_the_answer_reaches_the_verifier_the_lines_and_the_protocol(
+    evaluation, tmp_path, monkeypatch
+):
+    """Every completion has two answers; with ``hashes`` the one after #### is graded and voted."""
+    told = []
+    monkeypatch.setattr(
+        rollout_setup, "make_verifier", lambda name, mode: told.append((name, mode)) or Verifier()
+    )
+    config = dataclasses.replace(
+        evaluation.config, data=DataSection(verifier="math", answer_mode="hashes")
+    )
+    folder = tiny.write_folder(tmp_path / "tiny")
+    tokenizer = huggingface.load_tokenizer(folder)
+    with rollout_setup.open_setup(
+        config, folder, tiny.TINY, evaluation.setup.mesh, tokenizer
+    ) as opened:
+        assert told == [("math", "hashes")] and isinstance(opened.verifier, Verifier)
+    monkeypatch.setattr(Numbers, "batch_decode", lambda *_, **__: ["\\boxed{1}\n#### 2"] * 4)
+    other = dataclasses.replace(evaluation, config=config)
+    _, written = write(other, tmp_path / "out")
+    assert {json.loads(line)["extracted"] for line in written.splitlines()} == {"2"}
+    with pytest.raises(ValueError, match="another protocol: verifier is .*hashes.* there and "):
+        write(evaluation, tmp_path / "out")
+
+
 def test_a_completion_without_an_answer_has_no_vote():
     for verifier, text in (("exact", " "), ("math", "hm"), ("math_strict", "The answer is 5.")):
         assert completions.vote(completions.extracted(text, verifier), verifier) is None
@@ -364,12 +477,35 @@ def test_the_report_shows_every_problem_with_right_and_wrong_completions(evaluat
         rows = [json.loads(line) for line in written.splitlines()][start : start + SIZE * SAMPLES]
         for number, section in enumerate(part.split("<details>")[1:]):
             mine = rows[number * SAMPLES : (number + 1) * SAMPLES]
-            valid = [row for row in mine if row["valid"]]
-            right = int(sum(row["reward"] for row in valid))
-            assert section.startswith(f"<summary>{right}/{len(valid)} right")
+            right = int(sum(row["reward"] for row in mine))
+            assert section.startswith(f"<summary>{right}/{SAMPLES} right")
+            assert (f", {SAMPLES} not graded:" in section) == (number == SIZE - 1)
             assert str(mine[0]["uid"]) in section and "2 more in completions.jsonl" in section
             assert section.count("<p class=right>") >= (right > 0)
-            assert section.count("<p class=wrong>") >= (right < len(valid))
+            assert section.count("<p class=wrong>") >= (right < SAMPLES)
+
+
+def test_completions_that_could_not_be_graded_are_said_aloud(evaluation, tmp_path):
+    """By set where it stands alone, as a share of all while training; nothing where there are
+    none."""
+    found, _ = write(evaluation, tmp_path)
+    sentence = "warning: 6 of 30 completions of {} (20.00%) could not be graded and count as wrong"
+    assert [w.partition(";")[0] for w in warnings(found)] == [
+        sentence.format(name) for name in ("one", "two")
+    ]
+    page = "".join(
+        report(found, {"evaluated": "x", "protocol": {}}, tmp_path / "completions.jsonl")
+    )
+    assert all(f"<p>{sentence.format(name)}" in page for name in ("one", "two"))
+    found["sets"]["two"]["invalid"] = 0
+    assert len(warnings(found)) == 1
+    shares = {"eval/invalid": 0.3, "eval/verify/gold": 0.2, "eval/verify/failure": 0.1}
+    assert invalid_warning(shares) == (
+        "warning: 30.00% of the held-out completions could not be graded and count as wrong "
+        "(eval/invalid): 20.00% because the right answer cannot be read, 10.00% because the "
+        "verifier failed"
+    )
+    assert invalid_warning(shares | {"eval/invalid": 0.0}) == invalid_warning({}) == ""
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from basis_jax.data import sources, tasks
 from basis_jax.evaluation import completions
 from basis_jax.opening.checks import check_scorers
 from basis_jax.verify import make_verifier
-from basis_jax.verify.gym import given
+from basis_jax.verify.gym import submitted_answer
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from basis_jax.verify.gym import given
     ],
 )
 def test_the_answer_is_in_the_last_tags_else_at_a_mark_else_all(completion, answer):
-    assert given(completion) == answer
+    assert submitted_answer(completion) == answer
 
 
 def test_gym_problems_and_the_gym_verifier_need_each_other():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from basis_jax.config import SamplingSection
+from basis_jax.config import DataSection, SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.data.problem import Problem
 from basis_jax.model.sharding import make_mesh
@@ -30,10 +30,12 @@ class EvenLength:
     """Right when the completion has an even number of tokens; it fails on the last problem."""
 
     def grade(self, completions, answers):
-        return [
-            Verdict(float(len(c.split()) % 2 == 0), a != str(SIZE - 1), "")
-            for c, a in zip(completions, answers, strict=True)
-        ]
+        verdicts = []
+        for completion, answer in zip(completions, answers, strict=True):
+            right, failed = len(completion.split()) % 2 == 0, answer == str(SIZE - 1)
+            kind = "failure" if failed else "right" if right else "wrong"
+            verdicts.append(Verdict(float(right), not failed, "", kind))
+        return verdicts
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def setup():
 @pytest.fixture(scope="module")
 def origin(setup):
     return reference_table.table_origin(
-        setup, model_fingerprint="abc", sampling=SAMPLING, verifier="even"
+        setup, model_fingerprint="abc", sampling=SAMPLING, data=DataSection(verifier="even")
     )
 
 
@@ -193,6 +195,25 @@ def test_other_prompts_or_problems_and_unfinished_tables_are_refused(
         reference_table.rows_for(unfinished, problems, origin, path)
     with pytest.raises(ValueError, match="another model, sampling setting or problem set"):
         build(path, setup, others, origin, samples=1)
+
+
+def test_a_table_of_another_place_of_the_answer_is_refused(setup, problems, tmp_path):
+    """Both ways: made with the place and used without it, and the other way round."""
+    path = tmp_path / "t.npz"
+    origins = [
+        reference_table.table_origin(
+            setup,
+            model_fingerprint="abc",
+            sampling=SAMPLING,
+            data=DataSection(verifier="math", answer_mode=mode),
+        )
+        for mode in ("", "boxed")
+    ]
+    for ours, other in (origins, origins[::-1]):
+        table = build(tmp_path / ours["verifier"], setup, problems, ours, samples=1)
+        reference_table.rows_for(table, problems, ours, path)
+        with pytest.raises(ValueError, match="verifier 'math.*, run 'math"):
+            reference_table.rows_for(table, problems, other, path)
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):

@@ -17,21 +17,20 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(size):
         for k in range(1, size + 1):
             subsets = list(combinations(outcomes, k))
             share = sum(any(subset) for subset in subsets) / len(subsets)
-            (found,) = scores.pass_at_k(np.array([right]), np.array([size]), k)
+            (found,) = scores.pass_at_k(np.array([right]), size, k)
             assert found == pytest.approx(share, abs=1e-12)
 
 
 def test_pass_at_k_is_exact_where_binomials_are_huge():
     n, c, k = 1024, 3, 256
-    (found,) = scores.pass_at_k(np.array([c]), np.array([n]), k)
+    (found,) = scores.pass_at_k(np.array([c]), n, k)
     assert found == pytest.approx(1 - math.comb(n - c, k) / math.comb(n, k), rel=1e-12)
 
 
-def test_pass_at_k_needs_k_graded_completions():
-    found = scores.pass_at_k(np.array([2, 2, 0]), np.array([4, 3, 0]), 4)
-    assert found[0] == 1 and np.isnan(found[1:]).all()
-    with pytest.raises(ValueError, match="k of 1 or more, not 0"):
-        scores.pass_at_k(np.array([1]), np.array([1]), 0)
+@pytest.mark.parametrize("k", [0, 4])
+def test_pass_at_k_needs_as_many_completions(k):
+    with pytest.raises(ValueError, match=f"k of 1 to 3, the completions of a problem, not {k}"):
+        scores.pass_at_k(np.array([1]), 3, k)
 
 
 MAJORITIES = [  # votes, rewards, valid, score by hand
@@ -39,17 +38,18 @@ MAJORITIES = [  # votes, rewards, valid, score by hand
     ([0, 1, 1, 2], [1, 0, 0, 0], [1, 1, 1, 1], 0),  # the wrong answer has two
     ([0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1], 1 / 2),  # tie of two answers
     ([0, 1, 2, -1], [0, 0, 1, 0], [1, 1, 1, 1], 1 / 3),  # tie of three
-    ([0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1], 0),  # a failed verdict has no vote
+    ([0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1], 1 / 4),  # not graded: votes, and counts as wrong
+    ([0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1], 0),  # an answer not graded can win, and is wrong
     ([-1, -1, -1, 0], [0, 0, 0, 1], [1, 1, 1, 1], 1),  # who gives no answer abstains
     ([-1, -1, -1, -1], [0, 0, 0, 0], [1, 1, 1, 1], 0),  # nobody votes
-    ([0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], math.nan),  # nothing could be graded
+    ([0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], 0),  # nothing could be graded
     ([0, 0, 0, 1], [1, 0, 1, 0], [1, 1, 1, 1], 2 / 3),  # one answer, graded both ways
 ]
 
 
 def test_the_majority_is_that_counted_by_hand():
     votes, rewards, valid, expected = (np.array(column) for column in zip(*MAJORITIES, strict=True))
-    found = scores.majority(rewards.astype(float), valid.astype(bool), votes)
+    found = scores.all_scores(rewards.astype(float), valid.astype(bool), votes)["maj@4"]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
@@ -65,23 +65,28 @@ def test_majority_of_one_and_pass_at_one_are_the_average():
         np.testing.assert_array_equal(metric, single["avg@1"])
 
 
-def test_what_was_not_graded_is_in_no_mean_and_no_count():
-    valid = np.array([[True, False], [False, False], [True, True]])
-    rewards = np.array([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
-    found = scores.all_scores(rewards, valid, np.zeros((3, 2), int))
+def test_what_was_not_graded_counts_as_wrong_in_every_metric():
+    """Two right and two not graded give 1/2, whatever reward stands beside them; a problem that
+    nothing was graded of gives 0 and stays in the mean."""
+    valid = np.array([[True, True, False, False], [False] * 4])
+    found = scores.all_scores(np.ones((2, 4)), valid, np.zeros((2, 4), int))
+    assert {metric: values.tolist() for metric, values in found.items()} == {
+        "avg@4": [1 / 2, 0],
+        "pass@1": [1 / 2, 0],
+        "pass@2": [pytest.approx(5 / 6), 0],
+        "pass@4": [1, 0],
+        "maj@4": [1 / 2, 0],
+    }
     sets, average = scores.summary({"one": found})
-    assert sets["one"]["avg@2"]["value"] == 0.75 and sets["one"]["avg@2"]["problems"] == 2
-    assert sets["one"]["pass@2"]["value"] == 1 and sets["one"]["pass@2"]["problems"] == 1
+    assert sets["one"]["avg@4"]["value"] == 1 / 4 and sets["one"]["avg@4"]["problems"] == 2
     assert average == sets["one"]
 
 
-def test_a_set_without_a_verdict_makes_no_number():
-    dead = scores.all_scores(np.zeros((2, 1)), np.zeros((2, 1), bool), np.zeros((2, 1), int))
-    good = scores.all_scores(np.ones((2, 1)), np.ones((2, 1), bool), np.zeros((2, 1), int))
-    sets, average = scores.summary({"dead": dead, "good": good})
-    nothing = {"value": None, "low": None, "high": None, "problems": 0}
-    assert sets["dead"]["avg@1"] == nothing and sets["good"]["avg@1"]["value"] == 1
-    assert average["avg@1"] == nothing | {"problems": 2}
+def test_a_set_without_a_verdict_is_an_error():
+    shape = (2, 1)
+    with pytest.raises(ValueError, match="none of the 2 completions of AIME24 could be graded"):
+        scores.check_graded(np.zeros(shape, bool), "AIME24")
+    scores.check_graded(np.array([[False], [True]]), "AIME24")
 
 
 def test_sets_weigh_equally_in_the_average_and_intervals_hold_the_value():

@@ -27,6 +27,7 @@ from basis_jax.training.update import (
     reward_metrics,
 )
 from basis_jax.types import Rollouts
+from basis_jax.verify.verdicts import KINDS, verdict_of
 
 CONFIG = Config(
     run_dir="unused",
@@ -66,6 +67,7 @@ def graded(rows=8, seed=0):
         rewards=np.where(valid, rng.random(rows) < 0.5, 0).astype(np.float32),
         valid=valid,
         reasons=[""] * rows,
+        kinds=np.where(valid, "wrong", "failure").tolist(),
         sample_seconds=1.0,
         verify_seconds=0.0,
     )
@@ -350,6 +352,23 @@ def test_value_error_is_the_mean_squared_advantage_over_valid_rows():
     assert metrics["reward/invalid"] == pytest.approx(1 / 8)
 
 
+def test_a_time_out_is_wrong_and_not_invalid_and_every_kind_has_its_share():
+    """One rollout of eight failed to be graded, two took too long. Kinds that do not occur are 0,
+    so that every line of metrics.jsonl has the same keys."""
+    data, late = graded(), [verdict_of("timeout", "the comparison took too long")] * 2
+    data.kinds[5:7] = [verdict.kind for verdict in late]
+    data.rewards[5:7] = [verdict.reward for verdict in late]
+    data.valid[5:7] = [verdict.valid for verdict in late]
+    _, estimate = make_estimate(estimators.make("batch_mean"))((), data)
+    metrics = reward_metrics(data, estimate)
+    assert metrics["reward/invalid"] == metrics["verify/failure"] == 1 / 8
+    assert metrics["verify/timeout"] == 2 / 8
+    counted = {key: value for key, value in metrics.items() if key.startswith("verify/")}
+    assert set(counted) == {f"verify/{kind}" for kind in KINDS} - {"verify/right", "verify/wrong"}
+    assert all(type(value) is float for value in metrics.values())
+    assert sum(counted.values()) == 3 / 8
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -373,10 +392,21 @@ def test_sizes_that_do_not_divide_are_refused(change, sentence):
             "NVIDIA GPUs, .* this is cpu with",
         ),
         ("model", {"attention": "flash"}, "model.attention is 'flash'; allowed are plain, cudnn"),
+        (
+            "data",
+            {"verifier": "math", "answer_mode": "box"},
+            "data.answer_mode is 'box'; allowed are lenient, strict, boxed, hashes, answer_line",
+        ),
+        ("data", {"answer_mode": "boxed"}, "for data.verifier 'exact'; only 'math' takes one"),
+        (
+            "data",
+            {"verifier": "math_strict", "answer_mode": "lenient"},
+            "for data.verifier 'math_strict'; only 'math' takes one, leave it empty",
+        ),
         ("sampling", {"dtype": "int4"}, "sampling.dtype is 'int4'; allowed are float32, bfloat16"),
     ],
 )
-def test_words_that_the_model_does_not_know_are_refused(section, change, sentence):
+def test_words_that_nothing_knows_are_refused(section, change, sentence):
     part = dataclasses.replace(getattr(CONFIG, section), **change)
     with pytest.raises(ValueError, match=sentence):
         check(dataclasses.replace(CONFIG, **{section: part}), tiny.TINY, make_mesh())

@@ -19,7 +19,7 @@ from basis_jax.training.loop import train
 from basis_jax.training.watch import MIN_REWARDS, Watch, findings, has_signal
 from basis_jax.types import Rollouts
 from basis_jax.verify import Verifier
-from basis_jax.verify.verdicts import RIGHT, WRONG
+from basis_jax.verify.verdicts import RIGHT, WRONG, verdict_of
 
 N = 32
 
@@ -40,6 +40,7 @@ def graded(rewards, valid=None):
         rewards=rewards,
         valid=np.ones(rewards.size, bool) if valid is None else np.asarray(valid),
         reasons=["differs"] * rewards.size,
+        kinds=["wrong"] * rewards.size,
         sample_seconds=1.0,
         verify_seconds=0.0,
     )
@@ -58,6 +59,14 @@ def test_only_valid_rewards_count():
     assert not has_signal(graded([0.0, 1.0], [False, False]))
 
 
+class HalfFailing(Verifier):
+    """Every second verdict of a call is that the grading process was killed."""
+
+    def grade(self, completions, answers):
+        failed = verdict_of("failure", "the grading process died by SIGKILL")
+        return [(RIGHT, failed)[i % 2] for i in range(len(completions))]
+
+
 class EveryAnswer(Verifier):
     def __init__(self, verdict):
         self.verdict = verdict
@@ -67,8 +76,10 @@ class EveryAnswer(Verifier):
 
 
 def run_with(verdict, monkeypatch, tiny_folder, dapo_file, run_dir, **changes):
-    """A run in which every completion has this verdict; what it says ends up on the terminal."""
-    monkeypatch.setattr(rollout_setup, "make_verifier", lambda name: EveryAnswer(verdict))
+    """A run in which every completion has this verdict, or that of this verifier; what it says
+    ends up on the terminal."""
+    verifier = verdict if isinstance(verdict, Verifier) else EveryAnswer(verdict)
+    monkeypatch.setattr(rollout_setup, "make_verifier", lambda *_, **__: verifier)
     sizes = {"train.prompts-per-step": N, "train.minibatch-rollouts": N, "train.steps": 6}
     sizes |= {"train.microbatch-rollouts": N, "train.sample-rollouts": N, "train.patience": 4}
     arguments = small(tiny_folder, dapo_file, run_dir, **sizes | {"checkpoint.every": 2} | changes)
@@ -106,6 +117,8 @@ def test_all_wrong_moves_nothing_and_ends_the_run(
     lines = read_metrics(tmp_path / "run")
     assert [line["estimate/no_signal"] for line in lines[1:]] == [1.0] * 5
     assert "policy/grad_norm" not in lines[1]
+    samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert {json.loads(line)["kind"] for line in samples} == {"wrong"}
     shown = capsys.readouterr().out
     assert shown.count("valid rewards of this step are 0: there is nothing to learn") == 1
 
@@ -126,6 +139,18 @@ def test_all_right_is_solved(monkeypatch, capsys, tiny_folder, dapo_file, tmp_pa
     lines = read_metrics(tmp_path / "run")
     assert lines[-1]["step"] == 4 and "eval/accuracy" in lines[-1]
     assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
+
+
+def test_every_evaluation_says_what_could_not_be_graded(
+    monkeypatch, capsys, tiny_folder, dapo_file, tmp_path
+):
+    changes = {"train.steps": 1}
+    run_with(HalfFailing(), monkeypatch, tiny_folder, dapo_file, tmp_path / "run", **changes)
+    before, *_, after = read_metrics(tmp_path / "run")
+    assert before["eval/invalid"] == before["eval/verify/failure"] == after["eval/invalid"] == 0.5
+    assert before["eval/accuracy"] == after["eval/greedy_accuracy"] == 0.5
+    shown = capsys.readouterr().out
+    assert shown.count("50.00% of the held-out completions could not be graded and count") == 2
 
 
 def watch(**train_section):

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from basis_jax import command_line
 from basis_jax.evaluation.completions import results, write_completions
 from basis_jax.evaluation.evaluate import Evaluation, open_evaluation, protocol
-from basis_jax.evaluation.report import report, table
+from basis_jax.evaluation.report import report, table, warnings
 from basis_jax.files import replace_file
 from basis_jax.runs.provenance import provenance
 from basis_jax.weights import huggingface, trained
@@ -40,7 +40,7 @@ def main() -> None:
     about = {"evaluated": source, "protocol": fixed, **provenance(), "devices": devices}
     replace_file(out / "results.json", json.dumps({**found, **about}, indent=2) + "\n")
     replace_file(out / "report.html", "".join(report(found, about, path)))
-    print("\n".join(table(found)))
+    print("\n".join([*table(found), *warnings(found)]))
     for name in ("completions.jsonl", "protocol.json", "results.json", "report.html"):
         print(f"{name:18} {out / name}")
 

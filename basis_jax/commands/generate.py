@@ -95,8 +95,9 @@ def generate(
     not know."""
     folder, model_config, mesh = locate_model(config)
     room = model_config.max_positions - config.sampling.max_new_tokens
-    verifier = config.data.verifier if known else "exact"
-    data = dataclasses.replace(config.data, max_prompt_tokens=room, verifier=verifier)
+    data = dataclasses.replace(config.data, max_prompt_tokens=room)
+    if not known:
+        data = dataclasses.replace(data, verifier="exact", answer_mode="")
     config = dataclasses.replace(config, data=data, seed=options.seed)
     tokenizer = huggingface.load_tokenizer(folder)
     encoded = encode_prompts([problem], data, tokenizer)

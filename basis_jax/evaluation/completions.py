@@ -13,23 +13,24 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
+from basis_jax.config import DataSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.evaluation import scores
 from basis_jax.evaluation.evaluate import Evaluation, complete, sha256
 from basis_jax.files import append_json_lines, lock, read_json, replace_file, whole_lines
 from basis_jax.sampling.rollouts import ROWS_PER_SLOT, Graded
+from basis_jax.verify import extraction_mode
 from basis_jax.verify.compare import simplify, unwrapped, without_name
 from basis_jax.verify.extract import extract_answer
-from basis_jax.verify.gym import given
-from basis_jax.verify.mathematics import unfit
+from basis_jax.verify.gym import submitted_answer
+from basis_jax.verify.mathematics import why_not_comparable
 from basis_jax.verify.notation import canonical, number
 
 PROGRESS_EVERY_S = 10.0
 RULES = {
-    "invalid": "completions that could not be graded are in no numerator and no denominator",
+    "invalid": "a completion that could not be graded counts as wrong in every metric",
     "avg@k": "mean over problems of the mean reward of a problem's k completions",
-    "pass@k": "mean over problems of 1 - binom(n - c, k) / binom(n, k), c of n completions right; "
-    "problems with fewer than k graded completions are left out",
+    "pass@k": "mean over problems of 1 - binom(n - c, k) / binom(n, k), c of n completions right",
     "maj@k": "reward of the answer (field vote) that most of a problem's completions give; those "
     "without an answer abstain; ties: the mean over the tied answers; no vote: 0",
     "interval": f"95 % percentile bootstrap over problems, {scores.RESAMPLES} draws, seed 0; a "
@@ -100,22 +101,26 @@ def chunks(
             sampling=evaluation.sampling,
         )
         numbers = (units[:count] % samples).tolist()
-        verifier = evaluation.config.data.verifier
-        yield start, as_rows(graded, problems, name, numbers=numbers, verifier=verifier)
+        yield start, as_rows(graded, problems, name, numbers=numbers, data=evaluation.config.data)
         if time.monotonic() - reported > PROGRESS_EVERY_S or start + count == total:
             report(f"{name}: {start + count} of {total} completions")
             reported = time.monotonic()
 
 
 def as_rows(
-    graded: Graded, problems: EncodedProblems, name: str, *, numbers: Sequence[int], verifier: str
+    graded: Graded,
+    problems: EncodedProblems,
+    name: str,
+    *,
+    numbers: Sequence[int],
+    data: DataSection,
 ) -> list[dict[str, Any]]:
     """What is written of the first rollouts, those with the sample numbers ``numbers``. ``tokens``
     count the completion's, its EOS included."""
     rows = []
     for i, sample in enumerate(numbers):
         problem = problems.problems[graded.rollouts.problem_ids[i]]
-        answer = extracted(graded.completions[i], verifier)
+        answer = extracted(graded.completions[i], data.verifier, data.answer_mode)
         rows.append(
             {
                 "set": name,
@@ -127,8 +132,9 @@ def as_rows(
                 "reward": float(graded.rewards[i]),
                 "valid": bool(graded.valid[i]),
                 "reason": graded.reasons[i],
+                "kind": graded.kinds[i],
                 "extracted": answer,
-                "vote": vote(answer, verifier),
+                "vote": vote(answer, data.verifier),
                 "tokens": int(graded.rollouts.completion_lengths[i]),
                 "terminated": bool(graded.rollouts.terminated[i]),
             }
@@ -136,13 +142,14 @@ def as_rows(
     return rows
 
 
-def extracted(completion: str, verifier: str) -> str | None:
-    """The answer that the verifier finds in a completion; None where it finds none."""
+def extracted(completion: str, verifier: str, answer_mode: str = "") -> str | None:
+    """The answer that the verifier finds in a completion, where it looks for answers by
+    ``extraction_mode``; None where it finds none."""
     if verifier == "exact":
         return completion.strip() or None
     if verifier == "gym":
-        return given(completion) or None
-    return extract_answer(completion, "strict" if verifier == "math_strict" else "lenient")
+        return submitted_answer(completion) or None
+    return extract_answer(completion, extraction_mode(verifier, answer_mode))
 
 
 def vote(answer: str | None, verifier: str) -> str | None:
@@ -152,7 +159,7 @@ def vote(answer: str | None, verifier: str) -> str | None:
     computed, plain numbers as exact fractions, so 0.5, 1/2 and x = \\frac12 agree. No algebra is
     done, and the right answer is not looked at.
     """
-    if answer is None or verifier in ("exact", "gym") or unfit(answer):
+    if answer is None or verifier in ("exact", "gym") or why_not_comparable(answer):
         return answer
     text = without_name(simplify(canonical(answer)))
     value = number(text)
@@ -186,13 +193,15 @@ def results(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     """Every metric with its interval, computed from the lines of ``path`` alone, by set and as
     the average over sets; and of each set what was left out, not graded or cut short.
 
-    Raises ValueError where the lines are not those of the evaluation's plan.
+    Raises ValueError where the lines are not those of the evaluation's plan, and where no
+    completion of a set could be graded.
     """
     samples = evaluation.config.eval.samples
     rows = read_lines(path)
     described, scores_by_set = {}, {}
     for name, problems in evaluation.sets.items():
         columns = read_set(rows, name, problems, samples, path)
+        scores.check_graded(columns["valid"], name)
         scores_by_set[name] = scores.all_scores(
             *(columns[key] for key in ("reward", "valid", "vote"))
         )

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from basis_jax import verify
-from basis_jax.config import Config, EvalSection, SamplingSection
+from basis_jax.config import Config, DataSection, EvalSection, SamplingSection
 from basis_jax.data.encoding import EncodedProblems, encode_and_report
 from basis_jax.data.sources import load_held_out
 from basis_jax.evaluation import scores
@@ -28,22 +28,26 @@ from basis_jax.opening.checks import check_evaluation, check_memory
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup
 from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
+from basis_jax.verify.verdicts import shares
 from basis_jax.weights import huggingface, layout
 
 
 def problem_scores(rewards: np.ndarray, valid: np.ndarray, samples: int) -> np.ndarray:
-    """Mean reward per problem (its ``samples`` rows adjacent) over valid ones; problems without a
-    valid one are left out.
+    """Mean reward per problem, whose ``samples`` rows are adjacent; rows that are not valid count
+    as wrong."""
+    shape = (-1, samples)
+    return scores.average(scores.counted_rewards(rewards.reshape(shape), valid.reshape(shape)))
 
-    Raises ValueError where no completion at all could be graded.
-    """
-    if not valid.any():
-        raise ValueError(
-            f"none of the {valid.size} held-out completions could be graded (the verifier "
-            "failed on every one); check data.verifier and the answers"
-        )
-    means = scores.average(rewards.reshape(-1, samples), valid.reshape(-1, samples))
-    return means[~np.isnan(means)]
+
+def invalid_warning(metrics: Mapping[str, float]) -> str:
+    """A sentence where some of the completions of an ``evaluate`` could not be graded, else ""."""
+    if not metrics.get("eval/invalid"):
+        return ""
+    return (
+        f"warning: {metrics['eval/invalid']:.2%} of the held-out completions could not be graded "
+        f"and count as wrong (eval/invalid): {metrics['eval/verify/gold']:.2%} because the right "
+        f"answer cannot be read, {metrics['eval/verify/failure']:.2%} because the verifier failed"
+    )
 
 
 def complete(
@@ -79,9 +83,12 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy at the evaluation temperature and greedily: the average over sets with its 95 %
     interval (``eval/accuracy``, ``eval/greedy_accuracy``), and each set's own where there are
-    several. ``eval/invalid``: the share of all completions without a verdict, which no accuracy
-    counts."""
-    metrics, valid = {}, []
+    several. ``eval/invalid``: the share of all completions that could not be graded; they count as
+    wrong. ``eval/verify/...``: the share of each kind of verdict (``verify.verdicts.shares``).
+
+    Raises ValueError where no completion of a set could be graded.
+    """
+    metrics, valid, kinds = {}, [], []
     passes = [("", section.samples, section.temperature), ("greedy_", 1, 0.0)]
     for prefix, samples, temperature in passes:
         scores_by_set = {}
@@ -94,7 +101,9 @@ def evaluate(
                 samples=samples,
                 sampling=dataclasses.replace(sampling, temperature=temperature),
             )
+            scores.check_graded(graded.valid, name)
             valid.append(graded.valid)
+            kinds += graded.kinds
             scores_by_set[name] = problem_scores(graded.rewards, graded.valid, samples)
             if len(sets) > 1:
                 metrics[f"eval/{name}/{prefix}accuracy"] = float(scores_by_set[name].mean())
@@ -104,6 +113,7 @@ def evaluate(
         )
         metrics[f"eval/{prefix}accuracy_low"] = low
         metrics[f"eval/{prefix}accuracy_high"] = high
+    metrics |= {f"eval/{name}": share for name, share in shares(kinds).items()}
     return metrics | {"eval/invalid": 1.0 - float(np.concatenate(valid).mean())}
 
 
@@ -191,7 +201,7 @@ def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
         "max_new_tokens": sampling.max_new_tokens,
         "eos_ids": list(setup.eos_ids),
         "seed": setup.seed,
-        "verifier": verifier_version(config.data.verifier),
+        "verifier": verifier_version(config.data),
         "model": described,
         "weights_sha256": params_sha256(params, setup.model_config),
     }
@@ -210,12 +220,18 @@ def params_sha256(params: PyTree, model_config: ModelConfig) -> str:
     return digest.hexdigest()
 
 
-def verifier_version(name: str) -> dict[str, str]:
-    """A verifier's name, a hash of the source of ``verify/``, and the packages it computes with."""
+def verifier_version(section: DataSection) -> dict[str, str]:
+    """The verifier's name, where it looks for answers, a hash of the source of ``verify/``, and the
+    packages it computes with."""
     digest = hashlib.sha256()
     for path in sorted(Path(verify.__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     mathematics = ("math-verify", "latex2sympy2-extended", "sympy")
-    packages = {"exact": (), "gym": ("reasoning-gym",)}.get(name, mathematics)
+    packages = {"exact": (), "gym": ("reasoning-gym",)}.get(section.verifier, mathematics)
     versions = {package: importlib.metadata.version(package) for package in packages}
-    return {"name": name, "source_sha256": digest.hexdigest(), **versions}
+    return {
+        "name": section.verifier,
+        "answer_mode": section.answer_mode,
+        "source_sha256": digest.hexdigest(),
+        **versions,
+    }

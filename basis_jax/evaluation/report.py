@@ -28,9 +28,18 @@ def table(found: Mapping[str, Any]) -> list[str]:
     return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
 
 
-def percent(metric: Mapping[str, float | int | None]) -> str:
-    if metric["value"] is None:
-        return "not graded"
+def warnings(found: Mapping[str, Any]) -> list[str]:
+    """A sentence for each set of which some completions could not be graded."""
+    return [
+        f"warning: {of_set['invalid']} of {of_set['completions']} completions of {name} "
+        f"({of_set['invalid'] / of_set['completions']:.2%}) could not be graded and count as "
+        "wrong; kind and reason in completions.jsonl say why"
+        for name, of_set in found["sets"].items()
+        if of_set["invalid"]
+    ]
+
+
+def percent(metric: Mapping[str, float | int]) -> str:
     return f"{metric['value']:.1%} [{metric['low']:.1%}, {metric['high']:.1%}]"
 
 
@@ -44,7 +53,10 @@ def report(found: Mapping[str, Any], about: Mapping[str, Any], path: Path) -> It
         sizes = [name, of_set["problems"], of_set["invalid"], f"{of_set['truncated']:.1%}"]
         yield row("td", [*sizes, *(percent(of_set["metrics"][m]) for m in names)])
     yield row("td", ["average", "", "", "", *(percent(found["average"][m]) for m in names)])
-    yield "</table>\n<ul>\n"
+    yield "</table>\n"
+    for warning in warnings(found):
+        yield f"<p>{text(warning)}</p>\n"
+    yield "<ul>\n"
     for name, rule in found["rules"].items():
         yield f"<li>{text(name)}: {text(rule)}</li>\n"
     protocol_text = json.dumps(about["protocol"], indent=2)
@@ -58,16 +70,16 @@ def report(found: Mapping[str, Any], about: Mapping[str, Any], path: Path) -> It
 
 def problem(rollouts: Sequence[Mapping[str, Any]]) -> str:
     """One problem: pass rate, text, right answer, and some completions, right and wrong ones."""
-    valid = [r for r in rollouts if r["valid"]]
-    right = sum(r["reward"] > 0.5 for r in valid)
+    invalid = sum(not r["valid"] for r in rollouts)
+    right = sum(r["valid"] and r["reward"] > 0.5 for r in rollouts)
     prompt = rollouts[0]["problem"]
     if not isinstance(prompt, str):  # the messages of a chat
         prompt = "\n".join(f"{role}: {content}" for role, content in prompt)
     shown = choose_shown(rollouts)
     left = len(rollouts) - len(shown)
     return (
-        f"<details><summary>{right}/{len(valid)} right"
-        f"{f', {len(rollouts) - len(valid)} not graded' if len(valid) < len(rollouts) else ''}: "
+        f"<details><summary>{right}/{len(rollouts)} right"
+        f"{f', {invalid} not graded' if invalid else ''}: "
         f"{text(' '.join(prompt.split())[:100])}</summary>\n"
         f"<p>problem {rollouts[0]['uid']}</p><pre>{text(prompt)}</pre>"
         f"<p>right answer</p><pre>{text(rollouts[0]['answer'])}</pre>\n"

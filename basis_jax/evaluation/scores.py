@@ -1,7 +1,7 @@
 """Scores of graded completions, and intervals clustered by problem. NumPy only.
 
-Axes: M problems, C completions of each. A completion whose verdict is not valid is in no sum and no
-count; a problem without enough valid ones scores NaN and leaves the metric's mean.
+Axes: M problems, C completions of each. Every completion counts: one that could not be graded has
+reward 0, as a wrong one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,54 +34,60 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def average(
+def check_graded(valid: np.ndarray, name: str) -> None:
+    """Raise a ValueError where no completion of the set ``name`` could be graded."""
+    if not valid.any():
+        raise ValueError(
+            f"none of the {valid.size} completions of {name} could be graded (the verifier failed "
+            "on every one); check data.verifier and the answers"
+        )
+
+
+def counted_rewards(
     rewards: Float[np.ndarray, "M C"], valid: Bool[np.ndarray, "M C"]
-) -> Float[np.ndarray, " M"]:
-    """avg@C: mean reward of a problem's valid completions; NaN where there is none."""
-    counted = valid.sum(axis=1)
-    total = np.where(valid, rewards, 0).sum(axis=1)
-    return np.where(counted > 0, total / np.maximum(counted, 1), np.nan)
+) -> Float[np.ndarray, "M C"]:
+    """Rewards as every metric counts them: 0 where a completion could not be graded."""
+    return np.where(valid, rewards, 0).astype(np.float64)
 
 
-def pass_at_k(
-    solved: Int[np.ndarray, " M"], counted: Int[np.ndarray, " M"], k: int
-) -> Float[np.ndarray, " M"]:
-    """1 - binom(n - c, k) / binom(n, k): the probability that k of the n = ``counted`` completions,
+def average(rewards: Float[np.ndarray, "M C"]) -> Float[np.ndarray, " M"]:
+    """avg@C: mean reward of a problem's completions."""
+    return rewards.mean(axis=1)
+
+
+def pass_at_k(solved: Int[np.ndarray, " M"], size: int, k: int) -> Float[np.ndarray, " M"]:
+    """1 - binom(n - c, k) / binom(n, k): the probability that k of the n = ``size`` completions,
     drawn without replacement, hold one of the c = ``solved``. Unbiased for pass@k under n
-    independent completions (Chen et al. 2021, arXiv 2107.03374, eq. 1). NaN where n < k.
+    independent completions (Chen et al. 2021, arXiv 2107.03374, eq. 1).
 
-    Raises ValueError for k < 1.
+    Raises ValueError for k < 1 and k > n.
     """
-    if k < 1:
-        raise ValueError(f"pass@k needs k of 1 or more, not {k}")
+    if not 1 <= k <= size:
+        raise ValueError(f"pass@k needs k of 1 to {size}, the completions of a problem, not {k}")
     drawn = np.arange(k)
-    wrong_left = (counted - solved)[:, None] - drawn  # 0 at some draw where there are too few
-    all_wrong = (wrong_left / np.maximum(counted[:, None] - drawn, 1)).prod(axis=1)
-    return np.where(counted >= k, 1 - all_wrong, np.nan)
+    wrong_left = (size - solved)[:, None] - drawn  # 0 at some draw where there are too few
+    return 1 - (wrong_left / (size - drawn)).prod(axis=1)
 
 
 def majority(
-    rewards: Float[np.ndarray, "M C"],
-    valid: Bool[np.ndarray, "M C"],
-    votes: Int[np.ndarray, "M C"],
+    rewards: Float[np.ndarray, "M C"], votes: Int[np.ndarray, "M C"]
 ) -> Float[np.ndarray, " M"]:
-    """maj@C: the reward of the answer that most of a problem's valid completions give.
+    """maj@C: the reward of the answer that most of a problem's completions give.
 
     ``votes`` number the different answers of a problem from 0; below 0 a completion gives none
-    and abstains. The reward of an answer is the mean over the completions that give it; where
-    several answers have most votes, the mean over these answers. Without a vote the score is 0,
-    without a valid completion NaN.
+    and abstains. One that could not be graded votes as the others do. The reward of an answer is
+    the mean over the completions that give it; where several answers have most votes, the mean
+    over these answers. Without a vote the score is 0.
     """
     problems, size = votes.shape
-    row, column = np.nonzero(valid & (votes >= 0))
+    row, column = np.nonzero(votes >= 0)
     number = np.zeros((problems, size))
     total = np.zeros((problems, size))
     np.add.at(number, (row, votes[row, column]), 1)
     np.add.at(total, (row, votes[row, column]), rewards[row, column])
     first = (number == number.max(axis=1, keepdims=True)) & (number > 0)
     reward = np.where(first, total / np.maximum(number, 1), 0).sum(axis=1)
-    score = reward / np.maximum(first.sum(axis=1), 1)
-    return np.where(valid.any(axis=1), score, np.nan)
+    return reward / np.maximum(first.sum(axis=1), 1)
 
 
 def all_scores(
@@ -90,28 +96,20 @@ def all_scores(
     votes: Int[np.ndarray, "M C"],
 ) -> dict[str, np.ndarray]:
     """Every metric's per-problem scores: ``avg@C``, ``pass@k`` for powers of two up to C (right:
-    a reward above 1/2), ``maj@C``."""
-    size = rewards.shape[1]
-    solved, counted = (valid & (rewards > 0.5)).sum(axis=1), valid.sum(axis=1)
+    a reward above 1/2), ``maj@C``. Where not ``valid``, a completion counts as wrong."""
+    rewards, size = counted_rewards(rewards, valid), rewards.shape[1]
+    solved = (rewards > 0.5).sum(axis=1)
     powers = [2**i for i in range(size.bit_length())]
-    passed = {f"pass@{k}": pass_at_k(solved, counted, k) for k in powers}
-    return {
-        f"avg@{size}": average(rewards, valid),
-        **passed,
-        f"maj@{size}": majority(rewards, valid, votes),
-    }
+    passed = {f"pass@{k}": pass_at_k(solved, size, k) for k in powers}
+    return {f"avg@{size}": average(rewards), **passed, f"maj@{size}": majority(rewards, votes)}
 
 
-def mean_with_interval(sets: Sequence[np.ndarray]) -> dict[str, float | int | None]:
+def mean_with_interval(sets: Sequence[np.ndarray]) -> dict[str, float | int]:
     """The average over sets of their problems' mean score, its 95 % interval and the number of
-    problems counted; None where a set has no problem that counts."""
-    kept = [scores[~np.isnan(scores)] for scores in sets]
-    problems = sum(map(len, kept))
-    if not all(map(len, kept)):
-        return {"value": None, "low": None, "high": None, "problems": problems}
-    low, high = bootstrap_interval(kept)
-    value = float(np.mean([scores.mean() for scores in kept]))
-    return {"value": value, "low": low, "high": high, "problems": problems}
+    problems."""
+    low, high = bootstrap_interval(sets)
+    value = float(np.mean([scores.mean() for scores in sets]))
+    return {"value": value, "low": low, "high": high, "problems": sum(map(len, sets))}
 
 
 def summary(scores_by_set: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict, dict]:

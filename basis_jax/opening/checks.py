@@ -14,6 +14,7 @@ from basis_jax.model import costs
 from basis_jax.model.decoder import ATTENTION, REMAT, ModelConfig, computed_in
 from basis_jax.model.sharding import batch_shards, check_divides
 from basis_jax.opening.ranges import check_ranges
+from basis_jax.verify import extraction_mode
 
 WARNINGS = tuple(field.name for field in dataclasses.fields(WatchSection))
 SCHEDULES = ("constant", "linear", "cosine")
@@ -228,8 +229,10 @@ def check_features(size: int, count: int, width: int) -> None:
 
 
 def check_data(section: DataSection) -> None:
-    """Raise a ValueError for a wrapper without a place for the problem and an unknown format."""
+    """Raise a ValueError for a wrapper without a place for the problem, an unknown format, and a
+    place of the answer that the verifier does not look at."""
     check_words(("data.prompt_format", section.prompt_format, FORMATS))
+    extraction_mode(section.verifier, section.answer_mode)
     if section.problem_wrapper and "{problem}" not in section.problem_wrapper:
         raise ValueError(
             f"data.problem_wrapper is {section.problem_wrapper!r}; write {{problem}} where the "

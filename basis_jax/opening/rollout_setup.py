@@ -44,7 +44,7 @@ def open_setup(
     """Start the verifier and yield the setup; the verifier's processes end with the block."""
     ends = huggingface.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer)
     report_turn_end(config, tokenizer, ends, report)
-    with make_verifier(config.data.verifier) as verifier:
+    with make_verifier(config.data.verifier, mode=config.data.answer_mode) as verifier:
         yield RolloutSetup(
             model_config=model_config,
             mesh=mesh,

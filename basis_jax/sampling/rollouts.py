@@ -46,6 +46,7 @@ class Graded:
     rewards: np.ndarray  # [N] float32; 0 where invalid
     valid: np.ndarray  # [N] bool: False where the verifier failed
     reasons: list[str]
+    kinds: list[str]  # of verdicts: verify.verdicts.KINDS
     sample_seconds: float
     verify_seconds: float  # that grading took beyond sampling
 
@@ -135,6 +136,7 @@ def roll_out(
         rewards=np.array([v.reward if v.valid else 0.0 for v in verdicts], np.float32),
         valid=np.array([v.valid for v in verdicts]),
         reasons=[v.reason for v in verdicts],
+        kinds=[v.kind for v in verdicts],
         sample_seconds=sampled - started,
         verify_seconds=time.perf_counter() - sampled,
     )

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from basis_jax.config import Config
 from basis_jax.data.order import batch_indices
-from basis_jax.evaluation.evaluate import evaluate
+from basis_jax.evaluation.evaluate import evaluate, invalid_warning
 from basis_jax.runs import checkpoint
 from basis_jax.runs.compiles import count_compiles
 from basis_jax.runs.identity import lock_run, open_run
@@ -113,7 +113,7 @@ def run_steps(
             if restored is None:
                 with stopper.droppable():
                     before = evaluate_now(state.params, session)
-                records.log(0, before | compiled.take())
+                log_step(records, 0, before | compiled.take())
             watch = Watch(config, read_metrics(run_dir))
             for done in range(start + 1, last + 1):
                 if watch.solved:
@@ -126,7 +126,7 @@ def run_steps(
                         metrics |= evaluate_now(state.params, session)
                 shown = shown_rows(session, graded, estimate, config.train.log_samples)
                 records.samples(done, shown)
-                records.log(done, metrics | compiled.take())
+                log_step(records, done, metrics | compiled.take())
                 if at_end or done % config.checkpoint.every == 0:
                     checkpoint.save(checkpoints, state, dataclasses.asdict(config))
                 for callback in callbacks:
@@ -139,6 +139,13 @@ def run_steps(
             if records.last_step == int(state.step) > (checkpoints.latest_step() or 0):
                 checkpoint.save(checkpoints, state, dataclasses.asdict(config))
             raise stopper.stopped_after(records.last_step) from None
+
+
+def log_step(records: Records, step: int, metrics: Mapping[str, float]) -> None:
+    """Log the step, and say where held-out completions could not be graded."""
+    records.log(step, metrics)
+    if warning := invalid_warning(metrics):
+        records.message(warning)
 
 
 def make_step(
@@ -257,6 +264,7 @@ def shown_rows(session: Session, graded: Graded, estimate: Estimate, count: int)
             "reward": float(graded.rewards[i]),
             "valid": bool(graded.valid[i]),
             "reason": graded.reasons[i],
+            "kind": graded.kinds[i],
             "value": float(estimate.values[i]),
             "advantage": float(estimate.advantages[i]),
             "terminated": bool(graded.rollouts.terminated[i]),

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import PyTree
 
-from basis_jax.config import SamplingSection
+from basis_jax.config import DataSection, SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.files import replace_file
 from basis_jax.sampling.rollouts import ROWS_PER_SLOT, RolloutSetup, roll_out
@@ -41,13 +41,13 @@ class ReferenceTable:
 
 
 def table_origin(
-    setup: RolloutSetup, *, model_fingerprint: str, sampling: SamplingSection, verifier: str
+    setup: RolloutSetup, *, model_fingerprint: str, sampling: SamplingSection, data: DataSection
 ) -> dict:
     """What two tables must share to count the same thing, the rounding of the dtype that rollouts
     are decoded in aside."""
     return {
         "model": model_fingerprint,
-        "verifier": verifier,
+        "verifier": f"{data.verifier} {data.answer_mode}".strip(),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,

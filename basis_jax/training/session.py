@@ -152,7 +152,7 @@ def reference_table(
         session.setup,
         model_fingerprint=huggingface.fingerprint(session.folder),
         sampling=session.config.sampling,
-        verifier=session.config.data.verifier,
+        data=session.config.data,
     )
     if section.table:
         table_path = Path(section.table)

@@ -21,6 +21,7 @@ from basis_jax.model.logprobs import token_logprobs
 from basis_jax.model.sharding import constrain, named_tree
 from basis_jax.sampling.rollouts import Graded
 from basis_jax.types import Batch, Estimate, Signals, TrainState
+from basis_jax.verify.verdicts import shares
 
 
 def learning_rate(section: OptimSection, *, updates: int) -> optax.Schedule:
@@ -302,7 +303,7 @@ def apply_gradients(
 
 
 def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
-    """What a step tells about rewards, lengths and the value estimates.
+    """What a step tells about rewards, verdicts, lengths and the value estimates.
 
     ``estimate/value_error`` is the mean of (reward - value)^2 over valid rows: the values' own
     squared error plus the rewards' noise E[V (1 - V)], so only differences between runs count.
@@ -324,6 +325,7 @@ def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
         "time/verify_s": graded.verify_seconds,
         "throughput/sample_tokens_per_s": graded.tokens / graded.sample_seconds,
     }
+    metrics |= shares(graded.kinds)
     for name, value in estimate.info.items():
         if np.ndim(value) == 0:
             metrics[f"estimate/{name}"] = value

@@ -2,7 +2,9 @@
 told, invalid (``valid`` False, never a silent 0). No JAX here."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from basis_jax.verify.extract import MODES
 from basis_jax.verify.verdicts import RIGHT, WRONG, Verdict, Verifier
 
 VERIFIERS = ("exact", "math", "math_strict", "gym")
@@ -16,13 +18,30 @@ class ExactVerifier(Verifier):
         return [RIGHT if c.strip() == a.strip() else WRONG for c, a in pairs]
 
 
-def make_verifier(name: str, **options) -> Verifier:
+def extraction_mode(verifier: str, mode: str = "") -> str:
+    """Where a verifier looks for the answer (``extract.MODES``): ``mode``, or, where it is empty,
+    "strict" for ``math_strict`` and else "lenient".
+
+    Raises ValueError for an unknown mode, and for one given to a verifier other than ``math``.
+    """
+    if mode and verifier != "math":
+        raise ValueError(
+            f"data.answer_mode is {mode!r} for data.verifier {verifier!r}; only 'math' takes one, "
+            "leave it empty"
+        )
+    if mode and mode not in MODES:
+        raise ValueError(f"data.answer_mode is {mode!r}; allowed are {', '.join(MODES)}")
+    return mode or ("strict" if verifier == "math_strict" else "lenient")
+
+
+def make_verifier(name: str, *, mode: str = "", **options: Any) -> Verifier:
     """The verifier called ``name``: ``exact``; ``math``, which finds and compares mathematical
-    answers (``MathVerifier`` has the options; ``mode`` is where answers stand by the data set's
-    prompt, ``extract.MODES``); ``math_strict``, which takes only boxed answers and those after
-    ``####``; ``gym``, the scorers of reasoning-gym. Raises ValueError for an unknown name."""
+    answers (``MathVerifier`` has the options; ``mode`` is that of ``extraction_mode``);
+    ``math_strict``, which takes only boxed answers and those after ``####``; ``gym``, the scorers
+    of reasoning-gym. Raises ValueError for an unknown name or mode."""
     if name not in VERIFIERS:
         raise ValueError(f"data.verifier is {name!r}; allowed are {', '.join(VERIFIERS)}")
+    mode = extraction_mode(name, mode)
     if name == "exact":
         return ExactVerifier(**options)
     if name == "gym":
@@ -31,6 +50,4 @@ def make_verifier(name: str, **options) -> Verifier:
         return GymVerifier(**options)
     from basis_jax.verify.mathematics import MathVerifier
 
-    if name == "math_strict":
-        options = {"mode": "strict"} | options
-    return MathVerifier(**options)
+    return MathVerifier(mode=mode, **options)

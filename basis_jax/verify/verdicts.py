@@ -38,12 +38,12 @@ RIGHT = verdict_of("right", "equal")
 WRONG = verdict_of("wrong", "differs")
 
 
-def shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """The share of each kind of verdict, as metrics: ``verify/timeout`` and so on. All kinds but
-    right and wrong, which are the reward. Raises ValueError where there are no verdicts."""
-    if not verdicts:
+def shares(kinds: Sequence[str]) -> dict[str, float]:
+    """The share of each kind of verdict among ``kinds``, one a verdict, as metrics:
+    ``verify/timeout`` and so on, 0 for a kind that does not occur. All kinds but right and wrong,
+    which are the reward. Raises ValueError where there are no verdicts."""
+    if not kinds:
         raise ValueError("no verdicts; give at least one")
-    kinds = [verdict.kind for verdict in verdicts]
     return {
         f"verify/{kind}": kinds.count(kind) / len(kinds)
         for kind in KINDS

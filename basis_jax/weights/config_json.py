@@ -185,7 +185,7 @@ def read_rope(
 
 def _scaling(
     kind: str, rope: Mapping[str, Any], raw: Mapping[str, Any], theta: float
-) -> RopeScaling:
+) -> RopeScaling | LinearScaling | YarnScaling:
     where = f" in a rotary embedding of type {kind}"
     factor = _positive(rope, "factor", where=where)
     if kind == "linear":
