@@ -298,6 +298,8 @@ def test_a_benchmarks_stand_in_may_have_another_form_and_other_columns(tmp_path)
 
 def test_a_prompt_with_two_answers_is_reported():
     class Tokenizer:
+        bos_token_id = eos_token_id = None
+
         def __call__(self, texts, add_special_tokens):
             return {"input_ids": [[1]] * len(texts)}
 
@@ -354,6 +356,8 @@ def test_evaluating_on_training_rows_is_one_warning():
 
 def test_a_chat_that_the_template_refuses_is_one_sentence():
     class Tokenizer:
+        chat_template = "{{ messages }}"
+
         def apply_chat_template(self, chat, **_):
             raise TypeError("roles must\nalternate")
 

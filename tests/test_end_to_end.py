@@ -2,12 +2,17 @@
 
 import random
 import runpy
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from whole_runs import (
     ROOT,
+    command,
+    environment,
     final_arrays,
     lines,
     repeatable,
@@ -110,6 +115,38 @@ def test_a_finished_run_started_again_only_tells_its_result(reference_run, tiny_
     assert (run_dir / "metrics.jsonl").read_text() == before
     assert output.splitlines()[-7:] == again.stdout.splitlines()[-7:]
     assert not (run_dir / "reference.npz").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_for_bit(
+    reference_run, tiny_folder, dapo_file, tmp_path, number
+):
+    arguments = small(tiny_folder, dapo_file, tmp_path / "run", **{"train.minibatch-rollouts": 4})
+    arguments += ["--checkpoint.every", "100"]
+    process = subprocess.Popen(
+        command("train.py", "quickstart.py", *arguments),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(lines(metrics)) > 1):
+        time.sleep(0.01)
+    process.send_signal(number)
+    asked = time.monotonic()
+    shown = process.communicate(timeout=60)[0]
+    assert time.monotonic() - asked < 20
+    last = lines(metrics)[-1]["step"]
+    if last < 4:  # else it was done before the signal came
+        assert process.returncode == 128 + number
+        assert f"stopped by {number.name} after step {last}; what is done is saved" in shown
+        assert shown.splitlines()[-1].split()[0] == "python" and "--optim.lr" in shown
+        assert (tmp_path / "run" / "checkpoints" / str(last)).is_dir()
+        assert "StopRequested" in (tmp_path / "run" / "log.txt").read_text()
+    done = run("train.py", "quickstart.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", reference_run[0])
 
 
 @pytest.mark.slow
