@@ -81,7 +81,7 @@ def find_problem(config: Config, prompt: str, answer: str | None) -> Problem | N
             training = path == config.data.path
             problems = load_training(config.data) if training else []
             if path in config.eval.sets:
-                problems = problems + load_held_out(path, config.eval.folder)
+                problems = problems + load_held_out(path, config.eval.folder, config.data)
             for problem in problems:
                 if problem.prompt == prompt:
                     return problem

@@ -13,6 +13,7 @@ from basis_jax.runs.provenance import provenance
 
 MAY_DIFFER = (
     "run_dir",  # the folder was moved
+    "data.answers_wanted",  # the hash of the problems holds what it changes
     "model.remat",
     "loss.logprob_chunk",
     "train.log_samples",

@@ -4,6 +4,7 @@ told, invalid (``valid`` False, never a silent 0). No JAX here."""
 from collections.abc import Sequence
 from typing import Any
 
+from basis_jax.verify.accepted import any_of, together
 from basis_jax.verify.extract import MODES
 from basis_jax.verify.verdicts import RIGHT, WRONG, Verdict, Verifier
 
@@ -11,11 +12,23 @@ VERIFIERS = ("exact", "math", "math_strict", "gym")
 
 
 class ExactVerifier(Verifier):
-    """Right when the whole completion, spaces around it aside, is the answer."""
+    """Right when the whole completion, spaces around it aside, is the answer; several that are all
+    wanted stand in it in any order, with commas between them."""
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        return any_of(self.grade_single, completions, answers)
+
+    def grade_single(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         pairs = zip(completions, answers, strict=True)
-        return [RIGHT if c.strip() == a.strip() else WRONG for c, a in pairs]
+        return [RIGHT if is_exactly(c, a) else WRONG for c, a in pairs]
+
+
+def is_exactly(completion: str, answer: str) -> bool:
+    wanted = together(answer)
+    if wanted is None:
+        return completion.strip() == answer.strip()
+    parts = [part.strip() for part in completion.split(",")]
+    return sorted(parts) == sorted(part.strip() for part in wanted)
 
 
 def extraction_mode(verifier: str, mode: str = "") -> str:
@@ -38,16 +51,17 @@ def make_verifier(name: str, *, mode: str = "", **options: Any) -> Verifier:
     """The verifier called ``name``: ``exact``; ``math``, which finds and compares mathematical
     answers (``MathVerifier`` has the options; ``mode`` is that of ``extraction_mode``);
     ``math_strict``, which takes only boxed answers and those after ``####``; ``gym``, the scorers
-    of reasoning-gym. Raises ValueError for an unknown name or mode."""
+    of reasoning-gym. Of several accepted answers one is enough, or all are wanted (``accepted``).
+    Raises ValueError for an unknown name or mode."""
     if name not in VERIFIERS:
         raise ValueError(f"data.verifier is {name!r}; allowed are {', '.join(VERIFIERS)}")
     mode = extraction_mode(name, mode)
-    if name == "exact":
-        return ExactVerifier(**options)
     if name == "gym":
         from basis_jax.verify.gym import GymVerifier
 
         return GymVerifier(**options)
+    if name == "exact":
+        return ExactVerifier(**options)
     from basis_jax.verify.mathematics import MathVerifier
 
     return MathVerifier(mode=mode, **options)

@@ -4,6 +4,7 @@ Python where that suffices (most answers), and in worker processes where algebra
 import os
 from collections.abc import Sequence
 
+from basis_jax.verify.accepted import any_of
 from basis_jax.verify.compare import equivalent
 from basis_jax.verify.criteria import read_criterion
 from basis_jax.verify.extract import MODES, extract_answer
@@ -54,7 +55,11 @@ class MathVerifier(Verifier):
         self.remembered: dict[tuple[str, str], Verdict] = {}
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """A verdict for each completion. Equal comparisons are made once."""
+        """A verdict for each completion; any of several accepted answers is enough."""
+        return any_of(self.grade_single, completions, answers)
+
+    def grade_single(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        """A verdict for each completion and its one answer. Equal comparisons are made once."""
         pairs, verdicts = [], {}
         for completion, gold in zip(completions, answers, strict=True):
             answer = extract_answer(completion, self.mode)
