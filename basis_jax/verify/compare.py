@@ -99,9 +99,9 @@ class Comparison:
             return False
         if bool(ORDER.search(gold)) != bool(ORDER.search(answer)):
             gold, answer = as_intervals(gold), as_intervals(answer)
-        values = number(gold), number(answer)
-        if None not in values:
-            return self.tolerance.allows(*values)
+        left, right = number(gold), number(answer)
+        if left is not None and right is not None:
+            return self.tolerance.allows(left, right)
         if REPEATED.search(answer):
             return False
         for compare in KINDS:
@@ -300,9 +300,9 @@ def same_percent(gold: str, answer: str, same: Same) -> bool | None:
     if gold.endswith(r"\%") == answer.endswith(r"\%"):
         return False
     values = [number(text) for text in bare]
-    if None in values:
-        return False
     percent, other = values if gold.endswith(r"\%") else values[::-1]
+    if percent is None or other is None:
+        return False
     return percent == 100 * other
 
 

@@ -134,10 +134,10 @@ def seccomp_filter(column: int, architecture: int) -> list[Instruction]:
     for numbers in SYSCALLS.values():
         if numbers[column] is not None:
             program += [Instruction(EQUAL, 0, 1, numbers[column]), deny]
-    for *numbers, argument in OPENING.values():
-        if numbers[column] is not None:
+    for *opening, argument in OPENING.values():
+        if opening[column] is not None:
             program += [
-                Instruction(EQUAL, 0, 4, numbers[column]),
+                Instruction(EQUAL, 0, 4, opening[column]),
                 Instruction(LOAD, 0, 0, 16 + 8 * argument),
                 Instruction(ANY_BIT, 0, 1, WRITING),
                 deny,

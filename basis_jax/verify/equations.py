@@ -103,14 +103,16 @@ def same_by_name(golds: Sequence[str], answers: Sequence[str], same: Same) -> bo
     order of the gold, or of the alphabet where it is the answer that names them. None where
     neither side names its values."""
     named, others = by_name(golds), by_name(answers)
-    if len(golds) != len(answers) or len(golds) < 2 or not (named or others):
+    if len(golds) != len(answers) or len(golds) < 2:
         return None
     if named and others:
         return named.keys() == others.keys() and all(same(v, others[n]) for n, v in named.items())
     if named:
         return all(map(same, named.values(), answers))
-    latin_first = sorted(others, key=lambda name: (name.startswith("\\"), name))
-    return all(map(same, golds, [others[name] for name in latin_first]))
+    if others:
+        latin_first = sorted(others, key=lambda name: (name.startswith("\\"), name))
+        return all(map(same, golds, [others[name] for name in latin_first]))
+    return None
 
 
 CONGRUENT = re.compile(r"(.*?) ?\\pmod\{ ?(.*?) ?\}")
@@ -125,18 +127,18 @@ def same_residues(gold: str, answer: str, same: Same) -> bool | None:
     if left and right:
         if not same(left[2], right[2]):
             return False
-        values = [number(without_name(side[1])) for side in (left, right)]
+        first, second = (number(without_name(side[1])) for side in (left, right))
         modulus = number(left[2])
-        if None in values or not modulus:
+        if first is None or second is None or not modulus:
             return same(left[1], right[1])
-        return (values[0] - values[1]) % modulus == 0
-    if not (left or right):
-        return None
+        return (first - second) % modulus == 0
     residue = left or right
-    value, modulus = number(without_name(residue[1])), number(residue[2])
-    if residue.re is REMAINDER and (value is None or not modulus):
+    if residue is None:
         return None
+    value, modulus = number(without_name(residue[1])), number(residue[2])
     if residue.re is REMAINDER:
+        if value is None or not modulus:
+            return None
         remainder = str(value % modulus)
         return same(remainder, answer) if left else same(gold, remainder)
     if not re.search("[0-9]", residue[1]):

@@ -3,6 +3,7 @@ Python where that suffices (most answers), and in worker processes where algebra
 
 import os
 from collections.abc import Sequence
+from typing import cast
 
 from basis_jax.verify.accepted import any_of
 from basis_jax.verify.compare import equivalent
@@ -17,6 +18,9 @@ MAX_REMEMBERED = 100_000
 MAX_PLAIN_LENGTH = 300
 MAX_PLAIN_SECONDS = 0.03
 """Of a comparison in the trainer's process; what is longer goes to a worker."""
+
+
+Pair = tuple[str, str | None]  # the right answer, and that of a completion
 
 
 class NeedsAlgebra(Exception):
@@ -52,7 +56,7 @@ class MathVerifier(Verifier):
             seconds=seconds,
             memory_mb=memory_mb,
         )
-        self.remembered: dict[tuple[str, str], Verdict] = {}
+        self.remembered: dict[Pair, Verdict] = {}
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """A verdict for each completion; any of several accepted answers is enough."""
@@ -60,14 +64,19 @@ class MathVerifier(Verifier):
 
     def grade_single(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """A verdict for each completion and its one answer. Equal comparisons are made once."""
-        pairs, verdicts = [], {}
+        pairs: list[Pair] = []
+        verdicts: dict[Pair, Verdict | None] = {}
         for completion, gold in zip(completions, answers, strict=True):
             answer = extract_answer(completion, self.mode)
             pairs.append((gold, answer))
             if (gold, answer) not in verdicts:
                 known = self.remembered.get((gold, answer))
                 verdicts[gold, answer] = known or plain_verdict(gold, answer)
-        hard = [pair for pair, verdict in verdicts.items() if verdict is None]
+        hard = [
+            (gold, answer)
+            for (gold, answer), verdict in verdicts.items()
+            if verdict is None and answer is not None  # None has a verdict
+        ]
         for pair, reply in zip(hard, self.pool.run(hard), strict=True):
             verdict = verdict_of(*reply)
             verdicts[pair] = verdict
@@ -75,7 +84,7 @@ class MathVerifier(Verifier):
                 self.remembered[pair] = verdict
         if len(self.remembered) > MAX_REMEMBERED:
             self.remembered.clear()
-        return [verdicts[pair] for pair in pairs]
+        return [cast(Verdict, verdicts[pair]) for pair in pairs]  # the hard ones have theirs now
 
     def stop(self) -> None:
         self.pool.stop()

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, cast
 
 START_SECONDS = 120
 START_ATTEMPTS = 3
@@ -42,6 +43,8 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
+        self.input = cast(IO[bytes], self.process.stdin)  # pipes, so not None
+        self.output = cast(IO[bytes], self.process.stdout)
         self.ready = False
         self.job: int | None = None
         self.jobs_before = 0
@@ -53,14 +56,14 @@ class Worker:
         self.job = job
         self.deadline = time.monotonic() + PATIENCE * seconds
         try:
-            self.process.stdin.write(json.dumps(pair).encode() + b"\n")
-            self.process.stdin.flush()
+            self.input.write(json.dumps(pair).encode() + b"\n")
+            self.input.flush()
         except BrokenPipeError:
             pass
 
     def receive(self) -> Reply | None:
         """A whole line, once it is there; when the process has ended, what it died of."""
-        found = os.read(self.process.stdout.fileno(), 65536)
+        found = os.read(self.output.fileno(), 65536)
         if not found:
             return self.cause_of_death()
         self.received += found
@@ -85,9 +88,9 @@ class Worker:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdout.close()
+        self.output.close()
         try:
-            self.process.stdin.close()
+            self.input.close()
         except BrokenPipeError:
             pass
 
@@ -161,7 +164,7 @@ class Pool:
             return []
         with selectors.DefaultSelector() as selector:
             for worker in active:
-                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+                selector.register(worker.output, selectors.EVENT_READ, worker)
             rest = min(w.deadline for w in active) - time.monotonic()
             spoke = [key.data for key, _ in selector.select(min(max(rest, 0), LOOK_EVERY_S))]
         now = time.monotonic()
@@ -183,6 +186,7 @@ class Pool:
                 self._drop(worker)
             return
         job, worker.job = worker.job, None
+        assert job is not None  # a worker that is ready is heard only while it is busy
         if reply[0] in UNCLEAN and worker.jobs_before:
             waiting.appendleft(job)
         else:

@@ -123,7 +123,9 @@ def integer_points(
             yield {symbol: Rational(value) for symbol, value in values.items()}, first[0] > 0
 
 
-def agree(left: Expr, right: Expr, points) -> bool | None:
+def agree(
+    left: Expr, right: Expr, points: Iterator[tuple[dict[Symbol, Rational], bool]]
+) -> bool | None:
     """Whether two expressions have equal values wherever they have any; None where that is at no
     point with positive variables, or digits say nothing there."""
     verdict_so_far = None

@@ -7,6 +7,7 @@ reader of plain text is not used, its reader of LaTeX is given a ``parse_number`
 
 import math
 import re
+from collections.abc import Iterable
 
 from latex2sympy2_extended.latex2sympy2 import (
     ConversionConfig,
@@ -62,7 +63,7 @@ class Reader(_Latex2Sympy):
     def parse_number(self, text: str) -> Rational:
         return Rational(text.replace(",", ""))
 
-    def handle_gcd_lcm(self, f: str, args) -> Expr:
+    def handle_gcd_lcm(self, f: str, args: Iterable[Expr]) -> Expr:
         return {"gcd": Gcd, "lcm": Lcm}[f](*args)
 
 

@@ -16,7 +16,7 @@ Same = Callable[[str, str], bool]
 
 def table(text: str) -> dict[str, Unit]:
     """``name name: kind size`` by line, the size in the kind's own unit."""
-    units = {}
+    units: dict[str, Unit] = {}
     for line in text.strip().splitlines():
         names, _, measure = line.partition(":")
         kind, size = measure.split()
@@ -96,7 +96,7 @@ unit: unit 1
 am: am 1
 pm: pm 1
 """)
-MAGNITUDES = {
+MAGNITUDES: dict[str, int | Fraction] = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
     "dozen": 12, "tenth": Fraction(1, 10), "hundredth": Fraction(1, 100),
     "thousandth": Fraction(1, 1000), "millionth": Fraction(1, 10**6),
@@ -219,7 +219,8 @@ def plain_unit(value: str, text: str, tail: str, *, unit: Unit | None) -> bool:
     where it is a usual unit and stands apart (``5x`` is algebra); after other constants those of
     two letters that are known."""
     spaced = text[len(value) : len(value) + 1] == " "
-    letters = len(re.match("[a-zA-Zµμ]*", tail)[0])
+    word = re.match("[a-zA-Zµμ]*", tail)
+    letters = len(word[0]) if word else 0
     if number(value) is None:
         return is_constant(value) and spaced and unit is not None and letters > 1
     if unit is not None:

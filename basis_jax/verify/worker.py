@@ -16,6 +16,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from typing import BinaryIO
 
 from basis_jax.verify.confinement import confine
 
@@ -76,7 +77,7 @@ def answer(judge: Judge, line: str, refusals: list[str]) -> list[str]:
     return reply
 
 
-def pages(memory) -> int:
+def pages(memory: BinaryIO | None) -> int:
     """Of address space, read from an open file, since confined nothing can be opened."""
     return int(os.pread(memory.fileno(), 100, 0).split()[0]) if memory else 0
 
