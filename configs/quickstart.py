@@ -35,6 +35,6 @@ def config() -> Config:
             microbatch_rollouts=256,
             sample_rollouts=512,
         ),
-        eval=EvalSection(sets=("task:number_words",), samples=4),
+        eval=EvalSection(sets=("task:number_words",), samples=4, every=10),
         checkpoint=CheckpointSection(every=10),
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from basis_jax.verify.prose import ADVERBS, without_talk
 
-TAIL = 50_000  # characters at the end of a completion that are looked at: a bound on the time
+TAIL = 60_000  # characters at the end of a completion that are looked at: a bound on the time
 MAX_MARKS = 50  # of one sort that are looked behind, from the end
 Found = tuple[int, str]  # where the mark stands, the answer
 
