@@ -38,8 +38,9 @@ from basis_jax.config import (
     SamplingSection,
     TrainSection,
 )
-from basis_jax.training.loop import first_state, make_step
+from basis_jax.training.loop import make_step
 from basis_jax.training.session import Session, open_session
+from basis_jax.training.start import first_state
 from benchmarks.bench_models import write_result
 
 PARTS = ("sample", "verify", "update", "step")

@@ -1,16 +1,21 @@
 """``train`` is ``make_step`` called step after step, with records and checkpoints around it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from whole_runs import small
 
 from basis_jax import command_line
+from basis_jax.runs import checkpoint
 from basis_jax.runs.metrics import read_metrics
-from basis_jax.training.loop import first_state, make_step, state_shapes, train
+from basis_jax.training.loop import make_step, train
 from basis_jax.training.session import open_session
+from basis_jax.training.start import first_state, state_shapes
+from basis_jax.types import TrainState
 
 STEPS = 2
 
@@ -65,3 +70,18 @@ def test_a_finished_run_takes_no_further_step(config, run):
     before = (Path(config.run_dir) / "metrics.jsonl").read_bytes()
     train(config, callbacks=[lambda *_: pytest.fail("a step was taken")], report=lambda _: None)
     assert (Path(config.run_dir) / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence():
+    """What tensorstore says of a full disk, shortened to the system's words."""
+
+    def full(*_, **__):
+        raise ValueError(
+            'RESOURCE_EXHAUSTED: Error writing "05" at local file "/x/": Failed writing: "/x/d": '
+            "Failed to write 2641920 bytes to file 23: No space left on device [os_error_code='28']"
+        )
+
+    checkpoints = SimpleNamespace(save=full, directory=Path("/x"))
+    state = TrainState(step=jnp.int32(3), params={}, opt_state=(), estimator_state=())
+    with pytest.raises(ValueError, match=r"checkpoint /x/3 .* \(No space left on device\)"):
+        checkpoint.save(checkpoints, state, {})

@@ -151,7 +151,7 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print) -> It
             prompt_width=problems.tokens.shape[1],
             rows=len(problems.problems) * config.eval.samples,
         )
-    with open_setup(config, folder, model_config, mesh, tokenizer) as setup:
+    with open_setup(config, folder, model_config, mesh, tokenizer, report=report) as setup:
         yield Evaluation(config, folder, setup, sets)
 
 

@@ -4,7 +4,9 @@ A checkpoint appears by one rename when it is complete, so a run killed while sa
 the one before. Restoring lays the arrays out for the mesh of today, whatever the old one was.
 """
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -23,22 +25,34 @@ def open_checkpoints(run_dir: Path, section: CheckpointSection) -> ocp.Checkpoin
     )
 
 
-def save(checkpoints: ocp.CheckpointManager, state: TrainState, config: dict) -> None:
+def save(checkpoints: Any, state: TrainState, config: dict) -> None:
     """Write the state as checkpoint ``state.step``. Raises ValueError where that fails; the
     checkpoints before it are kept."""
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(_as_dict(state)), config=ocp.args.JsonSave(config)
     )
+    log = logging.getLogger("absl")  # orbax's, which logs the traceback of each of its threads
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         checkpoints.save(int(state.step), args=items)
         checkpoints.wait_until_finished()
     except Exception as error:  # orbax's, tensorstore's and the system's own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"checkpoint {checkpoints.directory / str(int(state.step))} could not be written "
-            f"({reason}); mend that and give the same command again: it goes on from the "
+            f"({_reason(error)}); mend that and give the same command again: it goes on from the "
             "checkpoint before"
         ) from error
+    finally:
+        log.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    """The system's words at the end of tensorstore's long message, or the first line of another."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    if "os_error_code" not in first:
+        return first
+    return first.rpartition(": ")[2].partition(" [os_error_code")[0]
 
 
 def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState | None:

@@ -62,7 +62,7 @@ def open_session(
     )
     if config.estimator.features:
         check_features(config.estimator.features, size, model_config.embed)
-    with open_setup(config, folder, model_config, mesh, tokenizer) as setup:
+    with open_setup(config, folder, model_config, mesh, tokenizer, report=report) as setup:
         yield Session(config, folder, setup, estimator, train_set, held_out)
 
 
