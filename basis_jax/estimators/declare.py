@@ -17,6 +17,10 @@ Both use these words:
 - ``table``, the offline reference table: a stateless function gets the arguments ``successes`` and
   ``trials`` of its rows' problems, [N]; ``init`` gets those of all problems, [M], in any case, with
   trials 0 where there is no table;
+- ``reference_rewards``, the rewards of the table's completions [M n], NaN where there is none. A
+  run has them where one of them is neither 0 nor 1 (else the counts say all), so that it stands in
+  ``takes`` alone and the parameter has a default: a stateless function gets those of its rows'
+  problems, [N n], as the argument of that name, ``init`` those of all problems as a keyword;
 - ``features``, prompt features [M e]: ``init`` gets the keyword ``features``;
 - ``group_size``, the rollouts of a prompt, which are adjacent rows: a keyword of any function.
 
@@ -34,7 +38,8 @@ from basis_jax.types import Signals
 
 Function = TypeVar("Function", bound=Callable)
 SIGNALS = tuple(field.name for field in dataclasses.fields(Signals))
-WORDS = (*SIGNALS, "table", "features", "group_size")
+WORDS = (*SIGNALS, "table", "reference_rewards", "features", "group_size")
+BY_KEYWORD = ("reference_rewards", "features", "group_size")
 TABLE = ("successes", "trials")  # the arguments that stand for the word ``table``
 
 
@@ -50,8 +55,10 @@ class Definition:
     that does not match the functions' parameters.
 
     >>> spo = estimators.ESTIMATORS["spo"]
-    >>> spo.needs, spo.takes, spo.options
-    (('rewards', 'valid', 'problem_ids', 'lengths'), ('table',), ('decay', 'convention'))
+    >>> spo.needs, spo.takes
+    (('rewards', 'valid', 'problem_ids', 'lengths'), ('table',))
+    >>> spo.options
+    ('decay', 'convention', 'low', 'high')
     >>> doubled = estimators.Definition(lambda rewards: estimators.reinforce(2 * rewards),
     ...                                 needs=("rewards",), name="doubled")
     >>> estimators.make(doubled).group_size
@@ -87,7 +94,7 @@ class Definition:
     def arguments(self) -> tuple[str, ...]:
         """The parameters that a run provides by name: to ``update`` alone where it is stateless."""
         if self.init is not None:
-            return tuple(w for w in self.provided if w in ("features", "group_size"))
+            return tuple(w for w in self.provided if w in BY_KEYWORD)
         return tuple(a for w in self.provided for a in (TABLE if w == "table" else (w,)))
 
     @property
@@ -186,6 +193,11 @@ def _words(name: str, field: str, words: Sequence[str]) -> tuple[str, ...]:
 def _check_parameters(definition: Definition) -> None:
     """The functions have a parameter for all that is declared, and none that nobody provides."""
     name, has = definition.name, definition.parameters
+    if "reference_rewards" in definition.needs:
+        raise ValueError(
+            f"{name} needs 'reference_rewards', which a run with rewards of 0 and 1 does not have; "
+            "put it in takes"
+        )
     if definition.init is None:
         if "features" in definition.provided:
             raise ValueError(

@@ -25,6 +25,8 @@ from basis_jax.estimators.history import (
 )
 from basis_jax.estimators.kernel import kae_init, kae_update
 from basis_jax.estimators.optimal_value import a_star_po
+from basis_jax.estimators.ranges import Number, Whole
+from basis_jax.estimators.rows import at, share
 from basis_jax.estimators.shrinkage import james_stein, v05
 from basis_jax.estimators.single import batch_mean, reinforce, reinforce_pp
 from basis_jax.estimators.table import init_table
@@ -37,7 +39,7 @@ HISTORY = ("rewards", "valid", "problem_ids")
 
 ESTIMATORS = {
     "a_star_po": Definition(a_star_po, needs=(*ROWS, "table")),
-    "basis": Definition(basis, needs=(*ROWS, "table")),
+    "basis": Definition(basis, needs=(*ROWS, "table"), takes=("reference_rewards",)),
     "batch_mean": Definition(batch_mean, needs=ROWS),
     "best_of_group": Definition(best_of_group, needs=GROUPS),
     "dbb": Definition(dbb_update, dbb_init, needs=HISTORY),
@@ -58,14 +60,14 @@ ESTIMATORS = {
         spo_init,
         needs=(*HISTORY, "lengths"),
         takes=("table",),
-        options=("decay", "convention"),  # no run measures ``divergence``
+        options=("decay", "convention", "low", "high"),  # no run measures ``divergence``
     ),
     "spo_pp": Definition(
         spo_pp_update,
         spo_init,
         needs=(*HISTORY, "lengths"),
         takes=("table",),
-        options=("decay", "convention"),  # no run measures ``staleness``
+        options=("decay", "convention", "low", "high"),  # no run measures ``staleness``
     ),
     "v05": Definition(v05, needs=(*GROUPS, "table")),
     "value_filter": Definition(
@@ -90,7 +92,8 @@ class Estimator(NamedTuple):
 
     ``init(successes, trials) -> state`` over all M problems (trials may be 0) and
     ``update(state, signals) -> (state, Estimate)`` on the rollouts of one step, whole and before
-    any split. A problem id outside 0..M-1 gives NaN where a table or a history is read.
+    any split. A problem id outside 0..M-1 gives NaN where a table or a history is read, and writes
+    nothing. A valid row whose reward is NaN or infinite counts as invalid (``info["nan_share"]``).
 
     >>> def update(state, signals):
     ...     return state, estimators.reinforce(signals.rewards, valid=signals.valid)
@@ -104,6 +107,7 @@ class Estimator(NamedTuple):
     needs_table: bool  # worthless without offline trials
     takes_table: bool  # starts from offline trials where there are any
     group_size: int  # rollouts of a prompt, adjacent rows
+    takes_rewards: bool = False  # ``init`` has the keyword ``reference_rewards``
 
 
 def definition(estimator: str | Callable | Definition) -> Definition:
@@ -186,10 +190,12 @@ def make(estimator: str | Callable | Definition, /, **options) -> Estimator:
     _check_options(declared, options)
     init, update = _lift(declared, options) if declared.init is None else _bind(declared, options)
     needs_table = "table" in declared.needs
-    takes_table = "table" in declared.provided
-    made = Estimator(init, update, needs_table, takes_table, options.get("group_size", 1))
+    takes_rewards = "reference_rewards" in declared.takes
+    takes_table = "table" in declared.provided or takes_rewards
+    size = options.get("group_size", 1)
+    made = Estimator(init, update, needs_table, takes_table, size, takes_rewards)
     _trace(made, declared, options)
-    return made
+    return made._replace(update=_without_nan(update))
 
 
 def _declared(found: Any, name: str) -> Definition:
@@ -218,6 +224,10 @@ def _check_options(declared: Definition, options: dict) -> None:
     for option in required:
         if option not in options:
             raise ValueError(f"{declared.name} needs the option {option!r}; give it a value")
+    if options.get("features") is not None:
+        Number(axes=2).checked(declared.name, "features", options["features"])
+    if "group_size" in declared.provided:
+        Whole(1).checked(declared.name, "group_size", options["group_size"])
     if "group_size" in declared.needs and options["group_size"] < 2:
         raise ValueError(
             f"got group_size={options['group_size']}; {declared.name} compares the rollouts of a "
@@ -225,18 +235,42 @@ def _check_options(declared: Definition, options: dict) -> None:
         )
 
 
+def _without_nan(update: Callable) -> Callable:
+    """The update of signals in which a row with a NaN reward is invalid: for estimators of the
+    user's own, too."""
+
+    def guarded(state: Any, signals: Signals) -> tuple[Any, Estimate]:
+        finite, valid = jnp.isfinite(signals.rewards), signals.valid
+        rewards = jnp.where(finite, signals.rewards, 0)
+        clean = replace(signals, rewards=rewards, valid=valid & finite)
+        state, told = update(state, clean)
+        lost = valid & ~finite
+        return state, Estimate(
+            advantages=jnp.where(lost, 0, told.advantages),
+            values=jnp.where(lost, 0, told.values),
+            info={**told.info, "nan_share": share(~finite, valid)},
+        )
+
+    return guarded
+
+
 def _lift(declared: Definition, options: dict) -> tuple[Callable, Callable]:
     """(init, update) of a function of rows; the state is the table, or nothing."""
     names = [word for word in declared.provided if word in SIGNALS]
-    table = "table" in declared.provided
+    counts, rewarded = (word in declared.provided for word in ("table", "reference_rewards"))
 
-    def init(successes, trials):
-        return init_table(successes, trials) if table else ()
+    def init(successes, trials, *, reference_rewards=None):
+        if not (counts or rewarded):
+            return ()
+        kept = reference_rewards if rewarded else None
+        return init_table(successes, trials, reference_rewards=kept)
 
     def update(state, signals: Signals):
         given = {name: getattr(signals, name) for name in names}
-        if table:
-            given |= {name: getattr(state, name)[signals.problem_ids] for name in TABLE}
+        if counts:
+            given |= {name: at(getattr(state, name), signals.problem_ids) for name in TABLE}
+        if rewarded and state.rewards is not None:
+            given["reference_rewards"] = at(state.rewards, signals.problem_ids)
         return state, declared.update(**given, **options)
 
     return init, update
