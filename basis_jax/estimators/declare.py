@@ -32,7 +32,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from basis_jax.types import Signals
 
@@ -125,7 +125,9 @@ def stateless(
     """
 
     def declare(function: Function) -> Function:
-        function.definition = Definition(function, needs=needs, takes=takes, options=options)
+        cast(Any, function).definition = Definition(
+            function, needs=needs, takes=takes, options=options
+        )
         return function
 
     return declare
@@ -161,7 +163,7 @@ def stateful(
     """
 
     def declare(update: Function) -> Function:
-        update.definition = Definition(update, init, needs, takes, options)
+        cast(Any, update).definition = Definition(update, init, needs, takes, options)
         return update
 
     return declare
@@ -204,7 +206,7 @@ def _check_parameters(definition: Definition) -> None:
                 f"{name} is stateless but declares 'features', which only an init gets; declare it "
                 "with @estimators.stateful(init, ...)"
             )
-        has = inspect.signature(definition.update).parameters
+        has = dict(inspect.signature(definition.update).parameters)
         for parameter in has.values():
             fixed = parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
             if fixed and parameter.name not in definition.arguments:

@@ -322,8 +322,8 @@ def problem_sums(x: Float[Array, " N"], signals: Signals, size: int) -> Float[Ar
     >>> estimators.problem_sums(jnp.float32([1, 2]), signals, 5).tolist()
     [0.0, 0.0, 0.0, 3.0, 0.0]
     """
-    drop = {"mode": "drop", "wrap_negative_indices": False}
-    return jnp.zeros(size).at[signals.problem_ids].add(x, **drop)
+    sums = jnp.zeros(size).at[signals.problem_ids]
+    return sums.add(x, mode="drop", wrap_negative_indices=False)
 
 
 def _standardised(values: Float[Array, " N"], signals: Signals, convention: str) -> Estimate:

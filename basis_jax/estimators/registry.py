@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from inspect import Parameter, signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from basis_jax.estimators import by_reference
 from basis_jax.estimators.batchwise import basis
@@ -168,7 +169,7 @@ def source_fingerprint(name: str) -> str | None:
     return None
 
 
-def make(estimator: str | Callable | Definition, /, **options) -> Estimator:
+def make(estimator: str | Callable | Definition, /, **options: Any) -> Estimator:
     """The trainer's face of an estimator, given by name or as ``definition`` takes it.
 
     The only place where a name becomes a function. Options are keyword-only parameters of the
@@ -211,7 +212,7 @@ def _declared(found: Any, name: str) -> Definition:
 
 def _options(declared: Definition) -> list[str]:
     by_make = [word for word in ("group_size", "features") if word in declared.provided]
-    return [*declared.options, *by_make]
+    return [*(declared.options or ()), *by_make]
 
 
 def _check_options(declared: Definition, options: dict) -> None:
@@ -219,7 +220,9 @@ def _check_options(declared: Definition, options: dict) -> None:
     for option in options:
         if option not in allowed:
             raise ValueError(f"{declared.name} has no option {option!r}{near(option, allowed)}")
-    required = [n for n in declared.options if declared.parameters[n].default is Parameter.empty]
+    required = [
+        n for n in declared.options or () if declared.parameters[n].default is Parameter.empty
+    ]
     required += [word for word in ("group_size",) if word in declared.needs]
     for option in required:
         if option not in options:
@@ -259,13 +262,13 @@ def _lift(declared: Definition, options: dict) -> tuple[Callable, Callable]:
     names = [word for word in declared.provided if word in SIGNALS]
     counts, rewarded = (word in declared.provided for word in ("table", "reference_rewards"))
 
-    def init(successes, trials, *, reference_rewards=None):
+    def init(successes: Any, trials: Any, *, reference_rewards: Any = None) -> Any:
         if not (counts or rewarded):
             return ()
         kept = reference_rewards if rewarded else None
         return init_table(successes, trials, reference_rewards=kept)
 
-    def update(state, signals: Signals):
+    def update(state: Any, signals: Signals) -> tuple[Any, Estimate]:
         given = {name: getattr(signals, name) for name in names}
         if counts:
             given |= {name: at(getattr(state, name), signals.problem_ids) for name in TABLE}
@@ -278,10 +281,12 @@ def _lift(declared: Definition, options: dict) -> tuple[Callable, Callable]:
 
 def _bind(declared: Definition, options: dict) -> tuple[Callable, Callable]:
     """(init, update), each with those of the options that it takes."""
-    return tuple(
-        partial(f, **{n: x for n, x in options.items() if n in signature(f).parameters})
-        for f in (declared.init, declared.update)
-    )
+
+    def bound(function: Callable) -> Callable:
+        taken = {n: x for n, x in options.items() if n in signature(function).parameters}
+        return partial(function, **taken)
+
+    return bound(cast(Callable, declared.init)), bound(declared.update)
 
 
 def _trace(estimator: Estimator, declared: Definition, options: dict) -> None:
@@ -295,7 +300,7 @@ def _trace(estimator: Estimator, declared: Definition, options: dict) -> None:
     kinds = {"valid": bool, "problem_ids": jnp.int32, "lengths": jnp.int32}
     signals = Signals(**{name: jnp.zeros(rows, kinds.get(name, jnp.float32)) for name in SIGNALS})
 
-    def one_step(successes, trials, signals):
+    def one_step(successes: Array, trials: Array, signals: Signals) -> tuple[Any, Any, Estimate]:
         state = estimator.init(successes, trials, **given)
         returned = estimator.update(state, signals)
         pair = isinstance(returned, tuple) and len(returned) == 2
@@ -305,7 +310,7 @@ def _trace(estimator: Estimator, declared: Definition, options: dict) -> None:
                 f"{declared.name} returned type {got}; a function of rows returns an Estimate, an "
                 "update the pair of the new state and an Estimate"
             )
-        return state, *returned
+        return state, returned[0], returned[1]
 
     counts = jnp.zeros(problems)
     state, after, estimate = jax.eval_shape(one_step, counts, counts, signals)

@@ -41,7 +41,7 @@ __all__ = [
 Function = TypeVar("Function", bound=Callable)
 
 
-def check_rows(**arrays) -> None:
+def check_rows(**arrays: ArrayLike) -> None:
     """Raise ValueError unless all arrays are [N] with one N.
 
     >>> estimators.rows.check_rows(rewards=np.zeros(3), lengths=np.ones(3))  # both [3]: accepted
@@ -53,7 +53,7 @@ def check_rows(**arrays) -> None:
 
 
 def read(
-    rewards: Num[ArrayLike, " N"], valid: Bool[ArrayLike, " N"] | None, **others
+    rewards: Num[ArrayLike, " N"], valid: Bool[ArrayLike, " N"] | None, **others: ArrayLike
 ) -> tuple[Float[Array, " N"], Bool[Array, " N"]]:
     """float32 rewards (0 in invalid rows) and the validity mask (None: all rows are valid). A row
     whose reward is NaN or infinite is invalid.
@@ -190,7 +190,10 @@ def _sum_before(x: Float[Array, " N"], first: Bool[Array, " N"]) -> Float[Array,
 
 
 def estimate(
-    advantages: Float[Array, " N"], values: Float[Array, " N"], valid: Bool[Array, " N"], **info
+    advantages: Float[Array, " N"],
+    values: Float[Array, " N"],
+    valid: Bool[Array, " N"],
+    **info: Array,
 ) -> Estimate:
     """Estimate with 0 in invalid rows; ``info["zero_share"]``: valid rows with advantage 0.
 
@@ -243,7 +246,10 @@ def others_sum(x: Float[Array, " N"], *, block: int = 64) -> Float[Array, " N"]:
 
 
 def split(
-    rewards: Num[ArrayLike, " N"], valid: Bool[ArrayLike, " N"] | None, group_size: int, **others
+    rewards: Num[ArrayLike, " N"],
+    valid: Bool[ArrayLike, " N"] | None,
+    group_size: int,
+    **others: ArrayLike,
 ) -> tuple[Float[Array, "B G"], Float[Array, "B G"]]:
     """(rewards, weights: 1 valid, 0 invalid) [B G], one row for each prompt.
 
@@ -268,7 +274,7 @@ def join(
     values: Float[Array, "B G"],
     r: Float[Array, "B G"],
     w: Float[Array, "B G"],
-    **info,
+    **info: Array,
 ) -> Estimate:
     """The Estimate of rows [N] from arrays [B G], as ``estimate`` makes it.
 

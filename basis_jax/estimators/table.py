@@ -50,7 +50,7 @@ def init_table(
                 "problem needs 0 <= successes <= trials"
             )
     rewards = reference_rewards
-    if rewards is not None and (np.ndim(rewards) != 2 or len(rewards) != np.shape(successes)[0]):
+    if rewards is not None and np.shape(rewards)[:-1] != np.shape(successes):
         raise ValueError(
             f"got reference_rewards {np.shape(rewards)} for {np.shape(successes)[0]} problems; "
             "give one row a problem"

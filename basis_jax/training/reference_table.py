@@ -261,5 +261,5 @@ def _binary(rewards: np.ndarray) -> bool:
 
 def _successes(rewards: np.ndarray) -> np.ndarray:
     """Sum of every problem's rewards, of those outside [0, 1] their nearest end."""
-    total = np.sum(np.clip(np.nan_to_num(rewards), 0, 1), axis=1, dtype=np.float64)
-    return total.astype(np.int32 if np.all(total == np.floor(total)) else np.float32)
+    total = np.clip(np.nan_to_num(rewards.astype(np.float64)), 0, 1).sum(axis=1)
+    return np.asarray(total, np.int32 if np.all(total == np.floor(total)) else np.float32)
