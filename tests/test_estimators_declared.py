@@ -155,7 +155,7 @@ def test_a_declaration_that_does_not_match_the_functions_is_refused(declaration,
 def test_a_listed_option_leaves_the_other_parameters_to_callers_of_the_library():
     declared = Definition(of_state, start, needs=("rewards",), options=("rate",))
     assert estimators.option_names(declared) == {"rate"}
-    assert estimators.option_names("spo") == {"decay", "convention"}
+    assert estimators.option_names("spo") == {"decay", "convention", "low", "high"}
 
 
 def wrong_rows(rewards):

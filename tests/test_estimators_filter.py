@@ -136,11 +136,11 @@ def test_rewards_in_a_range_are_values_in_that_range():
     np.testing.assert_allclose(b.advantages, 4 * np.asarray(a.advantages), atol=1e-5)
 
 
-def test_a_reward_out_of_its_range_moves_beliefs_as_the_nearest_in_it():
+def test_while_tracing_a_reward_out_of_its_range_moves_beliefs_as_the_nearest_in_it():
     est = estimators.make("value_filter")
-    state = est.init(np.int32([3, 5, 0, 2]), np.int32([8, 8, 0, 4]))
-    beyond, a = est.update(state, signals([7, 0, -2, 1], range(4)))
-    inside, b = est.update(state, signals([1, 0, 0, 1], range(4)))
+    state, update = est.init(np.int32([3, 5, 0, 2]), np.int32([8, 8, 0, 4])), jax.jit(est.update)
+    beyond, a = update(state, signals([7, 0, -2, 1], range(4)))
+    inside, b = update(state, signals([1, 0, 0, 1], range(4)))
     jax.tree.map(np.testing.assert_array_equal, beyond, inside)
     np.testing.assert_array_equal(a.values, b.values)
     np.testing.assert_allclose(a.advantages - b.advantages, [6, 0, -2, 0], atol=1e-6)

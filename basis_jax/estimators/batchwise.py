@@ -1,14 +1,16 @@
 """BASIS (Gong et al. 2026, arXiv 2605.27293): one rollout a prompt, the batch shares information.
 
 Offline, once: k successes in n reference completions of every prompt, p = k / n. A policy tilted
-by exp(reward / beta) succeeds with probability V = sigmoid(logit p + 1 / beta) (eq. 5). Each step,
-the baseline of prompt i is the best linear unbiased combination of the *other* prompts' rewards,
+by exp(reward / beta) has the value V = E_ref[r exp(r / beta)] / E_ref[exp(r / beta)] (eq. 5), for
+0/1 rewards sigmoid(logit p + 1 / beta). Each step, the baseline of prompt i is the best linear
+unbiased combination of the *other* prompts' rewards,
 
     b_i = sum_{j != i} w_ij r_j,  w_ij = (V_i V_j / s_j) / sum_{k != i} V_k^2 / s_k,  s = V (1 - V)
 
 (eq. 2, 3), and beta is the grid point with the least squared error of b on the rewards (eq. 6).
-With odds o = V / (1 - V) = k / (n - k) exp(1 / beta) and q = 1 / (1 - V) = 1 + o the weights are
-rank one, so that all b cost O(N) a beta: b_i = V_i (sum q r - q_i r_i) / (sum o - o_i).
+With odds o = V / (1 - V), for 0/1 rewards k / (n - k) exp(1 / beta), and q = 1 / (1 - V) = 1 + o
+the weights are rank one, so that all b cost O(N) a beta (O(N n) with the reference rewards):
+b_i = V_i (sum q r - q_i r_i) / (sum o - o_i).
 """
 
 from collections.abc import Callable
@@ -20,7 +22,16 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
-from basis_jax.estimators.rows import divide, estimate, others_sum, read, share
+from basis_jax.estimators.ranges import FINITE, Number, OneOf, Options, OrNone, Rewards, Whole
+from basis_jax.estimators.rows import (
+    divide,
+    estimate,
+    nan_reported,
+    others_sum,
+    read,
+    share,
+    to_unit,
+)
 from basis_jax.masked import masked_mean
 from basis_jax.types import Estimate
 
@@ -46,10 +57,11 @@ VARIANTS = {
 
 
 class ValidRows(NamedTuple):
-    rewards: Float[Array, " N"]
+    rewards: Float[Array, " N"]  # in [0, 1]
     valid: Bool[Array, " N"]
     odds: Float[Array, " N"]  # k / (n - k); 0 stands for p = 0, p = 1 and n = 0: never active
     smoothed: Float[Array, " N"]  # logit of Jeffreys' (k + 1/2) / (n + 1)
+    reference: Float[Array, "N n"] | None  # rewards in [0, 1], NaN where none; None: 0/1, counted
 
 
 class Tilted(NamedTuple):
@@ -67,77 +79,153 @@ class Fit(NamedTuple):
     baseline: Float[Array, " N"]  # 0 where not fitted
 
 
+@nan_reported
+@Options(
+    variant=OneOf(tuple(VARIANTS)),
+    rule=OneOf(RULES),
+    folds=Whole(3, "it cross-fits twice"),
+    betas=OrNone(Number(0.0, without=("low",), axes=1)),
+    low=FINITE,
+    high=FINITE,
+)
 def basis(
     rewards: Num[ArrayLike, " N"],
-    successes: Num[ArrayLike, " N"],
-    trials: Num[ArrayLike, " N"],
+    successes: Num[ArrayLike, " N"] | None = None,
+    trials: Num[ArrayLike, " N"] | None = None,
     *,
+    reference_rewards: Num[ArrayLike, "N n"] | None = None,
     valid: Bool[ArrayLike, " N"] | None = None,
     variant: str = "unb",
     rule: str = "robust",
     folds: int = 8,
     betas: Float[ArrayLike, " K"] | None = None,
+    low: float = 0.0,
+    high: float = 1.0,
 ) -> Estimate:
     """A_i = r_i - b_i with the baseline of this module's docstring; no scaling, no whitening.
 
-    ``rewards`` in [0, 1] of N prompts, one rollout each; ``successes`` of ``trials`` reference
-    completions of the same prompts (successes outside [0, trials] are clipped into it).
+    ``rewards`` in [``low``, ``high``] of N prompts, one rollout each; ``successes`` of ``trials``
+    reference completions of the same prompts, which had the rewards low and high (successes
+    outside [0, trials] are clipped into it). Where reference rewards lie between, give them as
+    ``reference_rewards``, NaN where there is no completion: V is then eq. 5 of these, k stands for
+    their sum and n for their number; counts are not needed, and only a row whose count is NaN
+    (an unknown problem) has the value NaN. All formulas are those of (r - low) / (high - low), beta
+    included; the variance s = V (1 - V) is the largest that rewards in [0, 1] of mean V can have.
 
     ``rule="published"``: the paper to the letter. beta minimises eq. 6 over all grid points with
     an active prompt, on this very batch, so that b_i depends on r_i through beta; prompts outside
     the active set (p in {0, 1}, trials 0) and a sole active prompt have b = 0; b may exceed 1.
 
-    ``rule="robust"``: (1) for a fold, only a beta with at least max(2, half of #{0 < p < 1})
-    active prompts in the other folds counts; (2) a prompt outside the active set, or alone in it,
-    has b = sigmoid(logit p' + 1/beta) with Jeffreys' p' = (k + 1/2) / (n + 1), and every beta is
-    scored on these prompts too: on all valid rows; (3) beta is cross-fitted: the j-th valid row is
-    in fold j mod ``folds`` (3 or more), and the beta of fold f is scored on the other folds'
-    rewards alone, those of fold g predicted from the folds that are neither f nor g, so that b_i
-    is exactly independent of r_i (fewer rows than folds: folds of one); (4) b is clipped to
-    [0, 1]. Where no beta counts, or fewer than 3 rows are valid, it is the largest.
+    ``rule="robust"``: (1) for a fold, only a beta with at least max(2, m / 2) active prompts
+    counts, where m is the number of prompts with 0 < p < 1; both numbers are taken over the rows of
+    the other folds; (2) a prompt outside the active set, or alone in it, has b = sigmoid(logit p' +
+    1/beta) with Jeffreys' p' = (k + 1/2) / (n + 1), and every beta is scored on these prompts too:
+    on all valid rows of the other folds (reference rewards: eq. 5 with half a completion of reward
+    0 and half a one of reward 1 added, which is the same for 0/1); (3) beta is cross-fitted: the
+    j-th valid row is in fold j mod ``folds`` (3 or more), and the beta of fold f is scored on the
+    other folds' rewards alone, those of fold g predicted from the folds that are neither f nor g,
+    so that b_i is exactly independent of r_i (fewer rows than folds: folds of one); the b_i itself
+    combines all other valid rows, those of its fold included; (4) b is clipped to [low, high].
+    Where no beta counts, or fewer than 3 rows are valid, it is the largest.
 
     Info: ``beta`` (mean over rows), ``active_fraction``, ``fallback_share`` (rows whose baseline
     is the Jeffreys value, or the published 0), ``zero_share`` (rows with advantage 0). ValueError
-    for another ``variant`` or ``rule``, ``folds`` < 3, and arrays of unequal length.
+    for another ``variant`` or ``rule``, ``folds`` < 3, ``betas`` that are empty or not above 0,
+    unless low < high, for rewards outside [low, high] (while tracing they count as the nearest in
+    it; A keeps the reward), arrays of unequal length, and neither counts nor reference rewards.
 
     >>> rewards, successes = np.float32([1, 0, 1, 0]), np.array([6, 2, 7, 1])
     >>> estimate = estimators.basis(rewards, successes, np.full(4, 8))  # of 8 reference completions
     >>> print(estimate.values)
     [1.    0.339 1.    0.167]
+    >>> reference_rewards = np.float32([[0.9, 0.7], [0.2, 0.4], [0.8, 1.0], [0.1, 0.3]])  # of 2
+    >>> estimate = estimators.basis(
+    ...     rewards, reference_rewards=reference_rewards, betas=np.float32([1])
+    ... )
+    >>> print(estimate.values)
+    [0.831 0.347 0.962 0.232]
     """
-    _check(variant, rule, folds)
-    rewards, valid = read(rewards, valid, successes=successes, trials=trials)
     betas = jnp.asarray(BETAS if betas is None else betas, jnp.float32)
-    trials = jnp.asarray(trials, jnp.float32)
-    successes = jnp.clip(jnp.asarray(successes, jnp.float32), 0, trials)
-    smoothed = jnp.log(successes + 0.5) - jnp.log(trials - successes + 0.5)
-    batch = ValidRows(rewards, valid, divide(successes, trials - successes), smoothed)
+    if betas.ndim != 1 or not betas.size:  # traced, too
+        raise ValueError(f"basis got betas of shape {betas.shape}; give one number or more")
+    Rewards(low, high).check("basis", rewards, valid)
+    if reference_rewards is not None:
+        Rewards(low, high).check("basis", reference_rewards)
+    counts = {"successes": successes, "trials": trials}
+    rewards, given = read(rewards, valid, **{n: x for n, x in counts.items() if x is not None})
+    batch = _batch(rewards, given, successes, trials, reference_rewards, low, high)
     if rule == "published":
         row_beta, fit = _published(batch, betas, VARIANTS[variant])
         baseline = fit.baseline
     else:
         row_beta, fit = _cross_fitted(batch, betas, VARIANTS[variant], folds)
-        fallback = jax.nn.sigmoid(smoothed + 1 / row_beta)
-        baseline = jnp.where(fit.fitted, jnp.clip(fit.baseline, 0, 1), fallback)
+        baseline = jnp.where(fit.fitted, jnp.clip(fit.baseline, 0, 1), _fallback(batch, row_beta))
+    values = low + (high - low) * baseline
+    values = jnp.where(given & ~batch.valid, jnp.nan, values)
     info = {
-        "beta": masked_mean(row_beta, valid),
-        "active_fraction": share(fit.active, valid),
-        "fallback_share": share(~fit.fitted, valid),
+        "beta": masked_mean(row_beta, batch.valid),
+        "active_fraction": share(fit.active, batch.valid),
+        "fallback_share": share(~fit.fitted, batch.valid),
     }
-    return estimate(rewards - baseline, baseline, valid, **info)
+    return estimate(rewards - values, values, given, **info)
 
 
-def _check(variant: str, rule: str, folds: int) -> None:
-    if variant not in VARIANTS:
-        raise ValueError(f"basis got variant {variant!r}; choose one of {', '.join(VARIANTS)}")
-    if rule not in RULES:
-        raise ValueError(f"basis got rule {rule!r}; choose one of {', '.join(RULES)}")
-    if folds < 3:
-        raise ValueError(f"basis got folds={folds}; cross-fitting twice needs 3 folds or more")
+def _batch(
+    rewards: Float[Array, " N"],
+    valid: Bool[Array, " N"],
+    successes: Num[ArrayLike, " N"] | None,
+    trials: Num[ArrayLike, " N"] | None,
+    reference_rewards: Num[ArrayLike, "N n"] | None,
+    low: float,
+    high: float,
+) -> ValidRows:
+    """The rows on the scale of [0, 1]; those with an unknown problem are invalid."""
+    known = jnp.ones(rewards.shape, bool)
+    for count in (successes, trials):
+        if count is not None:
+            known &= ~jnp.isnan(jnp.asarray(count, jnp.float32))
+    reference = None
+    if reference_rewards is not None:
+        if np.ndim(reference_rewards) != 2 or np.shape(reference_rewards)[0] != rewards.size:
+            raise ValueError(
+                f"basis got reference_rewards {np.shape(reference_rewards)} for {rewards.size} "
+                "rewards; give the rewards of each row's reference completions"
+            )
+        reference = to_unit(jnp.asarray(reference_rewards, jnp.float32), low, high)
+        k = jnp.nansum(reference, 1)
+        n = jnp.sum(~jnp.isnan(reference), 1).astype(jnp.float32)
+    elif successes is None or trials is None:
+        raise ValueError("basis got no counts; give successes and trials, or reference_rewards")
+    else:
+        n = jnp.asarray(trials, jnp.float32)
+        k = jnp.clip(jnp.asarray(successes, jnp.float32), 0, n)
+    smoothed = jnp.log(k + 0.5) - jnp.log(n - k + 0.5)
+    y = jnp.where(valid, to_unit(rewards, low, high), 0)
+    return ValidRows(y, valid & known, divide(k, n - k), smoothed, reference)
+
+
+def _odds(batch: ValidRows, beta: Float[Array, ""]) -> Float[Array, " N"]:
+    """V / (1 - V) of eq. 5; 0 where V is 0, 1 or unknown."""
+    if batch.reference is None:
+        return batch.odds * jnp.exp(jnp.minimum(1 / beta, 60))  # no odds are active beyond 60
+    r, drawn = jnp.nan_to_num(batch.reference), ~jnp.isnan(batch.reference)
+    best = jnp.max(jnp.where(drawn, r, 0), 1, keepdims=True, initial=0)
+    tilt = jnp.where(drawn, jnp.exp((r - best) / beta), 0)
+    return divide(jnp.sum(tilt * r, 1), jnp.sum(tilt * (1 - r), 1))
+
+
+def _fallback(batch: ValidRows, beta: Float[Array, "*s"]) -> Float[Array, " N"]:
+    """Eq. 5 with half a success and half a failure more, under one beta or one a row."""
+    if batch.reference is None:
+        return jax.nn.sigmoid(batch.smoothed + 1 / beta)
+    r, drawn = jnp.nan_to_num(batch.reference), ~jnp.isnan(batch.reference)
+    inverse = 1 / jnp.broadcast_to(beta, batch.rewards.shape)
+    tilt = jnp.where(drawn, jnp.exp((r - 1) * inverse[:, None]), 0)
+    return (jnp.sum(tilt * r, 1) + 0.5) / (jnp.sum(tilt, 1) + 0.5 + 0.5 * jnp.exp(-inverse))
 
 
 def _tilt(batch: ValidRows, variant: Variant, beta: Float[Array, ""]) -> Tilted:
-    o = batch.odds * jnp.exp(jnp.minimum(1 / beta, 60))  # no float32 odds are active beyond 60
+    o = _odds(batch, beta)
     active = batch.valid & (o > EPS / (1 - EPS)) & (o < (1 - EPS) / EPS)
     o = jnp.where(active, o, 1)
     values, a, d = (jnp.where(active, x, 0) for x in (o / (1 + o), variant.a(o), variant.d(o)))
@@ -190,7 +278,7 @@ def _losses_without_fold(
     prompts of the other folds are active."""
     t, r = _tilt(batch, variant, beta), batch.rewards
     active, mixed = jnp.float32(t.active), jnp.float32(batch.valid & (batch.odds > 0))
-    fallback = jax.nn.sigmoid(batch.smoothed + 1 / beta)
+    fallback = _fallback(batch, beta)
     missed = jnp.where(batch.valid & ~t.active, (r - fallback) ** 2, 0)
     valid = jnp.float32(batch.valid)
     columns = (t.a * r, t.d, active * r**2, t.values * r, t.values**2, active, mixed, missed, valid)

@@ -12,8 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from basis_jax.estimators.ranges import (
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Number,
+    OneOf,
+    Options,
+    Whole,
+)
 from basis_jax.estimators.rows import divide
-from basis_jax.estimators.single import standardise
+from basis_jax.estimators.single import CONVENTIONS, standardise
 
 ACROSS = ("skip", "count")
 
@@ -29,6 +39,7 @@ def terminal_rewards(rewards: Float[Array, " N"], mask: Bool[Array, "N T"]) -> F
     return jnp.where(mask & (later == 1), rewards[:, None], 0)
 
 
+@Options(discount=SHARE, across=OneOf(ACROSS))
 def returns_to_go(
     token_rewards: Float[Array, "N T"],
     mask: Bool[Array, "N T"],
@@ -50,6 +61,7 @@ def returns_to_go(
     return gae(token_rewards, zeros, mask, discount=discount, trace_decay=1.0, across=across)[0]
 
 
+@Options(discount=SHARE, trace_decay=Number(0.0, 1.0, axes=None), across=OneOf(ACROSS))
 def gae(
     token_rewards: Float[Array, "N T"],
     values: Float[Array, "N T"],
@@ -64,7 +76,7 @@ def gae(
     d_t = r_t + discount V_{t+1} - V_t, A_t = d_t + discount trace_decay A_{t+1}, V = A = 0 after
     the end. No whitening: apply ``whiten`` to the advantages, never to the returns. With both
     decays 1, A_t = r - V_t. ``trace_decay`` may be one per rollout (``length_trace_decay``).
-    ValueError for another ``across``.
+    ValueError for another ``across``, and unless 0 <= discount, trace_decay <= 1.
 
     >>> mask = jnp.array([[False, True, True, True]])  # a prompt token, three sampled ones
     >>> token_rewards, values = jnp.float32([[0, 0, 0, 1]]), jnp.float32([[0, 0.25, 0.5, 0.5]])
@@ -72,8 +84,6 @@ def gae(
     >>> advantages.tolist(), returns.tolist()
     ([[0.0, 0.375, 0.25, 0.5]], [[0.0, 0.625, 0.75, 1.0]])
     """
-    if across not in ACROSS:
-        raise ValueError(f"got across={across!r}; choose one of {', '.join(ACROSS)}")
     decay = jnp.broadcast_to(jnp.asarray(trace_decay, jnp.float32), mask.shape[:1])
 
     def backward(carry, token):
@@ -91,8 +101,10 @@ def gae(
     return advantages, jnp.where(mask, advantages + values, 0)
 
 
+@Options(alpha=POSITIVE)
 def length_trace_decay(lengths: Int[Array, " N"], alpha: float) -> Float[Array, " N"]:
     """max(0, 1 - 1 / (alpha length)), the length-adaptive lambda of VAPO and SAO (alpha 1.5).
+    ValueError unless alpha > 0.
 
     >>> print(estimators.length_trace_decay(jnp.array([1, 4, 100]), 1.5))
     [0.333 0.833 0.993]
@@ -100,6 +112,7 @@ def length_trace_decay(lengths: Int[Array, " N"], alpha: float) -> Float[Array, 
     return jnp.maximum(0, 1 - divide(jnp.ones(lengths.shape), alpha * lengths.astype(jnp.float32)))
 
 
+@Options(convention=OneOf(tuple(CONVENTIONS)))
 def whiten(
     x: Float[Array, "N T"], mask: Bool[Array, "N T"], *, convention: str = "openrlhf"
 ) -> Float[Array, "N T"]:
@@ -114,6 +127,7 @@ def whiten(
     return standardise(tokens, mask.ravel().astype(x.dtype), convention)[0].reshape(x.shape)
 
 
+@Options(discount=SHARE, kl_coef=NOT_NEGATIVE)
 def remax_original(
     gains: Float[Array, " N"],
     kl: Float[Array, "N T"],
@@ -125,7 +139,8 @@ def remax_original(
     """ReMax in its authors' code: discount^(L - t) (r - greedy) - kl_coef KL_t. arXiv 2310.10505.
 
     t = 0..L-1 counts True tokens, so that the last one is discounted once; the KL is that token's
-    alone. ``gains``: reward minus the greedy completion's reward.
+    alone. ``gains``: reward minus the greedy completion's reward. ValueError unless 0 <= discount
+    <= 1 and kl_coef >= 0.
 
     >>> mask = jnp.array([[False, True, True, True]])  # a prompt token, three sampled ones
     >>> gains, kl = jnp.float32([1]), jnp.float32([[0, 0.5, 0, 0]])
@@ -172,6 +187,7 @@ def vineppo(
     return jnp.where(mask, jnp.take_along_axis(gains, jnp.where(mask, steps, 0), axis=1), 0)
 
 
+@Options(k=Whole(1), trust=FINITE)
 def sr_ppo(
     rewards: Float[Array, " N"],
     prefix_values: Float[Array, "N T"],
@@ -184,7 +200,8 @@ def sr_ppo(
     """SR-PPO: A_t = q_t - q_{t-1} + trust (r - q_last), q = 1 - (1 - P)^k. arXiv 2606.25451.
 
     P: the critic's success probability of the prefix that ends with token t (``prompt_values``:
-    before the first one). No normalisation. False tokens are skipped.
+    before the first one). No normalisation. False tokens are skipped. ValueError unless k is 1 or
+    more and trust finite.
 
     >>> mask = jnp.array([[False, True, True, True]])  # a prompt token, three sampled ones
     >>> prefix_values, prompt_values = jnp.float32([[0, 0.5, 0.5, 1]]), jnp.float32([0.5])

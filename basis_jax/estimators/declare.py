@@ -17,6 +17,10 @@ Both use these words:
 - ``table``, the offline reference table: a stateless function gets the arguments ``successes`` and
   ``trials`` of its rows' problems, [N]; ``init`` gets those of all problems, [M], in any case, with
   trials 0 where there is no table;
+- ``reference_rewards``, the rewards of the table's completions [M n], NaN where there is none. A
+  run has them where one of them is neither 0 nor 1 (else the counts say all), so that it stands in
+  ``takes`` alone and the parameter has a default: a stateless function gets those of its rows'
+  problems, [N n], as the argument of that name, ``init`` those of all problems as a keyword;
 - ``features``, prompt features [M e]: ``init`` gets the keyword ``features``;
 - ``group_size``, the rollouts of a prompt, which are adjacent rows: a keyword of any function.
 
@@ -28,13 +32,14 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from basis_jax.types import Signals
 
 Function = TypeVar("Function", bound=Callable)
 SIGNALS = tuple(field.name for field in dataclasses.fields(Signals))
-WORDS = (*SIGNALS, "table", "features", "group_size")
+WORDS = (*SIGNALS, "table", "reference_rewards", "features", "group_size")
+BY_KEYWORD = ("reference_rewards", "features", "group_size")
 TABLE = ("successes", "trials")  # the arguments that stand for the word ``table``
 
 
@@ -50,8 +55,10 @@ class Definition:
     that does not match the functions' parameters.
 
     >>> spo = estimators.ESTIMATORS["spo"]
-    >>> spo.needs, spo.takes, spo.options
-    (('rewards', 'valid', 'problem_ids', 'lengths'), ('table',), ('decay', 'convention'))
+    >>> spo.needs, spo.takes
+    (('rewards', 'valid', 'problem_ids', 'lengths'), ('table',))
+    >>> spo.options
+    ('decay', 'convention', 'low', 'high')
     >>> doubled = estimators.Definition(lambda rewards: estimators.reinforce(2 * rewards),
     ...                                 needs=("rewards",), name="doubled")
     >>> estimators.make(doubled).group_size
@@ -87,7 +94,7 @@ class Definition:
     def arguments(self) -> tuple[str, ...]:
         """The parameters that a run provides by name: to ``update`` alone where it is stateless."""
         if self.init is not None:
-            return tuple(w for w in self.provided if w in ("features", "group_size"))
+            return tuple(w for w in self.provided if w in BY_KEYWORD)
         return tuple(a for w in self.provided for a in (TABLE if w == "table" else (w,)))
 
     @property
@@ -118,7 +125,9 @@ def stateless(
     """
 
     def declare(function: Function) -> Function:
-        function.definition = Definition(function, needs=needs, takes=takes, options=options)
+        cast(Any, function).definition = Definition(
+            function, needs=needs, takes=takes, options=options
+        )
         return function
 
     return declare
@@ -154,7 +163,7 @@ def stateful(
     """
 
     def declare(update: Function) -> Function:
-        update.definition = Definition(update, init, needs, takes, options)
+        cast(Any, update).definition = Definition(update, init, needs, takes, options)
         return update
 
     return declare
@@ -186,13 +195,18 @@ def _words(name: str, field: str, words: Sequence[str]) -> tuple[str, ...]:
 def _check_parameters(definition: Definition) -> None:
     """The functions have a parameter for all that is declared, and none that nobody provides."""
     name, has = definition.name, definition.parameters
+    if "reference_rewards" in definition.needs:
+        raise ValueError(
+            f"{name} needs 'reference_rewards', which a run with rewards of 0 and 1 does not have; "
+            "put it in takes"
+        )
     if definition.init is None:
         if "features" in definition.provided:
             raise ValueError(
                 f"{name} is stateless but declares 'features', which only an init gets; declare it "
                 "with @estimators.stateful(init, ...)"
             )
-        has = inspect.signature(definition.update).parameters
+        has = dict(inspect.signature(definition.update).parameters)
         for parameter in has.values():
             fixed = parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
             if fixed and parameter.name not in definition.arguments:

@@ -6,12 +6,22 @@ are those of the rest, and with one rollout left the advantage is 0. ``info["deg
 valid rows whose group holds no two different rewards, and so no signal.
 """
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
-from basis_jax.estimators.rows import centre, divide, join, split, total
-from basis_jax.estimators.single import standardise
+from basis_jax.estimators.ranges import GROUP, OneOf, Options
+from basis_jax.estimators.rows import (
+    centre,
+    divide,
+    join,
+    nan_reported,
+    others_sum,
+    split,
+    total,
+)
+from basis_jax.estimators.single import CONVENTIONS, standardise
 from basis_jax.types import Estimate
 
 STD_EPS = {
@@ -24,6 +34,8 @@ STD_EPS = {
 }
 
 
+@nan_reported
+@Options(group_size=GROUP)
 def rloo(
     rewards: Num[ArrayLike, " N"], *, group_size: int, valid: Bool[ArrayLike, " N"] | None = None
 ) -> Estimate:
@@ -39,10 +51,12 @@ def rloo(
     """
     r, w = split(rewards, valid, group_size)
     others = total(w) - w
-    baseline = divide(total(w * r) - w * r, others)
+    baseline = divide(jax.vmap(others_sum)(w * r), others)
     return join(jnp.where(others > 0, r - baseline, 0), baseline, r, w)
 
 
+@nan_reported
+@Options(group_size=GROUP, convention=OneOf(tuple(STD_EPS)))
 def grpo(
     rewards: Num[ArrayLike, " N"],
     *,
@@ -62,8 +76,6 @@ def grpo(
     >>> print(estimators.grpo(rewards, group_size=4).advantages)
     [ 1.5 -0.5 -0.5 -0.5  0.   0.   0.   0. ]
     """
-    if convention not in STD_EPS:
-        raise ValueError(f"grpo got convention {convention!r}; choose one of {', '.join(STD_EPS)}")
     r, w = split(rewards, valid, group_size)
     eps = STD_EPS[convention]
     if convention == "nemo":
@@ -88,6 +100,8 @@ def _others_moments(
     return means[:, :, 0], jnp.sqrt(variance)
 
 
+@nan_reported
+@Options(group_size=GROUP)
 def dr_grpo(
     rewards: Num[ArrayLike, " N"], *, group_size: int, valid: Bool[ArrayLike, " N"] | None = None
 ) -> Estimate:
@@ -104,6 +118,8 @@ def dr_grpo(
     return join(centred, mean, r, w)
 
 
+@nan_reported
+@Options(group_size=GROUP)
 def opo(
     rewards: Num[ArrayLike, " N"],
     lengths: Num[ArrayLike, " N"],
@@ -126,6 +142,8 @@ def opo(
     return join(centred, mean, r, w)
 
 
+@nan_reported
+@Options(group_size=GROUP, convention=OneOf(("authors", "verl")))
 def gpg(
     rewards: Num[ArrayLike, " N"],
     *,
@@ -144,8 +162,6 @@ def gpg(
     >>> print(estimators.gpg(rewards, group_size=4).advantages)
     [ 1.5 -0.5 -0.5 -0.5  0.   0.   0.   0. ]
     """
-    if convention not in ("authors", "verl"):
-        raise ValueError(f"gpg got convention {convention!r}; choose one of authors, verl")
     r, w = split(rewards, valid, group_size)
     centred, mean = centre(r, w)
     informative = total(jnp.abs(centred)) > 0 if convention == "authors" else r != 0
@@ -154,6 +170,8 @@ def gpg(
     return join(alpha * centred, mean, r, w, alpha=alpha)
 
 
+@nan_reported
+@Options(group_size=GROUP, convention=OneOf(tuple(CONVENTIONS)))
 def reinforce_pp_baseline(
     rewards: Num[ArrayLike, " N"],
     lengths: Num[ArrayLike, " N"],

@@ -1,6 +1,7 @@
 """Group estimators that reward the best of several rollouts, or spread over all right ones.
 
-Groups, invalid rows and errors as in ``group.py``. Rewards are 0 or 1 where it says so.
+Groups, invalid rows and errors as in ``group.py``. Where it says "rewards 0 or 1", one outside
+[0, 1] is a ValueError (not while tracing) and every reward above 0 is a success.
 """
 
 import jax
@@ -9,10 +10,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
 from basis_jax.estimators.group import grpo
-from basis_jax.estimators.rows import centre, divide, join, split, total
+from basis_jax.estimators.ranges import GROUP, SHARE, SWITCH, Options, Rewards, Whole
+from basis_jax.estimators.rows import centre, divide, join, nan_reported, split, total
 from basis_jax.types import Estimate
 
 
+@nan_reported
+@Options(group_size=GROUP, k=Whole(1))
 def pass_at_k(
     rewards: Num[ArrayLike, " N"],
     *,
@@ -20,7 +24,8 @@ def pass_at_k(
     k: int,
     valid: Bool[ArrayLike, " N"] | None = None,
 ) -> Estimate:
-    """Closed-form pass@k advantage. Chen et al. 2025, arXiv 2508.10751. Rewards 0 or 1.
+    """Closed-form pass@k advantage. Chen et al. 2025, arXiv 2508.10751. Rewards 0 or 1. The own
+    reward is inside R and sd: they count all rollouts of the group.
 
     n rollouts, w wrong: R = 1 - C(w, k) / C(n, k), sd = sqrt(R (1 - R)); right rollouts get
     (1 - R) / (sd + 1e-6), wrong ones (1 - R - C(w - 1, k - 1) / C(n - 1, k - 1)) / (sd + 1e-6).
@@ -33,9 +38,10 @@ def pass_at_k(
     >>> print(estimate.advantages, estimate.values)
     [ 1.    -0.333 -0.333 -0.333] [0.5 0.5 0.5 0.5]
     """
-    if not 1 <= k <= group_size:
-        raise ValueError(f"got k={k} for group_size={group_size}; k is between 1 and group_size")
+    Rewards().check("pass_at_k", rewards, valid)
     r, w = split(rewards, valid, group_size)
+    if k > group_size:
+        raise ValueError(f"got k={k} for group_size={group_size}; k is between 1 and group_size")
     n, wrong = total(w), total(w * (r <= 0).astype(jnp.float32))
     mean = 1 - _choose_ratio(wrong, n, k)
     miss = jnp.where(r > 0, 0, _choose_ratio(wrong - 1, n - 1, k - 1))
@@ -52,6 +58,8 @@ def _choose_ratio(a: Float[Array, "*s"], b: Float[Array, "*s"], k: int) -> Float
     return ratio
 
 
+@nan_reported
+@Options(group_size=GROUP, scale=SWITCH)
 def best_of_group(
     rewards: Num[ArrayLike, " N"],
     *,
@@ -60,7 +68,8 @@ def best_of_group(
     scale: bool = False,
 ) -> Estimate:
     """Only the best rollout counts: best - second best, the others 0. arXiv 2503.19595, as verl's
-    ``grpo_passk``; ``scale`` divides by the group's sd + 1e-6 (ddof = 1). Ties give 0. Raises
+    ``grpo_passk``; ``scale`` divides by the group's sd + 1e-6 (ddof = 1, own reward included).
+    Ties give 0. The own reward is inside: it decides who is best, and ``values`` are r - A. Raises
     ValueError as ``rloo``.
 
     >>> rewards = np.float32([0.2, 0.9, 0.6, 0.1])  # one prompt, four rollouts
@@ -78,6 +87,8 @@ def best_of_group(
     return join(advantages, r - advantages, r, w)
 
 
+@nan_reported
+@Options(group_size=GROUP, weight=SHARE)
 def ucpo(
     rewards: Num[ArrayLike, " N"],
     logprobs_mean: Float[ArrayLike, " N"],
@@ -98,6 +109,7 @@ def ucpo(
     >>> print(estimators.ucpo(rewards, logprobs_mean, group_size=4).advantages)
     [ 0.734  0.998 -0.866 -0.866]
     """
+    Rewards().check("ucpo", rewards, valid)
     r, w = split(rewards, valid, group_size, logprobs_mean=logprobs_mean)
     e = grpo(rewards, group_size=group_size, valid=valid, convention="oat")
     advantages, values = e.advantages.reshape(r.shape), e.values.reshape(r.shape)

@@ -4,21 +4,49 @@ Every baseline is read *before* this step's rewards enter the state, except wher
 otherwise. A problem may stand several times in a batch: its rows share the old value, and their
 rewards enter the evidence together, so that the order of rows does not matter. Invalid rows leave
 the state as it is. Problem ids outside 0..M-1 read NaN and write nothing.
+
+The evidence counts rewards in [``low``, ``high``] as (r - low) / (high - low) successes. A reward
+outside is a ValueError; while tracing it counts as the nearest inside, and A keeps the reward. An
+update reads and writes the rows' problems alone: with a donated state its cost does not grow with
+M.
 """
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from basis_jax.estimators.rows import divide, estimate, read
-from basis_jax.estimators.single import standardise
+from basis_jax.estimators.ranges import (
+    BETWEEN,
+    FINITE,
+    POSITIVE,
+    SHARE,
+    SWITCH,
+    OneOf,
+    Options,
+    Rewards,
+)
+from basis_jax.estimators.rows import (
+    at,
+    divide,
+    estimate,
+    inside,
+    nan_reported,
+    problem_total,
+    read,
+    to_unit,
+)
+from basis_jax.estimators.single import CONVENTIONS, standardise
 from basis_jax.estimators.table import init_table
 from basis_jax.masked import masked_mean
 from basis_jax.pytree import pytree
 from basis_jax.types import Estimate, Signals
 
+SCALINGS = OneOf((*CONVENTIONS, "none"))
+
 
 # ------------------------------------------------------------------------------- moving average
+@nan_reported
+@Options(rate=SHARE)
 def ema(
     rewards: Num[ArrayLike, " N"],
     baseline: Float[ArrayLike, ""],
@@ -29,6 +57,7 @@ def ema(
     """A = r - b, and then b <- (1 - rate) b + rate mean(r): (new b, Estimate). Williams 1992.
 
     b is used before it is updated, every rollout counts once; without valid rows b stays.
+    ValueError unless 0 <= rate <= 1.
 
     >>> baseline, estimate = estimators.ema(np.float32([1, 0, 1, 1]), 0.5, rate=0.1)
     >>> print(baseline, estimate.advantages)
@@ -85,6 +114,7 @@ class Evidence:
     step: Int[Array, ""]
 
 
+@Options(decay=BETWEEN)
 def spo_init(
     successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"], *, decay: float = 0.875
 ) -> Evidence:
@@ -96,28 +126,31 @@ def spo_init(
     >>> evidence.successes.tolist(), evidence.failures.tolist()
     ([4.0, 0.5], [4.0, 0.5])
     """
-    if not 0 < decay < 1:
-        raise ValueError(f"got decay={decay}; the evidence decay lies between 0 and 1")
     table = init_table(successes, trials)
     weight = jnp.where(table.trials > 0, 1 / (1 - decay), 1)
     rate = (table.successes + 0.5) / (table.trials + 1)
     return _evidence(weight * rate, weight * (1 - rate))
 
 
+@nan_reported
+@Options(decay=BETWEEN, convention=SCALINGS, low=FINITE, high=FINITE)
 def spo_update(
     state: Evidence,
     signals: Signals,
     *,
     decay: float = 0.875,
     convention: str = "sequence",
+    low: float = 0.0,
+    high: float = 1.0,
     divergence: Float[Array, " N"] | None = None,
 ) -> tuple[Evidence, Estimate]:
     """SPO: A = r - a / (a + b), standardised over the batch. Xu, Ding 2025, arXiv 2509.13232.
 
     Then a <- d a + r, b <- d b + 1 - r, decayed once a step in which the problem is visited.
     d = ``decay``, or ``spo_decay(divergence)``, how far the policy moved on each row's problem
-    since its last visit (the least d of a problem's rows). Rewards in [0, 1]. ``convention`` as in
-    ``standardise``, with its errors; ``none``: advantages unscaled.
+    since its last visit (the least d of a problem's rows). Rewards in [``low``, ``high``], 0 and 1
+    by default. ``convention`` as in ``standardise``, with its errors; ``none``: advantages
+    unscaled. ValueError unless 0 < decay < 1.
 
     >>> evidence = estimators.spo_init(np.full(9, 4), np.full(9, 8))
     >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
@@ -126,23 +159,28 @@ def spo_update(
     >>> estimate.values.tolist(), evidence.successes[signals.problem_ids].tolist()
     ([0.5, 0.5], [4.5, 3.5])
     """
-    rewards, valid = read(signals.rewards, signals.valid)
-    decays = jnp.full(rewards.shape, decay) if divergence is None else spo_decay(divergence)
-    factor = jnp.ones_like(state.successes)
-    factor = factor.at[signals.problem_ids].min(jnp.where(valid, decays, 1), mode="drop")
-    state, values = _observe(state, signals, factor, jnp.ones_like(rewards))
-    return state, _standardised(rewards, values, valid, signals, convention)
+    Rewards(low, high).check("spo", signals.rewards, signals.valid)
+    live = read(signals.rewards, signals.valid)[1]
+    factor = jnp.full(live.shape, decay, jnp.float32)
+    if divergence is not None:
+        own = jnp.where(live, spo_decay(divergence), 1)
+        factor = problem_total(own, signals.problem_ids, least=True)
+    state, values, _ = _observe(state, signals, factor, jnp.ones(live.shape), (low, high))
+    return state, _standardised(values, signals, convention)
 
 
+@Options(half=POSITIVE, least=SHARE, most=SHARE)
 def spo_decay(
     divergence: Float[Array, "*s"], *, half: float = 0.06, least: float = 0.875, most: float = 0.96
 ) -> Float[Array, "*s"]:
     """SPO's decay clip(2^(-D / half), least, most), D = mean |logprob now - then| of the problem's
-    previous rollout. arXiv 2509.13232.
+    previous rollout. arXiv 2509.13232. ValueError unless half > 0 and 0 <= least <= most <= 1.
 
     >>> print(estimators.spo_decay(jnp.float32([0, 0.01, 1])))
     [0.96  0.891 0.875]
     """
+    if least > most:
+        raise ValueError(f"spo_decay got least={least}, most={most}; least may not exceed most")
     return jnp.clip(2 ** (-divergence / half), least, most)
 
 
@@ -158,12 +196,16 @@ def spo_weights(state: Evidence) -> Float[Array, " M"]:
     return jnp.sqrt(v * (1 - v)) + 0.05
 
 
+@nan_reported
+@Options(decay=BETWEEN, convention=SCALINGS, low=FINITE, high=FINITE)
 def spo_pp_update(
     state: Evidence,
     signals: Signals,
     *,
     decay: float = 0.875,
     convention: str = "spo_pp",
+    low: float = 0.0,
+    high: float = 1.0,
     staleness: Int[Array, " N"] | None = None,
 ) -> tuple[Evidence, Estimate]:
     """SPO++: evidence fades with every published policy, not with every visit. arXiv 2608.24870.
@@ -171,6 +213,7 @@ def spo_pp_update(
     a = decay^(q - z_0) a_0 + sum_i decay^(q - z_i) r_i, b likewise with 1 - r_i: q is this step,
     z_i the step whose policy wrote rollout i (``staleness`` = q - z_i, 0 if not given), so the
     order in which rollouts arrive does not matter. Advantages by token measure (``convention``).
+    Rewards and errors as of ``spo_update``.
 
     >>> evidence = estimators.spo_init(np.full(9, 4), np.full(9, 8))
     >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
@@ -180,11 +223,11 @@ def spo_pp_update(
     >>> print(estimate.values, evidence.failures[signals.problem_ids])
     [0.5 0.5] [4.    4.766]
     """
-    rewards, valid = read(signals.rewards, signals.valid)
-    age = (state.step - state.last).astype(jnp.float32)
-    staleness = jnp.zeros(rewards.shape) if staleness is None else staleness.astype(jnp.float32)
-    state, values = _observe(state, signals, decay**age, decay**staleness)
-    return state, _standardised(rewards, values, valid, signals, convention)
+    Rewards(low, high).check("spo_pp", signals.rewards, signals.valid)
+    age = (state.step - at(state.last, signals.problem_ids)).astype(jnp.float32)
+    late = jnp.zeros(age.shape) if staleness is None else staleness.astype(jnp.float32)
+    state, values, _ = _observe(state, signals, decay**age, decay**late, (low, high))
+    return state, _standardised(values, signals, convention)
 
 
 def dbb_init(successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]) -> Evidence:
@@ -194,17 +237,27 @@ def dbb_init(successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]) -> E
     >>> evidence.successes.tolist(), evidence.failures.tolist()
     ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
     """
-    ones = jnp.ones_like(init_table(successes, trials).trials)
-    return _evidence(ones, ones)
+    size = init_table(successes, trials).trials.size
+    return _evidence(jnp.ones(size), jnp.ones(size))  # two buffers: each is donated
 
 
+@nan_reported
+@Options(decay=SHARE, scale=SWITCH, low=FINITE, high=FINITE)
 def dbb_update(
-    state: Evidence, signals: Signals, *, decay: float = 0.5, scale: bool = True
+    state: Evidence,
+    signals: Signals,
+    *,
+    decay: float = 0.5,
+    scale: bool = True,
+    low: float = 0.0,
+    high: float = 1.0,
 ) -> tuple[Evidence, Estimate]:
     """GRPO-DBB: A = (r - p) / sqrt(p (1 - p)), or r - p without ``scale``. arXiv 2603.18444.
 
     p = a / (a + b) *after* a <- decay a + S, b <- decay b + N - S with this step's S successes in
     N rollouts of the problem: the own reward is inside p, a bias. Paper: decay .5 (1.7B), .75 (8B).
+    With rewards in [``low``, ``high``], A is that of (r - low) / (high - low), times high - low
+    without ``scale``. ValueError unless 0 <= decay <= 1.
 
     >>> evidence = estimators.dbb_init(np.zeros(9), np.zeros(9))
     >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
@@ -213,13 +266,16 @@ def dbb_update(
     >>> print(estimate.values, estimate.advantages)
     [0.75 0.25] [ 0.577 -0.577]
     """
+    Rewards(low, high).check("dbb", signals.rewards, signals.valid)
     rewards, valid = read(signals.rewards, signals.valid)
-    state, _ = _observe(
-        state, signals, jnp.full_like(state.successes, decay), jnp.ones_like(rewards)
-    )
-    p = _value(state, signals)
-    advantages = divide(rewards - p, jnp.sqrt(p * (1 - p))) if scale else rewards - p
-    return state, estimate(advantages, p, valid)
+    factor = jnp.full(rewards.shape, decay, jnp.float32)
+    state, _, p = _observe(state, signals, factor, jnp.ones_like(rewards), (low, high))
+    values = low + (high - low) * p
+    advantages = rewards - values
+    if scale:
+        scaled = divide(advantages, (high - low) * jnp.sqrt(p * (1 - p)))
+        advantages = jnp.where(jnp.isnan(p), jnp.nan, scaled)
+    return state, estimate(advantages, values, valid)
 
 
 def _evidence(successes: Float[Array, " M"], failures: Float[Array, " M"]) -> Evidence:
@@ -231,28 +287,31 @@ def _evidence(successes: Float[Array, " M"], failures: Float[Array, " M"]) -> Ev
     )
 
 
-def _value(state: Evidence, signals: Signals) -> Float[Array, " N"]:
-    a, b = state.successes[signals.problem_ids], state.failures[signals.problem_ids]
-    return a / (a + b)
-
-
 def _observe(
-    state: Evidence, signals: Signals, factor: Float[Array, " M"], weights: Float[Array, " N"]
-) -> tuple[Evidence, Float[Array, " N"]]:
+    state: Evidence,
+    signals: Signals,
+    factor: Float[Array, " N"],
+    weights: Float[Array, " N"],
+    reward_range: tuple[float, float],
+) -> tuple[Evidence, Float[Array, " N"], Float[Array, " N"]]:
     """(the state with visited problems' counts times ``factor`` plus the weighted new rewards, the
-    values before)."""
+    values before on the scale of the rewards, the success rates after)."""
+    low, high = reward_range
     rewards, valid = read(signals.rewards, signals.valid)
-    weights = jnp.where(valid, weights, 0)
-    gained = problem_sums(weights * rewards, signals, factor.size)
-    lost = problem_sums(weights * (1 - rewards), signals, factor.size)
-    visited = problem_sums(valid.astype(jnp.float32), signals, factor.size) > 0
+    ids, size = signals.problem_ids, state.last.size
+    weights = jnp.where(valid & inside(ids, size), weights, 0)
+    y = to_unit(rewards, low, high)
+    a, b = at(state.successes, ids), at(state.failures, ids)
+    new_a = factor * a + problem_total(weights * y, ids)
+    new_b = factor * b + problem_total(weights * (1 - y), ids)
+    written = jnp.where(valid & inside(ids, size), ids, size)  # out of range: dropped
     new = Evidence(
-        successes=jnp.where(visited, factor * state.successes + gained, state.successes),
-        failures=jnp.where(visited, factor * state.failures + lost, state.failures),
-        last=jnp.where(visited, state.step, state.last),
+        successes=state.successes.at[written].set(new_a, mode="drop"),
+        failures=state.failures.at[written].set(new_b, mode="drop"),
+        last=state.last.at[written].set(state.step, mode="drop"),
         step=state.step + 1,
     )
-    return new, _value(state, signals)
+    return new, low + (high - low) * (a / (a + b)), new_a / (new_a + new_b)
 
 
 def problem_sums(x: Float[Array, " N"], signals: Signals, size: int) -> Float[Array, " {size}"]:
@@ -263,18 +322,16 @@ def problem_sums(x: Float[Array, " N"], signals: Signals, size: int) -> Float[Ar
     >>> estimators.problem_sums(jnp.float32([1, 2]), signals, 5).tolist()
     [0.0, 0.0, 0.0, 3.0, 0.0]
     """
-    return jnp.zeros(size).at[signals.problem_ids].add(x, mode="drop")
+    sums = jnp.zeros(size).at[signals.problem_ids]
+    return sums.add(x, mode="drop", wrap_negative_indices=False)
 
 
-def _standardised(
-    rewards: Float[Array, " N"],
-    values: Float[Array, " N"],
-    valid: Bool[Array, " N"],
-    signals: Signals,
-    convention: str,
-) -> Estimate:
-    lengths = jnp.where(valid, signals.lengths.astype(jnp.float32), 0)
-    advantages = rewards - values
+def _standardised(values: Float[Array, " N"], signals: Signals, convention: str) -> Estimate:
+    """r - values, standardised over the valid rows whose value is known; NaN in the others."""
+    rewards, valid = read(signals.rewards, signals.valid)
+    advantages, known = rewards - values, valid & ~jnp.isnan(values)
     if convention != "none":
-        advantages, _ = standardise(jnp.where(valid, advantages, 0), lengths, convention)
+        lengths = jnp.where(known, signals.lengths.astype(jnp.float32), 0)
+        scaled, _ = standardise(jnp.where(known, advantages, 0), lengths, convention)
+        advantages = jnp.where(jnp.isnan(values), jnp.nan, scaled)
     return estimate(advantages, values, valid)

@@ -5,8 +5,18 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num
 
-from basis_jax.estimators.history import problem_sums
-from basis_jax.estimators.rows import divide, estimate, read, share
+from basis_jax.estimators.ranges import Options, Whole
+from basis_jax.estimators.rows import (
+    at,
+    divide,
+    estimate,
+    inside,
+    nan_reported,
+    problem_others,
+    problem_total,
+    read,
+    share,
+)
 from basis_jax.estimators.single import batch_mean
 from basis_jax.estimators.table import init_table
 from basis_jax.pytree import pytree
@@ -15,19 +25,22 @@ from basis_jax.types import Estimate, Signals
 
 @pytree
 class KernelHistory:
-    """The last W steps of every problem; step s lives in row s mod W.
+    """The last W steps of every problem; step s lives in row s mod W. What stands there for steps
+    behind ``last`` is of W steps earlier and counts as 0.
 
     >>> history = estimators.KernelHistory(sums=jnp.zeros((5, 9)), counts=jnp.zeros((5, 9)),
-    ...                                    step=jnp.int32(0))
+    ...                                    last=jnp.zeros(9, jnp.int32), step=jnp.int32(0))
     >>> history.sums.shape  # five steps of nine problems
     (5, 9)
     """
 
     sums: Float[Array, "W M"]  # of the rewards seen in that step
     counts: Float[Array, "W M"]
+    last: Int[Array, " M"]  # step of the last visit
     step: Int[Array, ""]
 
 
+@Options(window=Whole(1))
 def kae_init(
     successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"], *, window: int = 5
 ) -> KernelHistory:
@@ -38,12 +51,16 @@ def kae_init(
     >>> history.sums.shape
     (5, 9)
     """
-    if window < 1:
-        raise ValueError(f"got window={window}; the kernel needs 1 step or more")
-    empty = jnp.zeros((window, init_table(successes, trials).trials.size))
-    return KernelHistory(sums=empty, counts=empty, step=jnp.zeros((), jnp.int32))
+    size = init_table(successes, trials).trials.size
+    return KernelHistory(
+        sums=jnp.zeros((window, size)),
+        counts=jnp.zeros((window, size)),
+        last=jnp.zeros(size, jnp.int32),
+        step=jnp.zeros((), jnp.int32),
+    )
 
 
+@nan_reported
 def kae_update(state: KernelHistory, signals: Signals) -> tuple[KernelHistory, Estimate]:
     """A = r - V, V = sum K Z / sum K over the problem's earlier rewards Z and the other rollouts of
     the problem in this step (K = 1). K(age) = max(0, 1 - age / window), age in updates.
@@ -52,7 +69,8 @@ def kae_update(state: KernelHistory, signals: Signals) -> tuple[KernelHistory, E
     another); the window of 5 steps is read off its section 5.1. Undefined in the paper: a problem
     alone in the batch without recent history has the mean of the batch's other rows
     (``fallback_share``). Any number of rows a problem; the own reward is in no V. Invalid rows are
-    not remembered.
+    not remembered; an id outside 0..M-1 reads NaN and writes nothing. An update reads and writes
+    the rows' problems alone.
 
     >>> history = estimators.kae_init(np.zeros(9), np.zeros(9))
     >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
@@ -64,20 +82,31 @@ def kae_update(state: KernelHistory, signals: Signals) -> tuple[KernelHistory, E
     """
     rewards, valid = read(signals.rewards, signals.valid)
     window, problems = state.sums.shape
+    ids = signals.problem_ids
+    live = valid & inside(ids, problems)
     age = (state.step - 1 - jnp.arange(window)) % window + 1  # of each row: 1..window
+    seen = (state.step - age)[:, None] <= at(state.last, ids)[None]  # else older than the window
+    sums, counts = (
+        jnp.where(seen, x.at[:, ids].get(mode="fill", fill_value=0, wrap_negative_indices=False), 0)
+        for x in (state.sums, state.counts)
+    )
+    own, rewards = live.astype(jnp.float32), jnp.where(live, rewards, 0)
     kernel = 1 - age.astype(jnp.float32) / window
-    own, ids = valid.astype(jnp.float32), signals.problem_ids
-    new_sums = problem_sums(rewards, signals, problems)
-    new_counts = problem_sums(own, signals, problems)
-    rewarded = (kernel @ state.sums)[ids] + (new_sums[ids] - rewards)
-    weight = (kernel @ state.counts)[ids] + (new_counts[ids] - own)
+    rewarded = kernel @ sums + problem_others(rewards, ids)
+    weight = kernel @ counts + problem_others(own, ids)
     known = weight > 0
-    fallback = batch_mean(rewards, valid=valid).values
+    fallback = batch_mean(rewards, valid=live).values
     values = jnp.where(known, divide(rewarded, weight), fallback)
-    row = state.step % window  # held the step of window updates ago, by now of weight 0
+    values = jnp.where(inside(ids, problems), values, jnp.nan)
+    now = jnp.arange(window)[:, None] == state.step % window  # of the step of window updates ago
+    sums = jnp.where(now, problem_total(rewards, ids)[None], sums)
+    counts = jnp.where(now, problem_total(own, ids)[None], counts)
+    written = jnp.where(live, ids, problems)  # out of range: dropped
     state = KernelHistory(
-        sums=state.sums.at[row].set(new_sums),
-        counts=state.counts.at[row].set(new_counts),
+        sums=state.sums.at[:, written].set(sums, mode="drop"),
+        counts=state.counts.at[:, written].set(counts, mode="drop"),
+        last=state.last.at[written].set(state.step, mode="drop"),
         step=state.step + 1,
     )
-    return state, estimate(rewards - values, values, valid, fallback_share=share(~known, valid))
+    fallback_share = share(~known, live)
+    return state, estimate(rewards - values, values, valid, fallback_share=fallback_share)

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from inspect import Parameter, signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from basis_jax.estimators import by_reference
 from basis_jax.estimators.batchwise import basis
@@ -25,6 +26,8 @@ from basis_jax.estimators.history import (
 )
 from basis_jax.estimators.kernel import kae_init, kae_update
 from basis_jax.estimators.optimal_value import a_star_po
+from basis_jax.estimators.ranges import Number, Whole
+from basis_jax.estimators.rows import at, share
 from basis_jax.estimators.shrinkage import james_stein, v05
 from basis_jax.estimators.single import batch_mean, reinforce, reinforce_pp
 from basis_jax.estimators.table import init_table
@@ -37,7 +40,7 @@ HISTORY = ("rewards", "valid", "problem_ids")
 
 ESTIMATORS = {
     "a_star_po": Definition(a_star_po, needs=(*ROWS, "table")),
-    "basis": Definition(basis, needs=(*ROWS, "table")),
+    "basis": Definition(basis, needs=(*ROWS, "table"), takes=("reference_rewards",)),
     "batch_mean": Definition(batch_mean, needs=ROWS),
     "best_of_group": Definition(best_of_group, needs=GROUPS),
     "dbb": Definition(dbb_update, dbb_init, needs=HISTORY),
@@ -58,14 +61,14 @@ ESTIMATORS = {
         spo_init,
         needs=(*HISTORY, "lengths"),
         takes=("table",),
-        options=("decay", "convention"),  # no run measures ``divergence``
+        options=("decay", "convention", "low", "high"),  # no run measures ``divergence``
     ),
     "spo_pp": Definition(
         spo_pp_update,
         spo_init,
         needs=(*HISTORY, "lengths"),
         takes=("table",),
-        options=("decay", "convention"),  # no run measures ``staleness``
+        options=("decay", "convention", "low", "high"),  # no run measures ``staleness``
     ),
     "v05": Definition(v05, needs=(*GROUPS, "table")),
     "value_filter": Definition(
@@ -90,7 +93,8 @@ class Estimator(NamedTuple):
 
     ``init(successes, trials) -> state`` over all M problems (trials may be 0) and
     ``update(state, signals) -> (state, Estimate)`` on the rollouts of one step, whole and before
-    any split. A problem id outside 0..M-1 gives NaN where a table or a history is read.
+    any split. A problem id outside 0..M-1 gives NaN where a table or a history is read, and writes
+    nothing. A valid row whose reward is NaN or infinite counts as invalid (``info["nan_share"]``).
 
     >>> def update(state, signals):
     ...     return state, estimators.reinforce(signals.rewards, valid=signals.valid)
@@ -104,6 +108,7 @@ class Estimator(NamedTuple):
     needs_table: bool  # worthless without offline trials
     takes_table: bool  # starts from offline trials where there are any
     group_size: int  # rollouts of a prompt, adjacent rows
+    takes_rewards: bool = False  # ``init`` has the keyword ``reference_rewards``
 
 
 def definition(estimator: str | Callable | Definition) -> Definition:
@@ -164,7 +169,7 @@ def source_fingerprint(name: str) -> str | None:
     return None
 
 
-def make(estimator: str | Callable | Definition, /, **options) -> Estimator:
+def make(estimator: str | Callable | Definition, /, **options: Any) -> Estimator:
     """The trainer's face of an estimator, given by name or as ``definition`` takes it.
 
     The only place where a name becomes a function. Options are keyword-only parameters of the
@@ -186,10 +191,12 @@ def make(estimator: str | Callable | Definition, /, **options) -> Estimator:
     _check_options(declared, options)
     init, update = _lift(declared, options) if declared.init is None else _bind(declared, options)
     needs_table = "table" in declared.needs
-    takes_table = "table" in declared.provided
-    made = Estimator(init, update, needs_table, takes_table, options.get("group_size", 1))
+    takes_rewards = "reference_rewards" in declared.takes
+    takes_table = "table" in declared.provided or takes_rewards
+    size = options.get("group_size", 1)
+    made = Estimator(init, update, needs_table, takes_table, size, takes_rewards)
     _trace(made, declared, options)
-    return made
+    return made._replace(update=_without_nan(update))
 
 
 def _declared(found: Any, name: str) -> Definition:
@@ -205,7 +212,7 @@ def _declared(found: Any, name: str) -> Definition:
 
 def _options(declared: Definition) -> list[str]:
     by_make = [word for word in ("group_size", "features") if word in declared.provided]
-    return [*declared.options, *by_make]
+    return [*(declared.options or ()), *by_make]
 
 
 def _check_options(declared: Definition, options: dict) -> None:
@@ -213,11 +220,17 @@ def _check_options(declared: Definition, options: dict) -> None:
     for option in options:
         if option not in allowed:
             raise ValueError(f"{declared.name} has no option {option!r}{near(option, allowed)}")
-    required = [n for n in declared.options if declared.parameters[n].default is Parameter.empty]
+    required = [
+        n for n in declared.options or () if declared.parameters[n].default is Parameter.empty
+    ]
     required += [word for word in ("group_size",) if word in declared.needs]
     for option in required:
         if option not in options:
             raise ValueError(f"{declared.name} needs the option {option!r}; give it a value")
+    if options.get("features") is not None:
+        Number(axes=2).checked(declared.name, "features", options["features"])
+    if "group_size" in declared.provided:
+        Whole(1).checked(declared.name, "group_size", options["group_size"])
     if "group_size" in declared.needs and options["group_size"] < 2:
         raise ValueError(
             f"got group_size={options['group_size']}; {declared.name} compares the rollouts of a "
@@ -225,18 +238,42 @@ def _check_options(declared: Definition, options: dict) -> None:
         )
 
 
+def _without_nan(update: Callable) -> Callable:
+    """The update of signals in which a row with a NaN reward is invalid: for estimators of the
+    user's own, too."""
+
+    def guarded(state: Any, signals: Signals) -> tuple[Any, Estimate]:
+        finite, valid = jnp.isfinite(signals.rewards), signals.valid
+        rewards = jnp.where(finite, signals.rewards, 0)
+        clean = replace(signals, rewards=rewards, valid=valid & finite)
+        state, told = update(state, clean)
+        lost = valid & ~finite
+        return state, Estimate(
+            advantages=jnp.where(lost, 0, told.advantages),
+            values=jnp.where(lost, 0, told.values),
+            info={**told.info, "nan_share": share(~finite, valid)},
+        )
+
+    return guarded
+
+
 def _lift(declared: Definition, options: dict) -> tuple[Callable, Callable]:
     """(init, update) of a function of rows; the state is the table, or nothing."""
     names = [word for word in declared.provided if word in SIGNALS]
-    table = "table" in declared.provided
+    counts, rewarded = (word in declared.provided for word in ("table", "reference_rewards"))
 
-    def init(successes, trials):
-        return init_table(successes, trials) if table else ()
+    def init(successes: Any, trials: Any, *, reference_rewards: Any = None) -> Any:
+        if not (counts or rewarded):
+            return ()
+        kept = reference_rewards if rewarded else None
+        return init_table(successes, trials, reference_rewards=kept)
 
-    def update(state, signals: Signals):
+    def update(state: Any, signals: Signals) -> tuple[Any, Estimate]:
         given = {name: getattr(signals, name) for name in names}
-        if table:
-            given |= {name: getattr(state, name)[signals.problem_ids] for name in TABLE}
+        if counts:
+            given |= {name: at(getattr(state, name), signals.problem_ids) for name in TABLE}
+        if rewarded and state.rewards is not None:
+            given["reference_rewards"] = at(state.rewards, signals.problem_ids)
         return state, declared.update(**given, **options)
 
     return init, update
@@ -244,10 +281,12 @@ def _lift(declared: Definition, options: dict) -> tuple[Callable, Callable]:
 
 def _bind(declared: Definition, options: dict) -> tuple[Callable, Callable]:
     """(init, update), each with those of the options that it takes."""
-    return tuple(
-        partial(f, **{n: x for n, x in options.items() if n in signature(f).parameters})
-        for f in (declared.init, declared.update)
-    )
+
+    def bound(function: Callable) -> Callable:
+        taken = {n: x for n, x in options.items() if n in signature(function).parameters}
+        return partial(function, **taken)
+
+    return bound(cast(Callable, declared.init)), bound(declared.update)
 
 
 def _trace(estimator: Estimator, declared: Definition, options: dict) -> None:
@@ -261,7 +300,7 @@ def _trace(estimator: Estimator, declared: Definition, options: dict) -> None:
     kinds = {"valid": bool, "problem_ids": jnp.int32, "lengths": jnp.int32}
     signals = Signals(**{name: jnp.zeros(rows, kinds.get(name, jnp.float32)) for name in SIGNALS})
 
-    def one_step(successes, trials, signals):
+    def one_step(successes: Array, trials: Array, signals: Signals) -> tuple[Any, Any, Estimate]:
         state = estimator.init(successes, trials, **given)
         returned = estimator.update(state, signals)
         pair = isinstance(returned, tuple) and len(returned) == 2
@@ -271,7 +310,7 @@ def _trace(estimator: Estimator, declared: Definition, options: dict) -> None:
                 f"{declared.name} returned type {got}; a function of rows returns an Estimate, an "
                 "update the pair of the new state and an Estimate"
             )
-        return state, *returned
+        return state, returned[0], returned[1]
 
     counts = jnp.zeros(problems)
     state, after, estimate = jax.eval_shape(one_step, counts, counts, signals)

@@ -1,30 +1,47 @@
 """What every estimator does first and last: read the rows of a batch, return an Estimate.
 
 Invalid rows (the verifier failed) may hold anything, NaN included: their reward is replaced by 0
-here, their weight is 0 everywhere, and their advantage and value are 0.
+here, their weight is 0 everywhere, and their advantage and value are 0. A row whose reward is NaN
+or infinite counts as invalid. A problem id outside 0..M-1 reads NaN and writes nothing: such a row
+has the advantage and value NaN, and for the other rows it counts as invalid.
 """
 
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
-from basis_jax.types import Estimate
+from basis_jax.estimators.ranges import GROUP
+from basis_jax.types import Estimate, Signals
 
 __all__ = [
+    "at",
     "centre",
     "check_rows",
     "divide",
     "estimate",
+    "inside",
     "join",
+    "nan_reported",
     "others_sum",
+    "problem_others",
+    "problem_total",
     "read",
     "share",
     "split",
+    "to_unit",
     "total",
 ]
 
+Function = TypeVar("Function", bound=Callable)
 
-def check_rows(**arrays) -> None:
+
+def check_rows(**arrays: ArrayLike) -> None:
     """Raise ValueError unless all arrays are [N] with one N.
 
     >>> estimators.rows.check_rows(rewards=np.zeros(3), lengths=np.ones(3))  # both [3]: accepted
@@ -36,9 +53,10 @@ def check_rows(**arrays) -> None:
 
 
 def read(
-    rewards: Num[ArrayLike, " N"], valid: Bool[ArrayLike, " N"] | None, **others
+    rewards: Num[ArrayLike, " N"], valid: Bool[ArrayLike, " N"] | None, **others: ArrayLike
 ) -> tuple[Float[Array, " N"], Bool[Array, " N"]]:
-    """float32 rewards (0 in invalid rows) and the validity mask (None: all rows are valid).
+    """float32 rewards (0 in invalid rows) and the validity mask (None: all rows are valid). A row
+    whose reward is NaN or infinite is invalid.
 
     ``others`` are only checked. Raises ValueError unless all arrays are [N] with one N.
 
@@ -48,12 +66,134 @@ def read(
     """
     check_rows(rewards=rewards, **others, **({} if valid is None else {"valid": valid}))
     rewards = jnp.asarray(rewards, jnp.float32)
-    valid = jnp.ones(rewards.shape, bool) if valid is None else jnp.asarray(valid, bool)
+    finite = jnp.isfinite(rewards)
+    valid = finite if valid is None else jnp.asarray(valid, bool) & finite
     return jnp.where(valid, rewards, 0), valid
 
 
+def nan_reported(function: Function) -> Function:
+    """A decorator: ``info["nan_share"]`` of the Estimate is the share of valid rows whose reward is
+    NaN or infinite. The function's first argument is the rewards, or its second the Signals; it
+    returns an Estimate, or a pair with one.
+
+    >>> @estimators.rows.nan_reported
+    ... def plain(rewards, *, valid=None):
+    ...     rewards, valid = estimators.rows.read(rewards, valid)
+    ...     return estimators.rows.estimate(rewards, jnp.zeros_like(rewards), valid)
+    >>> estimate = plain(np.float32([1, np.nan]))
+    >>> estimate.advantages.tolist(), float(estimate.info["nan_share"])
+    ([1.0, 0.0], 0.5)
+    """
+
+    @functools.wraps(function)
+    def reporting(*args: Any, **options: Any) -> Any:
+        returned = function(*args, **options)
+        signals = next((x for x in (*args, *options.values()) if isinstance(x, Signals)), None)
+        if signals is None:
+            rewards = args[0] if args else options["rewards"]
+            valid = options.get("valid")
+        else:
+            rewards, valid = signals.rewards, signals.valid
+        finite = jnp.isfinite(jnp.asarray(rewards, jnp.float32))
+        valid = jnp.ones(finite.shape, bool) if valid is None else jnp.asarray(valid, bool)
+        told = returned[1] if isinstance(returned, tuple) else returned
+        told = replace(told, info={**told.info, "nan_share": share(~finite, valid)})
+        return (returned[0], told) if isinstance(returned, tuple) else told
+
+    return cast(Function, reporting)
+
+
+def to_unit(rewards: Float[Array, "*s"], low: float, high: float) -> Float[Array, "*s"]:
+    """(reward - low) / (high - low), clipped into [0, 1].
+
+    >>> estimators.rows.to_unit(jnp.float32([-1, 0, 1, 7]), -1.0, 1.0).tolist()
+    [0.0, 0.5, 1.0, 1.0]
+    """
+    return jnp.clip((rewards - low) / (high - low), 0, 1)
+
+
+# ---------------------------------------------------------------------- rows and their problems
+def at(x: Shaped[Array, "M ..."], ids: Int[Array, " N"]) -> Shaped[Array, "N ..."]:
+    """x[ids]; NaN (0 for whole numbers) where an id is not in 0..M-1.
+
+    >>> estimators.rows.at(jnp.float32([5, 6, 7]), jnp.array([1, 3, -1])).tolist()
+    [6.0, nan, nan]
+    """
+    fill = jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0
+    return x.at[ids].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
+
+
+def inside(ids: Int[Array, " N"], size: int) -> Bool[Array, " N"]:
+    """Which ids are in 0..size-1.
+
+    >>> estimators.rows.inside(jnp.array([1, 3, -1]), 3).tolist()
+    [True, False, False]
+    """
+    return (ids >= 0) & (ids < size)
+
+
+def problem_total(
+    x: Float[Array, " N"], ids: Int[Array, " N"], *, least: bool = False
+) -> Float[Array, " N"]:
+    """For every row the sum (or the ``least``) of x over the rows of its problem; O(N log N), for
+    any number of problems.
+
+    >>> ids = jnp.array([3, 8, 3])
+    >>> estimators.rows.problem_total(jnp.float32([1, 2, 3]), ids).tolist()
+    [4.0, 2.0, 4.0]
+    """
+    order = jnp.argsort(ids, stable=True)
+    _, place = _runs(ids[order])
+    if least:
+        found = jnp.full_like(x, jnp.inf).at[place].min(x[order])
+    else:
+        found = jnp.zeros_like(x).at[place].add(x[order])
+    return jnp.zeros_like(x).at[order].set(found[place])
+
+
+def problem_others(x: Float[Array, " N"], ids: Int[Array, " N"]) -> Float[Array, " N"]:
+    """For every row the sum of x over the *other* rows of its problem, of which not one bit depends
+    on the own x: those before it and those behind it, added. O(N log N).
+
+    >>> ids = jnp.array([3, 8, 3])
+    >>> estimators.rows.problem_others(jnp.float32([1, 2, 3]), ids).tolist()
+    [3.0, 0.0, 1.0]
+    """
+    order = jnp.argsort(ids, stable=True)
+    first, _ = _runs(ids[order])
+    last = jnp.append(first[1:], True)
+    before = _sum_before(x[order], first)
+    behind = _sum_before(x[order][::-1], last[::-1])[::-1]
+    return jnp.zeros_like(x).at[order].set(before + behind)
+
+
+def _runs(ids: Int[Array, " N"]) -> tuple[Bool[Array, " N"], Int[Array, " N"]]:
+    """(is this the first of a run of equal ids, the number of the run) for sorted ids."""
+    first = jnp.concatenate([jnp.ones(min(1, ids.size), bool), ids[1:] != ids[:-1]])
+    return first, jnp.cumsum(first.astype(jnp.int32)) - 1
+
+
+def _sum_before(x: Float[Array, " N"], first: Bool[Array, " N"]) -> Float[Array, " N"]:
+    """Sum of the entries before this one in its run."""
+
+    def add(left, right):
+        (left_first, left_sum), (right_first, right_sum) = left, right
+        total = jnp.where(right_first, right_sum, left_sum + right_sum)
+        return left_first | right_first, total
+
+    _, sums = jax.lax.associative_scan(add, (first, x))
+    shifted = jnp.concatenate([jnp.zeros(min(1, x.size), x.dtype), sums[:-1]])
+    return jnp.where(first, 0, shifted)
+
+
+# ------------------------------------------------------------------------------------ estimates
+
+
 def estimate(
-    advantages: Float[Array, " N"], values: Float[Array, " N"], valid: Bool[Array, " N"], **info
+    advantages: Float[Array, " N"],
+    values: Float[Array, " N"],
+    valid: Bool[Array, " N"],
+    **info: Array,
 ) -> Estimate:
     """Estimate with 0 in invalid rows; ``info["zero_share"]``: valid rows with advantage 0.
 
@@ -106,7 +246,10 @@ def others_sum(x: Float[Array, " N"], *, block: int = 64) -> Float[Array, " N"]:
 
 
 def split(
-    rewards: Num[ArrayLike, " N"], valid: Bool[ArrayLike, " N"] | None, group_size: int, **others
+    rewards: Num[ArrayLike, " N"],
+    valid: Bool[ArrayLike, " N"] | None,
+    group_size: int,
+    **others: ArrayLike,
 ) -> tuple[Float[Array, "B G"], Float[Array, "B G"]]:
     """(rewards, weights: 1 valid, 0 invalid) [B G], one row for each prompt.
 
@@ -116,8 +259,7 @@ def split(
     >>> r.tolist(), w.tolist()
     ([[1.0, 0.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]])
     """
-    if group_size < 2:
-        raise ValueError(f"got group_size={group_size}; a group estimator needs 2 or more rollouts")
+    GROUP.checked("a group estimator", "group_size", group_size)
     rewards, valid = read(rewards, valid, **others)
     if rewards.size % group_size:
         raise ValueError(
@@ -132,7 +274,7 @@ def join(
     values: Float[Array, "B G"],
     r: Float[Array, "B G"],
     w: Float[Array, "B G"],
-    **info,
+    **info: Array,
 ) -> Estimate:
     """The Estimate of rows [N] from arrays [B G], as ``estimate`` makes it.
 

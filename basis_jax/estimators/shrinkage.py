@@ -1,14 +1,26 @@
 """Group baselines pulled towards something steadier than four rewards: the other prompts
 (James-Stein) or a prior value (V_0.5). Groups, invalid rows and errors as in ``group.py``."""
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
-from basis_jax.estimators.rows import divide, join, share, split, total
+from basis_jax.estimators.ranges import FINITE, GROUP, POSITIVE, OneOf, Options, Rewards
+from basis_jax.estimators.rows import (
+    divide,
+    join,
+    nan_reported,
+    others_sum,
+    share,
+    split,
+    total,
+)
 from basis_jax.types import Estimate
 
 
+@nan_reported
+@Options(group_size=GROUP, convention=OneOf(("paper", "code")))
 def james_stein(
     rewards: Num[ArrayLike, " N"],
     *,
@@ -29,8 +41,6 @@ def james_stein(
     >>> print(estimators.james_stein(rewards, group_size=3).values)
     [0.333 0.583 0.583 0.417 0.417 0.667]
     """
-    if convention not in ("paper", "code"):
-        raise ValueError(f"james_stein got convention {convention!r}; choose one of paper, code")
     r, w = split(rewards, valid, group_size)
     count = jnp.sum(w, 1)
     mean = divide(jnp.sum(w * r, 1), count)
@@ -45,7 +55,7 @@ def james_stein(
     shrink = divide(v, v + s + 1e-6) if convention == "code" else divide(v, v + s)
     shrink = shrink if convention == "code" else shrink * (prompts - 1) / jnp.maximum(prompts, 1)
     left = count[:, None] - w
-    own = divide(total(w * r) - w * r, left)
+    own = divide(jax.vmap(others_sum)(w * r), left)
     shrink = jnp.where(left > 0, jnp.where(prompts > 1, shrink, 0)[:, None], 1)
     baseline = (1 - shrink) * own + shrink * pooled[:, None]
     return join(r - baseline, baseline, r, w, shrinkage=jnp.mean(shrink))
@@ -60,6 +70,8 @@ def _mean_over(
     return divide(jnp.sum(jnp.where(weights > 0, x, 0), 1), jnp.sum(weights, 1))
 
 
+@nan_reported
+@Options(group_size=GROUP, low=FINITE, high=FINITE)
 def v05(
     rewards: Num[ArrayLike, " N"],
     successes: Num[ArrayLike, " N"],
@@ -75,28 +87,33 @@ def v05(
     The paper's prior is a pretrained value model; here it is the offline table's Jeffreys rate
     (k + 1/2) / (n + 1), mapped to [low, high], the range of the rewards. See ``fuse``.
     The paper reports that one or two rollouts are too few: the prior is never rejected. Raises
-    ValueError as ``rloo``.
+    ValueError as ``rloo``, unless low < high, and for a reward outside [low, high] (while tracing
+    it counts as the nearest in it; A keeps the reward). NaN in rows without a prior.
 
     >>> rewards = np.float32([1, 1, 1, 1])  # one prompt, four rollouts
     >>> successes, trials = np.full(4, 1), np.full(4, 8)  # the prompt's offline counts, once a row
     >>> print(estimators.v05(rewards, successes, trials, group_size=4).values)
     [0.925 0.925 0.925 0.925]
     """
+    Rewards(low, high).check("v05", rewards, valid)
     r, w = split(rewards, valid, group_size, successes=successes, trials=trials)
     rate = (jnp.asarray(successes, jnp.float32) + 0.5) / (jnp.asarray(trials, jnp.float32) + 1)
     prior = (low + (high - low) * rate).reshape(r.shape)
-    mean = divide(total(w * r), total(w))
+    near = jnp.clip(r, low, high)
+    mean = divide(total(w * near), total(w))
     weight, baseline = fuse(mean, prior, total(w), spread=(high - low) / 2)
     return join(
         r - baseline, baseline, r, w, prior_kept=share((weight == 0).ravel(), w.ravel() > 0)
     )
 
 
+@Options(spread=POSITIVE)
 def fuse(
     mean: Float[Array, "*s"], prior: Float[Array, "*s"], count: Float[Array, "*s"], *, spread: float
 ) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
     """(weight of the mean, fused value) with noise e = spread^2 / count, the largest variance of
     a mean of ``count`` rewards in [-spread, spread] around their middle. arXiv 2603.10848.
+    ValueError unless spread > 0.
 
     Deviation test: D = max(0, (mean - prior)^2 - e); weight = D / (D + e). Count 0 keeps the prior.
 

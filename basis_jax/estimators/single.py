@@ -8,7 +8,16 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
-from basis_jax.estimators.rows import centre, divide, estimate, read, total
+from basis_jax.estimators.ranges import SWITCH, OneOf, Options
+from basis_jax.estimators.rows import (
+    centre,
+    divide,
+    estimate,
+    nan_reported,
+    others_sum,
+    read,
+    total,
+)
 from basis_jax.types import Estimate
 
 # variance -> 1 / sd
@@ -20,6 +29,7 @@ CONVENTIONS = {
 }
 
 
+@nan_reported
 def reinforce(
     rewards: Num[ArrayLike, " N"], *, valid: Bool[ArrayLike, " N"] | None = None
 ) -> Estimate:
@@ -34,6 +44,8 @@ def reinforce(
     return estimate(rewards, jnp.zeros_like(rewards), valid)
 
 
+@nan_reported
+@Options(leave_one_out=SWITCH)
 def batch_mean(
     rewards: Num[ArrayLike, " N"],
     *,
@@ -52,11 +64,12 @@ def batch_mean(
     """
     rewards, valid = read(rewards, valid)
     weights = valid.astype(jnp.float32)
-    own = weights if leave_one_out else jnp.zeros_like(weights)
-    baseline = divide(jnp.sum(rewards) - own * rewards, jnp.sum(weights) - own)
+    over = others_sum if leave_one_out else total
+    baseline = divide(over(rewards), over(weights))
     return estimate(rewards - baseline, baseline, valid)
 
 
+@nan_reported
 def remax(
     rewards: Num[ArrayLike, " N"],
     greedy_rewards: Num[ArrayLike, " N"],
@@ -65,7 +78,8 @@ def remax(
 ) -> Estimate:
     """A = r - reward of one greedy completion of the same prompt. Li et al. 2023, 2310.10505.
 
-    Costs a second completion per prompt; 0 where both succeed or both fail.
+    Costs a second completion per prompt; 0 where both succeed or both fail, and where the greedy
+    reward is NaN.
 
     >>> greedy_rewards = np.float32([1, 1, 0])
     >>> estimators.remax(np.float32([1, 0, 1]), greedy_rewards).advantages.tolist()
@@ -73,9 +87,12 @@ def remax(
     """
     rewards, valid = read(rewards, valid, greedy_rewards=greedy_rewards)
     greedy = jnp.asarray(greedy_rewards, jnp.float32)
+    valid = valid & jnp.isfinite(greedy)
     return estimate(rewards - greedy, greedy, valid)
 
 
+@nan_reported
+@Options(convention=OneOf(tuple(CONVENTIONS)))
 def reinforce_pp(
     rewards: Num[ArrayLike, " N"],
     lengths: Num[ArrayLike, " N"],
@@ -83,9 +100,9 @@ def reinforce_pp(
     valid: Bool[ArrayLike, " N"] | None = None,
     convention: str = "openrlhf",
 ) -> Estimate:
-    """REINFORCE++ without KL in the reward: A = (r - mean) / sd over the whole batch.
-    Hu et al. 2025, arXiv 2501.03262; ``lengths`` are completion tokens. Conventions and errors as
-    of ``standardise``.
+    """REINFORCE++ without KL in the reward: A = (r - mean) / sd over the whole batch. Mean and sd
+    have the own reward inside. Hu et al. 2025, arXiv 2501.03262; ``lengths`` are completion
+    tokens. Conventions and errors as of ``standardise``.
 
     >>> rewards, lengths = np.float32([1, 0, 1, 0]), np.array([7, 5, 9, 3])
     >>> print(estimators.reinforce_pp(rewards, lengths).advantages)
@@ -100,6 +117,7 @@ def reinforce_pp(
     return estimate(advantages, mean, valid)
 
 
+@Options(convention=OneOf(tuple(CONVENTIONS)))
 def standardise(
     x: Float[Array, " N"], lengths: Float[Array, " N"], convention: str
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
@@ -116,8 +134,6 @@ def standardise(
     >>> print(standardised, mean)
     [ 1.291 -0.645  1.291 -0.645] [0.333 0.333 0.333 0.333]
     """
-    if convention not in CONVENTIONS:
-        raise ValueError(f"got convention {convention!r}; choose one of {', '.join(CONVENTIONS)}")
     weights = (lengths > 0).astype(x.dtype) if convention == "sequence" else lengths
     centred, mean = centre(x, weights)
     ddof = 0 if convention == "openrlhf" else 1

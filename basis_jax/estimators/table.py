@@ -1,4 +1,5 @@
-"""The offline reference table: successes and trials of every problem's reference completions."""
+"""The offline reference table: successes and trials of every problem's reference completions, and
+their rewards where these are other than 0 and 1."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from basis_jax.pytree import pytree
 
 @pytree
 class Table:
-    """Successes and trials of M problems, float32; ``init_table`` checks and makes it.
+    """Successes and trials of M problems, float32; ``init_table`` checks and makes it. The sum of
+    fractional rewards counts as successes.
 
     >>> table = estimators.Table(successes=jnp.float32([4, 0]), trials=jnp.float32([8, 8]))
     >>> jax.tree.map(jnp.sum, table).trials.tolist()
@@ -21,11 +23,18 @@ class Table:
 
     successes: Float[Array, " M"]
     trials: Float[Array, " M"]
+    rewards: Float[Array, "M n"] | None = None  # of each completion, NaN where there is none
 
 
-def init_table(successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]) -> Table:
+def init_table(
+    successes: Num[ArrayLike, " M"],
+    trials: Num[ArrayLike, " M"],
+    *,
+    reference_rewards: Num[ArrayLike, "M n"] | None = None,
+) -> Table:
     """The table as estimator state. Raises ValueError unless 0 <= successes <= trials everywhere
-    (checked where the numbers are there: not while tracing).
+    (checked where the numbers are there: not while tracing), and for ``reference_rewards`` that
+    are not one row a problem.
 
     >>> table = estimators.init_table(np.array([4, 0]), np.array([8, 8]))
     >>> table.successes.tolist(), table.trials.tolist()
@@ -40,6 +49,14 @@ def init_table(successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]) ->
                 f"problem {bad[0]} has {k[bad[0]]:g} successes in {n[bad[0]]:g} trials; every "
                 "problem needs 0 <= successes <= trials"
             )
+    rewards = reference_rewards
+    if rewards is not None and np.shape(rewards)[:-1] != np.shape(successes):
+        raise ValueError(
+            f"got reference_rewards {np.shape(rewards)} for {np.shape(successes)[0]} problems; "
+            "give one row a problem"
+        )
     return Table(
-        successes=jnp.asarray(successes, jnp.float32), trials=jnp.asarray(trials, jnp.float32)
+        successes=jnp.asarray(successes, jnp.float32),
+        trials=jnp.asarray(trials, jnp.float32),
+        rewards=None if rewards is None else jnp.asarray(rewards, jnp.float32),
     )

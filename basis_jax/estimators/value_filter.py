@@ -16,9 +16,9 @@ values *before* its rewards enter:
    is exactly independent of reward i;
 3. update u_i by its reward under that same w (assumed-density step), and w on all rows.
 
-Rewards in [low, high] enter as y = (r - low) / (high - low), clipped into [0, 1] (only y: A keeps
-the reward), through the quasi-likelihood y log p + (1 - y) log(1 - p). O(N d^2) a step, four
-numbers a problem besides its features.
+Rewards in [low, high] enter as y = (r - low) / (high - low), through the quasi-likelihood
+y log p + (1 - y) log(1 - p). A reward outside is a ValueError; while tracing y is clipped into
+[0, 1] (only y: A keeps the reward). O(N d^2) a step, four numbers a problem besides its features.
 """
 
 import dataclasses
@@ -30,8 +30,25 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from basis_jax.estimators.history import problem_sums
-from basis_jax.estimators.rows import estimate, read
+from basis_jax.estimators.ranges import (
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Number,
+    Options,
+    OrNone,
+    Rewards,
+    Whole,
+)
+from basis_jax.estimators.rows import (
+    at,
+    estimate,
+    inside,
+    nan_reported,
+    problem_total,
+    read,
+    to_unit,
+)
 from basis_jax.estimators.table import init_table
 from basis_jax.masked import masked_mean
 from basis_jax.pytree import pytree
@@ -80,6 +97,7 @@ class Shared(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------- the start
+@Options(features=OrNone(Number(axes=2)), own_variance=POSITIVE, shared_variance=POSITIVE)
 def value_filter_init(
     successes: Num[ArrayLike, " M"],
     trials: Num[ArrayLike, " M"],
@@ -94,6 +112,7 @@ def value_filter_init(
     and t = ``own_variance``. Features are centred and scaled to a mean squared norm of 1, so that
     either variance says how far it may move a logit; fixed at the start (prompt states of the
     reference policy, a few dozen principal or random directions). Successes may be fractional.
+    ValueError for a variance that is not above 0 and for features that are not finite.
 
     >>> successes, trials = np.array([4, 0, 8]), np.array([8, 0, 8])  # of three problems
     >>> state = estimators.value_filter_init(successes, trials)
@@ -188,6 +207,15 @@ def _mode(
 
 
 # ----------------------------------------------------------------------------------------- a step
+@nan_reported
+@Options(
+    folds=Whole(2, "it cross-fits"),
+    drift=NOT_NEGATIVE,
+    table_drift=NOT_NEGATIVE,
+    own_drift=NOT_NEGATIVE,
+    low=FINITE,
+    high=FINITE,
+)
 def value_filter_update(
     state: FilterState,
     signals: Signals,
@@ -201,10 +229,12 @@ def value_filter_update(
 ) -> tuple[FilterState, Estimate]:
     """One step of this module's filter; A = r - value.
 
-    The j-th valid row is in fold j mod ``folds`` (ValueError for folds < 2). Several rows of one
-    problem share its old value; their updates add up as natural parameters, in any order. Invalid
-    rows change nothing. Info: ``shared`` (w's intercept), ``table_weight`` (t's; 0 at the start),
-    ``own_sd`` (mean sd of u_i).
+    The j-th valid row is in fold j mod ``folds`` (ValueError for folds < 2 and for a drift below
+    0). Several rows of one problem share its old value; their updates add up as natural parameters,
+    in any order. Invalid rows change nothing; an id outside 0..M-1 reads NaN and writes nothing.
+    The step reads and writes the rows' problems alone: with a donated state its cost does not grow
+    with M. Info: ``shared`` (w's intercept), ``table_weight`` (t's; 0 at the start), ``own_sd``
+    (mean sd of u_i).
 
     >>> state = estimators.value_filter_init(np.full(9, 4), np.full(9, 8))
     >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
@@ -213,18 +243,17 @@ def value_filter_update(
     >>> print(estimate.values)
     [0.486 0.514]
     """
-    if folds < 2:
-        raise ValueError(f"value_filter got folds={folds}; cross-fitting needs 2 folds or more")
-    if not low < high:
-        raise ValueError(f"value_filter got low={low}, high={high}; low must be below high")
-    rewards, valid = read(signals.rewards, signals.valid)
+    Rewards(low, high).check("value_filter", signals.rewards, signals.valid)
+    rewards, given = read(signals.rewards, signals.valid)
     ids = signals.problem_ids
-    idle = (state.step - state.last[ids]).astype(jnp.float32)
+    known = inside(ids, state.last.size)
+    valid = given & known
+    idle = (state.step - at(state.last, ids)).astype(jnp.float32)
     rows = Rows(
-        y=jnp.where(valid, jnp.clip((rewards - low) / (high - low), 0, 1), 0.5),
-        phi=jnp.concatenate([jnp.ones((ids.size, 1)), state.features[ids]], 1),
-        own_mean=state.own_mean[ids],
-        own_variance=state.own_variance[ids] + own_drift * idle,
+        y=jnp.where(valid, to_unit(rewards, low, high), 0.5),
+        phi=jnp.concatenate([jnp.ones((ids.size, 1)), _or(at(state.features, ids), 0.0)], 1),
+        own_mean=_or(at(state.own_mean, ids), 0.0),
+        own_variance=_or(at(state.own_variance, ids), 1.0) + own_drift * idle,
     )
     widened = jnp.full(state.mean.size, drift).at[1].set(table_drift)
     prior = Shared(state.mean, state.covariance + jnp.diag(widened))
@@ -234,17 +263,22 @@ def value_filter_update(
     a, s = jax.vmap(lambda fit: _predict(rows, fit))(Shared(*(x[:-1] for x in fits)))
     own = jnp.arange(fold.size)
     a, s = a[fold, own], s[fold, own]
-    values = low + (high - low) * jax.nn.sigmoid(a * _shrink(s))
+    values = jnp.where(known, low + (high - low) * jax.nn.sigmoid(a * _shrink(s)), jnp.nan)
     new = _learn(state, signals, rows, valid, (a, s))
     new = dataclasses.replace(new, mean=fits.mean[-1], covariance=fits.covariance[-1])
     return new, estimate(
         rewards - values,
         values,
-        valid,
+        given,
         shared=new.mean[0],
         table_weight=new.mean[1],
         own_sd=masked_mean(jnp.sqrt(rows.own_variance), valid),
     )
+
+
+def _or(x: Float[Array, "N ..."], number: float) -> Float[Array, "N ..."]:
+    """x, the number where it is NaN."""
+    return jnp.where(jnp.isnan(x), number, x)
 
 
 def _shrink(variance: Float[Array, " N"]) -> Float[Array, " N"]:
@@ -312,8 +346,8 @@ def _learn(
     h = jnp.where(valid, _shrink(s) ** 2 * p * (1 - p), 0)
     rest = 1 - rows.own_variance * h  # the share of the variance that is left: above 1/3
     ids, size = signals.problem_ids, state.last.size
-    variance = 1 / (1 / rows.own_variance + problem_sums(h / rest, signals, size)[ids])
-    mean = rows.own_mean + variance * problem_sums(g / rest, signals, size)[ids]
+    variance = 1 / (1 / rows.own_variance + problem_total(h / rest, ids))
+    mean = rows.own_mean + variance * problem_total(g / rest, ids)
     written = jnp.where(valid, ids, size)  # out of range: dropped
     return dataclasses.replace(
         state,

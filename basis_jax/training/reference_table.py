@@ -1,8 +1,9 @@
 """The offline reference table: how often the reference policy solves each training problem.
 
-One .npz file: successes and trials a problem, the problem's identity (content hash and prompt
-hash), and what made it (model fingerprint, sampling settings, verifier). A table is used only
-where all of that fits the run. Cost: M x n rollouts once; 1 M problems take 32 MB. It may hold the
+One .npz file: successes and trials a problem, the reward of every rollout, the problem's identity
+(content hash and prompt hash), and what made it (model fingerprint, sampling settings, verifier). A
+table is used only where all of that fits the run. Cost: M x n rollouts once; 1 M problems take 32
+MB and 4 MB a rollout. Tables without rewards, of older versions, are read too. It may hold the
 reference policy's ``prompt_features`` as well, with any n or none: M prefills, 4 MB a feature.
 """
 
@@ -31,13 +32,19 @@ SAVE_EVERY_S = 10.0
 class ReferenceTable:
     """Counts of M problems. ``position`` rollouts of the plan are done (all: M x samples)."""
 
-    successes: np.ndarray  # [M] int32
+    successes: np.ndarray  # [M] sum of the rewards, clipped into [0, 1]: int32, or float32
     trials: np.ndarray  # [M] int32: graded rollouts; those that failed to verify do not count
     uids: np.ndarray  # [M] int64
     prompt_hashes: np.ndarray  # [M] uint64
     features: np.ndarray  # [M, e] float32; e may be 0
     made_by: dict
     position: int
+    rewards: np.ndarray | None = None  # [M, samples] float32, NaN: not (yet) graded; None: unknown
+
+    @property
+    def fractional(self) -> bool:
+        """Is a reward neither 0 nor 1, so that the counts do not say all?"""
+        return self.rewards is not None and not _binary(self.rewards)
 
 
 def table_origin(
@@ -69,7 +76,8 @@ def save(table: ReferenceTable, path: Path) -> None:
     """Write the table; the file is replaced in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    np.savez(content, **{**vars(table), "made_by": json.dumps(table.made_by, sort_keys=True)})
+    fields = {**vars(table), "made_by": json.dumps(table.made_by, sort_keys=True)}
+    np.savez(content, **{name: x for name, x in fields.items() if x is not None})
     replace_file(path, content.getbuffer())
 
 
@@ -132,6 +140,7 @@ def rows_for(
         uids=table.uids[index],
         prompt_hashes=table.prompt_hashes[index],
         features=table.features[index],
+        rewards=None if table.rewards is None else table.rewards[index],
     )
 
 
@@ -162,6 +171,7 @@ def build(
         features=np.zeros((size, 0), np.float32),
         made_by=origin,
         position=0,
+        rewards=np.full((size, samples), np.nan, np.float32),
     )
     if path.exists():
         table = resumed(load(path), table, path)
@@ -223,7 +233,33 @@ def with_rollouts(
         stream="reference",
         step=0,
     )
-    successes, trials = table.successes.copy(), table.trials.copy()
-    np.add.at(successes, ids, (graded.rewards > 0.5).astype(np.int32))
-    np.add.at(trials, ids, graded.valid.astype(np.int32))
-    return replace(table, successes=successes, trials=trials, position=int(units[-1]) + 1)
+    graded_rewards = np.asarray(graded.rewards, np.float32)
+    valid = graded.valid & np.isfinite(graded_rewards)
+    position, trials = int(units[-1]) + 1, table.trials.copy()
+    np.add.at(trials, ids, valid.astype(np.int32))
+    new = np.where(valid, graded_rewards, np.nan)
+    if table.rewards is not None:
+        rewards = table.rewards.copy()
+        rewards[ids, units // size] = new
+        successes = _successes(rewards)
+        return replace(
+            table, successes=successes, trials=trials, position=position, rewards=rewards
+        )
+    if not _binary(new):
+        raise ValueError(
+            "a rollout has a reward other than 0 and 1, which the table begun by an older version "
+            "cannot keep; remove that table and make it again"
+        )
+    successes = table.successes.copy()
+    np.add.at(successes, ids, (new == 1).astype(np.int32))
+    return replace(table, successes=successes, trials=trials, position=position)
+
+
+def _binary(rewards: np.ndarray) -> bool:
+    return bool(np.all(np.isnan(rewards) | (rewards == 0) | (rewards == 1)))
+
+
+def _successes(rewards: np.ndarray) -> np.ndarray:
+    """Sum of every problem's rewards, of those outside [0, 1] their nearest end."""
+    total = np.clip(np.nan_to_num(rewards.astype(np.float64)), 0, 1).sum(axis=1)
+    return np.asarray(total, np.int32 if np.all(total == np.floor(total)) else np.float32)

@@ -177,18 +177,39 @@ def estimator_state_shapes(session: Session) -> PyTree:
     size, features = len(session.train_set.problems), session.config.estimator.features
     counts = jax.ShapeDtypeStruct((size,), np.int32)
     options = {"features": jax.ShapeDtypeStruct((size, features), np.float32)} if features else {}
+    samples = _rewards_on_disk(session)
+    if samples:
+        options["reference_rewards"] = jax.ShapeDtypeStruct((size, samples), np.float32)
     return jax.eval_shape(session.estimator.init, counts, counts, **options)
+
+
+def _rewards_on_disk(session: Session) -> int:
+    """Reference rewards a problem that the estimator of this run started from; 0 without any."""
+    config, section = session.config, session.config.estimator
+    path = Path(section.table or Path(config.run_dir) / "reference.npz")
+    uses = session.estimator.takes_rewards and (section.table or section.table_samples)
+    if not (uses and path.is_file()):
+        return 0
+    table = load(path)
+    return table.rewards.shape[1] if table.rewards is not None and table.fractional else 0
 
 
 def first_estimator_state(
     session: Session, params: PyTree, path: Path, report: Callable[[str], None] = print
 ) -> PyTree:
-    """The estimator's state before the first step, from the reference table where it takes one."""
+    """The estimator's state before the first step, from the reference table where it takes one. No
+    two of its arrays share a buffer: the training step donates each."""
     section = session.config.estimator
     uses_table = section.table or section.table_samples or section.features
     if not (uses_table and session.estimator.takes_table):
         zeros = np.zeros(len(session.train_set.problems), np.int32)
-        return session.estimator.init(zeros, zeros)
+        return _own_buffers(session.estimator.init(zeros, zeros))
     table = reference_table(session, params, path, report)
-    features = {"features": table.features} if section.features else {}
-    return session.estimator.init(table.successes, table.trials, **features)
+    options = {"features": table.features} if section.features else {}
+    if session.estimator.takes_rewards and table.rewards is not None and table.fractional:
+        options["reference_rewards"] = table.rewards
+    return _own_buffers(session.estimator.init(table.successes, table.trials, **options))
+
+
+def _own_buffers(state: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, state)
