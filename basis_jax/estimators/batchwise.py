@@ -26,6 +26,7 @@ from basis_jax.estimators.ranges import FINITE, Number, OneOf, Options, OrNone, 
 from basis_jax.estimators.rows import (
     divide,
     estimate,
+    from_unit,
     nan_reported,
     others_sum,
     read,
@@ -160,7 +161,7 @@ def basis(
     else:
         row_beta, fit = _cross_fitted(batch, betas, VARIANTS[variant], folds)
         baseline = jnp.where(fit.fitted, jnp.clip(fit.baseline, 0, 1), _fallback(batch, row_beta))
-    values = low + (high - low) * baseline
+    values = from_unit(baseline, low, high)
     values = jnp.where(given & ~batch.valid, jnp.nan, values)
     info = {
         "beta": masked_mean(row_beta, batch.valid),

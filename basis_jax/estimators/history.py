@@ -29,6 +29,7 @@ from basis_jax.estimators.rows import (
     at,
     divide,
     estimate,
+    from_unit,
     inside,
     nan_reported,
     problem_total,
@@ -270,7 +271,7 @@ def dbb_update(
     rewards, valid = read(signals.rewards, signals.valid)
     factor = jnp.full(rewards.shape, decay, jnp.float32)
     state, _, p = _observe(state, signals, factor, jnp.ones_like(rewards), (low, high))
-    values = low + (high - low) * p
+    values = from_unit(p, low, high)
     advantages = rewards - values
     if scale:
         scaled = divide(advantages, (high - low) * jnp.sqrt(p * (1 - p)))
@@ -311,7 +312,7 @@ def _observe(
         last=state.last.at[written].set(state.step, mode="drop"),
         step=state.step + 1,
     )
-    return new, low + (high - low) * (a / (a + b)), new_a / (new_a + new_b)
+    return new, from_unit(a / (a + b), low, high), new_a / (new_a + new_b)
 
 
 def problem_sums(x: Float[Array, " N"], signals: Signals, size: int) -> Float[Array, " {size}"]:

@@ -5,7 +5,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
 from basis_jax.estimators.ranges import FINITE, NOT_NEGATIVE, Options, Rewards
-from basis_jax.estimators.rows import estimate, nan_reported, read, share
+from basis_jax.estimators.rows import estimate, from_unit, nan_reported, read, share
 from basis_jax.types import Estimate
 
 
@@ -36,11 +36,10 @@ def a_star_po(
     Rewards(low, high).check("a_star_po", rewards, valid)
     rewards, valid = read(rewards, valid, successes=successes, trials=trials)
     successes, trials = jnp.asarray(successes, jnp.float32), jnp.asarray(trials, jnp.float32)
-    known = trials > 0
-    rate = jnp.where(known, jnp.clip(successes / jnp.where(known, trials, 1), 0, 1), 0.5)
-    values = low + (high - low) * soft_value(rate, beta / (high - low))
-    values = jnp.where(jnp.isnan(successes) | jnp.isnan(trials), jnp.nan, values)
-    return estimate(rewards - values, values, valid, fallback_share=share(~known, valid))
+    none = trials <= 0
+    rate = jnp.where(none, 0.5, jnp.clip(successes / jnp.where(none, 1, trials), 0, 1))
+    values = from_unit(soft_value(rate, beta / (high - low)), low, high)
+    return estimate(rewards - values, values, valid, fallback_share=share(none, valid))
 
 
 @Options(beta=NOT_NEGATIVE)

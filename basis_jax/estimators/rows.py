@@ -25,6 +25,7 @@ __all__ = [
     "check_rows",
     "divide",
     "estimate",
+    "from_unit",
     "inside",
     "join",
     "nan_reported",
@@ -112,14 +113,27 @@ def to_unit(rewards: Float[Array, "*s"], low: float, high: float) -> Float[Array
     return jnp.clip((rewards - low) / (high - low), 0, 1)
 
 
+def from_unit(values: Float[Array, "*s"], low: float, high: float) -> Float[Array, "*s"]:
+    """low + (high - low) value; for 0 and 1 the values as they are, so that nothing is rounded.
+
+    >>> estimators.rows.from_unit(jnp.float32([0, 0.5, 1]), -1.0, 1.0).tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    unit = isinstance(low, float) and isinstance(high, float) and (low, high) == (0.0, 1.0)
+    return values if unit else low + (high - low) * values
+
+
 # ---------------------------------------------------------------------- rows and their problems
-def at(x: Shaped[Array, "M ..."], ids: Int[Array, " N"]) -> Shaped[Array, "N ..."]:
-    """x[ids]; NaN (0 for whole numbers) where an id is not in 0..M-1.
+def at(
+    x: Shaped[Array, "M ..."], ids: Int[Array, " N"], *, fill: float | None = None
+) -> Shaped[Array, "N ..."]:
+    """x[ids]; ``fill`` (by default NaN, 0 for whole numbers) where an id is not in 0..M-1.
 
     >>> estimators.rows.at(jnp.float32([5, 6, 7]), jnp.array([1, 3, -1])).tolist()
     [6.0, nan, nan]
     """
-    fill = jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0
+    if fill is None:
+        fill = jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0
     return x.at[ids].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
 
 

@@ -64,8 +64,9 @@ def batch_mean(
     """
     rewards, valid = read(rewards, valid)
     weights = valid.astype(jnp.float32)
-    over = others_sum if leave_one_out else total
-    baseline = divide(over(rewards), over(weights))
+    own = weights if leave_one_out else jnp.zeros_like(weights)
+    summed = others_sum(rewards) if leave_one_out else jnp.sum(rewards) - own * rewards
+    baseline = divide(summed, jnp.sum(weights) - own)
     return estimate(rewards - baseline, baseline, valid)
 
 

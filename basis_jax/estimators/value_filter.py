@@ -43,6 +43,7 @@ from basis_jax.estimators.ranges import (
 from basis_jax.estimators.rows import (
     at,
     estimate,
+    from_unit,
     inside,
     nan_reported,
     problem_total,
@@ -251,9 +252,9 @@ def value_filter_update(
     idle = (state.step - at(state.last, ids)).astype(jnp.float32)
     rows = Rows(
         y=jnp.where(valid, to_unit(rewards, low, high), 0.5),
-        phi=jnp.concatenate([jnp.ones((ids.size, 1)), _or(at(state.features, ids), 0.0)], 1),
-        own_mean=_or(at(state.own_mean, ids), 0.0),
-        own_variance=_or(at(state.own_variance, ids), 1.0) + own_drift * idle,
+        phi=jnp.concatenate([jnp.ones((ids.size, 1)), at(state.features, ids, fill=0.0)], 1),
+        own_mean=at(state.own_mean, ids, fill=0.0),
+        own_variance=at(state.own_variance, ids, fill=1.0) + own_drift * idle,
     )
     widened = jnp.full(state.mean.size, drift).at[1].set(table_drift)
     prior = Shared(state.mean, state.covariance + jnp.diag(widened))
@@ -263,7 +264,7 @@ def value_filter_update(
     a, s = jax.vmap(lambda fit: _predict(rows, fit))(Shared(*(x[:-1] for x in fits)))
     own = jnp.arange(fold.size)
     a, s = a[fold, own], s[fold, own]
-    values = jnp.where(known, low + (high - low) * jax.nn.sigmoid(a * _shrink(s)), jnp.nan)
+    values = jnp.where(known, from_unit(jax.nn.sigmoid(a * _shrink(s)), low, high), jnp.nan)
     new = _learn(state, signals, rows, valid, (a, s))
     new = dataclasses.replace(new, mean=fits.mean[-1], covariance=fits.covariance[-1])
     return new, estimate(
@@ -274,11 +275,6 @@ def value_filter_update(
         table_weight=new.mean[1],
         own_sd=masked_mean(jnp.sqrt(rows.own_variance), valid),
     )
-
-
-def _or(x: Float[Array, "N ..."], number: float) -> Float[Array, "N ..."]:
-    """x, the number where it is NaN."""
-    return jnp.where(jnp.isnan(x), number, x)
 
 
 def _shrink(variance: Float[Array, " N"]) -> Float[Array, " N"]:
