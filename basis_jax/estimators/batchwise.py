@@ -11,6 +11,22 @@ unbiased combination of the *other* prompts' rewards,
 With odds o = V / (1 - V), for 0/1 rewards k / (n - k) exp(1 / beta), and q = 1 / (1 - V) = 1 + o
 the weights are rank one, so that all b cost O(N) a beta (O(N n) with the reference rewards):
 b_i = V_i (sum q r - q_i r_i) / (sum o - o_i).
+
+``rule="published"`` follows the paper exactly. beta minimises eq. 6 over all grid points with
+an active prompt, on this very batch, so that b_i depends on r_i through beta; prompts outside
+the active set (p in {0, 1}, trials 0) and a sole active prompt have b = 0; b may exceed 1.
+
+``rule="robust"``, the default: (1) for a fold, only a beta with at least max(2, m / 2) active
+prompts counts, where m is the number of prompts with 0 < p < 1; both numbers are taken over the
+rows of the other folds; (2) a prompt outside the active set, or alone in it, has the baseline
+b = sigmoid(logit p' + 1/beta) with Jeffreys' p' = (k + 1/2) / (n + 1), and every beta is scored on
+these prompts too: on all valid rows of the other folds (reference rewards: eq. 5 with half a
+completion of reward 0 and half a one of reward 1 added, which is the same for 0/1); (3) beta is
+cross-fitted: the j-th valid row is in fold j mod ``folds`` (3 or more), and the beta of fold f is
+scored on the other folds' rewards alone, those of fold g predicted from the folds that are neither
+f nor g, so that b_i is exactly independent of r_i (fewer rows than folds: folds of one); the b_i
+itself combines all other valid rows, those of its fold included; (4) b is clipped to [low, high].
+Where no beta counts, or fewer than 3 rows are valid, it is the largest.
 """
 
 from collections.abc import Callable
@@ -113,21 +129,7 @@ def basis(
     (an unknown problem) has the value NaN. All formulas are those of (r - low) / (high - low), beta
     included; the variance s = V (1 - V) is the largest that rewards in [0, 1] of mean V can have.
 
-    ``rule="published"``: the paper to the letter. beta minimises eq. 6 over all grid points with
-    an active prompt, on this very batch, so that b_i depends on r_i through beta; prompts outside
-    the active set (p in {0, 1}, trials 0) and a sole active prompt have b = 0; b may exceed 1.
-
-    ``rule="robust"``: (1) for a fold, only a beta with at least max(2, m / 2) active prompts
-    counts, where m is the number of prompts with 0 < p < 1; both numbers are taken over the rows of
-    the other folds; (2) a prompt outside the active set, or alone in it, has b = sigmoid(logit p' +
-    1/beta) with Jeffreys' p' = (k + 1/2) / (n + 1), and every beta is scored on these prompts too:
-    on all valid rows of the other folds (reference rewards: eq. 5 with half a completion of reward
-    0 and half a one of reward 1 added, which is the same for 0/1); (3) beta is cross-fitted: the
-    j-th valid row is in fold j mod ``folds`` (3 or more), and the beta of fold f is scored on the
-    other folds' rewards alone, those of fold g predicted from the folds that are neither f nor g,
-    so that b_i is exactly independent of r_i (fewer rows than folds: folds of one); the b_i itself
-    combines all other valid rows, those of its fold included; (4) b is clipped to [low, high].
-    Where no beta counts, or fewer than 3 rows are valid, it is the largest.
+    ``rule``: "published" or "robust", which the module's docstring describes.
 
     Info: ``beta`` (mean over rows), ``active_fraction``, ``fallback_share`` (rows whose baseline
     is the Jeffreys value, or the published 0), ``zero_share`` (rows with advantage 0). ValueError
@@ -147,11 +149,7 @@ def basis(
     [0.831 0.347 0.962 0.232]
     """
     betas = jnp.asarray(BETAS if betas is None else betas, jnp.float32)
-    if betas.ndim != 1 or not betas.size:  # traced, too
-        raise ValueError(f"basis got betas of shape {betas.shape}; give one number or more")
-    Rewards(low, high).check("basis", rewards, valid)
-    if reference_rewards is not None:
-        Rewards(low, high).check("basis", reference_rewards)
+    _check(rewards, valid, reference_rewards, betas, Rewards(low, high))
     counts = {"successes": successes, "trials": trials}
     rewards, given = read(rewards, valid, **{n: x for n, x in counts.items() if x is not None})
     batch = _batch(rewards, given, successes, trials, reference_rewards, low, high)
@@ -163,12 +161,29 @@ def basis(
         baseline = jnp.where(fit.fitted, jnp.clip(fit.baseline, 0, 1), _fallback(batch, row_beta))
     values = from_unit(baseline, low, high)
     values = jnp.where(given & ~batch.valid, jnp.nan, values)
-    info = {
+    return estimate(rewards - values, values, given, **_info(batch, fit, row_beta))
+
+
+def _info(batch: ValidRows, fit: Fit, row_beta: Float[Array, " N"]) -> dict[str, Array]:
+    return {
         "beta": masked_mean(row_beta, batch.valid),
         "active_fraction": share(fit.active, batch.valid),
         "fallback_share": share(~fit.fitted, batch.valid),
     }
-    return estimate(rewards - values, values, given, **info)
+
+
+def _check(
+    rewards: Num[ArrayLike, " N"],
+    valid: Bool[ArrayLike, " N"] | None,
+    reference_rewards: Num[ArrayLike, "N n"] | None,
+    betas: Float[Array, "*K"],
+    allowed: Rewards,
+) -> None:
+    if betas.ndim != 1 or not betas.size:  # traced, too
+        raise ValueError(f"basis got betas of shape {betas.shape}; give one number or more")
+    allowed.check("basis", rewards, valid)
+    if reference_rewards is not None:
+        allowed.check("basis", reference_rewards)
 
 
 def _batch(
