@@ -20,6 +20,12 @@ def tilted_value(successes, trials, beta):
     return p / (p + (1 - p) * math.exp(-1 / beta)) if p > 0 else 0.0
 
 
+def tilted_mean(rewards, beta):
+    """Eq. 5 of a list of reference rewards, from its definition; nan without any."""
+    weights = [math.exp((r - max(rewards)) / beta) for r in rewards]
+    return sum(w * r for w, r in zip(weights, rewards, strict=True)) / sum(weights or [math.nan])
+
+
 def basis_weights(values, members, variant):
     """w[i][j] of App. B for i, j in members, as a dense matrix with a zero diagonal."""
     w = np.zeros((len(values), len(values)))

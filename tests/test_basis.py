@@ -107,6 +107,126 @@ def test_value_of_half_at_beta_half_is_that_of_equation_5_not_the_soft_value():
     assert e.values[0] == pytest.approx(v * (1 / (1 - v)) / (v / (1 - v)), abs=1e-6)
 
 
+# ------------------------------------------------------------------------- fractional rewards
+def fractional(seed, size=24, count=6):
+    """Rewards in [0, 1], and reference rewards with NaN, with a row of none and a row of ones."""
+    rng = np.random.default_rng(seed)
+    centre = rng.random(size)
+    draw = lambda *shape: np.clip(centre[:, None] + rng.normal(0, 0.2, shape), 0, 1)  # noqa: E731
+    reference_rewards = draw(size, count)
+    reference_rewards[rng.random((size, count)) < 0.2] = np.nan
+    reference_rewards[3], reference_rewards[4] = np.nan, 1
+    return draw(size, 1)[:, 0].astype(np.float32), reference_rewards.astype(np.float32), centre
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("beta", [0.05, 0.3, 2.0])
+def test_reference_rewards_give_the_weights_of_equation_5(variant, beta):
+    rewards, references, _ = fractional(0)
+    e = jitted(
+        rewards,
+        reference_rewards=references,
+        betas=jnp.asarray([beta], jnp.float32),
+        rule="published",
+        variant=variant,
+    )
+    given = [[float(x) for x in row if np.isfinite(x)] for row in references]
+    values = [reference.tilted_mean(row, beta) if row else np.nan for row in given]
+    members = reference.basis_members(values, range(24))
+    w = reference.basis_weights(values, members, variant)
+    assert 3 not in members and 4 not in members and len(members) > 15
+    np.testing.assert_allclose(e.values, w @ rewards.astype(np.float64), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["robust", "published"])
+def test_reference_rewards_of_zero_and_one_are_their_counts(rule):
+    rng = np.random.default_rng(1)
+    rewards = rng.integers(0, 2, 40).astype(np.float32)
+    references = (rng.random((40, 8)) < rng.beta(0.6, 0.8, 40)[:, None]).astype(np.float32)
+    references[::3, 5:] = np.nan
+    k, n = np.nansum(references, 1), np.sum(np.isfinite(references), 1)
+    e = jitted(rewards, reference_rewards=references, rule=rule)
+    expected = jitted(rewards, k, n, rule=rule)
+    np.testing.assert_allclose(e.values, expected.values, atol=1e-5)
+    for name, value in expected.info.items():
+        assert float(e.info[name]) == pytest.approx(float(value), rel=1e-5), name
+
+
+def test_the_robust_fallback_is_equation_5_with_half_a_success_and_half_a_failure_more():
+    """A row alone in its active set, and one without a completion."""
+    references = np.float32([[0.2, 0.7], [np.nan, np.nan], [1, 1]])
+    options = {"betas": jnp.asarray([0.5], jnp.float32), "reference_rewards": references}
+    e = jitted(np.float32([0.3, 0.4, 0.9]), **options)
+    for row, value in zip(references, e.values, strict=True):
+        r = np.array([x for x in row if np.isfinite(x)] + [0, 1], np.float64)
+        w = np.exp(r / 0.5) * np.array([1.0] * (len(r) - 2) + [0.5, 0.5])
+        assert float(value) == pytest.approx(np.sum(w * r) / np.sum(w), rel=1e-5)
+
+
+def test_continuous_rewards_are_worth_their_table():
+    """Where counts of rewards above 1/2 are not: mean squared value error under a quarter of the
+    batch mean's, against more than it (fixed seeds, both bounds over 5 standard errors away)."""
+    errors = {"rewards": [], "counts": [], "mean": []}
+    for seed in range(20):
+        rewards, references, centre = fractional(seed, 128, 16)
+        centre = np.clip(centre, 0.1, 0.9)
+        counted = np.sum(references > 0.5, 1), np.sum(np.isfinite(references), 1)
+        made = {
+            "rewards": jitted(rewards, reference_rewards=references),
+            "counts": jitted(rewards, *counted),
+            "mean": estimators.batch_mean(rewards),
+        }
+        for name, e in made.items():
+            errors[name].append(np.mean((np.asarray(e.values) - centre) ** 2))
+    mean = {name: np.mean(x) for name, x in errors.items()}
+    print(mean)
+    assert mean["rewards"] < 0.25 * mean["mean"] and mean["rewards"] < 0.25 * mean["counts"]
+
+
+def test_the_own_fractional_reward_is_in_no_robust_baseline():
+    rewards, references, _ = fractional(2)
+    before = jitted(rewards, reference_rewards=references).values
+    for i in range(24):
+        for new in (0.0, 0.123, 1.0):
+            changed = np.where(np.arange(24) == i, np.float32(new), rewards)
+            e = jitted(changed, reference_rewards=references)
+            assert e.values[i] == before[i] and np.any(e.values != before)
+
+
+def test_the_state_of_basis_holds_the_reference_rewards():
+    rewards, references, _ = fractional(3)
+    known = np.where(np.isfinite(references), references, 0)
+    estimator = estimators.make("basis")
+    assert estimator.takes_rewards
+    k, n = known.sum(1), np.isfinite(references).sum(1)
+    state = estimator.init(k, n, reference_rewards=references)
+    ids = np.int32([5, 0, 9, 24, 7])
+    batch = estimators.Signals(
+        rewards=jnp.asarray(rewards[:5]),
+        valid=jnp.ones(5, bool),
+        problem_ids=jnp.asarray(ids),
+        lengths=jnp.ones(5, jnp.int32),
+    )
+    _, e = jax.jit(estimator.update)(state, batch)
+    inside = ids < 24
+    expected = jitted(rewards[:5][inside], reference_rewards=references[ids[inside]])
+    np.testing.assert_allclose(np.asarray(e.values)[inside], expected.values, atol=1e-6)
+    assert np.isnan(e.values[3])
+
+
+def test_reference_rewards_are_checked():
+    r, references = np.float32([1, 0]), np.float32([[0.5, 2], [0, 1]])
+    with pytest.raises(ValueError, match="reward 2 in row 0, 1"):
+        estimators.basis(r, reference_rewards=references)
+    with pytest.raises(ValueError, match="give successes and trials, or reference_rewards"):
+        estimators.basis(r)
+    wide = estimators.basis(r, reference_rewards=references, high=2.0).values
+    half = estimators.basis(r / 2, reference_rewards=references / 2).values
+    np.testing.assert_allclose(wide, 2 * np.asarray(half), rtol=1e-6)
+    with pytest.raises(ValueError, match="for 3 problems; give one row a problem"):
+        estimators.make("basis").init(np.ones(3), np.ones(3), reference_rewards=references)
+
+
 # ------------------------------------------------------------------------------ independence
 def values_after_flips(rewards, successes, trials, rule):
     """[i, j]: the value of row j after a flip of reward i."""

@@ -1,18 +1,21 @@
 """The offline table: exact counts, nothing counted twice, refused where it does not fit."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from basis_jax.config import DataSection, SamplingSection
+from basis_jax.config import DataSection, EstimatorSection, SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.data.problem import Problem
 from basis_jax.model.sharding import make_mesh
 from basis_jax.sampling.rollouts import RolloutSetup, completion_texts, roll_out
-from basis_jax.training import reference_table
+from basis_jax.training import reference_table, session
+from basis_jax.training.session import make_estimator
+from basis_jax.training.update import make_estimate
 from basis_jax.verify.verdicts import Verdict
 
 SAMPLING = SamplingSection(max_new_tokens=3)
@@ -96,6 +99,110 @@ def test_counts_are_those_of_the_rollouts_and_failures_are_no_trials(
     successes = [int(graded.rewards[ids == i].sum()) for i in range(SIZE)]
     assert table.successes.tolist() == successes and sum(successes) > 0
     assert table.trials.tolist() == [6, 6, 6, 6, 0]
+
+
+class Fractional(EvenLength):
+    """A quarter of the completion's number of tokens, at most 1; it fails on the last problem."""
+
+    def grade(self, completions, answers):
+        return [
+            Verdict(min(len(c.split()) / 4, 1.0), a != str(SIZE - 1), "")
+            for c, a in zip(completions, answers, strict=True)
+        ]
+
+
+def test_the_table_keeps_every_reward(setup, problems, origin, tmp_path):
+    """0/1 rewards: the counts are whole and say all. Fractional ones: the counts are their sums."""
+    binary = build(tmp_path / "b.npz", setup, problems, origin)
+    assert not binary.fractional and binary.successes.dtype == np.int32
+    assert np.nansum(binary.rewards, 1).tolist() == binary.successes.tolist()
+    path = tmp_path / "t.npz"
+    table = build(path, dataclasses.replace(setup, verifier=Fractional()), problems, origin)
+    assert table.fractional and table.rewards.shape == (SIZE, 6)
+    np.testing.assert_allclose(table.successes, np.nansum(table.rewards, 1))
+    assert table.trials.tolist() == [6, 6, 6, 6, 0] and np.isnan(table.rewards[4]).all()
+    read = reference_table.load(path)
+    np.testing.assert_array_equal(read.rewards, table.rewards)
+    part = reference_table.rows_for(read, problems, origin, path)
+    np.testing.assert_array_equal(part.rewards, table.rewards)
+    ids = np.repeat(np.arange(SIZE, dtype=np.int32), 6)
+    graded = roll_out(
+        tiny.params(),
+        dataclasses.replace(setup, verifier=Fractional()),
+        problems,
+        ids=ids,
+        samples=np.tile(np.arange(6), SIZE).astype(np.int32),
+        sampling=SAMPLING,
+        stream="reference",
+        step=0,
+    )
+    assert table.rewards[:4].ravel().tolist() == graded.rewards[:24].tolist()
+    assert 0 < np.mean(table.rewards[:4] % 1 > 0)
+
+
+def without_rewards(path):
+    """The file as an older version wrote it."""
+    with np.load(path) as file:
+        fields = {name: file[name] for name in file.files if name != "rewards"}
+    np.savez(path, **fields)
+
+
+def test_a_table_of_an_older_version_is_read_and_finished(setup, problems, origin, tmp_path):
+    path = tmp_path / "t.npz"
+    whole = build(path, setup, problems, origin)
+    without_rewards(path)
+    old = reference_table.load(path)
+    assert old.rewards is None and not old.fractional
+    assert old.successes.tolist() == whole.successes.tolist()
+    empty = dataclasses.replace(
+        old, successes=0 * old.successes, trials=0 * old.trials, position=0, rewards=None
+    )
+    reference_table.save(empty, path)
+    assert build(path, setup, problems, origin).successes.tolist() == whole.successes.tolist()
+    reference_table.save(empty, path)
+    with pytest.raises(ValueError, match="begun by an older version cannot keep"):
+        build(path, dataclasses.replace(setup, verifier=Fractional()), problems, origin)
+
+
+def session_with(path, name="basis"):
+    section = EstimatorSection(name=name, table=str(path))
+    made = make_estimator(section, group_size=1)
+    config = SimpleNamespace(estimator=section, run_dir=str(path.parent))
+    return SimpleNamespace(
+        config=config, estimator=made, train_set=SimpleNamespace(problems=range(SIZE))
+    )
+
+
+@pytest.mark.parametrize("name", ["basis", "spo", "dbb", "value_filter"])
+@pytest.mark.parametrize("verifier", [EvenLength(), Fractional()], ids=["binary", "fractional"])
+def test_a_run_starts_from_the_rewards_where_the_counts_do_not_say_all(
+    setup, problems, origin, tmp_path, monkeypatch, name, verifier
+):
+    """And a checkpoint is restored into the shapes of that state; its arrays may be donated."""
+    path = tmp_path / "t.npz"
+    table = build(path, dataclasses.replace(setup, verifier=verifier), problems, origin)
+    run = session_with(path, name)
+    monkeypatch.setattr(session, "reference_table", lambda *args: table)
+    state = session.first_estimator_state(run, None, path)
+    shapes = session.estimator_state_shapes(run)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), like
+    )
+    if name == "basis":
+        assert (state.rewards is None) == isinstance(verifier, EvenLength) or table.fractional
+        if table.fractional:
+            np.testing.assert_array_equal(state.rewards, table.rewards)
+    graded = SimpleNamespace(
+        rewards=np.float32([1, 0]),
+        valid=np.array([True, True]),
+        rollouts=SimpleNamespace(problem_ids=np.int32([1, 2]), completion_lengths=np.int32([3, 3])),
+    )
+    step = make_estimate(run.estimator)
+    after, _ = step(state, graded)
+    after, e = step(after, graded)
+    assert np.isfinite(e.values).all()
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
 
 
 def test_verdicts_belong_to_their_rows_whatever_order_they_end_in(setup, problems):

@@ -35,6 +35,7 @@ from basis_jax.estimators.rows import (
     problem_total,
     read,
     to_unit,
+    visit,
 )
 from basis_jax.estimators.single import CONVENTIONS, standardise
 from basis_jax.estimators.table import init_table
@@ -83,6 +84,8 @@ def ema_init(successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]) -> F
     return (jnp.sum(table.successes) + 0.5) / (jnp.sum(table.trials) + 1)
 
 
+@nan_reported
+@Options(rate=SHARE)
 def ema_update(
     state: Float[Array, ""], signals: Signals, *, rate: float = 0.1
 ) -> tuple[Float[Array, ""], Estimate]:
@@ -309,7 +312,7 @@ def _observe(
     new = Evidence(
         successes=state.successes.at[written].set(new_a, mode="drop"),
         failures=state.failures.at[written].set(new_b, mode="drop"),
-        last=state.last.at[written].set(state.step, mode="drop"),
+        last=visit(state.last, ids, live=valid, step=state.step),
         step=state.step + 1,
     )
     return new, from_unit(a / (a + b), low, high), new_a / (new_a + new_b)

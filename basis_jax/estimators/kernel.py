@@ -16,6 +16,7 @@ from basis_jax.estimators.rows import (
     problem_total,
     read,
     share,
+    visit,
 )
 from basis_jax.estimators.single import batch_mean
 from basis_jax.estimators.table import init_table
@@ -105,7 +106,7 @@ def kae_update(state: KernelHistory, signals: Signals) -> tuple[KernelHistory, E
     state = KernelHistory(
         sums=state.sums.at[:, written].set(sums, mode="drop"),
         counts=state.counts.at[:, written].set(counts, mode="drop"),
-        last=state.last.at[written].set(state.step, mode="drop"),
+        last=visit(state.last, ids, live=live, step=state.step),
         step=state.step + 1,
     )
     fallback_share = share(~known, live)

@@ -37,6 +37,7 @@ __all__ = [
     "split",
     "to_unit",
     "total",
+    "visit",
 ]
 
 Function = TypeVar("Function", bound=Callable)
@@ -135,6 +136,22 @@ def at(
     if fill is None:
         fill = jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0
     return x.at[ids].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
+
+
+def visit(
+    last: Int[Array, " M"], ids: Int[Array, " N"], *, live: Bool[Array, " N"], step: Int[Array, ""]
+) -> Int[Array, " M"]:
+    """``last`` with ``step``, which is no earlier, at the live rows' problems; ids outside 0..M-1
+    write nothing.
+
+    >>> last, live = jnp.array([0, 2, 1]), jnp.array([True, False])
+    >>> estimators.rows.visit(last, jnp.array([0, 1]), live=live, step=jnp.int32(3)).tolist()
+    [3, 2, 1]
+    """
+    written = jnp.where(live & inside(ids, last.size), ids, last.size)  # out of range: dropped
+    # A maximum, though the step is later: what is written then depends on what the update reads of
+    # ``last``, and XLA needs no copy of a donated ``last`` to write before it reads.
+    return last.at[written].set(jnp.maximum(at(last, ids), step), mode="drop")
 
 
 def inside(ids: Int[Array, " N"], size: int) -> Bool[Array, " N"]:

@@ -49,6 +49,7 @@ from basis_jax.estimators.rows import (
     problem_total,
     read,
     to_unit,
+    visit,
 )
 from basis_jax.estimators.table import init_table
 from basis_jax.masked import masked_mean
@@ -349,6 +350,6 @@ def _learn(
         state,
         own_mean=state.own_mean.at[written].set(mean, mode="drop"),
         own_variance=state.own_variance.at[written].set(variance, mode="drop"),
-        last=state.last.at[written].set(state.step, mode="drop"),
+        last=visit(state.last, ids, live=valid, step=state.step),
         step=state.step + 1,
     )
