@@ -164,8 +164,8 @@ def test_the_robust_fallback_is_equation_5_with_half_a_success_and_half_a_failur
 
 
 def test_continuous_rewards_are_worth_their_table():
-    """All of them below 1/2, so that counts of rewards above 1/2 know nothing: the mean squared error
-    of the values is under a third of the batch mean's, that of the counts above it (fixed seeds)."""
+    """All of them below 1/2, so that counts of rewards above 1/2 know nothing: the mean squared
+    error of the values is under half of the batch mean's, with the counts above it."""
     errors = {"rewards": [], "counts": [], "mean": []}
     for seed in range(20):
         rewards, references, centre = (0.4 * x for x in fractional(seed, 128, 16))
@@ -178,7 +178,7 @@ def test_continuous_rewards_are_worth_their_table():
         for name, e in made.items():
             errors[name].append(np.mean((np.asarray(e.values) - centre) ** 2))
     mean = {name: np.mean(x) for name, x in errors.items()}
-    assert mean["rewards"] < mean["mean"] / 3 < mean["mean"] < mean["counts"], mean
+    assert mean["rewards"] < mean["mean"] / 2 < mean["mean"] < mean["counts"], mean
 
 
 def test_the_own_fractional_reward_is_in_no_robust_baseline():

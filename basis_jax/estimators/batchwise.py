@@ -11,6 +11,12 @@ unbiased combination of the *other* prompts' rewards,
 With odds o = V / (1 - V), for 0/1 rewards k / (n - k) exp(1 / beta), and q = 1 / (1 - V) = 1 + o
 the weights are rank one, so that all b cost O(N) a beta (O(N n) with the reference rewards):
 b_i = V_i (sum q r - q_i r_i) / (sum o - o_i).
+
+Rewards in [low, high] enter everywhere as (r - low) / (high - low), beta included. Reference
+rewards between these (``reference_rewards``) give V by eq. 5 itself, k for their sum and n for
+their number; Jeffreys' value is eq. 5 with half a completion of reward 1 and half a one of reward 0
+added, which for 0/1 rewards is the same. The variance s stays V (1 - V), the largest that rewards
+in [0, 1] of mean V can have. A row whose counts are NaN (an unknown problem) has the value NaN.
 """
 
 from collections.abc import Callable
@@ -106,92 +112,87 @@ def basis(
     """A_i = r_i - b_i with the baseline of this module's docstring; no scaling, no whitening.
 
     ``rewards`` in [``low``, ``high``] of N prompts, one rollout each; ``successes`` of ``trials``
-    reference completions of the same prompts, which had the rewards low and high (successes
-    outside [0, trials] are clipped into it). Where reference rewards lie between, give them as
-    ``reference_rewards``, NaN where there is no completion: V is then eq. 5 of these, k stands for
-    their sum and n for their number; counts are not needed, and only a row whose count is NaN
-    (an unknown problem) has the value NaN. All formulas are those of (r - low) / (high - low), beta
-    included; the variance s = V (1 - V) is the largest that rewards in [0, 1] of mean V can have.
+    reference completions of the same prompts, whose rewards were low or high (successes outside
+    [0, trials] are clipped into it). Other reference rewards are given as ``reference_rewards``,
+    NaN where there is no completion, instead of counts; see the module's docstring.
 
     ``rule="published"``: the paper to the letter. beta minimises eq. 6 over all grid points with
     an active prompt, on this very batch, so that b_i depends on r_i through beta; prompts outside
     the active set (p in {0, 1}, trials 0) and a sole active prompt have b = 0; b may exceed 1.
 
-    ``rule="robust"``: (1) for a fold, only a beta with at least max(2, m / 2) active prompts
-    counts, where m is the number of prompts with 0 < p < 1; both numbers are taken over the rows of
-    the other folds; (2) a prompt outside the active set, or alone in it, has b = sigmoid(logit p' +
-    1/beta) with Jeffreys' p' = (k + 1/2) / (n + 1), and every beta is scored on these prompts too:
-    on all valid rows of the other folds (reference rewards: eq. 5 with half a completion of reward
-    0 and half a one of reward 1 added, which is the same for 0/1); (3) beta is cross-fitted: the
-    j-th valid row is in fold j mod ``folds`` (3 or more), and the beta of fold f is scored on the
-    other folds' rewards alone, those of fold g predicted from the folds that are neither f nor g,
-    so that b_i is exactly independent of r_i (fewer rows than folds: folds of one); the b_i itself
-    combines all other valid rows, those of its fold included; (4) b is clipped to [low, high].
-    Where no beta counts, or fewer than 3 rows are valid, it is the largest.
+    ``rule="robust"``: (1) for a fold, only a beta with at least max(2, half of #{0 < p < 1})
+    active prompts counts, both numbers taken over the valid rows of the other folds; (2) a prompt
+    outside the active set, or alone in it, has b = sigmoid(logit p' + 1/beta) with Jeffreys' p' =
+    (k + 1/2) / (n + 1), and every beta is scored on these prompts too: on all valid rows of the
+    other folds; (3) beta is cross-fitted: the j-th valid row is in fold j mod ``folds`` (3 or
+    more), and the beta of fold f is scored on the other folds' rewards alone, those of fold g
+    predicted from the folds that are neither f nor g, so that b_i, a sum over all other valid rows,
+    is exactly independent of r_i (fewer rows than folds: folds of one); (4) b is clipped to [low,
+    high]. Where no beta counts, or fewer than 3 rows are valid, it is the largest.
 
     Info: ``beta`` (mean over rows), ``active_fraction``, ``fallback_share`` (rows whose baseline
     is the Jeffreys value, or the published 0), ``zero_share`` (rows with advantage 0). ValueError
-    for another ``variant`` or ``rule``, ``folds`` < 3, ``betas`` that are empty or not above 0,
-    unless low < high, for rewards outside [low, high] (while tracing they count as the nearest in
-    it; A keeps the reward), arrays of unequal length, and neither counts nor reference rewards.
+    for options out of range, rewards outside [low, high] (while tracing they count as the nearest
+    in it), arrays of unequal length, and neither counts nor reference rewards.
 
     >>> rewards, successes = np.float32([1, 0, 1, 0]), np.array([6, 2, 7, 1])
     >>> estimate = estimators.basis(rewards, successes, np.full(4, 8))  # of 8 reference completions
     >>> print(estimate.values)
     [1.    0.339 1.    0.167]
-    >>> reference_rewards = np.float32([[0.9, 0.7], [0.2, 0.4], [0.8, 1.0], [0.1, 0.3]])  # of 2
-    >>> estimate = estimators.basis(
-    ...     rewards, reference_rewards=reference_rewards, betas=np.float32([1])
-    ... )
-    >>> print(estimate.values)
-    [0.831 0.347 0.962 0.232]
     """
-    betas = jnp.asarray(BETAS if betas is None else betas, jnp.float32)
-    if betas.ndim != 1 or not betas.size:  # traced, too
-        raise ValueError(f"basis got betas of shape {betas.shape}; give one number or more")
+    betas = _grid(betas)
     Rewards(low, high).check("basis", rewards, valid)
-    if reference_rewards is not None:
-        Rewards(low, high).check("basis", reference_rewards)
     counts = {"successes": successes, "trials": trials}
     rewards, given = read(rewards, valid, **{n: x for n, x in counts.items() if x is not None})
-    batch = _batch(rewards, given, successes, trials, reference_rewards, low, high)
+    batch = _batch(rewards, given, reference_rewards, (low, high), **counts)
     if rule == "published":
         row_beta, fit = _published(batch, betas, VARIANTS[variant])
         baseline = fit.baseline
     else:
         row_beta, fit = _cross_fitted(batch, betas, VARIANTS[variant], folds)
         baseline = jnp.where(fit.fitted, jnp.clip(fit.baseline, 0, 1), _fallback(batch, row_beta))
-    values = from_unit(baseline, low, high)
-    values = jnp.where(given & ~batch.valid, jnp.nan, values)
-    info = {
+    values = from_unit(jnp.where(given & ~batch.valid, jnp.nan, baseline), low, high)
+    return estimate(rewards - values, values, given, **_info(batch, row_beta, fit))
+
+
+def _grid(betas: Float[ArrayLike, "*s"] | None) -> Float[Array, " K"]:
+    betas = jnp.asarray(BETAS if betas is None else betas, jnp.float32)
+    if betas.ndim != 1 or not betas.size:  # traced, too
+        raise ValueError(f"basis got betas of shape {betas.shape}; give one number or more")
+    return betas
+
+
+def _info(batch: ValidRows, row_beta: Float[Array, " N"], fit: Fit) -> dict[str, Array]:
+    return {
         "beta": masked_mean(row_beta, batch.valid),
         "active_fraction": share(fit.active, batch.valid),
         "fallback_share": share(~fit.fitted, batch.valid),
     }
-    return estimate(rewards - values, values, given, **info)
 
 
 def _batch(
     rewards: Float[Array, " N"],
     valid: Bool[Array, " N"],
+    reference_rewards: Num[ArrayLike, "N n"] | None,
+    reward_range: tuple[float, float],
+    *,
     successes: Num[ArrayLike, " N"] | None,
     trials: Num[ArrayLike, " N"] | None,
-    reference_rewards: Num[ArrayLike, "N n"] | None,
-    low: float,
-    high: float,
 ) -> ValidRows:
     """The rows on the scale of [0, 1]; those with an unknown problem are invalid."""
+    low, high = reward_range
     known = jnp.ones(rewards.shape, bool)
     for count in (successes, trials):
         if count is not None:
             known &= ~jnp.isnan(jnp.asarray(count, jnp.float32))
     reference = None
     if reference_rewards is not None:
-        if np.ndim(reference_rewards) != 2 or np.shape(reference_rewards)[0] != rewards.size:
+        if np.shape(reference_rewards)[:-1] != rewards.shape:
             raise ValueError(
                 f"basis got reference_rewards {np.shape(reference_rewards)} for {rewards.size} "
                 "rewards; give the rewards of each row's reference completions"
             )
+        Rewards(low, high).check("basis", reference_rewards)
         reference = to_unit(jnp.asarray(reference_rewards, jnp.float32), low, high)
         k = jnp.nansum(reference, 1)
         n = jnp.sum(~jnp.isnan(reference), 1).astype(jnp.float32)
