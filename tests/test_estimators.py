@@ -228,6 +228,7 @@ for call in (
     lambda: estimators.basis(r, r, r, valid=np.array([True])),
     lambda: estimators.reinforce_pp(r[:, None], r[:, None]),
     lambda: estimators.make("basis").init(r, r[:1]),
+    lambda: estimators.make("basis").init(r, r, reference_rewards=np.ones((3, 4))),
     lambda: estimators.make("value_filter", features=np.ones((5, 2))).init(r, r),
 ):
     try:

@@ -71,7 +71,7 @@ def test_an_id_out_of_range_reads_nan_writes_nothing_and_is_invalid_for_the_othe
 
 def test_sums_over_problems_leave_out_ids_that_do_not_exist():
     ids = jnp.arange(ROWS) - 1
-    sums = estimators.problem_sums(jnp.arange(ROWS) + 1.0, signals(problem_ids=ids), 3)
+    sums = estimators.problem_sums(jnp.arange(1.0, ROWS + 1), signals(problem_ids=ids), 3)
     assert sums.tolist() == [2, 3, 4]
 
 

@@ -1,7 +1,6 @@
 """The offline table: exact counts, nothing counted twice, refused where it does not fit."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,9 +16,11 @@ from basis_jax.training import reference_table, session
 from basis_jax.training.session import make_estimator
 from basis_jax.training.update import make_estimate
 from basis_jax.verify.verdicts import Verdict
+from configs import quickstart
 
 SAMPLING = SamplingSection(max_new_tokens=3)
 SIZE = 5
+CONFIG = quickstart.config()
 
 
 class Numbers:
@@ -164,13 +165,11 @@ def test_a_table_of_an_older_version_is_read_and_finished(setup, problems, origi
         build(path, dataclasses.replace(setup, verifier=Fractional()), problems, origin)
 
 
-def session_with(path, name="basis"):
+def session_with(setup, problems, path, name):
     section = EstimatorSection(name=name, table=str(path))
-    made = make_estimator(section, group_size=1)
-    config = SimpleNamespace(estimator=section, run_dir=str(path.parent))
-    return SimpleNamespace(
-        config=config, estimator=made, train_set=SimpleNamespace(problems=range(SIZE))
-    )
+    config = dataclasses.replace(CONFIG, estimator=section)
+    estimator = make_estimator(section, group_size=1)
+    return session.Session(config, path.parent, setup, estimator, problems, {})
 
 
 @pytest.mark.parametrize("name", ["basis", "spo", "dbb", "value_filter"])
@@ -178,26 +177,23 @@ def session_with(path, name="basis"):
 def test_a_run_starts_from_the_rewards_where_the_counts_do_not_say_all(
     setup, problems, origin, tmp_path, monkeypatch, name, verifier
 ):
-    """And a checkpoint is restored into the shapes of that state; its arrays may be donated."""
+    """A checkpoint is restored into the shapes of that state; its arrays may be donated."""
     path = tmp_path / "t.npz"
-    table = build(path, dataclasses.replace(setup, verifier=verifier), problems, origin)
-    run = session_with(path, name)
+    setup = dataclasses.replace(setup, verifier=verifier)
+    table = build(path, setup, problems, origin)
+    run = session_with(setup, problems, path, name)
     monkeypatch.setattr(session, "reference_table", lambda *args: table)
     state = session.first_estimator_state(run, None, path)
-    shapes = session.estimator_state_shapes(run)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), like
-    )
-    if name == "basis":
-        assert (state.rewards is None) == isinstance(verifier, EvenLength) or table.fractional
-        if table.fractional:
-            np.testing.assert_array_equal(state.rewards, table.rewards)
-    graded = SimpleNamespace(
-        rewards=np.float32([1, 0]),
-        valid=np.array([True, True]),
-        rollouts=SimpleNamespace(problem_ids=np.int32([1, 2]), completion_lengths=np.int32([3, 3])),
-    )
+
+    def kinds(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    assert kinds(session.estimator_state_shapes(run)) == kinds(state)
+    if name == "basis" and table.fractional:
+        np.testing.assert_array_equal(state.rewards, table.rewards)
+    elif name == "basis":
+        assert state.rewards is None and isinstance(verifier, EvenLength)
+    graded = rolled_out(setup, problems, np.int32([1, 2]), np.int32([0, 0]))
     step = make_estimate(run.estimator)
     after, _ = step(state, graded)
     after, e = step(after, graded)
