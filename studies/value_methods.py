@@ -177,7 +177,8 @@ def unit_sums(
     if world.units == "replicates":
         return np.where(rows, x, 0).sum(axis=(1, 2), dtype=np.float64)
     size = next(iter(world.successes.values())).shape[1]
-    return np.bincount(world.ids[rows], weights=x[rows], minlength=size)
+    weights = x[rows].astype(np.float64)  # bincount of no rows at all is one of integers
+    return np.bincount(world.ids[rows], weights=weights, minlength=size).astype(np.float64)
 
 
 def score(

@@ -40,6 +40,12 @@ def pytest_collection_modifyitems(config, items):
         items[:] = chosen
 
 
+@pytest.fixture(scope="session", autouse=True)
+def parameters_made_outside_any_mesh():
+    """They are shared by all tests, so the first to ask must not lay them out for its own mesh."""
+    tiny.params()
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A Hugging Face folder with random weights, and a tokenizer of single characters."""

@@ -15,7 +15,7 @@ from basis_jax.sampling.rollouts import RolloutSetup, completion_texts, roll_out
 from basis_jax.training import reference_table, session
 from basis_jax.training.session import make_estimator
 from basis_jax.training.update import make_estimate
-from basis_jax.verify.verdicts import Verdict
+from basis_jax.verify.verdicts import Verdict, Verifier
 from configs import quickstart
 
 SAMPLING = SamplingSection(max_new_tokens=3)
@@ -215,7 +215,7 @@ def test_verdicts_belong_to_their_rows_whatever_order_they_end_in(setup, problem
 
 
 def test_a_verifier_that_breaks_stops_the_run(setup, problems):
-    class Broken:
+    class Broken(Verifier):
         def grade(self, completions, answers):
             raise OSError("the verifier is gone")
 

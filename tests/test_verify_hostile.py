@@ -34,11 +34,17 @@ PIECES = (
 LIMIT = 0.2
 
 
-def seconds(function, *arguments):
-    """CPU seconds of this thread: the clock would measure what else runs here."""
-    started = time.thread_time()
-    function(*arguments)
-    return time.thread_time() - started
+def seconds(function, *arguments, tries=3):
+    """CPU seconds of this thread: the clock would measure what else runs here. A long one is
+    measured again, since neighbours on the same core slow it down, too: the quickest counts."""
+    quickest = float("inf")
+    for _ in range(tries):
+        started = time.thread_time()
+        function(*arguments)
+        quickest = min(quickest, time.thread_time() - started)
+        if quickest < LIMIT / 2:
+            break
+    return quickest
 
 
 def look(completion):

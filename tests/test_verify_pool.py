@@ -151,7 +151,8 @@ def test_hostile_answers_are_wrong_at_once(verifier, gold, tmp_path, monkeypatch
         (verdict,) = verifier.grade([completion], [gold])
         slow[name] = time.perf_counter() - started
         assert verdict.reward == 0 and verdict.valid, (name, verdict)
-    assert max(slow.values()) < 5, slow
+    # limits are CPU time of a worker; by the clock a busy machine may take some times as long
+    assert max(slow.values()) < 20, slow
     assert not list(tmp_path.rglob("PWNED")) and not (ROOT / "PWNED").exists()
 
 

@@ -10,7 +10,7 @@ from basis_jax.verify.compare import equivalent
 from basis_jax.verify.criteria import read_criterion
 from basis_jax.verify.extract import MODES, extract_answer
 from basis_jax.verify.notation import LONGEST
-from basis_jax.verify.pool import Pool
+from basis_jax.verify.pool import Pool, Stopped
 from basis_jax.verify.verdicts import RIGHT, WRONG, Verdict, Verifier, verdict_of
 
 MAX_NESTING = 20
@@ -67,6 +67,8 @@ class MathVerifier(Verifier):
         pairs: list[Pair] = []
         verdicts: dict[Pair, Verdict | None] = {}
         for completion, gold in zip(completions, answers, strict=True):
+            if self.pool.stopped.is_set():
+                raise Stopped
             answer = extract_answer(completion, self.mode)
             pairs.append((gold, answer))
             if (gold, answer) not in verdicts:
