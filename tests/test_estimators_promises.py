@@ -11,6 +11,8 @@ import pytest
 from basis_jax import estimators
 from basis_jax.estimators import Signals
 
+pytestmark = pytest.mark.slow  # every estimator, every option: minutes
+
 NAMES = sorted(estimators.ESTIMATORS)
 M, ROWS, GROUP = 7, 12, 4
 SUCCESSES, TRIALS = np.int32([0, 2, 4, 8, 6, 5, 0]), np.int32([8, 8, 8, 8, 8, 8, 0])

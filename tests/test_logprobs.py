@@ -44,6 +44,7 @@ def test_one_token_has_no_logprob():
     np.testing.assert_array_equal(entropy, np.zeros((3, 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_chunks_and_remat_do_not_change_the_gradient(remat):
     tokens = tokens_of((3, 12))
@@ -130,6 +131,7 @@ def test_the_gradient_is_that_of_the_plain_log_softmax(outputs, chunk, temperatu
     assert_same_gradient(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_config", [tiny.TINY, EVERYTHING], ids=["tied", "untied"])
 def test_the_gradient_reaches_every_parameter_as_through_the_plain_log_softmax(model_config):
     params, tokens = random_params(model_config), jnp.asarray(tokens_of((3, 12)))
@@ -145,6 +147,7 @@ def test_the_gradient_reaches_every_parameter_as_through_the_plain_log_softmax(m
     )
 
 
+@pytest.mark.slow
 def test_bfloat16_products_have_the_gradient_of_float32_up_to_their_rounding():
     """d weight is summed in float32: its error is that of the operands, 2^-8 of their size."""
     hidden, weight, targets, slopes = operands(steps=64, size=16)
@@ -181,6 +184,7 @@ def test_chunks_without_a_counting_token_are_skipped_and_the_masked_gradient_is_
     assert_same_gradient(found, expected)
 
 
+@pytest.mark.slow
 def test_the_tokens_in_the_mask_come_first_so_that_chunks_behind_them_are_skipped(monkeypatch):
     mask, seen = np.zeros((2, 12), bool), []
     mask[0, 7:9], mask[1, [2, 11]] = True, True
@@ -204,6 +208,7 @@ def test_one_chunk_is_cut_where_the_batch_is_on_one_device():
         assert logprobs.chunk_count(513, 512) == 2
 
 
+@pytest.mark.slow
 def test_nothing_outside_the_mask_has_a_logprob_or_a_gradient():
     params, tokens = random_params(tiny.TINY), jnp.asarray(tokens_of((3, 12)))
     mask = np.zeros(tokens.shape, bool)
@@ -235,6 +240,7 @@ def test_an_unused_entropy_costs_nothing_in_the_backward_pass():
     assert arrays(slopes[:1]) < arrays(slopes)
 
 
+@pytest.mark.slow
 def test_remat_keeps_less_of_a_layer():
     """Memory of a gradient: all of the layers' intermediates, the products' results, the input."""
     tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32)

@@ -138,6 +138,7 @@ def test_nvidias_attention_is_that_of_plain_attention():
     assert np.abs(found - expected).mean() < 0.02 * np.abs(expected).mean()
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_keeps_float32_parameters_logits_and_gradients():
     """bfloat16 has 8 bits: log-probabilities are near float32's, and not equal."""
     half, tokens = dataclasses.replace(EVERYTHING, compute_dtype="bfloat16"), tokens_of((4, 12))

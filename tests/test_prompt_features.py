@@ -38,6 +38,7 @@ def features(problems, *, devices=1, **options):
         )
 
 
+@pytest.mark.slow
 def test_the_states_are_those_of_the_lower_half_of_the_model(problems):
     states = prompt_features.middle_states(
         tiny.params(), tiny.TINY, problems.tokens, problems.lengths

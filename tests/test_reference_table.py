@@ -201,6 +201,7 @@ def test_a_run_starts_from_the_rewards_where_the_counts_do_not_say_all(
     assert all(x.is_deleted() for x in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_verdicts_belong_to_their_rows_whatever_order_they_end_in(setup, problems):
     """Graded part by part beside the sampler: as if all were graded in order afterwards."""
     ids = np.tile(np.arange(SIZE, dtype=np.int32), 8)

@@ -156,6 +156,7 @@ def test_noise_differs_between_problems_with_the_same_prompt():
     assert first != second
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_order_batch_split_or_devices():
     prompts = tiny.prompts(rows=8)
     expected = completions(run(prompts))

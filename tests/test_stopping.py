@@ -53,6 +53,7 @@ def test_afterwards_signals_do_what_they_did():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+@pytest.mark.slow
 def test_grading_that_is_stuck_is_given_up():
     """Hours of grading are asked for; stop ends the call within seconds."""
     seconds = []

@@ -237,11 +237,13 @@ def test_microbatches_do_not_change_the_gradient(whole, microbatch):
     check_same(one_update(microbatch=microbatch), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 2), (2, 2, 1)])
 def test_devices_do_not_change_the_gradient(whole, sizes):
     check_same(one_update(sizes=sizes, microbatch=4), whole)
 
 
+@pytest.mark.slow
 def test_the_kl_term_is_the_same_over_microbatches_and_devices():
     """GSPO with k2 towards other weights."""
     loss = LossSection(objective="gspo", aggregation="sequence_mean", kl="k2", kl_coef=2.0)

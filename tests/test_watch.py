@@ -97,6 +97,7 @@ def run_with(verdict, monkeypatch, tiny_folder, dapo_file, run_dir, **changes):
     return states
 
 
+@pytest.mark.slow
 def test_all_wrong_moves_nothing_and_ends_the_run(
     monkeypatch, capsys, tiny_folder, dapo_file, tmp_path
 ):
@@ -132,6 +133,7 @@ def test_the_first_update_is_that_of_the_start_and_the_estimator_still_learns(
     assert not np.array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_all_right_is_solved(monkeypatch, capsys, tiny_folder, dapo_file, tmp_path):
     for _ in range(2):  # started again, it takes no further step
         run_with(RIGHT, monkeypatch, tiny_folder, dapo_file, tmp_path / "run")
