@@ -51,15 +51,15 @@ def no_hub(monkeypatch):
         ("a.ndjson", LINE.encode()),
         ("a.JSONL", LINE.encode()),
         ("a.Json", LINE.encode()),
-        ("a.jsonl.gz", gzip.compress(LINE.encode())),
-        ("a.JSONL.GZ", gzip.compress(LINE.encode("utf-8-sig"))),
-        ("a.json", gzip.compress(LINE.encode())),
+        ("a.jsonl.gz", gzip.compress(LINE.encode(), mtime=0)),
+        ("a.JSONL.GZ", gzip.compress(LINE.encode("utf-8-sig"), mtime=0)),
+        ("a.json", gzip.compress(LINE.encode(), mtime=0)),
         ("a.jsonl.bz2", bz2.compress(LINE.encode())),
         ("a.jsonl.xz", lzma.compress(LINE.encode())),
         ("a.csv", TABLE.encode()),
         ("a.CSV", TABLE.encode("utf-8-sig")),
         ("a.csv", TABLE.replace("\n", "\r\n").encode()),
-        ("a.csv.gz", gzip.compress(TABLE.encode())),
+        ("a.csv.gz", gzip.compress(TABLE.encode(), mtime=0)),
         ("a.tsv", TABLE.replace(",", "\t").encode()),
         ("a[1].jsonl", LINE.encode()),
     ],
@@ -195,7 +195,7 @@ def test_a_local_name_is_never_sent_to_a_hub(tmp_path, no_hub, monkeypatch):
     ):
         with pytest.raises(ValueError, match="there is no file"):
             load(missing)
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(LINE.encode())[:-9])
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(LINE.encode(), mtime=0)[:-9])
     refused(tmp_path / "cut.jsonl.gz", "cannot read", "; give another")
 
 
