@@ -71,7 +71,8 @@ def test_an_id_out_of_range_reads_nan_writes_nothing_and_is_invalid_for_the_othe
 
 def test_sums_over_problems_leave_out_ids_that_do_not_exist():
     ids = jnp.arange(ROWS) - 1
-    sums = estimators.problem_sums(jnp.arange(ROWS) + 1.0, signals(problem_ids=ids), 3)
+    rows = jnp.arange(1, ROWS + 1, dtype=jnp.float32)
+    sums = estimators.problem_sums(rows, signals(problem_ids=ids), 3)
     assert sums.tolist() == [2, 3, 4]
 
 
