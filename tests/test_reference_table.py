@@ -261,6 +261,7 @@ def test_counts_follow_the_problems_and_not_their_rows(setup, problems, origin, 
     read = reference_table.rows_for(reference_table.load(path), part, origin, path)
     assert read.successes.tolist() == table.successes[rows].tolist()
     assert read.trials.tolist() == table.trials[rows].tolist()
+    np.testing.assert_array_equal(read.rewards, table.rewards[rows])
     assert read.features.tolist() == table.features[rows].tolist() and read.features.any()
 
 

@@ -268,7 +268,7 @@ def _lift(declared: Definition, options: dict) -> tuple[Callable, Callable]:
         kept = reference_rewards if rewarded else None
         return init_table(successes, trials, reference_rewards=kept)
 
-    def update(state: Any, signals: Signals) -> tuple[Any, Estimate]:
+    def update(state: Any, signals: Signals) -> tuple[Any, Any]:
         given = {name: getattr(signals, name) for name in names}
         if counts:
             given |= {name: at(getattr(state, name), signals.problem_ids) for name in TABLE}
