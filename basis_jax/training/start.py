@@ -44,12 +44,17 @@ def objective_of(config: Config) -> dict[str, Any]:
     }
 
 
+def total_updates(config: Config) -> int:
+    """Optimizer updates of a whole run, in which no step is without signal."""
+    return config.train.steps * updates_per_step(config)
+
+
 def schedule_of(config: Config) -> optax.Schedule:
-    return learning_rate(config.optim, updates=config.train.steps * updates_per_step(config))
+    return learning_rate(config.optim, updates=total_updates(config))
 
 
 def optimizer_of(config: Config) -> Any:
-    return make_optimizer(config.optim, updates=config.train.steps * updates_per_step(config))
+    return make_optimizer(config.optim, updates=total_updates(config))
 
 
 def first_state(
