@@ -33,6 +33,7 @@ class Rollouts:
     prompt_lengths: Int[AnyArray, " N"]
     completion_lengths: Int[AnyArray, " N"]  # sampled tokens, the EOS included
     sampler_logprobs: Float[AnyArray, "N T"]  # 0 outside the completion
+    score_norms: Float[AnyArray, " N"]  # sum over the completion of |onehot - p|^2: see draw
     terminated: Bool[AnyArray, " N"]  # True: ended with an EOS; False: cut at the length limit
     problem_ids: Int[AnyArray, " N"]
 
@@ -45,14 +46,17 @@ class Signals:
     valid: Bool[Array, " N"]  # False: the verifier failed; the row says nothing
     problem_ids: Int[Array, " N"]
     lengths: Int[Array, " N"]  # completion tokens
+    score_norms: Float[Array, " N"] | None = None  # like |gradient of log p(completion)|^2
+    logprob_sum: Float[Array, " N"] | None = None  # log p(completion), as it was sampled
 
 
 @pytree
 class Estimate:
-    """What an estimator returns: ``advantages = rewards - values`` up to its normalisation."""
+    """What an estimator returns: ``advantages = rewards - baselines`` up to its normalisation."""
 
     advantages: Float[Array, " N"]
-    values: Float[Array, " N"]  # the baseline that was subtracted
+    values: Float[Array, " N"]  # estimates of the expected reward
+    baselines: Float[Array, " N"]  # what was subtracted; most estimators subtract the values
     info: dict[str, Shaped[Array, "..."]]
 
 

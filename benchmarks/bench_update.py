@@ -98,6 +98,7 @@ def random_rollouts(lengths: np.ndarray, width: int, vocabulary: int) -> Rollout
         prompt_lengths=prompts,
         completion_lengths=lengths - prompts,
         sampler_logprobs=np.full(inside.shape, -10, np.float32),
+        score_norms=np.ones(len(lengths), np.float32),
         terminated=np.ones(len(lengths), bool),
         problem_ids=np.arange(len(lengths), dtype=np.int32),
     )
@@ -121,7 +122,7 @@ def our_gradient(
     update = make_update(model_config, optimizer, **common)
     score = make_score(model_config, **common)
     advantages = jnp.asarray(np.random.default_rng(2).normal(size=options.rows), jnp.float32)
-    estimate = Estimate(advantages=advantages, values=advantages, info={})
+    estimate = Estimate(advantages=advantages, values=advantages, baselines=advantages, info={})
     with jax.set_mesh(mesh):
         params = bench_models.our_params(options.model, model_config, mesh)
         state = [make_state(params, optimizer, (), model_config=model_config, mesh=mesh)]

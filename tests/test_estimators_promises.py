@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow  # every estimator, every option: minutes
 NAMES = sorted(estimators.ESTIMATORS)
 M, ROWS, GROUP = 7, 12, 4
 SUCCESSES, TRIALS = np.int32([0, 2, 4, 8, 6, 5, 0]), np.int32([8, 8, 8, 8, 8, 8, 0])
-RANGED = ("a_star_po", "basis", "dbb", "spo", "spo_pp", "v05", "value_filter")
+RANGED = ("a_star_po", "basis", "dbb", "spo", "spo_pp", "v05", "value_filter", "weighted_mean")
 
 
 def make(name, **options):
@@ -34,6 +34,8 @@ def signals(seed=0, **changes):
         valid=jnp.ones(ROWS, bool),
         problem_ids=jnp.asarray(np.repeat(rng.integers(0, M, ROWS // GROUP), GROUP), jnp.int32),
         lengths=jnp.asarray(rng.integers(1, 9, ROWS), jnp.int32),
+        score_norms=jnp.asarray(rng.gamma(0.5, size=ROWS), jnp.float32),
+        logprob_sum=jnp.asarray(-rng.random(ROWS), jnp.float32),
     )
     return dataclasses.replace(made, **{k: jnp.asarray(v) for k, v in changes.items()})
 
@@ -235,14 +237,16 @@ UNBIASED = {
         n: {}
         for n in ("a_star_po", "basis", "batch_mean", "ema", "james_stein", "kae", "reinforce")
     },
-    **{n: {} for n in ("rloo", "spo", "spo_pp", "value_filter")},
+    **{n: {} for n in ("rloo", "spo", "spo_pp", "value_filter", "weighted_mean")},
+    **{f"{n}+least_variance": {} for n in ("basis", "rloo", "spo", "value_filter")},
     "grpo": {"convention": "nemo"},
 }
 
 
 @pytest.mark.parametrize("name", UNBIASED)
-def test_not_one_bit_of_a_baseline_depends_on_the_own_reward(name):
-    """Fractional rewards: whatever replaces reward i, b_i stays; several rows a problem."""
+def test_not_one_bit_of_a_baseline_depends_on_the_own_completion(name):
+    """Whatever replaces completion i (a fractional reward, its score norm and length), b_i stays;
+    several rows a problem. Where score norms are used, b_j of another row moves with them."""
     size, group = 72, 6
     rng = np.random.default_rng(0)
     options = dict(UNBIASED[name])
@@ -252,20 +256,33 @@ def test_not_one_bit_of_a_baseline_depends_on_the_own_reward(name):
     state, update = estimator.init(SUCCESSES, TRIALS), jax.jit(estimator.update)
     valid = jnp.asarray(np.arange(size) % 11 != 5)
     ids = jnp.asarray(np.repeat(rng.integers(0, M, size // group), group), jnp.int32)
-    lengths = jnp.ones(size, jnp.int32)
+    lengths, norms = rng.integers(1, 9, size), rng.gamma(0.3, size=size)
 
-    def step(state, rewards):
-        given = jnp.asarray(rewards, jnp.float32)
-        batch = Signals(rewards=given, valid=valid, problem_ids=ids, lengths=lengths)
+    def step(state, rewards, *, lengths=lengths, norms=norms):
+        batch = Signals(
+            rewards=jnp.asarray(rewards, jnp.float32),
+            valid=valid,
+            problem_ids=ids,
+            lengths=jnp.asarray(lengths, jnp.int32),
+            score_norms=jnp.asarray(norms, jnp.float32),
+            logprob_sum=jnp.asarray(-norms, jnp.float32),
+        )
         return update(state, batch)
 
     state, _ = step(state, rng.random(size))
-    rewards = rng.random(size).astype(np.float32)
-    before = np.asarray(step(state, rewards)[1].values)
+    rewards = np.clip(rng.random(size).astype(np.float32), 0, 1 - 3e-5)
+    before = step(state, rewards)[1]
+    moved = False
     for i in range(0, size, 3):
         for new in (0.0, 1.0, 0.1, rng.random(), rewards[i] + 3e-5):
-            changed = np.where(np.arange(size) == i, np.float32(new), rewards)
-            assert np.asarray(step(state, changed)[1].values)[i] == before[i], (i, new)
+            own = np.arange(size) == i
+            changed = np.where(own, np.float32(new), rewards)
+            others = {"norms": np.where(own, 9 * new, norms), "lengths": np.where(own, 99, lengths)}
+            after = step(state, changed, **others)[1]
+            for field in ("values", "baselines"):
+                assert getattr(after, field)[i] == getattr(before, field)[i], (field, i, new)
+            moved |= bool(np.any(np.asarray(after.baselines != before.baselines)[valid]))
+    assert moved or name in ("a_star_po", "ema", "reinforce", "spo", "spo_pp")
 
 
 # ------------------------------------------------------------------------------ cost and buffers
@@ -274,7 +291,7 @@ def compiled(name, problems):
     estimator = make(name)
     counts = jax.ShapeDtypeStruct((problems,), np.float32)
     given = {}
-    if name == "value_filter":
+    if name.startswith("value_filter"):
         given["features"] = jax.ShapeDtypeStruct((problems, 3), np.float32)
     if name == "basis":
         given["reference_rewards"] = jax.ShapeDtypeStruct((problems, 5), np.float32)
@@ -282,7 +299,7 @@ def compiled(name, problems):
     return jax.jit(estimator.update, donate_argnums=0).lower(state, signals()).compile()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "value_filter+least_variance"])
 def test_a_step_over_a_million_problems_costs_what_one_over_a_thousand_does(name):
     """As compiled: the same scratch memory, new outputs and operations; the state is in place."""
 

@@ -57,6 +57,7 @@ def test_the_package_shows_the_types_the_table_and_the_module_that_have_no_examp
 
 
 INSIDE = {"by_reference.load", "by_reference.fingerprint", "declare.declared_by", "declare.near"}
+INSIDE |= {"weighted.usable", "weighted.effective"}
 """Functions that only the other modules of the package call."""
 
 

@@ -57,6 +57,7 @@ def graded(rows=8, seed=0):
         prompt_lengths=prompt_lengths,
         completion_lengths=lengths,
         sampler_logprobs=logprobs,
+        score_norms=rng.random(rows).astype(np.float32),
         terminated=rng.random(rows) < 0.7,
         problem_ids=np.arange(rows, dtype=np.int32),
     )
@@ -170,6 +171,7 @@ def long_tailed(rows=16, max_width=256):
         prompt_lengths=prompts,
         completion_lengths=lengths - prompts,
         sampler_logprobs=np.where(inside, -rng.random(inside.shape), 0).astype(np.float32),
+        score_norms=np.ones(rows, np.float32),
         terminated=np.ones(rows, bool),
         problem_ids=np.arange(rows, dtype=np.int32),
     )

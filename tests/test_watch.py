@@ -33,6 +33,7 @@ def graded(rewards, valid=None):
             prompt_lengths=rows,
             completion_lengths=rows,
             sampler_logprobs=np.zeros((rewards.size, 1), np.float32),
+            score_norms=np.zeros(rewards.size, np.float32),
             terminated=rows == 0,
             problem_ids=rows,
         ),

@@ -43,7 +43,7 @@ from basis_jax.estimators.critic import (
     vineppo,
     whiten,
 )
-from basis_jax.estimators.declare import Definition, stateful, stateless
+from basis_jax.estimators.declare import Definition, Estimator, stateful, stateless
 from basis_jax.estimators.group import dr_grpo, gpg, grpo, opo, reinforce_pp_baseline, rloo
 from basis_jax.estimators.group_best import best_of_group, pass_at_k, ucpo
 from basis_jax.estimators.history import (
@@ -61,10 +61,10 @@ from basis_jax.estimators.history import (
     spo_weights,
 )
 from basis_jax.estimators.kernel import KernelHistory, kae_init, kae_update
+from basis_jax.estimators.noise import noise_report
 from basis_jax.estimators.optimal_value import a_star_po, soft_value
 from basis_jax.estimators.registry import (
     ESTIMATORS,
-    Estimator,
     definition,
     make,
     option_names,
@@ -74,6 +74,13 @@ from basis_jax.estimators.shrinkage import fuse, james_stein, v05
 from basis_jax.estimators.single import batch_mean, reinforce, reinforce_pp, remax, standardise
 from basis_jax.estimators.table import Table, init_table
 from basis_jax.estimators.value_filter import FilterState, value_filter_init, value_filter_update
+from basis_jax.estimators.value_map import MapState, least_variance
+from basis_jax.estimators.weighted import (
+    WeightedSums,
+    otb,
+    weighted_mean_init,
+    weighted_mean_update,
+)
 from basis_jax.types import Estimate, Signals
 
 __all__ = [
@@ -84,8 +91,10 @@ __all__ = [
     "Evidence",
     "FilterState",
     "KernelHistory",
+    "MapState",
     "Signals",
     "Table",
+    "WeightedSums",
     "a_star_po",
     "basis",
     "batch_mean",
@@ -105,10 +114,13 @@ __all__ = [
     "james_stein",
     "kae_init",
     "kae_update",
+    "least_variance",
     "length_trace_decay",
     "make",
+    "noise_report",
     "opo",
     "option_names",
+    "otb",
     "pass_at_k",
     "problem_sums",
     "reinforce",
@@ -136,5 +148,7 @@ __all__ = [
     "value_filter_init",
     "value_filter_update",
     "vineppo",
+    "weighted_mean_init",
+    "weighted_mean_update",
     "whiten",
 ]

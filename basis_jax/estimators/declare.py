@@ -12,8 +12,10 @@ over all M problems and ``update(state, signals)`` on the rollouts of one step.
 ``needs`` lists what the estimator cannot do without, ``takes`` what it uses where a run has it.
 Both use these words:
 
-- every field of ``Signals`` (``rewards``, ``valid``, ``problem_ids``, ``lengths``), [N]: a
-  stateless function gets it as the argument of that name, ``update`` finds it in ``signals``;
+- every field of ``Signals`` (``rewards``, ``valid``, ``problem_ids``, ``lengths``,
+  ``score_norms``, ``logprob_sum``), [N]: a stateless function gets it as the argument of that
+  name, ``update`` finds it in ``signals``. Training gives all of them; where a caller leaves out
+  one of the last two, an estimator that ``needs`` it raises a ValueError;
 - ``table``, the offline reference table: a stateless function gets the arguments ``successes`` and
   ``trials`` of its rows' problems, [N]; ``init`` gets those of all problems, [M], in any case, with
   trials 0 where there is no table;
@@ -32,12 +34,13 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
-from basis_jax.types import Signals
+from basis_jax.types import Estimate, Signals
 
 Function = TypeVar("Function", bound=Callable)
 SIGNALS = tuple(field.name for field in dataclasses.fields(Signals))
+OPTIONAL = ("score_norms", "logprob_sum")  # those that may be None
 WORDS = (*SIGNALS, "table", "reference_rewards", "features", "group_size")
 BY_KEYWORD = ("reference_rewards", "features", "group_size")
 TABLE = ("successes", "trials")  # the arguments that stand for the word ``table``
@@ -71,6 +74,7 @@ class Definition:
     takes: Sequence[str] = ()
     options: Sequence[str] | None = None
     name: str = ""  # in messages; by default that of ``update``
+    wrap: Callable[..., "Estimator"] | None = None  # what is made of the Estimator in the end
 
     def __post_init__(self):
         set_field = object.__setattr__  # the dataclass is frozen
@@ -103,6 +107,29 @@ class Definition:
         functions = [f for f in (self.init, self.update) if f is not None]
         every = [p for f in functions for p in inspect.signature(f).parameters.values()]
         return {p.name: p for p in every if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+class Estimator(NamedTuple):
+    """A pair of pure functions, as in optax, and what the trainer must provide for them.
+
+    ``init(successes, trials) -> state`` over all M problems (trials may be 0) and
+    ``update(state, signals) -> (state, Estimate)`` on the rollouts of one step, whole and before
+    any split. A problem id outside 0..M-1 gives NaN where a table or a history is read, and writes
+    nothing. A valid row whose reward is NaN or infinite counts as invalid (``info["nan_share"]``).
+
+    >>> def update(state, signals):
+    ...     return state, estimators.reinforce(signals.rewards, valid=signals.valid)
+    >>> by_hand = estimators.Estimator(lambda successes, trials: (), update, False, False, 1)
+    >>> by_hand.init(np.zeros(9), np.zeros(9))
+    ()
+    """
+
+    init: Callable[[Any, Any], Any]
+    update: Callable[[Any, Signals], tuple[Any, Estimate]]
+    needs_table: bool  # worthless without offline trials
+    takes_table: bool  # starts from offline trials where there are any
+    group_size: int  # rollouts of a prompt, adjacent rows
+    takes_rewards: bool = False  # ``init`` has the keyword ``reference_rewards``
 
 
 def stateless(

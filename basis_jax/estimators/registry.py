@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from inspect import Parameter, signature
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,15 @@ from jaxtyping import Array
 
 from basis_jax.estimators import by_reference
 from basis_jax.estimators.batchwise import basis
-from basis_jax.estimators.declare import SIGNALS, TABLE, Definition, declared_by, near
+from basis_jax.estimators.declare import (
+    OPTIONAL,
+    SIGNALS,
+    TABLE,
+    Definition,
+    Estimator,
+    declared_by,
+    near,
+)
 from basis_jax.estimators.group import dr_grpo, gpg, grpo, opo, reinforce_pp_baseline, rloo
 from basis_jax.estimators.group_best import best_of_group, pass_at_k
 from basis_jax.estimators.history import (
@@ -32,6 +40,8 @@ from basis_jax.estimators.shrinkage import james_stein, v05
 from basis_jax.estimators.single import batch_mean, reinforce, reinforce_pp
 from basis_jax.estimators.table import init_table
 from basis_jax.estimators.value_filter import value_filter_init, value_filter_update
+from basis_jax.estimators.value_map import least_variance
+from basis_jax.estimators.weighted import otb, weighted_mean_init, weighted_mean_update
 from basis_jax.types import Estimate, Signals
 
 ROWS = ("rewards", "valid")
@@ -51,6 +61,7 @@ ESTIMATORS = {
     "james_stein": Definition(james_stein, needs=GROUPS),
     "kae": Definition(kae_update, kae_init, needs=HISTORY),
     "opo": Definition(opo, needs=(*GROUPS, "lengths")),
+    "otb": Definition(otb, needs=(*GROUPS, "score_norms")),
     "pass_at_k": Definition(pass_at_k, needs=GROUPS),
     "reinforce": Definition(reinforce, needs=ROWS),
     "reinforce_pp": Definition(reinforce_pp, needs=(*ROWS, "lengths")),
@@ -74,9 +85,15 @@ ESTIMATORS = {
     "value_filter": Definition(
         value_filter_update, value_filter_init, needs=HISTORY, takes=("table", "features")
     ),
+    "weighted_mean": Definition(
+        weighted_mean_update, weighted_mean_init, needs=(*ROWS, "score_norms")
+    ),
 }
 """What each estimator is and needs. One function: of rows. Two: update(state, signals) and
 init(successes, trials). The words are those of the module ``declare``."""
+
+LEAST_VARIANCE = "+least_variance"
+"""Behind a name: ``value_filter+least_variance`` is ``least_variance(make("value_filter"))``."""
 
 LIBRARY_ONLY = {
     "gae": "a critic's token values",
@@ -88,36 +105,15 @@ LIBRARY_ONLY = {
 """Functions of more than a training step's Signals and table, and what they need besides."""
 
 
-class Estimator(NamedTuple):
-    """A pair of pure functions, as in optax, and what the trainer must provide for them.
-
-    ``init(successes, trials) -> state`` over all M problems (trials may be 0) and
-    ``update(state, signals) -> (state, Estimate)`` on the rollouts of one step, whole and before
-    any split. A problem id outside 0..M-1 gives NaN where a table or a history is read, and writes
-    nothing. A valid row whose reward is NaN or infinite counts as invalid (``info["nan_share"]``).
-
-    >>> def update(state, signals):
-    ...     return state, estimators.reinforce(signals.rewards, valid=signals.valid)
-    >>> by_hand = estimators.Estimator(lambda successes, trials: (), update, False, False, 1)
-    >>> by_hand.init(np.zeros(9), np.zeros(9))
-    ()
-    """
-
-    init: Callable[[Any, Any], Any]
-    update: Callable[[Any, Signals], tuple[Any, Estimate]]
-    needs_table: bool  # worthless without offline trials
-    takes_table: bool  # starts from offline trials where there are any
-    group_size: int  # rollouts of a prompt, adjacent rows
-    takes_rewards: bool = False  # ``init`` has the keyword ``reference_rewards``
-
-
 def definition(estimator: str | Callable | Definition) -> Definition:
     """What an estimator declares: its functions, ``needs``, ``takes`` and ``options``.
 
     ``estimator`` is a name out of ``ESTIMATORS``, a reference (``FILE.py:NAME`` with a path
     relative to the current directory, or ``package.module:NAME``), or what ``stateless``,
-    ``stateful`` or ``Definition`` made. Raises ValueError, naming what is allowed, for anything
-    else, for a reference that cannot be loaded, and for something that is not declared.
+    ``stateful`` or ``Definition`` made. ``+least_variance`` behind a name or reference: its values
+    are turned into the baselines of ``least_variance``. Raises ValueError, naming what is allowed,
+    for anything else, for a reference that cannot be loaded, and for something that is not
+    declared.
 
     >>> estimators.definition("grpo").needs
     ('rewards', 'valid', 'group_size')
@@ -128,6 +124,9 @@ def definition(estimator: str | Callable | Definition) -> Definition:
         return estimator
     if not isinstance(estimator, str):
         return _declared(estimator, getattr(estimator, "__name__", repr(estimator)))
+    if estimator.endswith(LEAST_VARIANCE):
+        inner = definition(estimator.removesuffix(LEAST_VARIANCE))
+        return replace(inner, name=estimator, wrap=least_variance)
     if ":" in estimator:
         return _declared(by_reference.load(estimator), estimator)
     if estimator in LIBRARY_ONLY:
@@ -164,7 +163,7 @@ def source_fingerprint(name: str) -> str | None:
     64
     """
     if ":" in name:
-        return by_reference.fingerprint(name)
+        return by_reference.fingerprint(name.removesuffix(LEAST_VARIANCE))
     definition(name)
     return None
 
@@ -196,7 +195,10 @@ def make(estimator: str | Callable | Definition, /, **options: Any) -> Estimator
     size = options.get("group_size", 1)
     made = Estimator(init, update, needs_table, takes_table, size, takes_rewards)
     _trace(made, declared, options)
-    return made._replace(update=_without_nan(update))
+    made = made._replace(update=_guarded(update, declared))
+    if declared.wrap is None:
+        return made
+    return declared.wrap(made, **{n: options[n] for n in ("low", "high") if n in options})
 
 
 def _declared(found: Any, name: str) -> Definition:
@@ -238,11 +240,18 @@ def _check_options(declared: Definition, options: dict) -> None:
         )
 
 
-def _without_nan(update: Callable) -> Callable:
-    """The update of signals in which a row with a NaN reward is invalid: for estimators of the
-    user's own, too."""
+def _guarded(update: Callable, declared: Definition) -> Callable:
+    """The update of signals that are all there, in which a row with a NaN reward is invalid: for
+    estimators of the user's own, too."""
+    needed = [name for name in OPTIONAL if name in declared.needs]
 
     def guarded(state: Any, signals: Signals) -> tuple[Any, Estimate]:
+        for name in needed:
+            if getattr(signals, name) is None:
+                raise ValueError(
+                    f"{declared.name} needs {name}, which these Signals lack; give "
+                    f"Signals({name}=...), one number a row"
+                )
         finite, valid = jnp.isfinite(signals.rewards), signals.valid
         rewards = jnp.where(finite, signals.rewards, 0)
         clean = replace(signals, rewards=rewards, valid=valid & finite)
@@ -251,6 +260,7 @@ def _without_nan(update: Callable) -> Callable:
         return state, Estimate(
             advantages=jnp.where(lost, 0, told.advantages),
             values=jnp.where(lost, 0, told.values),
+            baselines=jnp.where(lost, 0, told.baselines),
             info={**told.info, "nan_share": share(~finite, valid)},
         )
 
@@ -269,7 +279,8 @@ def _lift(declared: Definition, options: dict) -> tuple[Callable, Callable]:
         return init_table(successes, trials, reference_rewards=kept)
 
     def update(state: Any, signals: Signals) -> tuple[Any, Any]:
-        given = {name: getattr(signals, name) for name in names}
+        every = {name: getattr(signals, name) for name in names}
+        given = {name: x for name, x in every.items() if x is not None}
         if counts:
             given |= {name: at(getattr(state, name), signals.problem_ids) for name in TABLE}
         if rewarded and state.rewards is not None:
@@ -319,7 +330,7 @@ def _trace(estimator: Estimator, declared: Definition, options: dict) -> None:
             f"{declared.name} turned a state {_kinds(state)} into {_kinds(after)}; return one with "
             "the shapes and types of the old one"
         )
-    for field in ("advantages", "values"):
+    for field in ("advantages", "values", "baselines"):
         array = getattr(estimate, field)
         if array.shape != (rows,) or not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(

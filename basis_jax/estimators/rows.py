@@ -224,9 +224,12 @@ def estimate(
     advantages: Float[Array, " N"],
     values: Float[Array, " N"],
     valid: Bool[Array, " N"],
+    *,
+    baselines: Float[Array, " N"] | None = None,
     **info: Array,
 ) -> Estimate:
-    """Estimate with 0 in invalid rows; ``info["zero_share"]``: valid rows with advantage 0.
+    """Estimate with 0 in invalid rows; ``info["zero_share"]``: valid rows with advantage 0. The
+    values are the baselines too, unless others are given.
 
     >>> advantages, valid = jnp.float32([0.5, 9]), jnp.array([True, False])
     >>> estimate = estimators.rows.estimate(advantages, advantages, valid, rate=jnp.float32(0.1))
@@ -235,7 +238,9 @@ def estimate(
     """
     advantages = jnp.where(valid, advantages, 0)
     info["zero_share"] = share(advantages == 0, valid)
-    return Estimate(advantages=advantages, values=jnp.where(valid, values, 0), info=info)
+    values = jnp.where(valid, values, 0)
+    baselines = values if baselines is None else jnp.where(valid, baselines, 0)
+    return Estimate(advantages=advantages, values=values, baselines=baselines, info=info)
 
 
 def share(chosen: Bool[Array, " N"], valid: Bool[Array, " N"]) -> Float[Array, ""]:
@@ -305,6 +310,8 @@ def join(
     values: Float[Array, "B G"],
     r: Float[Array, "B G"],
     w: Float[Array, "B G"],
+    *,
+    baselines: Float[Array, "B G"] | None = None,
     **info: Array,
 ) -> Estimate:
     """The Estimate of rows [N] from arrays [B G], as ``estimate`` makes it.
@@ -322,7 +329,8 @@ def join(
     degenerate = jnp.broadcast_to(low >= high, r.shape).ravel()
     valid = w.ravel() > 0
     info["degenerate_share"] = share(degenerate, valid)
-    return estimate(advantages.ravel(), values.ravel(), valid, **info)
+    subtracted = None if baselines is None else baselines.ravel()
+    return estimate(advantages.ravel(), values.ravel(), valid, baselines=subtracted, **info)
 
 
 def total(x: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -28,6 +28,8 @@ class Slots:
     terminated: Bool[Array, " S"]
     next_token: Int[Array, " S"]  # drawn, not yet part of the row
     next_logprob: Float[Array, " S"]
+    next_score_norm: Float[Array, " S"]
+    score_norms: Float[Array, " S"]  # summed over the completion so far
     keys: Key[Array, " S"]
     cache: Cache
 
@@ -66,8 +68,10 @@ def prefill(
         lengths=zeros,
         alive=jnp.ones(rows, bool),
         terminated=jnp.zeros(rows, bool),
-        next_token=first[0],
-        next_logprob=first[1],
+        next_token=first.tokens,
+        next_logprob=first.logprobs,
+        next_score_norm=first.score_norms,
+        score_norms=jnp.zeros(rows, jnp.float32),
         keys=keys,
         cache=filled_cache(kept, length),
     )
@@ -100,7 +104,7 @@ def decode_rows(
         logits, cache = decode_step(
             weights, model_config, token, jnp.minimum(at, cache_length - 1), slots.cache
         )
-        next_token, next_logprob = draw(logits, token_keys(slots.keys, lengths), sampling)
+        drawn = draw(logits, token_keys(slots.keys, lengths), sampling)
         return dataclasses.replace(
             slots,
             tokens=slots.tokens.at[row, written].set(token, mode="drop"),
@@ -108,8 +112,10 @@ def decode_rows(
             lengths=lengths,
             alive=slots.alive & ~ended & (lengths < sampling.max_new_tokens),
             terminated=slots.terminated | (slots.alive & ended),
-            next_token=next_token,
-            next_logprob=next_logprob,
+            next_token=drawn.tokens,
+            next_logprob=drawn.logprobs,
+            next_score_norm=drawn.score_norms,
+            score_norms=slots.score_norms + jnp.where(slots.alive, slots.next_score_norm, 0),
             cache=cache,
         )
 
@@ -163,6 +169,7 @@ def sample_with(
         prompt_lengths=slots.prompt_lengths,
         completion_lengths=slots.lengths,
         sampler_logprobs=slots.logprobs,
+        score_norms=slots.score_norms,
         terminated=slots.terminated,
         problem_ids=prompts.problem_ids,
     )

@@ -5,6 +5,7 @@ batch size, row order and device count do not change a draw, and resume has noth
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +48,18 @@ def truncate(logits: Float[Array, "N V"], *, top_k: int, top_p: float) -> Float[
 BLOCK = 128  # tokens whose probability is summed before one of them is looked for
 
 
-def draw(
-    logits: Float[Array, "V N"], keys: Key[Array, " N"], sampling: SamplingSection
-) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    """A token a row and the log-probability it was drawn with; temperature 0 takes the likeliest
-    (its log-probability is that of temperature 1).
+class Drawn(NamedTuple):
+    """A token a row, its log-probability, and the squared norm of its score in the logits:
+    |onehot - p|^2 = 1 - 2 p(token) + sum_v p(v)^2 with p the distribution it was drawn from."""
+
+    tokens: Int[Array, " N"]
+    logprobs: Float[Array, " N"]
+    score_norms: Float[Array, " N"]
+
+
+def draw(logits: Float[Array, "V N"], keys: Key[Array, " N"], sampling: SamplingSection) -> Drawn:
+    """A token a row; temperature 0 takes the likeliest (log-probability and score norm are then
+    those of temperature 1).
 
     The distribution function is inverted twice, with a uniform number each: for a block of
     ``BLOCK`` tokens, then for a token of it. That costs one exponential a token; noise of its own
@@ -64,16 +72,20 @@ def draw(
     logits = jnp.pad(logits, ((0, -logits.shape[0] % BLOCK), (0, 0)), constant_values=-jnp.inf)
     blocks = logits.reshape(-1, BLOCK, rows)
     top = jnp.max(logits, axis=0, keepdims=True)
-    mass = jnp.sum(jnp.exp(blocks - top[None]), axis=1)  # [blocks N]
+    powers = jnp.exp(blocks - top[None])
+    mass = jnp.sum(powers, axis=1)  # [blocks N]
+    total = jnp.sum(mass, axis=0)
+    collision = jnp.sum(powers**2, axis=(0, 1)) / total**2  # sum_v p(v)^2
     if sampling.temperature == 0:
         tokens = jnp.argmax(logits, axis=0).astype(jnp.int32)
-        return tokens, -jnp.log(jnp.sum(mass, axis=0))
+        return Drawn(tokens, -jnp.log(total), 1 - 2 / total + collision)
     noise = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     block = pick(mass.T, noise[:, 0])
     block_logits = jnp.take_along_axis(blocks, block[None, None], axis=0)[0].T - top.T
     within = pick(jnp.exp(block_logits), noise[:, 1])
-    logprobs = jnp.take_along_axis(block_logits, within[:, None], axis=1)[:, 0]
-    return block * BLOCK + within, logprobs - jnp.log(jnp.sum(mass, axis=0))
+    logprobs = jnp.take_along_axis(block_logits, within[:, None], axis=1)[:, 0] - jnp.log(total)
+    score_norms = jnp.maximum(0, 1 - 2 * jnp.exp(logprobs) + collision)
+    return Drawn(block * BLOCK + within, logprobs, score_norms)
 
 
 def pick(weights: Float[Array, "N B"], noise: Float[Array, " N"]) -> Int[Array, " N"]:

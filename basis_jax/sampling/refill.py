@@ -46,6 +46,8 @@ def empty_slots(model_config: ModelConfig, *, rows: int, length: int, cache_leng
         terminated=jnp.zeros(rows, bool),
         next_token=zeros,
         next_logprob=jnp.zeros(rows, jnp.float32),
+        next_score_norm=jnp.zeros(rows, jnp.float32),
+        score_norms=jnp.zeros(rows, jnp.float32),
         keys=jax.random.split(jax.random.key(0), rows),
         cache=empty_cache(model_config, rows, cache_length),
     )
@@ -298,6 +300,7 @@ def empty_rollouts(prompts: Prompts, length: int) -> Rollouts:
         prompt_lengths=prompts.lengths.copy(),
         completion_lengths=np.zeros(rows, np.int32),
         sampler_logprobs=np.zeros((rows, length), np.float32),
+        score_norms=np.zeros(rows, np.float32),
         terminated=np.zeros(rows, bool),
         problem_ids=prompts.problem_ids.copy(),
     )
@@ -350,7 +353,8 @@ def take_prompts(prompts: Prompts, index: np.ndarray, cache_length: int) -> Prom
 
 def store_ended(rollouts: Rollouts, slots: Slots, owner: np.ndarray) -> np.ndarray:
     """Write the rows that ended from their slots into ``rollouts``; which slots these are."""
-    lengths, alive, terminated = jax.device_get((slots.lengths, slots.alive, slots.terminated))
+    told = slots.lengths, slots.alive, slots.terminated, slots.score_norms
+    lengths, alive, terminated, score_norms = jax.device_get(told)
     busy = owner >= 0
     rollouts.completion_lengths[owner[busy]] = lengths[busy]
     ended = busy & ~alive
@@ -359,6 +363,7 @@ def store_ended(rollouts: Rollouts, slots: Slots, owner: np.ndarray) -> np.ndarr
         rollouts.tokens[owner[ended]] = tokens[ended]
         rollouts.sampler_logprobs[owner[ended]] = logprobs[ended]
         rollouts.terminated[owner[ended]] = terminated[ended]
+        rollouts.score_norms[owner[ended]] = score_norms[ended]
     return ended
 
 

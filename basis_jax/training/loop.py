@@ -161,7 +161,7 @@ def make_step(
             for number in range(10):
                 state, metrics, graded, estimate = step(state, number)
     """
-    estimate_values = make_estimate(session.estimator)
+    estimate_values = make_estimate(session.estimator, aggregation=session.config.loss.aggregation)
     make_microbatches = microbatch_maker(session)
     schedule = schedule_of(session.config)
     update = make_update(

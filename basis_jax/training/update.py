@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from basis_jax.config import LossSection, OptimSection
-from basis_jax.estimators import Estimator
+from basis_jax.estimators import Estimator, noise_report
 from basis_jax.losses import kl_loss, policy_loss, sampler_weights
 from basis_jax.masked import masked_max, masked_sum
 from basis_jax.model import decoder
@@ -107,24 +107,40 @@ def abstract_state(
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
-def make_estimate(estimator: Estimator) -> Callable[..., tuple[PyTree, Estimate]]:
-    """The estimator's jitted step over the whole batch, before any split.
+def make_estimate(
+    estimator: Estimator, *, aggregation: str = "token_mean"
+) -> Callable[..., tuple[PyTree, Estimate]]:
+    """The estimator's jitted step over the whole batch, before any split; ``noise_report`` is part
+    of the estimate's info.
 
     The state that it is given is donated: a step writes the batch's problems in place and copies
     nothing else.
     """
-    update = jax.jit(estimator.update, donate_argnums=0)
 
-    def estimate(state: PyTree, graded: Graded) -> tuple[PyTree, Estimate]:
-        signals = Signals(
-            rewards=jnp.asarray(graded.rewards),
-            valid=jnp.asarray(graded.valid),
-            problem_ids=jnp.asarray(graded.rollouts.problem_ids),
-            lengths=jnp.asarray(graded.rollouts.completion_lengths),
-        )
-        return update(state, signals)
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: PyTree, signals: Signals) -> tuple[PyTree, Estimate]:
+        state, found = estimator.update(state, signals)
+        return state, replace(found, info=found.info | noise_report(signals, found))
 
-    return estimate
+    return lambda state, graded: update(state, make_signals(graded, aggregation))
+
+
+def make_signals(graded: Graded, aggregation: str) -> Signals:
+    """What estimators see of the rollouts. Score norms are those of the loss: ``sequence_mean``
+    divides a completion's gradient by its length."""
+    rollouts = graded.rollouts
+    lengths = np.asarray(rollouts.completion_lengths)
+    score_norms = np.asarray(rollouts.score_norms)
+    if aggregation == "sequence_mean":
+        score_norms = score_norms / np.maximum(lengths, 1).astype(np.float32) ** 2
+    return Signals(
+        rewards=jnp.asarray(graded.rewards),
+        valid=jnp.asarray(graded.valid),
+        problem_ids=jnp.asarray(rollouts.problem_ids),
+        lengths=jnp.asarray(lengths),
+        score_norms=jnp.asarray(score_norms),
+        logprob_sum=jnp.asarray(np.sum(rollouts.sampler_logprobs, axis=1)),
+    )
 
 
 def finish_step(state: TrainState, estimator_state: PyTree) -> TrainState:

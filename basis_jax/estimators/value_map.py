@@ -1,0 +1,225 @@
+"""Values of another estimator turned into baselines of least gradient noise.
+
+The noise E[w (r - b)^2] is least at b*(x) = E[w r | x] / E[w | x], with w the squared norm of the
+completion's score (module ``weighted``). A baseline that is a function of the value V alone can be
+estimated from a batch with one rollout a prompt:
+
+    logit b(V) = tilt + slope logit V,  slope >= 0.
+
+tilt = log m1/m0 and slope 1 where wrong completions have a weight m0 and right ones m1 in every
+prompt; slope 0 is the constant of ``weighted_mean``, which is what is best where m0/m1 grows as
+fast as the odds of V. Both numbers maximise the weighted logistic likelihood
+
+    sum_j w_j (y_j log b(V_j) + (1 - y_j) log(1 - b(V_j))) / s,  s = sum w^2 / sum w,
+
+whose maximum over all functions b is b*. Divided by s the weights sum to the number of effective
+rows: so much a batch says, against the prior slope ~ N(0, SLOPE_SD^2), tilt ~ N(0, TILT_SD^2),
+which draws to the constant, and against earlier steps, which count as what they said, discounted.
+
+Independence of completion i, reward, score norm and length, is exact. The rows are in ``folds``;
+the map of a fold is fitted on the rows outside it, at values which the other estimator gives when
+the fold's rows are invalid: they have seen no reward of the fold, and none their own. (A map fitted
+to all rows would read reward i in the values of the others.) Row i then has b(V_i) under the map of
+its fold, with the V_i of the whole batch, which has not seen reward i.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from basis_jax.estimators.declare import Estimator
+from basis_jax.estimators.ranges import FINITE, Options, Rewards, Whole
+from basis_jax.estimators.rows import divide, estimate, from_unit, read, to_unit
+from basis_jax.estimators.weighted import MEMORY, effective, usable
+from basis_jax.pytree import pytree
+from basis_jax.types import Estimate, Signals
+
+SLOPE_SD, TILT_SD = 0.7, 3.0  # of the prior
+LARGEST_LOGIT = 5.0  # of a value that enters the map: .0067 to .9933
+NEWTON_STEPS = 12
+LARGEST_MOVE = 2.0  # of tilt and slope in a Newton step
+TRIED_ROWS, TRIED_PROBLEMS = 16, 8  # of the trial that finds a value which has seen its own reward
+
+
+@pytree
+class MapState:
+    """The other estimator's state, and what earlier steps said of (tilt, slope): a normal
+    likelihood in natural parameters.
+
+    >>> estimator = estimators.least_variance(estimators.make("ema"))
+    >>> state = estimator.init(np.zeros(9), np.zeros(9))
+    >>> isinstance(state, estimators.MapState), state.precision.shape
+    (True, (2, 2))
+    """
+
+    inner: PyTree
+    precision: Float[Array, "2 2"]
+    information: Float[Array, " 2"]  # precision times mean
+
+
+class Fitted(NamedTuple):
+    mean: Float[Array, " 2"]  # of the posterior: (tilt, slope), the slope of any sign
+    precision: Float[Array, "2 2"]  # of the posterior
+    used: Float[Array, " 2"]  # (tilt, slope) with slope >= 0
+
+
+@Options(folds=Whole(2, "it cross-fits"), memory=MEMORY, low=FINITE, high=FINITE)
+def least_variance(
+    estimator: Estimator,
+    *,
+    folds: int = 8,
+    memory: float = 0.8,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> Estimator:
+    """An estimator with the values of ``estimator``, and baselines of least gradient noise.
+
+    The baseline is a function of the value, fitted as this module's docstring says; A = r - b
+    without scaling. ``memory``: what earlier steps said loses the share 1 - ``memory`` a step.
+    ``low`` and ``high`` are the range of rewards and values. The update calls that of ``estimator``
+    ``folds`` + 1 times; its signals need score norms.
+
+    Info: that of ``estimator``, ``effective_rows`` of the batch, ``tilt`` and ``slope`` (means over
+    folds). Raises ValueError for an estimator whose value of a row changes with the row's own
+    reward (found by a trial on a few random rows), and in the update without score norms and for
+    rewards outside [``low``, ``high``].
+
+    >>> estimator = estimators.least_variance(estimators.make("value_filter"))
+    >>> state = estimator.init(np.array([1, 7, 4, 4]), np.full(4, 8))
+    >>> signals = estimators.Signals(rewards=jnp.float32([0, 1, 1, 0]), valid=jnp.ones(4, bool),
+    ...                              problem_ids=jnp.arange(4), lengths=jnp.array([5, 6, 4, 9]),
+    ...                              score_norms=jnp.float32([1, 2, 1, 8]))
+    >>> state, estimate = estimator.update(state, signals)
+    >>> print(estimate.values, estimate.baselines)
+    [0.244 0.756 0.459 0.541] [0.299 0.201 0.246 0.703]
+    >>> estimators.least_variance(estimators.make("grpo", group_size=2))
+    ... # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: least_variance got an estimator whose value of a row depends on the row's own ...
+    """
+    Rewards(low, high).check("least_variance", np.zeros(0))
+    _check_own_reward_unseen(estimator, low, high)
+
+    def init(successes: Any, trials: Any, **given: Any) -> MapState:
+        inner = estimator.init(successes, trials, **given)
+        return MapState(inner=inner, precision=jnp.zeros((2, 2)), information=jnp.zeros(2))
+
+    def update(state: MapState, signals: Signals) -> tuple[MapState, Estimate]:
+        Rewards(low, high).check("least_variance", signals.rewards, signals.valid)
+        rewards, valid = read(signals.rewards, signals.valid)
+        w = usable(signals.score_norms, valid)
+        y = to_unit(rewards, low, high)
+        fold = (jnp.cumsum(valid.astype(jnp.int32)) - 1) % folds
+        outside = valid[None] & (fold[None] != jnp.arange(folds)[:, None])
+
+        def fit(live: Bool[Array, " N"]) -> Fitted:
+            seen = replace(signals, valid=live)
+            values = estimator.update(state.inner, seen)[1].values
+            return _fit(state, _logit(values, low, high), y, jnp.where(live, w, 0))
+
+        maps = jax.vmap(fit)(outside)
+        inner, told = estimator.update(state.inner, signals)
+        logit = _logit(told.values, low, high)
+        tilt, slope = maps.used[fold].T
+        baselines = from_unit(jax.nn.sigmoid(tilt + slope * logit), low, high)
+        new = _learned(replace(state, inner=inner), _fit(state, logit, y, w), memory)
+        info = {
+            **told.info,
+            "effective_rows": effective(jnp.sum(w), jnp.sum(w**2)),
+            "tilt": jnp.mean(maps.used[:, 0]),
+            "slope": jnp.mean(maps.used[:, 1]),
+        }
+        info.pop("zero_share", None)
+        return new, estimate(rewards - baselines, told.values, valid, baselines=baselines, **info)
+
+    return estimator._replace(init=init, update=update)
+
+
+def _logit(values: Float[Array, " N"], low: float, high: float) -> Float[Array, " N"]:
+    p = to_unit(values, low, high)
+    bound = jax.nn.sigmoid(LARGEST_LOGIT)
+    p = jnp.clip(p, 1 - bound, bound)
+    return jnp.log(p) - jnp.log1p(-p)
+
+
+def _fit(
+    state: MapState,
+    logit: Float[Array, " N"],
+    y: Float[Array, " N"],
+    w: Float[Array, " N"],
+) -> Fitted:
+    """The posterior of (tilt, slope) given the rows with w > 0 and the earlier steps."""
+    known = jnp.isfinite(logit)  # an unknown problem has no value
+    w = jnp.where(known, w, 0)
+    x = jnp.stack([jnp.ones_like(logit), jnp.where(known, logit, 0)], 1)
+    rows = w * divide(jnp.sum(w), jnp.sum(w**2))  # they sum to the effective rows
+    prior = state.precision + jnp.diag(jnp.float32([TILT_SD**-2, SLOPE_SD**-2]))
+
+    def newton(free: Float[Array, " 2"]) -> tuple[Float[Array, " 2"], Float[Array, "2 2"]]:
+        """The maximum over the free ones of the two numbers, the other held at 0."""
+
+        def step(_: Any, carry: Any) -> Any:
+            mean, _ = carry
+            b = jax.nn.sigmoid(x @ mean)
+            precision = jnp.matmul(x.T * (rows * b * (1 - b))[None], x, precision="highest") + prior
+            slope = (x.T @ (rows * (y - b)) + state.information - prior @ mean) * free
+            held = jnp.diag(1 - free) + precision * free[:, None] * free[None]
+            move = jnp.linalg.solve(held, slope)
+            return mean + jnp.clip(move, -LARGEST_MOVE, LARGEST_MOVE), precision
+
+        return jax.lax.fori_loop(0, NEWTON_STEPS, step, (jnp.zeros(2), prior))
+
+    mean, precision = newton(jnp.ones(2))
+    constant, _ = newton(jnp.float32([1, 0]))
+    return Fitted(mean, precision, jnp.where(mean[1] >= 0, mean, constant))
+
+
+def _learned(state: MapState, fitted: Fitted, memory: float) -> MapState:
+    """The state with what the posterior knows beyond the prior, discounted."""
+    prior = jnp.diag(jnp.float32([TILT_SD**-2, SLOPE_SD**-2]))
+    return replace(
+        state,
+        precision=memory * (fitted.precision - prior),
+        information=memory * jnp.matmul(fitted.precision, fitted.mean, precision="highest"),
+    )
+
+
+def _check_own_reward_unseen(estimator: Estimator, low: float, high: float) -> None:
+    """Raise ValueError where flipping a row's reward changes the row's own value."""
+    rows = -(-TRIED_ROWS // estimator.group_size) * estimator.group_size
+    random = np.random.default_rng(0)
+    trials = np.full(TRIED_PROBLEMS, 4)
+    successes = random.integers(0, 5, TRIED_PROBLEMS)
+    ids = np.repeat(random.integers(0, TRIED_PROBLEMS, rows), estimator.group_size)[:rows]
+    wins = random.random(rows) < 0.5
+    signals = Signals(
+        rewards=jnp.where(wins, jnp.float32(high), jnp.float32(low)),
+        valid=jnp.ones(rows, bool),
+        problem_ids=jnp.asarray(ids, jnp.int32),
+        lengths=jnp.asarray(random.integers(1, 9, rows), jnp.int32),
+        score_norms=jnp.asarray(random.random(rows), jnp.float32),
+        logprob_sum=jnp.asarray(-random.random(rows), jnp.float32),
+    )
+
+    @jax.jit
+    def values(flipped: Bool[Array, "K N"]) -> Float[Array, "K N"]:
+        state = estimator.init(successes, trials)
+
+        def one(flipped: Bool[Array, " N"]) -> Float[Array, " N"]:
+            rewards = jnp.where(flipped, low + high - signals.rewards, signals.rewards)
+            return estimator.update(state, replace(signals, rewards=rewards))[1].values
+
+        return jax.vmap(one)(flipped)
+
+    found = np.asarray(
+        values(jnp.eye(rows + 1, rows, dtype=bool))
+    )  # in the last row none is flipped
+    if np.any(found[np.arange(rows), np.arange(rows)] != found[-1]):
+        raise ValueError(
+            "least_variance got an estimator whose value of a row depends on the row's own reward; "
+            "give one that leaves it out, such as value_filter, basis (rule robust), spo or rloo"
+        )
