@@ -1,115 +1,185 @@
-"""The runs of the policy study: methods, the settings that all share, and each run's config."""
+"""What the policy study does, fixed before its test seeds are run: regimes, methods, rates, seeds.
 
-import argparse
-import math
-import sys
+The endpoint is the accuracy of the last policy at temperature 1, over SAMPLES completions of every
+held-out problem. A step has ROLLOUTS rollouts whatever the method (a group of 8 takes an eighth of
+the prompts) and is one optimizer update. All methods generate the same number of rollouts, those of
+an offline table included: without a table they take EXTRA_STEPS more steps.
+
+The learning rate is tuned for every method in every regime by successive halving over seeds: one
+tuning seed at each rate of POWERS, a second one for the better half, and the best mean of both
+wins. Where that is the lowest or the highest rate, the next one beyond is added, at most WIDER
+times on a side. The test seeds are run at the best rate alone: SEEDS of them, then more until the
+half-width of the 95 % interval of the difference to REFERENCE, paired by seed, is below HALF_WIDTH,
+or there are MOST_SEEDS.
+"""
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from basis_jax import command_line
 from basis_jax.config import Config
+from studies.policy_statistics import half_width
+
+STEPS, EXTRA_STEPS = 48, 16
+ROLLOUTS, PROBLEMS, TABLE_SAMPLES = 128, 256, 8  # 8 x 256 = 16 x 128 offline rollouts
+POWERS, WIDER = (-10, -9, -8, -7, -6), 2  # rates of 10^(power / 2)
+TUNING_SEEDS = (100, 101)
+SEEDS, MOST_SEEDS, HALF_WIDTH = 5, 10, 0.01
+SAMPLES = 16
+REFERENCE = "value_filter"  # of the paired differences
+REGIMES = ("free", "single", "guess", "hard")
+"""Tasks of ``embedded:steps``, in the order in which they are run; ``free`` is the primary one."""
 
 
 class Method(NamedTuple):
     """An estimator with its published defaults, and what it is given."""
 
     estimator: str
-    table: int | None = 0  # offline rollouts a problem; None: those of --table-samples
+    table: int = 0  # offline rollouts a problem
     group_size: int = 1
-    features: int = 0
-    options: tuple[str, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
+    rate: float = 1.0  # times the learning rate
+    regimes: tuple[str, ...] = REGIMES
 
 
+SGD = {
+    "settings": (("optim.b1", 0), ("optim.b2", 0), ("optim.eps", 1)),  # g / (|g| + 1), nearly g
+    "rate": 3e3,
+    "regimes": ("free", "single"),
+}
 METHODS = {
-    "reinforce": Method("reinforce"),
+    "none": Method("reinforce"),
+    "batch_mean": Method("batch_mean"),
     "reinforce_pp": Method("reinforce_pp"),
-    "grpo": Method("grpo", group_size=8),
-    "rloo": Method("rloo", group_size=8),
-    "spo": Method("spo"),
-    "kae": Method("kae"),
-    "basis_published": Method("basis", table=None, options=("rule", "published")),
-    "basis_robust": Method("basis", table=None, options=("rule", "robust")),
-    "value_filter_n0": Method("value_filter"),
-    "value_filter_n0_features": Method("value_filter", features=32),
-    "value_filter_n8": Method("value_filter", table=8),
+    "value_filter": Method("value_filter"),
+    "basis": Method("basis", table=TABLE_SAMPLES),
+    "weighted_mean": Method("weighted_mean"),
+    "least_variance": Method("value_filter+least_variance"),
+    "grpo_8": Method("grpo", group_size=8),
+    "otb_8": Method("otb", group_size=8),
+    "batch_mean_sgd": Method("batch_mean", **SGD),
+    "least_variance_sgd": Method("value_filter+least_variance", **SGD),
 }
 
-COMMON_SETTINGS = {
-    "optim.lr": "2.5e-4",  # of 2.5e-4, 5e-4, 1e-3: best for reinforce_pp, seed 100
+COMMON: dict[str, Any] = {
     "optim.schedule": "constant",  # a curve may be cut anywhere: no step knows the last one
-    "optim.max-grad-norm": "0",
-    "eval.size": "240",
-    "eval.samples": "2",
-    "eval.every": "8",
-    "checkpoint.every": "100000",  # the last step only
+    "optim.max-grad-norm": 0,
+    "loss.kl-coef": 1e-9,  # no force; ``policy/kl_ref`` is then measured
+    "data.size": PROBLEMS,
+    "train.minibatch-rollouts": ROLLOUTS,
+    "train.microbatch-rollouts": ROLLOUTS,
+    "train.sample-rollouts": 320,
+    "eval.samples": 4,
+    "eval.every": 8,
+    "checkpoint.every": 100_000,  # the last step only
 }
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, order=True)
+class Job:
+    """One run of the study."""
+
+    regime: str
     method: str
+    power: int
     seed: int
-    config: Config
-    arguments: tuple[str, ...]  # of scripts/train.py
 
     @property
-    def folder(self) -> Path:
-        return Path(self.config.run_dir)
+    def rate(self) -> float:
+        return METHODS[self.method].rate * 10 ** (self.power / 2)
 
     @property
-    def rollouts_per_step(self) -> int:
-        return self.config.train.prompts_per_step * self.config.sampling.group_size
+    def tuning(self) -> bool:
+        return self.seed in TUNING_SEEDS
+
+    @property
+    def name(self) -> str:
+        """Its folder, below that of the study."""
+        return f"{self.regime}/{self.method}/lr_{self.rate:.2e}/seed_{self.seed}"
 
 
-def plan(options: argparse.Namespace, overrides: Sequence[str]) -> list[Run]:
-    """Every run, seed by seed."""
-    runs = []
-    for seed in range(options.seeds):
-        for name in dict.fromkeys(options.methods):
-            method = METHODS[name]
-            arguments = ["--config", options.config, *flags(COMMON_SETTINGS), *overrides]
-            arguments += flags(own_settings(method, options))
-            if method.options:
-                arguments += ["--estimator.options", *method.options]
-            arguments += flags({"seed": seed, "run-dir": f"{options.out}/{name}/seed_{seed}"})
-            config, _ = command_line.parse(__doc__, argv=arguments)
-            steps = total_steps(method, options, config.eval.every)
-            arguments += flags({"train.steps": steps})
-            config, _ = command_line.parse(__doc__, argv=arguments)
-            runs.append(Run(name, seed, config, tuple(arguments)))
-    return runs
-
-
-def flags(settings: Mapping[str, Any]) -> list[str]:
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-
-
-def own_settings(method: Method, options: argparse.Namespace) -> dict[str, Any]:
-    if options.rollouts % method.group_size:
-        sys.exit(f"error: --rollouts is {options.rollouts}; give a multiple of {method.group_size}")
-    return {
-        "estimator.name": method.estimator,
-        "estimator.table-samples": table_samples(method, options),
-        "estimator.features": method.features,
+def arguments(job: Job, out: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Of ``basis-jax train``: the whole run."""
+    method, task = METHODS[job.method], f"task:steps/{job.regime}"
+    given = {
+        **COMMON,
+        "data.path": task,
+        "eval.sets": task,
+        "train.steps": STEPS + (0 if method.table else EXTRA_STEPS),
+        "train.prompts-per-step": ROLLOUTS // method.group_size,
         "sampling.group-size": method.group_size,
-        "data.size": options.problems,
-        "train.prompts-per-step": options.rollouts // method.group_size,
-        "train.minibatch-rollouts": options.rollouts,
-        "train.microbatch-rollouts": options.rollouts,
+        "estimator.name": method.estimator,
+        "estimator.table-samples": method.table,
+        **dict(method.settings),
+        "optim.lr": f"{job.rate:.4g}",
+        "seed": job.seed,
+        "run-dir": f"{out}/{job.name}",
+        "eval.every": 0 if job.tuning else COMMON["eval.every"],
     }
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return ["--config", "steps", *words, *overrides]
 
 
-def table_samples(method: Method, options: argparse.Namespace) -> int:
-    return options.table_samples if method.table is None else method.table
+def config_of(job: Job, out: str, overrides: Sequence[str] = ()) -> Config:
+    return command_line.parse(__doc__, argv=arguments(job, out, overrides))[0]
 
 
-def total_steps(method: Method, options: argparse.Namespace, every: int) -> int:
-    """--steps and, in steps, what --table-samples costs beyond the method's own table; rounded up
-    to an evaluation."""
-    if options.steps < 1 or every < 1 or options.steps % every:
-        sys.exit(f"error: --steps is {options.steps}; give a multiple of --eval.every, {every}")
-    spared = (options.table_samples - table_samples(method, options)) * options.problems
-    steps = options.steps + max(0, spared) / options.rollouts
-    return math.ceil(steps / every) * every
+# ------------------------------------------------------------------------------ what is left to do
+Found = Mapping[tuple[int, int], float]
+"""Accuracies of the finished runs of a method in a regime, by (power, seed)."""
+
+
+def tuning(found: Found) -> tuple[int | None, list[tuple[int, int]]]:
+    """(the best power, nothing), or (None, the runs that are missing to know it)."""
+    first, second = TUNING_SEEDS
+    powers = list(POWERS)
+    while True:
+        missing = [(p, first) for p in powers if (p, first) not in found]
+        if missing:
+            return None, missing
+        better = sorted(powers, key=lambda p: -found[p, first])[: (len(POWERS) + 1) // 2]
+        missing = [(p, second) for p in better if (p, second) not in found]
+        if missing:
+            return None, missing
+        best = max(better, key=lambda p: found[p, first] + found[p, second])
+        if best == powers[0] and best > POWERS[0] - WIDER:
+            powers.insert(0, best - 1)
+        elif best == powers[-1] and best < POWERS[-1] + WIDER:
+            powers.append(best + 1)
+        else:
+            return best, []
+
+
+def testing(regime: str, found: Mapping[str, Found], best: Mapping[str, int]) -> list[Job]:
+    """The test runs of a regime that are missing, for the methods whose best power is known."""
+    wanted = dict.fromkeys(best, SEEDS)
+    for method in best.keys() - {REFERENCE}:
+        pairs = [
+            (found[method][best[method], seed], found[REFERENCE][best[REFERENCE], seed])
+            for seed in range(MOST_SEEDS)
+            if REFERENCE in best
+            and (best[method], seed) in found[method]
+            and (best[REFERENCE], seed) in found[REFERENCE]
+        ]
+        if len(pairs) >= SEEDS and half_width(np.subtract(*zip(*pairs, strict=True))) > HALF_WIDTH:
+            wanted[method] = min(len(pairs) + 1, MOST_SEEDS)
+    if REFERENCE in best:
+        wanted[REFERENCE] = max(wanted.values())
+    return [
+        Job(regime, method, best[method], seed)
+        for method in METHODS
+        for seed in range(wanted.get(method, 0))
+        if (best[method], seed) not in found[method]
+    ]
+
+
+def jobs_of(regime: str, found: Mapping[str, Found]) -> list[Job]:
+    """All runs of a regime that can be started now, tuning first."""
+    methods = [name for name, method in METHODS.items() if regime in method.regimes]
+    tuned = {method: tuning(found[method]) for method in methods}
+    missing = [Job(regime, m, p, seed) for m in methods for p, seed in tuned[m][1]]
+    best = {method: power for method, (power, _) in tuned.items() if power is not None}
+    return missing + testing(regime, found, best)

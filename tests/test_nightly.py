@@ -78,22 +78,3 @@ def test_the_value_study_finds_its_order_on_the_papers_problems(tmp_path):
     basis, batch_mean = error["basis robust", 1], error["reinforce_pp", 1]
     assert basis < 0.5 * batch_mean and basis < 1.5 * error["grpo group mean", 8]
     assert (tmp_path / "study.png").stat().st_size > 10_000
-
-
-def test_the_policy_study_compares_two_methods_over_two_seeds(tmp_path):
-    study = ["--config", "quickstart", "--out", tmp_path / "study", "--seeds", "2", "--steps", "2"]
-    study += ["--methods", "reinforce_pp", "basis_robust", "--table-samples", "2"]
-    study += [
-        "--report",
-        tmp_path / "report",
-        "--problems",
-        "128",
-        "--rollouts",
-        "64",
-        "--eval.every",
-        "2",
-        "--eval.size",
-        "40",
-    ]
-    python("-m", "studies.policy_study", *study, cwd=ROOT)
-    assert len(list((tmp_path / "study").glob("*/seed_*/metrics.jsonl"))) == 4

@@ -1,157 +1,219 @@
-"""studies/policy_study.py: areas, cuts, intervals by hand; what is trained is not trained again."""
+"""studies/policy_study.py: what is run next, intervals by hand, what is done is not done again."""
 
-import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from basis_jax.config import Config
-from studies import policy_study
-from studies.policy_plan import Run
+from studies import policy_plan, policy_report, policy_runs, policy_study
+from studies.policy_plan import (
+    METHODS,
+    POWERS,
+    REFERENCE,
+    REGIMES,
+    ROLLOUTS,
+    SEEDS,
+    TUNING_SEEDS,
+    Job,
+    config_of,
+    jobs_of,
+    tuning,
+)
+from studies.policy_statistics import area, half_width, summary
 
-ROOT = Path(__file__).parent.parent
-
-
-def planned(out, *arguments):
-    config = str(ROOT / "configs" / "quickstart.py")
-    options, overrides = policy_study.parse(["--config", config, "--out", str(out), *arguments])
-    return policy_study.plan(options, overrides)
-
-
-def write_run(run, lengths, accuracy, *, trials=None):
-    """A run folder as scripts/train.py leaves it, evaluated every ``eval.every`` steps."""
-    run.folder.mkdir(parents=True)
-    every = run.config.eval.every
-    rows = [{"step": 0, "eval/accuracy": accuracy[0]}]
-    for step, length in enumerate(lengths, 1):
-        row = {"step": step, "completion/length_mean": length}
-        row |= {"time/sample_s": 1.0, "time/verify_s": 0.5, "time/update_s": 2.5}
-        rows.append(row | ({"eval/accuracy": accuracy[step // every]} if step % every == 0 else {}))
-    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    record = {"config": dataclasses.asdict(run.config), "starts": []}
-    (run.folder / "config.json").write_text(json.dumps(record))
-    if trials is not None:
-        np.savez(run.folder / "reference.npz", trials=np.array(trials))
+FIRST, SECOND = TUNING_SEEDS
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """Folders of the runs that the study starts; none is."""
-    started = []
-    monkeypatch.setattr(policy_study, "train", lambda run, out: started.append(run.folder))
-    return started
+def tuned(best, powers=POWERS):
+    """Accuracies of both tuning seeds at all powers, the best one where it is wanted."""
+    return {(p, s): 0.5 - 0.01 * abs(p - best) for p in powers for s in TUNING_SEEDS}
 
 
 # ------------------------------------------------------------------------------------------ plan
-def test_runs_without_a_table_take_the_steps_that_the_largest_table_costs(tmp_path):
-    """16 or 8 rollouts of 256 problems are 32 or 16 steps of 128 rollouts."""
-    steps = {r.method: r.config.train.steps for r in planned(tmp_path, "--seeds", "1")}
-    tables = {"basis_published": 48, "basis_robust": 48, "value_filter_n8": 64}
-    assert steps == {name: tables.get(name, 80) for name in policy_study.METHODS}
+def test_every_method_has_the_same_rollouts_the_tables_counted(tmp_path):
+    """Steps times rollouts a step, and the offline rollouts of all training problems."""
+    totals = set()
+    for method in METHODS:
+        config = config_of(Job("free", method, -8, 0), str(tmp_path))
+        rows = config.train.prompts_per_step * config.sampling.group_size
+        assert rows == config.train.minibatch_rollouts == ROLLOUTS
+        table = config.estimator.table_samples * config.data.size
+        totals.add(config.train.steps * rows + table)
+    assert len(totals) == 1
 
 
-def test_every_method_has_the_same_rollouts_in_one_update_a_step(tmp_path):
-    for run in planned(tmp_path, "--seeds", "1"):
-        train = run.config.train
-        assert run.rollouts_per_step == train.minibatch_rollouts == 128
-        assert train.prompts_per_step == (16 if run.method in ("grpo", "rloo") else 128)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_be_run_in_its_regimes(method, tmp_path):
+    for regime in METHODS[method].regimes:
+        config = config_of(Job(regime, method, -8, 0), str(tmp_path))
+        assert config.data.path == f"task:steps/{regime}" == config.eval.sets[0]
+        assert config.estimator.name == METHODS[method].estimator
 
 
-def test_an_override_reaches_every_run(tmp_path):
-    runs = planned(tmp_path, "--seeds", "1", "--optim.lr", "0.25")
-    assert {run.config.optim.lr for run in runs} == {0.25}
+def test_no_two_jobs_share_a_folder():
+    jobs = [Job(r, m, p, s) for r in REGIMES for m in METHODS for p in (-9, -8) for s in (0, FIRST)]
+    assert len({job.name for job in jobs}) == len(jobs)
+
+
+# ---------------------------------------------------------------------------------------- tuning
+def test_the_second_tuning_seed_is_run_at_the_better_half_of_the_rates():
+    found = {(p, FIRST): 0.1 * k for k, p in enumerate(POWERS)}
+    assert tuning({}) == (None, [(p, FIRST) for p in POWERS])
+    assert tuning(found) == (None, [(p, SECOND) for p in POWERS[:1:-1]])
+
+
+def test_the_best_rate_is_that_of_both_seeds_together():
+    found = tuned(POWERS[2])
+    found[POWERS[1], FIRST] += 0.05  # lucky in one seed
+    found[POWERS[1], SECOND] -= 0.05
+    assert tuning(found) == (POWERS[2], [])
+
+
+@pytest.mark.parametrize("end", [0, -1])
+def test_a_best_rate_at_an_end_of_the_grid_widens_it_until_it_is_inside(end):
+    beyond = POWERS[end] + (1 if end else -1)
+    found = tuned(POWERS[end])
+    assert tuning(found) == (None, [(beyond, FIRST)])
+    found[beyond, FIRST] = 0.49
+    assert tuning(found) == (None, [(beyond, SECOND)])
+    found[beyond, SECOND] = 0.49
+    assert tuning(found) == (POWERS[end], [])
+
+
+def test_the_grid_is_not_widened_forever():
+    powers = range(POWERS[0] - policy_plan.WIDER, POWERS[-1] + 1)
+    assert tuning(tuned(-99, powers)) == (powers[0], [])
+
+
+# --------------------------------------------------------------------------------------- testing
+def all_found(tests, powers=None):
+    found = {}
+    for name in METHODS:
+        found[name] = dict(tuned(-8))
+        found[name] |= {(-8, seed): a for seed, a in enumerate(tests.get(name, [0.5] * SEEDS))}
+    return found
+
+
+def test_a_method_is_tested_as_soon_as_its_own_rate_is_known():
+    found = {name: {} for name in METHODS} | {"none": tuned(-8)}
+    tests = [job for job in jobs_of("hard", found) if not job.tuning]
+    assert tests == [Job("hard", "none", -8, seed) for seed in range(SEEDS)]
+
+
+def test_seeds_are_added_where_the_interval_is_wide_and_to_the_reference_too():
+    """Equal differences need no more; differences that vary by 10 points do."""
+    assert jobs_of("free", all_found({})) == []
+    noisy = {"none": [0.4, 0.6, 0.4, 0.6, 0.5]}
+    assert jobs_of("free", all_found(noisy)) == [
+        Job("free", "none", -8, SEEDS),
+        Job("free", REFERENCE, -8, SEEDS),
+    ]
+
+
+def test_seeds_are_not_added_beyond_the_most():
+    noisy = {name: [0.4, 0.6] * (policy_plan.MOST_SEEDS // 2) for name in METHODS}
+    noisy[REFERENCE] = [0.5] * policy_plan.MOST_SEEDS
+    assert jobs_of("free", all_found(noisy)) == []
 
 
 # ------------------------------------------------------------------------------------------ runs
-def test_a_finished_run_is_not_run_again_and_one_short_of_steps_is(tmp_path, trained):
-    arguments = ("--seeds", "2", "--methods", "spo", "--steps", "8", "--table-samples", "0")
-    whole, short = planned(tmp_path, *arguments)
-    write_run(whole, [2.0] * 8, [0.5, 0.6])
-    write_run(short, [2.0] * 7, [0.5])
-    policy_study.run_all([whole, short], str(tmp_path))
-    assert trained == [short.folder]
+@pytest.fixture
+def done(monkeypatch):
+    """Jobs that are done, in order; each writes the file of a finished run."""
+    jobs = []
+
+    def do(job, out, overrides):
+        jobs.append(job)
+        folder = policy_runs.Path(out, job.name)
+        folder.mkdir(parents=True)
+        (folder / policy_runs.FINAL).write_text(json.dumps({"accuracy": 0.5 - abs(job.power + 8)}))
+
+    monkeypatch.setattr(policy_runs, "do", do)
+    return jobs
 
 
-def test_a_longer_study_runs_on_and_other_settings_are_refused(tmp_path, trained):
-    arguments = ("--seeds", "1", "--methods", "spo", "--table-samples", "0", "--steps")
-    (run,) = planned(tmp_path, *arguments, "8")
-    write_run(run, [2.0] * 8, [0.5, 0.6])
-    policy_study.run_all(planned(tmp_path, *arguments, "16"), str(tmp_path))
-    assert trained == [run.folder]
-    with pytest.raises(SystemExit, match="other settings"):
-        policy_study.run_all(planned(tmp_path, *arguments, "8", "--optim.lr", "1"), str(tmp_path))
+def test_all_runs_of_a_regime_are_done_once(tmp_path, done):
+    out = str(tmp_path)
+    policy_runs.work(out, ["hard"], (), lambda line: None)
+    methods = [m for m in METHODS if "hard" in METHODS[m].regimes]
+    assert len(done) == len(set(done)) == len(methods) * (len(POWERS) + 3 + SEEDS)
+    policy_runs.work(out, ["hard"], (), lambda line: None)
+    assert len(done) == len(set(done))
+    assert policy_runs.found_in(out, "hard")["none"][-8, 0] == 0.5
+
+
+def test_a_run_that_another_process_has_claimed_is_left_to_it(tmp_path, done, monkeypatch):
+    taken = Job("hard", "none", POWERS[0], FIRST)
+
+    def lockf(file, how):
+        if taken.name.replace("/", "+") in file.name:
+            raise BlockingIOError
+
+    monkeypatch.setattr(policy_runs.fcntl, "lockf", lockf)
+    policy_runs.work(str(tmp_path), ["hard"], (), lambda line: None)
+    assert done and taken not in done
+    assert not [job for job in done if job.method == "none" and not job.tuning]  # it has to wait
 
 
 # ------------------------------------------------------------------------------------ statistics
 def test_area_is_the_mean_height_flat_before_the_first_point_and_cut_inside_a_piece():
     """0.4 on [0, 10], then up to 0.8 at 30; cut at 20, where it is 0.6: (4 + 5) / 20."""
     x, y = np.array([10.0, 30.0]), np.array([0.4, 0.8])
-    assert policy_study.area(x, y, 20) == pytest.approx(0.45)
-    assert policy_study.area(x, y, 30) == pytest.approx((4 + 12) / 30)
-    assert policy_study.area(np.array([0.0, 2, 4]), np.array([0, 1, 0.5]), 4) == pytest.approx(
-        (1 + 1.5) / 4
-    )
-
-
-def test_tokens_count_the_table_at_the_first_steps_length_and_seconds_leave_out_a_slow_step(
-    tmp_path,
-):
-    (run,) = planned(
-        tmp_path,
-        *("--seeds", "1", "--methods", "basis_robust", "--steps", "4", "--eval.every", "2"),
-    )
-    write_run(run, [2.0, 3.0, 3.0, 4.0], [0.4, 0.5, 0.7], trials=[16, 15])
-    text = (run.folder / "metrics.jsonl").read_text()
-    (run.folder / "metrics.jsonl").write_text(text.replace("2.5", "99", 1))  # compiles
-    curve = policy_study.read_curve(run)
-    assert curve.table_tokens == 31 * 2
-    assert curve.tokens.tolist() == [62, 62 + 128 * 5, 62 + 128 * 12]
-    assert curve.steps.tolist() == [0, 2, 4] and curve.accuracy.tolist() == [0.4, 0.5, 0.7]
-    assert curve.seconds == pytest.approx(4 * 4.0 + 31 / 128)
-
-
-def test_equal_tokens_are_the_most_that_all_runs_reach_and_both_are_read_there(tmp_path):
-    arguments = ("--seeds", "1", "--eval.every", "4", "--steps", "4", "--problems", "128")
-    methods = ("--methods", "spo", "basis_robust", "--table-samples", "4")
-    late, early = planned(tmp_path, *arguments, *methods)[::-1]
-    assert (late.config.train.steps, early.config.train.steps) == (4, 8)
-    write_run(late, [2.0] * 4, [0.4, 0.8], trials=[4] * 128)
-    write_run(early, [3.0] * 8, [0.4, 0.6, 0.9])
-    curves = {run.method: [policy_study.read_curve(run)] for run in (late, early)}
-    cut = policy_study.equal_tokens(curves)
-    assert cut == 128 * 4 * (2 + 2)  # the early run reaches 128 * 8 * 3
-    found = policy_study.compare(curves, "tokens", cut)["methods"]
-    assert found["basis_robust"]["accuracy"]["mean"] == pytest.approx(0.8)
-    assert found["spo"]["accuracy"]["mean"] == pytest.approx(0.6 + 0.3 / 3)  # a third of a piece
-    assert found["basis_robust"]["area"]["mean"] == pytest.approx((0.4 + 0.6) / 2)
+    assert area(x, y, 20) == pytest.approx(0.45)
+    assert area(x, y, 30) == pytest.approx((4 + 12) / 30)
+    assert area(np.array([0.0, 2, 4]), np.array([0, 1, 0.5]), 4) == pytest.approx((1 + 1.5) / 4)
 
 
 def test_intervals_are_students_t():
     """Mean 3, sd sqrt(2.5) of 5 values: t = 2.776445 (4 degrees); of 2 values t = tan(.475 pi)."""
-    found = policy_study.summary([1, 2, 3, 4, 5])
+    found = summary([1, 2, 3, 4, 5])
     half = 2.7764451 * np.sqrt(2.5 / 5)
     np.testing.assert_allclose(list(found.values()), [3, 3 - half, 3 + half], rtol=1e-6)
-    found = policy_study.summary([0, 2])
+    assert half_width([1, 2, 3, 4, 5]) == pytest.approx(half)
+    found = summary([0, 2])
     half = np.tan(0.475 * np.pi)
     np.testing.assert_allclose(list(found.values()), [1, 1 - half, 1 + half], rtol=1e-6)
-    assert policy_study.summary([0.5]) == {"mean": 0.5, "low": None, "high": None}
+    assert summary([0.5]) == {"mean": 0.5, "low": None, "high": None}
 
 
 def test_differences_to_the_reference_are_paired_by_seed():
-    """Seeds differ by far more than methods: unpaired, the interval would not leave out 0."""
-    steps = np.array([0, 8])
+    """Seeds differ by far more than methods: unpaired, the interval would not leave out 0. A seed
+    that only one of the two has counts for neither."""
 
-    def curves(*ends):
-        run = Run("any", 0, Config(run_dir=""), ())
-        values = dict(run=run, steps=steps, tokens=steps, table_tokens=0.0, seconds=1.0)
-        return [policy_study.Curve(**values, accuracy=np.array([0.2, end])) for end in ends]
+    def method(seeds, accuracy):
+        return {"seeds": seeds, "per seed": {"accuracy": accuracy}, "mean": {}}
 
-    both = {"spo": curves(0.51, 0.72, 0.93), "basis_robust": curves(0.5, 0.7, 0.9)}
-    found = policy_study.compare(both, "steps", 8)["methods"]
-    difference = found["spo"]["accuracy minus basis_robust"]
+    methods = {
+        REFERENCE: method([0, 1, 2], [0.5, 0.7, 0.9]),
+        "none": method([0, 1, 2, 3], [0.51, 0.72, 0.93, 0.1]),
+    }
+    policy_report.add_differences(methods)
     half = 4.3026527 * 0.01 / np.sqrt(3)  # t of 2 degrees, sd of .01, .02, .03
-    np.testing.assert_allclose(list(difference.values()), [0.02, 0.02 - half, 0.02 + half])
-    assert found["spo"]["area minus basis_robust"]["mean"] == pytest.approx(0.01)
-    assert "accuracy minus basis_robust" not in found["basis_robust"]
+    found = methods["none"]["mean"][f"accuracy minus {REFERENCE}"]
+    np.testing.assert_allclose(list(found.values()), [0.02, 0.02 - half, 0.02 + half])
+    assert not methods[REFERENCE]["mean"]
+
+
+# ---------------------------------------------------------------------------------------- in small
+@pytest.mark.nightly
+def test_the_whole_study_in_small_runs_and_reports(tmp_path, monkeypatch, capsys):
+    """Two methods, one regime, two rates, a few steps; then nothing is left to run."""
+    monkeypatch.setattr(policy_plan, "POWERS", (-9, -8))
+    monkeypatch.setattr(policy_plan, "WIDER", 0)
+    monkeypatch.setattr(policy_plan, "SEEDS", 2)
+    monkeypatch.setattr(policy_plan, "MOST_SEEDS", 2)
+    for name in METHODS.keys() - {"weighted_mean", REFERENCE}:
+        monkeypatch.setitem(METHODS, name, METHODS[name]._replace(regimes=()))
+    arguments = ["--out", str(tmp_path / "runs"), "--report", str(tmp_path / "report")]
+    small = ["--train.steps", "2", "--eval.every", "1", "--eval.size", "8", "--eval.samples", "1"]
+    command = ["policy_study", *arguments, "--regimes", "free", *small]
+    monkeypatch.setattr("sys.argv", command)
+    policy_study.main()
+    report = json.loads((tmp_path / "report.json").read_text())
+    found = report["regimes"]["free"]["methods"]
+    assert found.keys() == {"weighted_mean", REFERENCE}
+    assert len(found["weighted_mean"]["per seed"]["accuracy"]) == 2
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert "weighted_mean" in capsys.readouterr().out
+    monkeypatch.setattr("studies.policy_runs.do", None)  # nothing is left to do
+    policy_study.main()

@@ -1,0 +1,204 @@
+"""The policy study's table, JSON and figure, from the finished runs in its folder."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from basis_jax.runs.metrics import read_metrics
+from basis_jax.runs.plots import COLORS
+from basis_jax.runs.provenance import provenance
+from studies import policy_plan
+from studies.policy_plan import METHODS, REFERENCE, STEPS, Found, Job, tuning
+from studies.policy_runs import FINAL, found_in
+from studies.policy_statistics import area, summary
+
+NEAR_BEST = 0.02  # of a method's best tuned accuracy: how wide its range of rates is
+
+
+def write(out: str, regimes: Sequence[str], report: Path) -> None:
+    """Print the tables; write ``report``.json and .png."""
+    found = {regime: found_in(out, regime) for regime in regimes}
+    compared = {
+        regime: {
+            "start": json.loads(Path(out, regime, "start.json").read_text()),
+            "methods": {
+                method: described(out, regime, method, runs)
+                for method, runs in found[regime].items()
+                if runs
+            },
+        }
+        for regime in regimes
+    }
+    for regime in compared:
+        add_differences(compared[regime]["methods"])
+        print(table(regime, compared[regime]))
+    report.parent.mkdir(parents=True, exist_ok=True)
+    plan = {
+        name: value
+        for name, value in vars(policy_plan).items()
+        if name.isupper() and name not in ("METHODS", "SGD")
+    }
+    content = {
+        "command": shlex.join(["python", "-m", "studies.policy_study", *sys.argv[1:]]),
+        **provenance(),
+        "plan": plan | {"METHODS": {name: method._asdict() for name, method in METHODS.items()}},
+        "regimes": compared,
+    }
+    Path(f"{report}.json").write_text(json.dumps(content, indent=1) + "\n")
+    draw(Path(f"{report}.png"), compared)
+    print(f"\n{report}.json\n{report}.png")
+
+
+def described(out: str, regime: str, method: str, runs: Found) -> dict[str, Any]:
+    """A method in a regime: accuracy by rate, and what is known of its test runs."""
+    best, _ = tuning(runs)
+    rates = sorted({power for power, seed in runs if seed in policy_plan.TUNING_SEEDS})
+    tuned = {p: [a for (q, s), a in runs.items() if q == p and s >= 100] for p in rates}
+    means = {p: float(np.mean(tuned[p])) for p in rates}
+    near = [p for p in rates if means[p] >= max(means.values()) - NEAR_BEST]
+    told: dict[str, Any] = {
+        "rates": {f"{Job(regime, method, p, 0).rate:.3g}": tuned[p] for p in rates},
+        "rates near the best": 10 ** ((max(near) - min(near)) / 2) if near else None,
+    }
+    if best is None:
+        return told
+    seeds = sorted(seed for power, seed in runs if power == best and seed < 100)
+    told["rate"], told["seeds"] = Job(regime, method, best, 0).rate, seeds
+    folders = [Path(out, Job(regime, method, best, seed).name) for seed in seeds]
+    finals = [json.loads((folder / FINAL).read_text()) for folder in folders]
+    curves = [curve(folder) for folder in folders]
+    if not seeds:
+        return told
+    per_seed = {
+        "accuracy": [final["accuracy"] for final in finals],
+        "greedy": [final["greedy"] for final in finals],
+        "pass@8": [final["pass@8"] for final in finals],
+        "best temperature": [
+            max(final["accuracy"], final["greedy"], *final["cooler"].values()) for final in finals
+        ],
+        "at equal steps": [float(np.interp(STEPS, c["steps"], c["accuracy"])) for c in curves],
+        "area": [area(np.array(c["steps"]), np.array(c["accuracy"]), STEPS) for c in curves],
+        "entropy": [c["entropy"][-1] for c in curves],
+        "kl": [c["kl"][-1] for c in curves],
+        "seconds": [c["seconds"] for c in curves],
+        "tokens": [c["tokens"] for c in curves],
+    }
+    told["per seed"] = per_seed
+    told["mean"] = {name: summary(values) for name, values in per_seed.items()}
+    told["curves"] = curves
+    return told
+
+
+def curve(folder: Path) -> dict[str, Any]:
+    """Held-out accuracy of a run against steps and against its KL from the start."""
+    rows = read_metrics(folder)
+    evaluated = [row for row in rows if "eval/accuracy" in row]
+    parts = ("time/sample_s", "time/verify_s", "time/update_s")
+    lengths = [row["completion/length_mean"] for row in rows[1:]]
+    return {
+        "steps": [row["step"] for row in evaluated],
+        "accuracy": [row["eval/accuracy"] for row in evaluated],
+        "greedy": [row["eval/greedy_accuracy"] for row in evaluated],
+        "kl": [row.get("policy/kl_ref", 0.0) for row in evaluated],
+        "entropy": [row.get("policy/entropy") for row in evaluated],
+        "seconds": sum(row.get(part, 0.0) for row in rows[1:] for part in parts),
+        "tokens": float(policy_plan.ROLLOUTS * np.sum(lengths)),
+        "noise": {
+            name: float(np.mean([row[f"estimate/noise_{name}"] for row in rows[1:]]))
+            for name in ("none", "mean", "values", "baselines")
+        },
+    }
+
+
+def add_differences(methods: Mapping[str, dict[str, Any]]) -> None:
+    """Accuracy minus that of the reference, seed by seed."""
+    reference = methods.get(REFERENCE, {})
+    if "per seed" not in reference:
+        return
+    of_reference = dict(zip(reference["seeds"], reference["per seed"]["accuracy"], strict=True))
+    for name, method in methods.items():
+        if name == REFERENCE or "per seed" not in method:
+            continue
+        pairs = zip(method["seeds"], method["per seed"]["accuracy"], strict=True)
+        both = [a - of_reference[seed] for seed, a in pairs if seed in of_reference]
+        if both:
+            method["mean"][f"accuracy minus {REFERENCE}"] = summary(both)
+
+
+# ------------------------------------------------------------------------------------------ table
+COLUMNS = ("accuracy", f"accuracy minus {REFERENCE}", "at equal steps", "area", "greedy", "pass@8")
+
+
+def table(regime: str, compared: Mapping[str, Any]) -> str:
+    """In per cent, with intervals."""
+    start = compared["start"]
+    best = max(start["accuracy"], start["greedy"], *start["cooler"].values())
+    lines = [
+        "",
+        f"{regime}: before training {start['accuracy']:.1%}, greedy {start['greedy']:.1%}, at its "
+        f"best temperature {best:.1%}, pass@8 {start['pass@8']:.1%}",
+        f"{'method':20}{'rate':>10}{'seeds':>6}  {''.join(f'{c:27}' for c in COLUMNS)}",
+    ]
+    for name, method in compared["methods"].items():
+        if "mean" not in method:
+            lines.append(f"{name:20}  tuning: {len(method['rates'])} rates")
+            continue
+        cells = "".join(f"{shown(method['mean'].get(column)):27}" for column in COLUMNS)
+        lines.append(f"{name:20}{method['rate']:10.2g}{len(method['seeds']):6}  {cells}")
+    return "\n".join(lines)
+
+
+def shown(found: Mapping[str, float | None] | None) -> str:
+    if found is None:
+        return ""
+    mean, low, high = (None if x is None else 100 * x for x in found.values())
+    return f"{mean:.1f}" if low is None else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+# ----------------------------------------------------------------------------------------- figure
+def draw(path: Path, compared: Mapping[str, Any]) -> None:
+    """One row a regime: accuracy against rollouts, against KL from the start, against the rate."""
+    figure = Figure(figsize=(16, 4.6 * len(compared)), dpi=100, layout="constrained")
+    grid = figure.subplots(len(compared), 3, squeeze=False)
+    for row, (regime, found) in zip(grid, compared.items(), strict=True):
+        for name, method in found["methods"].items():
+            style = style_of(name)
+            if "curves" in method:
+                draw_curve(row[0], method["curves"], "steps", name, style)
+                draw_curve(row[1], method["curves"], "kl", name, style)
+            rates = {float(rate): np.mean(a) for rate, a in method["rates"].items()}
+            scale = METHODS[name].rate
+            row[2].plot([r / scale for r in rates], list(rates.values()), label=name, **style)
+        row[0].set_title(f"{regime}: accuracy against steps", loc="left", fontweight="bold")
+        row[1].set_title("against KL a token from the start", loc="left", fontweight="bold")
+        row[2].set_title("tuning: last accuracy against rate", loc="left", fontweight="bold")
+        row[2].set_xscale("log")
+        for axes in row:
+            axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25, linewidth=0.6)
+    handles = grid[0][2].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", frameon=False)
+    figure.savefig(path)
+
+
+def style_of(method: str) -> dict[str, Any]:
+    index = list(METHODS).index(method)
+    return {"color": COLORS[index % len(COLORS)], "linestyle": ("-", "--")[index // len(COLORS)]}
+
+
+def draw_curve(
+    axes: Axes, curves: Sequence[Mapping[str, Any]], x: str, name: str, style: Mapping[str, Any]
+) -> None:
+    """Mean over seeds."""
+    shortest = min(len(c["steps"]) for c in curves)
+    at = np.mean([c[x][:shortest] for c in curves], axis=0)
+    axes.plot(at, np.mean([c["accuracy"][:shortest] for c in curves], axis=0), label=name, **style)
