@@ -1,5 +1,8 @@
 """``train`` is ``make_step`` called step after step, with records and checkpoints around it."""
 
+import dataclasses
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from whole_runs import small
+from whole_runs import repeatable, small
 
 from basis_jax import command_line
 from basis_jax.runs import checkpoint
 from basis_jax.runs.metrics import read_metrics
-from basis_jax.training.loop import make_step, train
+from basis_jax.runs.stopping import StopRequested
+from basis_jax.training import loop
+from basis_jax.training.loop import evaluate_now, make_step, train
 from basis_jax.training.session import open_session
 from basis_jax.training.start import first_state, state_shapes
 from basis_jax.types import TrainState
@@ -24,6 +29,7 @@ STEPS = 2
 def config(tiny_folder, dapo_file, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("loop") / "run"
     changes = {"train.steps": STEPS, "checkpoint.every": 5, "train.minibatch-rollouts": 4}
+    changes |= {"eval.every": 1}
     arguments = small(tiny_folder, dapo_file, run_dir, **changes)
     return command_line.parse("", argv=["--config", "quickstart", *arguments])[0]
 
@@ -70,6 +76,31 @@ def test_a_finished_run_takes_no_further_step(config, run):
     before = (Path(config.run_dir) / "metrics.jsonl").read_bytes()
     train(config, callbacks=[lambda *_: pytest.fail("a step was taken")], report=lambda _: None)
     assert (Path(config.run_dir) / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluation", range(STEPS + 1))
+def test_a_stop_during_an_evaluation_loses_no_step(config, run, tmp_path, monkeypatch, evaluation):
+    """The step is saved, the sentence names it, and the evaluation is made when the run goes on."""
+    own = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
+    evaluations = iter(range(STEPS + 1))
+
+    def stopped_in(*arguments):
+        if next(evaluations) == evaluation:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate_now(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate_now", stopped_in)
+    with pytest.raises(StopRequested) as stopped:
+        train(own, report=lambda _: None)
+    monkeypatch.undo()
+    said = f"up to step {evaluation} saved" if evaluation else "before a step was saved"
+    assert said in str(stopped.value) and stopped.value.exit_code == 128 + signal.SIGTERM
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.splitlines()[-1].endswith(str(stopped.value)) and "Traceback" not in log
+    train(own, report=lambda _: None)
+    rows, expected = (repeatable(read_metrics(c.run_dir)) for c in (own, config))
+    assert rows == expected and all("eval/accuracy" in row for row in rows)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_sentence():
