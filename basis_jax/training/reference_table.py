@@ -1,8 +1,9 @@
 """The offline reference table: how often the reference policy solves each training problem.
 
 One .npz file: successes and trials a problem, the reward of every rollout, the problem's identity
-(content hash and prompt hash), and what made it (model fingerprint, sampling settings, verifier). A
-table is used only where all of that fits the run. Cost: M x n rollouts once; 1 M problems take 32
+(content hash and prompt hash), and what made it (model fingerprint, sampling settings, verifier).
+A rollout that could not be graded says nothing about the pass rate: it is no trial, and is reported
+(``ungraded_warning``). A table is used only where all of that fits the run. Cost: M x n rollouts once; 1 M problems take 32
 MB and 4 MB a rollout. Tables without rewards, of older versions, are read too. It may hold the
 reference policy's ``prompt_features`` as well, with any n or none: M prefills, 4 MB a feature.
 """
@@ -194,6 +195,20 @@ def build(
             saved = time.monotonic()
             report(f"reference table: {table.position} of {size * samples} rollouts")
     return table
+
+
+def ungraded_warning(table: ReferenceTable) -> str:
+    """A sentence where some rollouts of a finished table could not be graded, else ""."""
+    rollouts = int(table.made_by["samples"]) * len(table.uids)
+    ungraded = rollouts - int(table.trials.sum())
+    if not ungraded:
+        return ""
+    without = int(np.sum(table.trials == 0))
+    return (
+        f"warning: {ungraded} of {rollouts} reference rollouts could not be graded and are left "
+        f"out of the pass rates, so that {without} of {len(table.uids)} problems have none; look "
+        "at the right answers and at data.verifier"
+    )
 
 
 def resumed(begun: ReferenceTable, empty: ReferenceTable, path: Path) -> ReferenceTable:

@@ -21,7 +21,14 @@ from basis_jax.opening.checks import check, check_features, check_memory
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup
 from basis_jax.sampling.rollouts import RolloutSetup
-from basis_jax.training.reference_table import ReferenceTable, build, load, rows_for, table_origin
+from basis_jax.training.reference_table import (
+    ReferenceTable,
+    build,
+    load,
+    rows_for,
+    table_origin,
+    ungraded_warning,
+)
 from basis_jax.weights import huggingface
 
 
@@ -144,6 +151,7 @@ def reference_table(
     session: Session, params: PyTree, path: Path, report: Callable[[str], None] = print
 ) -> ReferenceTable:
     """The training problems' table: read from ``estimator.table``, or made or finished at ``path``.
+    Rollouts of it that could not be graded are reported.
 
     Call under ``jax.set_mesh``. Raises ValueError where the table on disk does not fit the run.
     """
@@ -158,18 +166,22 @@ def reference_table(
         table_path = Path(section.table)
         if section.features:
             origin["features"] = section.features
-        return rows_for(load(table_path), session.train_set, origin, table_path)
-    return build(
-        params,
-        session.setup,
-        session.train_set,
-        samples=section.table_samples,
-        features=section.features,
-        sampling=session.config.sampling,
-        origin=origin,
-        path=path,
-        report=report,
-    )
+        table = rows_for(load(table_path), session.train_set, origin, table_path)
+    else:
+        table = build(
+            params,
+            session.setup,
+            session.train_set,
+            samples=section.table_samples,
+            features=section.features,
+            sampling=session.config.sampling,
+            origin=origin,
+            path=path,
+            report=report,
+        )
+    if warning := ungraded_warning(table):
+        report(warning)
+    return table
 
 
 def estimator_state_shapes(session: Session) -> PyTree:
