@@ -13,6 +13,7 @@ from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
 from basis_jax.model import costs
 from basis_jax.model.decoder import ATTENTION, REMAT, ModelConfig, computed_in
 from basis_jax.model.sharding import batch_shards, check_divides
+from basis_jax.opening.device_memory import device_memory, share_advice
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.verify import extraction_mode
 
@@ -145,6 +146,7 @@ def check_memory(
     is refused has no chance.
     """
     train, length = config.train, prompt_width + config.sampling.max_new_tokens
+    devices = list(mesh.devices.ravel())
     weights = costs.parameter_bytes(model_config, mesh)
     moments = {"moments": 2 * weights} if training else {}
     reference = {"a KL term's reference": weights} if training and config.loss.kl_coef else {}
@@ -154,7 +156,7 @@ def check_memory(
     _check_fits(
         f"sampling {slots} rollouts of {length} tokens at once",
         parts | moments | reference,
-        mesh,
+        devices,
         "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.fsdp",
     )
     if training:
@@ -166,33 +168,26 @@ def check_memory(
         _check_fits(
             f"an update over microbatches of {count} rollouts of {length} tokens",
             parts | reference,
-            mesh,
+            devices,
             "lower train.microbatch_rollouts, loss.logprob_chunk or sampling.max_new_tokens, "
             f"{remat}or raise mesh.fsdp",
         )
 
 
-def _check_fits(what: str, parts: Mapping[str, int], mesh: Mesh, advice: str) -> None:
-    needed, available = sum(parts.values()), device_memory(list(mesh.devices.ravel()))
+def _check_fits(what: str, parts: Mapping[str, int], devices: Sequence, advice: str) -> None:
+    needed, available = sum(parts.values()), device_memory(devices)
     if needed > available:
         biggest = sorted(parts.items(), key=lambda part: -part[1])[:3]
         named = ", ".join(f"{name} {gigabytes(size)}" for name, size in biggest if size)
+        share = f" for JAX ({share_advice(os.environ)})" if devices[0].platform == "gpu" else ""
         raise ValueError(
             f"{what} needs {gigabytes(needed)} a device ({named}) and there are "
-            f"{gigabytes(available)}; {advice}"
+            f"{gigabytes(available)}{share}; {advice}"
         )
 
 
 def gigabytes(size: int) -> str:
     return f"{size / 1e9:.3g} GB"
-
-
-def device_memory(devices: Sequence) -> int:
-    """Bytes that one of these devices may hold; where the backend does not say (CPU), an equal
-    share of the machine's memory."""
-    stats = devices[0].memory_stats() or {}
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return stats.get("bytes_limit") or machine // len(devices)
 
 
 def check_loss(loss: LossSection) -> None:

@@ -3,9 +3,10 @@
 One .npz file: successes and trials a problem, the reward of every rollout, the problem's identity
 (content hash and prompt hash), and what made it (model fingerprint, sampling settings, verifier).
 A rollout that could not be graded says nothing about the pass rate: it is no trial, and is reported
-(``ungraded_warning``). A table is used only where all of that fits the run. Cost: M x n rollouts once; 1 M problems take 32
-MB and 4 MB a rollout. Tables without rewards, of older versions, are read too. It may hold the
-reference policy's ``prompt_features`` as well, with any n or none: M prefills, 4 MB a feature.
+(``ungraded_warning``). A table is used only where what made it fits the run. Cost: M x n rollouts
+once; 1 M problems take 32 MB and 4 MB a rollout. Tables without rewards, of older versions, are
+read too. It may hold the reference policy's ``prompt_features`` as well, with any n or none:
+M prefills, 4 MB a feature.
 """
 
 import hashlib
