@@ -16,6 +16,7 @@ from typing import Any
 from basis_jax.config import Config
 
 LONGEST = 400  # characters of a library's message that are shown
+DEBUG = "--debug shows the traceback of an error."
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -128,8 +129,13 @@ def parse(
         )
     default = load_config(known.config or "quickstart")
     check_names(rest, default)
-    described = f"{description}\n\n--debug shows the traceback of an error."
+    described = f"{description}\n\n{DEBUG}"
     return tyro.cli(Config, default=default, args=rest, description=described), known
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """List ``--debug`` in the help of a command with its own parser; ``run`` has taken it out."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def same_command() -> str:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from basis_jax import command_line
 from basis_jax.config import Config, config_from
 from basis_jax.opening.rollout_setup import stop_ids
 from basis_jax.weights import huggingface, trained
@@ -87,4 +88,4 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments and arguments[0] not in FORMS and Path(arguments[0]).is_dir():
         arguments = ["run", *arguments]
-    tyro.extras.subcommand_cli_from_dict(FORMS, description=__doc__, args=arguments)
+    tyro.extras.subcommand_cli_from_dict(FORMS, description=f"{__doc__}\n{command_line.DEBUG}", args=arguments)

@@ -93,7 +93,10 @@ def load(source: Source, *, held_out: bool) -> list[Problem]:
     understood; it names file and row.
     """
     if source.path.startswith("task:"):
-        made = tasks.problems(source.path.removeprefix("task:"), held_out=held_out)
+        try:
+            made = tasks.problems(source.path.removeprefix("task:"), held_out=held_out)
+        except ValueError as error:
+            raise ValueError(f"{error}; give another with {source.option}") from error
         if source.path.startswith("task:" + tasks.GYM):
             check_scorer(source.path, [problem.answer for problem in made[:SCORERS_TRIED]])
         return made
@@ -240,5 +243,5 @@ def wanted_in(row: Mapping[str, Any], usual: str) -> str:
     if is_missing(wanted):
         return usual
     if wanted not in WANTED:
-        raise ValueError(f"answers_wanted is {wanted!r}; allowed are {', '.join(WANTED)}")
+        raise ValueError(f"the row's answers_wanted is {wanted!r}; give {' or '.join(WANTED)}")
     return wanted

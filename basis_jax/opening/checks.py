@@ -42,13 +42,21 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     rollouts = train.prompts_per_step * group
     shards = batch_shards(mesh)
     for larger, smaller, sizes in (
-        ("rollouts per step", "train.minibatch_rollouts", (rollouts, train.minibatch_rollouts)),
+        (
+            "train.prompts_per_step x sampling.group_size: rollouts per step",
+            "train.minibatch_rollouts",
+            (rollouts, train.minibatch_rollouts),
+        ),
         (
             "train.minibatch_rollouts",
             "train.microbatch_rollouts",
             (train.minibatch_rollouts, train.microbatch_rollouts),
         ),
-        ("train.microbatch_rollouts", "the batch's devices", (train.microbatch_rollouts, shards)),
+        (
+            "train.microbatch_rollouts",
+            "the batch's devices, mesh.data x mesh.fsdp",
+            (train.microbatch_rollouts, shards),
+        ),
     ):
         if min(sizes) < 1 or sizes[0] % sizes[1]:
             raise ValueError(
@@ -88,8 +96,9 @@ def check_scorers(verifier: str, paths: Sequence[str]) -> None:
     for path in paths:
         if path.startswith("task:" + GYM) != (verifier == "gym"):
             raise ValueError(
-                f"data.verifier is {verifier!r} for the problems of {path!r}; those of "
-                "task:gym/... need the verifier 'gym', and no others can have it"
+                f"data.verifier is {verifier!r} for the problems of {path!r} (data.path or "
+                "eval.sets); those of task:gym/... need the verifier 'gym', and no others can have "
+                "it"
             )
 
 
@@ -203,9 +212,9 @@ def check_trainable(sampling: SamplingSection) -> None:
     """Raise ValueError where rollouts would not come from the distribution that is trained."""
     if sampling.top_p < 1 or sampling.top_k > 0:
         raise ValueError(
-            f"sampling.top_p = {sampling.top_p} and top_k = {sampling.top_k} truncate the "
-            "distribution while the gradient is that of the full softmax; train with top_p 1 and "
-            "top_k 0"
+            f"sampling.top_p = {sampling.top_p} and sampling.top_k = {sampling.top_k} truncate the "
+            "distribution while the gradient is that of the full softmax; train with "
+            "sampling.top_p 1 and sampling.top_k 0"
         )
     if sampling.temperature <= 0:
         raise ValueError(

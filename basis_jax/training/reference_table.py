@@ -28,6 +28,13 @@ from basis_jax.sampling.rollouts import ROWS_PER_SLOT, RolloutSetup, roll_out
 from basis_jax.training.prompt_features import prompt_features
 
 SAVE_EVERY_S = 10.0
+FIELDS = {
+    "verifier": "data.verifier",
+    "features": "estimator.features",
+    **{k: f"sampling.{k}" for k in ("temperature", "top_p", "top_k", "max_new_tokens")},
+    "eos_ids": "eos_ids (sampling.stop_tokens and the model's)",
+}
+"""The config's fields behind what a table was made by."""
 
 
 @dataclass(frozen=True)
@@ -111,16 +118,18 @@ def rows_for(
     """
     differing = [key for key in origin if table.made_by.get(key) != origin[key]]
     if differing:
-        says = "; ".join(f"{k} {table.made_by.get(k)!r}, run {origin[k]!r}" for k in differing)
+        says = "; ".join(
+            f"{FIELDS.get(k, k)} {table.made_by.get(k)!r}, run {origin[k]!r}" for k in differing
+        )
         raise ValueError(
-            f"reference table {path} does not fit this run ({says}); make one for this run with "
-            "scripts/reference_stats.py"
+            f"the table of estimator.table, {path}, does not fit this run ({says}); make one for "
+            "this run with scripts/reference_stats.py"
         )
     total = int(table.made_by["samples"]) * len(table.uids)
     if table.position < total:
         raise ValueError(
-            f"reference table {path} is unfinished ({table.position} of {total} rollouts); run "
-            "scripts/reference_stats.py again to finish it"
+            f"the table of estimator.table, {path}, is unfinished ({table.position} of {total} "
+            "rollouts); run scripts/reference_stats.py again to finish it"
         )
     hashes = prompt_hashes(problems)
     rows = {
@@ -131,8 +140,9 @@ def rows_for(
     missing = sum(key not in rows for key in keys)
     if missing:
         raise ValueError(
-            f"reference table {path} lacks {missing} of the run's {len(keys)} problems (or has "
-            "them with other prompts); make one for this run with scripts/reference_stats.py"
+            f"the table of estimator.table, {path}, lacks {missing} of the run's {len(keys)} "
+            "problems (or has them with other prompts); make one for this run with "
+            "scripts/reference_stats.py"
         )
     index = np.array([rows[key] for key in keys])
     return replace(

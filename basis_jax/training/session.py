@@ -16,7 +16,7 @@ from basis_jax.data.encoding import EncodedProblems, encode_and_report
 from basis_jax.data.order import batch_indices
 from basis_jax.data.overlap import OVERLAP, overlapping
 from basis_jax.data.sources import load_training
-from basis_jax.evaluation.evaluate import load_held_out_sets
+from basis_jax.evaluation.evaluate import load_held_out_set
 from basis_jax.opening.checks import check, check_features, check_memory
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup
@@ -75,7 +75,8 @@ def open_session(
 
 def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Estimator:
     """The config's estimator. Raises ValueError for what it cannot start from."""
-    declared = estimators.definition(section.name)
+    with field_named("estimator.name"):
+        declared = estimators.definition(section.name)
     by_run = {"group_size": "sampling.group_size", "features": "estimator.features"}
     for option in by_run.keys() & section.options.keys() & set(declared.provided):
         raise ValueError(f"estimator.options has {option!r}; give it as {by_run[option]} instead")
@@ -85,7 +86,8 @@ def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Est
             f"{group_size}; give 2 or more"
         )
     group = {"group_size": group_size} if "group_size" in declared.provided else {}
-    estimator = estimators.make(declared, **section.options, **group)
+    with field_named("estimator.options"):
+        estimator = estimators.make(declared, **section.options, **group)
     if section.features and "features" not in declared.provided:
         raise ValueError(
             f"estimator.features is {section.features} but {section.name} takes no features; set "
@@ -103,6 +105,15 @@ def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Est
     return estimator
 
 
+@contextmanager
+def field_named(name: str) -> Iterator[None]:
+    """Puts a field's name before the sentence of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def load_sets(
     config: Config, tokenizer: Any, report: Callable[[str], None]
 ) -> tuple[EncodedProblems, dict[str, EncodedProblems]]:
@@ -116,7 +127,9 @@ def load_sets(
         size=config.data.size,
         report=report,
     )
-    held_out = load_held_out_sets(config, tokenizer, report)
+    held_out = {
+        name: load_held_out_set(name, config, tokenizer, report) for name in config.eval.sets
+    }
     report_overlap(train_set, held_out, report)
     return train_set, held_out
 
