@@ -104,7 +104,9 @@ def test_a_set_without_a_verdict_ends_training_and_leaves_the_other_its_result(
     alone, _ = write(dataclasses.replace(evaluation, sets={other: sets[other]}), tmp_path / "alone")
     assert found["sets"] == alone["sets"] and found["average"] == alone["average"]
     assert list(found["failed"]) == [*dead] and alone["failed"] == {}
-    assert re.fullmatch(rf"{dead[0]} has no result: {sentence.format(dead[0])}.*", warnings(found)[0])
+    assert re.fullmatch(
+        rf"{dead[0]} has no result: {sentence.format(dead[0])}.*", warnings(found)[0]
+    )
     assert len(lines(tmp_path / "completions.jsonl")) == SAMPLES * (4 + 1)
 
 
@@ -114,7 +116,9 @@ def test_a_set_that_cannot_be_loaded_leaves_the_others_their_results(tmp_path, h
     (tmp_path / "broken.jsonl").write_text('{"problem": "2+2?", "answer": "4"}\n{"problem": 3\n')
     options = arguments(folder, held_out, tmp_path / "out")
     at = options.index("--eval.sets") + 1
-    done = run("evaluate.py", "qwen_math.py", *options[:at], tmp_path / "broken.jsonl", *options[at:])
+    done = run(
+        "evaluate.py", "qwen_math.py", *options[:at], tmp_path / "broken.jsonl", *options[at:]
+    )
     assert done.returncode == 1
     name = f"{tmp_path}/broken.jsonl"
     assert f"{name} has no result: {name}, line 2: no whole JSON object" in done.stdout
@@ -124,7 +128,9 @@ def test_a_set_that_cannot_be_loaded_leaves_the_others_their_results(tmp_path, h
     assert "has no result" in (tmp_path / "out" / "report.html").read_text()
     again = [*options, "--eval.sets", tmp_path / "broken.jsonl"]
     done = run("evaluate.py", "qwen_math.py", *again)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"error: {name}, line 2")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        f"error: {name}, line 2"
+    )
 
 
 def test_before_and_after_use_the_same_noise_and_greedy_uses_none(setup, problems):  # noqa: F811

@@ -88,4 +88,6 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments and arguments[0] not in FORMS and Path(arguments[0]).is_dir():
         arguments = ["run", *arguments]
-    tyro.extras.subcommand_cli_from_dict(FORMS, description=f"{__doc__}\n{command_line.DEBUG}", args=arguments)
+    tyro.extras.subcommand_cli_from_dict(
+        FORMS, description=f"{__doc__}\n{command_line.DEBUG}", args=arguments
+    )
