@@ -13,6 +13,7 @@ import pytest
 from whole_runs import repeatable, small
 
 from basis_jax import command_line
+from basis_jax.config import CheckpointSection
 from basis_jax.runs import checkpoint
 from basis_jax.runs.metrics import read_metrics
 from basis_jax.runs.stopping import StopRequested
@@ -101,6 +102,33 @@ def test_a_stop_during_an_evaluation_loses_no_step(config, run, tmp_path, monkey
     train(own, report=lambda _: None)
     rows, expected = (repeatable(read_metrics(c.run_dir)) for c in (own, config))
     assert rows == expected and all("eval/accuracy" in row for row in rows)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", ["params", "opt_state"])
+def test_a_checkpoint_with_numbers_that_are_not_finite_is_refused_by_their_name(
+    tmp_path, value, part
+):
+    bad = jnp.ones((4, 3)).at[1, 2].set(value)
+    large = jnp.full(9, 3e38)  # whose sum overflows
+    state = TrainState(
+        step=jnp.int32(3),
+        params={"embed": large, "layers": {"up": bad if part == "params" else large}},
+        opt_state=({"mu": bad if part == "opt_state" else large, "count": jnp.int32(2)},),
+        estimator_state=jnp.float32([np.nan]),  # as a table of rewards has it
+    )
+    with checkpoint.open_checkpoints(tmp_path, CheckpointSection()) as checkpoints:
+        checkpoint.save(checkpoints, state, {})
+        with pytest.raises(ValueError) as refused:
+            checkpoint.restore(checkpoints, state)
+        name = "params.layers.up" if part == "params" else "opt_state.0.mu"
+        assert str(refused.value) == (
+            f"checkpoint {tmp_path / 'checkpoints' / '3'} holds NaN or infinity in {name}; remove "
+            "that folder to resume from the one before, or give another --run-dir"
+        )
+        whole = dataclasses.replace(state, params={}, opt_state=(large,), step=jnp.int32(4))
+        checkpoint.save(checkpoints, whole, {})
+        assert int(checkpoint.restore(checkpoints, whole).step) == 4
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_sentence():

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from basis_jax.config import CheckpointSection
 from basis_jax.types import TrainState
@@ -57,7 +59,8 @@ def _reason(error: Exception) -> str:
 
 def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState | None:
     """The newest complete checkpoint, laid out as ``like`` (arrays or their shapes); None without
-    one. Raises ValueError where it cannot be read."""
+    one. Raises ValueError where it cannot be read, and for parameters or moments that are not
+    finite."""
     step = checkpoints.latest_step()
     if step is None:
         return None
@@ -70,7 +73,26 @@ def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState 
             f"checkpoint {checkpoints.directory / str(step)} cannot be read ({error}); remove that "
             "folder to resume from the one before"
         ) from error
-    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(restored))
+    state = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(restored))
+    check_finite(
+        {"params": state.params, "opt_state": state.opt_state},
+        str(checkpoints.directory / str(step)),
+    )
+    return state
+
+
+def check_finite(tree: PyTree, folder: str) -> None:
+    """Raise a ValueError naming the first leaf with NaN or infinity. One pass over each leaf, whose
+    sum is then not finite; only where it is not are the numbers looked at one by one, as a sum of
+    finite ones may overflow."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.isfinite(jnp.sum(leaf)):
+            if not jnp.all(jnp.isfinite(leaf)):
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(
+                    f"checkpoint {folder} holds NaN or infinity in {name}; remove that folder to "
+                    "resume from the one before, or give another --run-dir"
+                )
 
 
 def _as_dict(state: TrainState) -> dict:
