@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,10 +132,16 @@ def test_a_checkpoint_with_numbers_that_are_not_finite_is_refused_by_their_name(
         assert int(checkpoint.restore(checkpoints, whole).step) == 4
 
 
-def test_a_checkpoint_that_cannot_be_written_is_one_sentence():
-    """What tensorstore says of a full disk, shortened to the system's words."""
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence(monkeypatch):
+    """What tensorstore says of a full disk, shortened to the system's words, without the tracebacks
+    of its threads; those of others are shown."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append(unraisable))
+    others = SimpleNamespace(exc_value=RuntimeError("something else"))
 
     def full(*_, **__):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError("Event loop is closed")))
+        sys.unraisablehook(others)
         raise ValueError(
             'RESOURCE_EXHAUSTED: Error writing "05" at local file "/x/": Failed writing: "/x/d": '
             "Failed to write 2641920 bytes to file 23: No space left on device [os_error_code='28']"
@@ -144,3 +151,6 @@ def test_a_checkpoint_that_cannot_be_written_is_one_sentence():
     state = TrainState(step=jnp.int32(3), params={}, opt_state=(), estimator_state=())
     with pytest.raises(ValueError, match=r"checkpoint /x/3 .* \(No space left on device\)"):
         checkpoint.save(checkpoints, state, {})
+    assert shown == [others]
+    sys.unraisablehook(others)
+    assert shown == [others, others]

@@ -5,6 +5,9 @@ the one before. Restoring lays the arrays out for the mesh of today, whatever th
 """
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +36,36 @@ def save(checkpoints: Any, state: TrainState, config: dict) -> None:
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(_as_dict(state)), config=ocp.args.JsonSave(config)
     )
-    log = logging.getLogger("absl")  # orbax's, which logs the traceback of each of its threads
+    with _quiet():
+        try:
+            checkpoints.save(int(state.step), args=items)
+            checkpoints.wait_until_finished()
+        except Exception as error:  # orbax's, tensorstore's and the system's own
+            raise ValueError(
+                f"checkpoint {checkpoints.directory / str(int(state.step))} could not be written "
+                f"({_reason(error)}); mend that and give the same command again: it goes on from "
+                "the checkpoint before"
+            ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracebacks of failures that an error tells of already: orbax logs that of each of
+    its threads, and those of tensorstore find the event loop closed by the first that failed."""
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
     level = log.level
+
+    def ignore_closed_loop(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
     log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = ignore_closed_loop
     try:
-        checkpoints.save(int(state.step), args=items)
-        checkpoints.wait_until_finished()
-    except Exception as error:  # orbax's, tensorstore's and the system's own
-        raise ValueError(
-            f"checkpoint {checkpoints.directory / str(int(state.step))} could not be written "
-            f"({_reason(error)}); mend that and give the same command again: it goes on from the "
-            "checkpoint before"
-        ) from error
+        yield
     finally:
         log.setLevel(level)
+        sys.unraisablehook = hook
 
 
 def _reason(error: Exception) -> str:
