@@ -139,6 +139,8 @@ def test_csv_cells_that_are_empty_floats_and_chats(tmp_path):
     (tmp_path / "b.csv").write_text("problem,answer\nx," + "9" * 200_000 + "\n")
     assert len(load(tmp_path / "b.csv")[0].answer) == 200_000  # longer than csv's own limit
     row = "\"2+2?\",\"{'ground_truth': '4', 'style': 'rule'}\""
+    (tmp_path / "n.csv").write_text("problem,answer\np,NA\nq,n/a\nr,NaCl\n")
+    assert [p.answer for p in load(tmp_path / "n.csv")] == ["", "", "NaCl"]
     (tmp_path / "c.csv").write_text("prompt,reward_model\n" + row + "\n")
     assert load(tmp_path / "c.csv") == [Problem(prompt="2+2?", answer="4")]
 

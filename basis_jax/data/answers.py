@@ -96,14 +96,15 @@ def one_answer(value: Any, worked: bool) -> str:
 
 def from_text(text: str, worked: bool) -> str:
     """What follows the last ``####``, else what the last box holds, else, unless it is ``worked``,
-    all of it; without dollars around it. A mark with nothing behind it gives no answer."""
+    all of it; without dollars around it and the full stop behind them. A mark with nothing behind
+    it gives no answer."""
     if text.startswith(MARKED):
         answer = text
     else:
         marked = after_hashes(text) or last_boxed(text)
         whole = "" if worked or marked is not None or is_empty_mark(text) else text.strip()
         answer = marked or whole
-        if answer[:1] in ("$", "\\") and (formula := FORMULA.fullmatch(answer)):
+        if answer[:1] in ("$", "\\") and (formula := FORMULA.fullmatch(answer.removesuffix("."))):
             answer = next(filter(None, formula.groups())).strip()
     if not answer.isascii():
         check_characters("the answer", answer)

@@ -133,6 +133,8 @@ def read_rows(source: Source) -> tuple[str, Rows]:
     the hub. A name that can only be a local one is never looked for on the hub."""
     path = Path(source.path).expanduser()
     before_colon = Path(source.path.partition(":")[0]).expanduser()
+    if not source.path.strip():
+        raise ValueError(f"{source.option} is empty; {READABLE}, a folder or a hub id")
     try:
         kind = file_kind(path)
         if path.is_file() and kind is None:
@@ -243,5 +245,5 @@ def wanted_in(row: Mapping[str, Any], usual: str) -> str:
     if is_missing(wanted):
         return usual
     if wanted not in WANTED:
-        raise ValueError(f"the row's answers_wanted is {wanted!r}; give {' or '.join(WANTED)}")
+        raise ValueError(f"answers_wanted is {wanted!r}; allowed are {', '.join(WANTED)}")
     return wanted
