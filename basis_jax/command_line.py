@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import importlib.util
 import shlex
+import signal
 import sys
 import sysconfig
 import traceback
@@ -149,7 +150,8 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's main; with ``--debug`` among its arguments, errors keep their tracebacks.
 
     Without it, what a user can mend ends the script with one sentence: our own ValueErrors, files
-    that cannot be read or written, a package that is not installed, and whatever a library raises.
+    that cannot be read or written, a package that is not installed, and whatever a library raises;
+    Ctrl-C ends it with a word of its own, and the exit code of shells.
     Other errors of this package, and all of a user's own files, keep their tracebacks.
     """
     debug = "--debug" in sys.argv[1:]
@@ -157,6 +159,11 @@ def run(main: Callable[[], None]) -> None:
         sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         main()
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         sentence = None if debug else one_sentence(error)
         if sentence is None:

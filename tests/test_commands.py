@@ -181,6 +181,12 @@ def test_fractional_rewards_are_told_as_means(tmp_path, capsys, rewards, before,
         assert line == f"right answer: 5; {now}" + (f"; before training {told}" if told else "")
 
 
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
+def test_convert_refuses_a_size_of_files_that_is_none(monkeypatch, tmp_path, size):
+    with pytest.raises(SystemExit, match=f"error: --shard-gb is {size}; give a number above 0"):
+        run(monkeypatch, "convert", "run", tmp_path, "--to", tmp_path / "x", f"--shard-gb={size}")
+
+
 def test_generate_says_no_verdict_where_no_answer_is_known(monkeypatch, capsys, run_folder):
     run(monkeypatch, "generate", run_folder, "what is 2 + 4?~", "--temperature", "0")
     shown = capsys.readouterr().out

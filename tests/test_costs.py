@@ -22,8 +22,7 @@ from basis_jax.evaluation.evaluate import open_evaluation
 from basis_jax.model import costs, decoder, decoding, logprobs
 from basis_jax.model.sharding import make_mesh
 from basis_jax.opening import checks
-from basis_jax.opening.checks import check_memory
-from basis_jax.opening.device_memory import device_memory, usable_memory
+from basis_jax.opening.checks import check_memory, device_memory, usable_memory
 from basis_jax.sampling.decode import sample_with
 from basis_jax.training import update
 from basis_jax.training.session import open_session
@@ -293,12 +292,12 @@ def test_jax_may_use_a_share_of_a_gpu(monkeypatch, environment, usable):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert device_memory([silent("gpu", {"bytes_limit": usable})]) == usable
-    monkeypatch.setattr("basis_jax.opening.device_memory.gpu_bytes", lambda: 80 * 10**9)
+    monkeypatch.setattr("basis_jax.opening.checks.gpu_bytes", lambda: 80 * 10**9)
     assert device_memory([silent("gpu")]) == usable * 10**9
 
 
 def test_a_gpu_that_tells_nothing_refuses_nothing(monkeypatch):
-    monkeypatch.setattr("basis_jax.opening.device_memory.gpu_bytes", lambda: 0)
+    monkeypatch.setattr("basis_jax.opening.checks.gpu_bytes", lambda: 0)
     assert device_memory([silent("gpu")]) > 10**15
 
 

