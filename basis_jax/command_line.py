@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import importlib.util
 import shlex
+import signal
 import sys
 import sysconfig
 import traceback
@@ -16,6 +17,7 @@ from typing import Any
 from basis_jax.config import Config
 
 LONGEST = 400  # characters of a library's message that are shown
+DEBUG = "--debug shows the traceback of an error."
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -128,8 +130,13 @@ def parse(
         )
     default = load_config(known.config or "quickstart")
     check_names(rest, default)
-    described = f"{description}\n\n--debug shows the traceback of an error."
+    described = f"{description}\n\n{DEBUG}"
     return tyro.cli(Config, default=default, args=rest, description=described), known
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """List ``--debug`` in the help of a command with its own parser; ``run`` has taken it out."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def same_command() -> str:
@@ -143,7 +150,8 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's main; with ``--debug`` among its arguments, errors keep their tracebacks.
 
     Without it, what a user can mend ends the script with one sentence: our own ValueErrors, files
-    that cannot be read or written, a package that is not installed, and whatever a library raises.
+    that cannot be read or written, a package that is not installed, and whatever a library raises;
+    Ctrl-C ends it with a word of its own, and the exit code of shells.
     Other errors of this package, and all of a user's own files, keep their tracebacks.
     """
     debug = "--debug" in sys.argv[1:]
@@ -151,6 +159,11 @@ def run(main: Callable[[], None]) -> None:
         sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         main()
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         sentence = None if debug else one_sentence(error)
         if sentence is None:

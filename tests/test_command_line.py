@@ -163,6 +163,16 @@ def test_debug_shows_the_traceback_of_our_own_errors_too(monkeypatch, tmp_path):
         command_line.run(lambda: command_line.load_config(tmp_path / "none.py"))
 
 
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    with pytest.raises(SystemExit) as stopped:
+        command_line.run(interrupted)
+    assert stopped.value.code == 130 and capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+
 def test_a_bug_of_this_package_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(command_line, "packaged_configs", lambda: None)
     with pytest.raises(TypeError):

@@ -8,12 +8,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from test_watch import graded
 
 from basis_jax import command_line, commands
-from basis_jax.commands import generate
+from basis_jax.commands import generate, reference_stats
 from basis_jax.config import Config, DataSection, EvalSection, ModelSection, OptimSection
+from basis_jax.data.problem import Problem
 from basis_jax.model.sharding import make_mesh
 from basis_jax.runs import checkpoint
+from basis_jax.training import reference_table
+from basis_jax.training.reference_table import ReferenceTable
 from basis_jax.training.update import make_optimizer, make_state
 from basis_jax.weights import huggingface
 
@@ -46,6 +50,7 @@ def test_help_needs_nothing_else(monkeypatch, capsys, name):
     assert not stopped.value.code
     shown = capsys.readouterr().out
     assert f"usage: basis-jax {name}" in shown and f"basis-jax {name} " in shown.split("usage")[1]
+    assert "--debug" in shown
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,6 +130,63 @@ def test_generate_shows_samples_their_log_probs_and_the_value(monkeypatch, capsy
     assert lines[4] == f"right answer: 5; value: {int(graded.rewards.sum())} of 3 samples right"
 
 
+def table(rewards):
+    """A reference table of these rewards, a row each problem; NaN is no verdict."""
+    rewards = np.float32(rewards)
+    sums = np.nansum(rewards, axis=1)
+    return ReferenceTable(
+        successes=sums.astype(np.int32) if np.all(sums == np.floor(sums)) else sums,
+        trials=np.sum(~np.isnan(rewards), axis=1).astype(np.int32),
+        uids=np.array([Problem(prompt=f"p{i}", answer="5").uid for i in range(len(rewards))]),
+        prompt_hashes=np.zeros(len(rewards), np.uint64),
+        features=np.zeros((len(rewards), 0), np.float32),
+        made_by={"samples": rewards.shape[1]},
+        position=rewards.size,
+        rewards=rewards,
+    )
+
+
+FRACTIONAL = [[0.25, 0.5, np.nan], [0, 0, 0], [1, 1, 1], [np.nan] * 3]
+BINARY = [[1, 0, np.nan], [0, 0, 0], [1, 1, 1], [np.nan] * 3]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "before", "now", "summary"),
+    [
+        (
+            FRACTIONAL,
+            ["mean reward 0.375 of 2", "mean reward 0.000 of 3", "mean reward 1.000 of 3"],
+            "value: mean reward 0.750 of 2 samples",
+            "mean reward mean 0.458, sd 0.412; never above 0 33.3%, always 1 33.3%",
+        ),
+        (
+            BINARY,
+            ["1 of 2", "0 of 3", "3 of 3"],
+            "value: 1 of 2 samples right",
+            "pass rate mean 0.500, sd 0.408; never solved 33.3%, always solved 33.3%",
+        ),
+    ],
+    ids=["fractional", "binary"],
+)
+def test_fractional_rewards_are_told_as_means(tmp_path, capsys, rewards, before, now, summary):
+    """No count of right ones is made up; what was never graded is no failure."""
+    reference_table.save(table(rewards), tmp_path / "reference.npz")
+    reference_stats.print_summary(reference_table.load(tmp_path / "reference.npz"))
+    assert capsys.readouterr().out == f"3 problems, 8 graded rollouts: {summary}\n"
+    sampled = np.float32([0.5, 1, 0] if rewards is FRACTIONAL else [0, 1, 1])
+    rollouts = graded(sampled, [True, True, False])
+    for i, told in enumerate([*before, None]):
+        problem = Problem(prompt=f"p{i}", answer="5")
+        line = generate.value_line(rollouts, problem, tmp_path / "checkpoints" / "3")
+        assert line == f"right answer: 5; {now}" + (f"; before training {told}" if told else "")
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
+def test_convert_refuses_a_size_of_files_that_is_none(monkeypatch, tmp_path, size):
+    with pytest.raises(SystemExit, match=f"error: --shard-gb is {size}; give a number above 0"):
+        run(monkeypatch, "convert", "run", tmp_path, "--to", tmp_path / "x", f"--shard-gb={size}")
+
+
 def test_generate_says_no_verdict_where_no_answer_is_known(monkeypatch, capsys, run_folder):
     run(monkeypatch, "generate", run_folder, "what is 2 + 4?~", "--temperature", "0")
     shown = capsys.readouterr().out
@@ -136,5 +198,9 @@ def test_generate_refuses_a_prompt_or_a_number_that_makes_no_sense(monkeypatch, 
     for arguments in (["x", "--samples", "0"], [" "]):
         with pytest.raises(SystemExit, match="error: --samples is .* give 1 or more"):
             run(monkeypatch, "generate", run_folder, *arguments)
+    for option, field in (("--temperature", "sampling.temperature"), ("--seed", "seed")):
+        with pytest.raises(SystemExit, match=f"error: {field} is (nan|-1); give 0"):
+            value = "nan" if option == "--temperature" else "-1"
+            run(monkeypatch, "generate", run_folder, "x", f"{option}={value}")
     with pytest.raises(SystemExit, match="error: .*holds no checkpoint"):
         run(monkeypatch, "generate", run_folder / "checkpoints" / "state", "x")

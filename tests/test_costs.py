@@ -21,7 +21,8 @@ from basis_jax.config import (
 from basis_jax.evaluation.evaluate import open_evaluation
 from basis_jax.model import costs, decoder, decoding, logprobs
 from basis_jax.model.sharding import make_mesh
-from basis_jax.opening.checks import check_memory, device_memory
+from basis_jax.opening import checks
+from basis_jax.opening.checks import check_memory, device_memory, usable_memory
 from basis_jax.sampling.decode import sample_with
 from basis_jax.training import update
 from basis_jax.training.session import open_session
@@ -256,8 +257,57 @@ def test_an_update_that_does_not_fit_is_refused_with_the_bytes(monkeypatch):
         check_training(small, remat)
 
 
+def silent(platform, stats=None):
+    return SimpleNamespace(memory_stats=lambda: stats, platform=platform)
+
+
 def test_a_devices_memory_is_what_it_says_or_its_share_of_the_machine():
-    limited = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 7})
-    silent = SimpleNamespace(memory_stats=lambda: None)
-    assert device_memory([limited, limited]) == 7
-    assert 10**8 < device_memory([silent] * 4) == device_memory([silent]) // 4
+    assert device_memory([silent("cpu", {"bytes_limit": 7})] * 2) == 7
+    assert 10**8 < device_memory([silent("cpu")] * 4) == device_memory([silent("cpu")]) // 4
+
+
+FRACTION, OLD_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+PREALLOCATE, ALLOCATOR = "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR"
+
+
+@pytest.mark.parametrize(
+    "environment, usable",
+    [
+        ({}, 60),
+        ({FRACTION: ".9"}, 72),
+        ({OLD_FRACTION: "0.5"}, 40),
+        ({FRACTION: "", OLD_FRACTION: ""}, 60),
+        ({PREALLOCATE: "false"}, 60),  # the limit of JAX's allocator holds without it too
+        ({PREALLOCATE: "false", FRACTION: ".9"}, 72),
+        ({ALLOCATOR: "platform"}, 80),
+        ({ALLOCATOR: "platform", FRACTION: ".9"}, 80),
+        ({ALLOCATOR: "bfc"}, 60),
+    ],
+)
+def test_jax_may_use_a_share_of_a_gpu(monkeypatch, environment, usable):
+    """75 % unless the environment says otherwise, and once: a reported limit has it inside."""
+    assert usable_memory(80 * 10**9, environment) == usable * 10**9
+    for name in (FRACTION, OLD_FRACTION, PREALLOCATE, ALLOCATOR):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert device_memory([silent("gpu", {"bytes_limit": usable})]) == usable
+    monkeypatch.setattr("basis_jax.opening.checks.gpu_bytes", lambda: 80 * 10**9)
+    assert device_memory([silent("gpu")]) == usable * 10**9
+
+
+def test_a_gpu_that_tells_nothing_refuses_nothing(monkeypatch):
+    monkeypatch.setattr("basis_jax.opening.checks.gpu_bytes", lambda: 0)
+    assert device_memory([silent("gpu")]) > 10**15
+
+
+def test_what_is_too_large_for_a_gpu_is_told_of_the_share(monkeypatch):
+    monkeypatch.delenv(FRACTION, raising=False)
+    monkeypatch.delenv(OLD_FRACTION, raising=False)
+    devices = [silent("gpu", {"bytes_limit": 6 * 10**9})]
+    with pytest.raises(ValueError) as refused:
+        checks._check_fits("sampling", {"weights": 7 * 10**9}, devices, "buy another")
+    assert str(refused.value) == (
+        "sampling needs 7 GB a device (weights 7 GB) and there are 6 GB for JAX (75% of the GPU; "
+        f"{FRACTION}=0.95 raises it); buy another"
+    )

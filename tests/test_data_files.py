@@ -14,6 +14,7 @@ from basis_jax.data.benchmarks import BENCHMARKS
 from basis_jax.data.overlap import contradictions
 from basis_jax.data.problem import Problem
 from basis_jax.training.session import report_overlap
+from basis_jax.verify import make_verifier
 
 HERE = Path(__file__).parent / "data"
 LINE = '{"problem": "2 + 2 \u2014 ?", "answer": 4}\n'
@@ -138,6 +139,8 @@ def test_csv_cells_that_are_empty_floats_and_chats(tmp_path):
     (tmp_path / "b.csv").write_text("problem,answer\nx," + "9" * 200_000 + "\n")
     assert len(load(tmp_path / "b.csv")[0].answer) == 200_000  # longer than csv's own limit
     row = "\"2+2?\",\"{'ground_truth': '4', 'style': 'rule'}\""
+    (tmp_path / "n.csv").write_text("problem,answer\np,NA\nq,n/a\nr,NaCl\n")
+    assert [p.answer for p in load(tmp_path / "n.csv")] == ["", "", "NaCl"]
     (tmp_path / "c.csv").write_text("prompt,reward_model\n" + row + "\n")
     assert load(tmp_path / "c.csv") == [Problem(prompt="2+2?", answer="4")]
 
@@ -247,6 +250,10 @@ def test_held_out_files_have_the_columns_that_the_flags_name(tmp_path):
         held_out(path, problem_field="q", answer_field="other")
 
 
+def within(absolute, relative, *answers):
+    return json.dumps({"all of": answers, "absolute": absolute, "relative": relative})
+
+
 @pytest.mark.parametrize(
     "name, answers",
     [
@@ -255,8 +262,15 @@ def test_held_out_files_have_the_columns_that_the_flags_name(tmp_path):
         ("AIME25", ["7"]),
         ("AMC23", ["10", "13.5"]),
         ("HMMT25", ["1", r"\sqrt{2}"]),
-        ("Minerva", ["9", "2"]),
-        ("OlympiadBench", ["3", '{"all of": ["3", "-3"], "absolute": 0.0, "relative": 0.0}']),
+        ("Minerva", [within(1e-8, 1e-5, x) for x in ("9", "2", "3.15576e7")]),
+        (
+            "OlympiadBench",
+            [
+                within(1.01 * 1e-8, 0.0, "3"),
+                within(1.01 * 1e-8, 0.0, "3", "-3"),
+                within(1.01 * 0.01, 0.0, "0.452"),
+            ],
+        ),
         ("GSM8K", ["1,350"]),
     ],
 )
@@ -268,6 +282,37 @@ def test_every_benchmark_is_read_in_its_layout(name, answers):
     assert all(isinstance(p.prompt, str) and p.prompt for p in problems)
     row = json.loads((HERE / "benchmarks" / f"{name}.jsonl").read_text().splitlines()[0])
     assert {BENCHMARKS[name].problem_field, BENCHMARKS[name].answer_field} <= row.keys()
+
+
+@pytest.mark.parametrize(
+    "name, row, right, wrong",
+    [
+        ("Minerva", 0, ["9", "9.00008"], ["9.0002", "8"]),
+        ("Minerva", 2, ["31557600", r"3.15578 \times 10^{7}"], ["3.1561e7"]),
+        ("OlympiadBench", 0, ["3", "3.000000005"], ["3.0001"]),
+        ("OlympiadBench", 1, ["-3, 3", "3.000000005, -3"], ["3", "3.0001, -3"]),
+        ("OlympiadBench", 2, ["0.452", "0.46", "0.442"], ["0.463", "0.441"]),
+    ],
+)
+def test_numbers_may_differ_as_far_as_the_set_says(name, row, right, wrong):
+    problem = sources.load_held_out(name, str(HERE / "benchmarks"))[row]
+    with make_verifier("math", workers=1) as verifier:
+        for answers, reward in ((right, 1), (wrong, 0)):
+            boxes = [f"\\boxed{{{answer}}}" for answer in answers]
+            verdicts = verifier.grade(boxes, [problem.answer] * len(boxes))
+            assert [(v.reward, v.valid) for v in verdicts] == [(reward, True)] * len(boxes)
+
+
+@pytest.mark.parametrize("error", ["small", -1, "nan", "1e-2; 1e-3", [0.1]])
+def test_an_error_that_is_no_number_is_refused_with_its_row(tmp_path, error):
+    row = {"question": "2+2?", "final_answer": ["4"], "error": error}
+    (tmp_path / "OlympiadBench.jsonl").write_text(json.dumps(row))
+    if error == "nan":  # as a data frame writes what is missing
+        (problem,) = sources.load_held_out("OlympiadBench", str(tmp_path))
+        assert problem.answer == within(1.01 * 1e-8, 0.0, "4")
+        return
+    with pytest.raises(ValueError, match="OlympiadBench.jsonl, line 1: the error of the answer is"):
+        sources.load_held_out("OlympiadBench", str(tmp_path))
 
 
 def test_hub_ids_splits_and_columns_are_those_of_the_dataset_cards():

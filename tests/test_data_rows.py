@@ -47,6 +47,11 @@ def refusal(folder, row, **options):
         ("", ""),
         (" \n", ""),
         ("nan", ""),
+        ("null", ""),
+        ("None", ""),  # as pandas' astype(str) writes it
+        ("none", "none"),  # as a person does
+        (r"$\frac{1}{2}$.", r"\frac{1}{2}"),
+        ("$5.$", "5."),
         (True, "true"),
         (False, "false"),
         ("$6$", "6"),

@@ -21,6 +21,9 @@ from whole_runs import (
     small,
 )
 
+from basis_jax import command_line
+from basis_jax.config import Config
+
 
 @pytest.fixture(scope="module")
 def reference_run(tiny_folder, dapo_file, tmp_path_factory):
@@ -140,10 +143,11 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_for_bit(
     last = lines(metrics)[-1]["step"]
     if last < 4:  # else it was done before the signal came
         assert process.returncode == 128 + number
-        assert f"stopped by {number.name} after step {last}; what is done is saved" in shown
+        assert f"stopped by {number.name} with everything up to step {last} saved" in shown
         assert shown.splitlines()[-1].split()[0] == "python" and "--optim.lr" in shown
         assert (tmp_path / "run" / "checkpoints" / str(last)).is_dir()
-        assert "StopRequested" in (tmp_path / "run" / "log.txt").read_text()
+        log = (tmp_path / "run" / "log.txt").read_text()
+        assert f"stopped by {number.name}" in log.splitlines()[-1] and "Traceback" not in log
     done = run("train.py", "quickstart.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", reference_run[0])
@@ -186,7 +190,7 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--estimator.name", "bassis"], "unknown estimator 'bassis'"),
+        (["--estimator.name", "bassis"], "estimator.name: unknown estimator 'bassis'"),
         (["--estimator.name", "grpo"], "sampling.group_size is 1; give 2 or more"),
         (["--estimator.features", "4"], "basis takes no features"),
         (["--estimator.table-samples", "0"], "basis needs a reference table"),
@@ -194,18 +198,30 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
             ["--estimator.name", "value_filter", "--estimator.features", "60"],
             "estimator.features is 60 for 42 problems",
         ),
-        (["--estimator.options", "rul", "published"], "no option 'rul'"),
-        (["--sampling.top-p", "0.9"], "sampling.top_p = 0.9"),
-        (["--sampling.stop-tokens", "two"], "stop_tokens"),
-        (["--train.microbatch-rollouts", "3"], "is not a multiple of"),
+        (
+            ["--estimator.options", "rul", "published"],
+            "estimator.options: basis has no option 'rul'",
+        ),
+        (["--sampling.top-p", "0.9"], "sampling.top_p = 0.9 and sampling.top_k = 0"),
+        (["--sampling.stop-tokens", "two"], "sampling.stop_tokens holds 'two'"),
+        (["--train.microbatch-rollouts", "3"], "train.microbatch_rollouts = 3; choose"),
         (
             ["--train.prompts-per-step", "64", "--train.minibatch-rollouts", "64"],
-            "prompts_per_step",
+            "train.prompts_per_step is 64 but there are 42",
         ),
-        (["--data.max-prompt-tokens", "3"], "max_prompt_tokens"),
+        (["--data.max-prompt-tokens", "3"], "training problems: no problem is left"),
         (["--data.max-prompt-tokens", "400"], "the model has 256 positions"),
-        (["--mesh.data", "3"], "mesh data=3"),
+        (["--mesh.data", "3"], "mesh.data=3"),
         (["--data.verifier", "maths"], "data.verifier is 'maths'"),
+        (
+            ["--data.path", "task:sums"],
+            "number_words and gym/NAME (reasoning-gym); give another with",
+        ),
+        (["--run-dir", ""], "run_dir is empty; give a folder"),
+        (["--data.path", ""], "--data.path is empty; give a"),
+        (["--eval.sets", ""], "--eval.sets is empty; give a"),
+        (["--data.prompt-format", "text", "--data.system-prompt", "x"], "for data.system_prompt"),
+        (["--mesh.tensor", "-2"], "mesh.tensor is -2"),
         (["--optim.schedule", "step"], "optim.schedule is 'step'"),
         (["--loss.aggregation", "mean"], "loss.aggregation is 'mean'"),
         (["--loss.objective", "ppo"], "loss.objective is 'ppo'"),
@@ -213,7 +229,7 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
         (["--loss.dual-clip", "0.5"], "loss.dual_clip is 0.5"),
         (["--loss.tis-cap", "-1"], "loss.tis_cap is -1"),
         (["--model.remat", "some"], "model.remat is 'some'; allowed are none, dots, full"),
-        (["--model.compute-dtype", "float8"], "float8"),
+        (["--model.compute-dtype", "float8"], "model.compute_dtype is 'float8'; allowed are"),
         (["--train.steps", "0"], "train.steps is 0; give 1 or more"),
         (["--seed", "-1"], "seed is -1; give 0 to 4294967295"),
         (["--checkpoint.keep", "0"], "checkpoint.keep is 0; give 1 or more"),
@@ -232,4 +248,6 @@ def test_bad_settings_end_with_one_sentence(
     overrides = small(tiny_folder, dapo_file, tmp_path / "run")
     said = refusal(monkeypatch, ROOT / "configs" / "quickstart.py", *overrides, *arguments)
     assert said.startswith("error: ") and sentence in said
+    fields = command_line.field_names(Config(run_dir=""))
+    assert any(name in said for name in fields if name != "seed" or "--seed" in arguments)
     assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -68,13 +69,13 @@ def test_a_completion_without_a_verdict_counts_as_wrong():
     assert problem_scores(rewards, rewards > 0, 4).tolist() == [0.5, 0.0]
 
 
-@pytest.mark.parametrize("dead", ["one", "two"])
-def test_a_set_without_a_verdict_ends_training_and_evaluation(
-    evaluation, tmp_path, monkeypatch, dead
+@pytest.mark.parametrize("dead", [("one",), ("two",), ("one", "two")], ids=" ".join)
+def test_a_set_without_a_verdict_ends_training_and_leaves_the_other_its_result(
+    evaluation, tmp_path, dead
 ):
-    """Its name is said; the other set could be graded."""
+    """Where there is no other, evaluation ends too."""
     problems = evaluation.sets["one"]  # noqa: F811
-    kept = {"one": np.arange(4), "two": np.arange(4)} | {dead: np.array([SIZE - 1])}
+    kept = {"one": np.arange(4), "two": np.arange(4)} | dict.fromkeys(dead, np.array([SIZE - 1]))
     sets = {
         name: dataclasses.replace(
             problems,
@@ -84,8 +85,8 @@ def test_a_set_without_a_verdict_ends_training_and_evaluation(
         )
         for name, rows in kept.items()
     }
-    sentence = f"none of the [0-9]+ completions of {dead} could be graded"
-    with pytest.raises(ValueError, match=sentence):
+    sentence = "none of the [0-9]+ completions of {} could be graded"
+    with pytest.raises(ValueError, match=sentence.format(dead[0])):
         evaluate(
             tiny.params(),
             evaluation.setup,
@@ -93,9 +94,43 @@ def test_a_set_without_a_verdict_ends_training_and_evaluation(
             section=evaluation.config.eval,
             sampling=SAMPLING,
         )
-    with pytest.raises(ValueError, match=sentence):
-        write(dataclasses.replace(evaluation, sets=sets), tmp_path)
+    both = dataclasses.replace(evaluation, sets=sets)
+    if len(dead) == 2:
+        with pytest.raises(ValueError, match=sentence.format(dead[1])):
+            write(both, tmp_path)
+        return
+    found, _ = write(both, tmp_path)
+    (other,) = kept.keys() - {*dead}
+    alone, _ = write(dataclasses.replace(evaluation, sets={other: sets[other]}), tmp_path / "alone")
+    assert found["sets"] == alone["sets"] and found["average"] == alone["average"]
+    assert list(found["failed"]) == [*dead] and alone["failed"] == {}
+    assert re.fullmatch(
+        rf"{dead[0]} has no result: {sentence.format(dead[0])}.*", warnings(found)[0]
+    )
     assert len(lines(tmp_path / "completions.jsonl")) == SAMPLES * (4 + 1)
+
+
+@pytest.mark.slow
+def test_a_set_that_cannot_be_loaded_leaves_the_others_their_results(tmp_path, held_out):
+    folder = tiny.write_folder(tmp_path / "tiny")
+    (tmp_path / "broken.jsonl").write_text('{"problem": "2+2?", "answer": "4"}\n{"problem": 3\n')
+    options = arguments(folder, held_out, tmp_path / "out")
+    at = options.index("--eval.sets") + 1
+    done = run(
+        "evaluate.py", "qwen_math.py", *options[:at], tmp_path / "broken.jsonl", *options[at:]
+    )
+    assert done.returncode == 1
+    name = f"{tmp_path}/broken.jsonl"
+    assert f"{name} has no result: {name}, line 2: no whole JSON object" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith(f"error: no result for {name}; ")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["sets"]) == ["MATH-500", "AIME25"] and list(results["failed"]) == [name]
+    assert "has no result" in (tmp_path / "out" / "report.html").read_text()
+    again = [*options, "--eval.sets", tmp_path / "broken.jsonl"]
+    done = run("evaluate.py", "qwen_math.py", *again)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        f"error: {name}, line 2"
+    )
 
 
 def test_before_and_after_use_the_same_noise_and_greedy_uses_none(setup, problems):  # noqa: F811
@@ -315,7 +350,7 @@ def test_a_folder_of_another_protocol_is_refused_by_what_differs(evaluation, tmp
     with pytest.raises(ValueError, match="temperature is 1.0 there and 0.5 here; take the values"):
         write(other, tmp_path)
     fewer = dataclasses.replace(evaluation, sets={"one": evaluation.sets["one"]})
-    with pytest.raises(ValueError, match="another protocol: sets is .* there and "):
+    with pytest.raises(ValueError, match="another protocol: eval.sets is .* there and "):
         write(fewer, tmp_path)
     with pytest.raises(ValueError, match="weights_sha256"):
         write(evaluation, tmp_path, weights_sha256="0")
@@ -425,7 +460,9 @@ def test_the_place_of_the_answer_reaches_the_verifier_the_lines_and_the_protocol
     other = dataclasses.replace(evaluation, config=config)
     _, written = write(other, tmp_path / "out")
     assert {json.loads(line)["extracted"] for line in written.splitlines()} == {"2"}
-    with pytest.raises(ValueError, match="another protocol: verifier is .*hashes.* there and "):
+    with pytest.raises(
+        ValueError, match="another protocol: data.verifier is .*hashes.* there and "
+    ):
         write(evaluation, tmp_path / "out")
 
 

@@ -1,5 +1,9 @@
 """``train`` is ``make_step`` called step after step, with records and checkpoints around it."""
 
+import dataclasses
+import os
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from whole_runs import small
+from whole_runs import repeatable, small
 
 from basis_jax import command_line
+from basis_jax.config import CheckpointSection
 from basis_jax.runs import checkpoint
 from basis_jax.runs.metrics import read_metrics
-from basis_jax.training.loop import make_step, train
+from basis_jax.runs.stopping import StopRequested
+from basis_jax.training import loop
+from basis_jax.training.loop import evaluate_now, make_step, train
 from basis_jax.training.session import open_session
 from basis_jax.training.start import first_state, state_shapes
 from basis_jax.types import TrainState
@@ -24,6 +31,7 @@ STEPS = 2
 def config(tiny_folder, dapo_file, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("loop") / "run"
     changes = {"train.steps": STEPS, "checkpoint.every": 5, "train.minibatch-rollouts": 4}
+    changes |= {"eval.every": 1}
     arguments = small(tiny_folder, dapo_file, run_dir, **changes)
     return command_line.parse("", argv=["--config", "quickstart", *arguments])[0]
 
@@ -72,10 +80,68 @@ def test_a_finished_run_takes_no_further_step(config, run):
     assert (Path(config.run_dir) / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_checkpoint_that_cannot_be_written_is_one_sentence():
-    """What tensorstore says of a full disk, shortened to the system's words."""
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluation", range(STEPS + 1))
+def test_a_stop_during_an_evaluation_loses_no_step(config, run, tmp_path, monkeypatch, evaluation):
+    """The step is saved, the sentence names it, and the evaluation is made when the run goes on."""
+    own = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
+    evaluations = iter(range(STEPS + 1))
+
+    def stopped_in(*arguments):
+        if next(evaluations) == evaluation:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate_now(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate_now", stopped_in)
+    with pytest.raises(StopRequested) as stopped:
+        train(own, report=lambda _: None)
+    monkeypatch.undo()
+    said = f"up to step {evaluation} saved" if evaluation else "before a step was saved"
+    assert said in str(stopped.value) and stopped.value.exit_code == 128 + signal.SIGTERM
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.splitlines()[-1].endswith(str(stopped.value)) and "Traceback" not in log
+    train(own, report=lambda _: None)
+    rows, expected = (repeatable(read_metrics(c.run_dir)) for c in (own, config))
+    assert rows == expected and all("eval/accuracy" in row for row in rows)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", ["params", "opt_state"])
+def test_a_checkpoint_with_numbers_that_are_not_finite_is_refused_by_their_name(
+    tmp_path, value, part
+):
+    bad = jnp.ones((4, 3)).at[1, 2].set(value)
+    large = jnp.full(9, 3e38)  # whose sum overflows
+    state = TrainState(
+        step=jnp.int32(3),
+        params={"embed": large, "layers": {"up": bad if part == "params" else large}},
+        opt_state=({"mu": bad if part == "opt_state" else large, "count": jnp.int32(2)},),
+        estimator_state=jnp.float32([np.nan]),  # as a table of rewards has it
+    )
+    with checkpoint.open_checkpoints(tmp_path, CheckpointSection()) as checkpoints:
+        checkpoint.save(checkpoints, state, {})
+        with pytest.raises(ValueError) as refused:
+            checkpoint.restore(checkpoints, state)
+        name = "params.layers.up" if part == "params" else "opt_state.0.mu"
+        assert str(refused.value) == (
+            f"checkpoint {tmp_path / 'checkpoints' / '3'} holds NaN or infinity in {name}; remove "
+            "that folder to resume from the one before, or give another --run-dir"
+        )
+        whole = dataclasses.replace(state, params={}, opt_state=(large,), step=jnp.int32(4))
+        checkpoint.save(checkpoints, whole, {})
+        assert int(checkpoint.restore(checkpoints, whole).step) == 4
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence(monkeypatch):
+    """What tensorstore says of a full disk, shortened to the system's words, without the tracebacks
+    of its threads; those of others are shown."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append(unraisable))
+    others = SimpleNamespace(exc_value=RuntimeError("something else"))
 
     def full(*_, **__):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError("Event loop is closed")))
+        sys.unraisablehook(others)
         raise ValueError(
             'RESOURCE_EXHAUSTED: Error writing "05" at local file "/x/": Failed writing: "/x/d": '
             "Failed to write 2641920 bytes to file 23: No space left on device [os_error_code='28']"
@@ -85,3 +151,6 @@ def test_a_checkpoint_that_cannot_be_written_is_one_sentence():
     state = TrainState(step=jnp.int32(3), params={}, opt_state=(), estimator_state=())
     with pytest.raises(ValueError, match=r"checkpoint /x/3 .* \(No space left on device\)"):
         checkpoint.save(checkpoints, state, {})
+    assert shown == [others]
+    sys.unraisablehook(others)
+    assert shown == [others, others]

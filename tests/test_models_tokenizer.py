@@ -57,7 +57,9 @@ def test_an_option_that_the_template_does_not_read_is_refused(tokenizer, name):
 
 
 def test_options_in_text_format_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="no place for a system prompt, options of a chat"):
+    with pytest.raises(
+        ValueError, match="no place for data.system_prompt, data.chat_template_options or a chat"
+    ):
         prompt(tokenizer, prompt_format="text", chat_template_options={"enable_thinking": False})
 
 

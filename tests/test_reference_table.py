@@ -14,7 +14,8 @@ from basis_jax.model.sharding import make_mesh
 from basis_jax.sampling.rollouts import RolloutSetup, completion_texts, roll_out
 from basis_jax.training import reference_table, session
 from basis_jax.training.session import make_estimator
-from basis_jax.training.update import make_estimate
+from basis_jax.training.update import make_estimate, reward_metrics
+from basis_jax.types import Estimate
 from basis_jax.verify.verdicts import Verdict, Verifier
 from configs import quickstart
 
@@ -139,6 +140,51 @@ def test_the_table_keeps_every_reward(setup, problems, origin, tmp_path):
     )
     assert table.rewards[:4].ravel().tolist() == graded.rewards[:24].tolist()
     assert 0 < np.mean(table.rewards[:4] % 1 > 0)
+
+
+@pytest.mark.parametrize("reward", [np.nan, np.inf, -np.inf, 1e300])
+def test_a_reward_that_is_not_finite_is_no_trial_and_no_reward(
+    setup, problems, origin, tmp_path, reward
+):
+    """Row 1 of every rollout: the rows beside it are as they were."""
+
+    class Odd(EvenLength):
+        def grade(self, completions, answers):
+            verdicts = super().grade(completions, answers)
+            odd = Verdict(reward, True, "", "right")
+            return [odd if a == "1" else v for v, a in zip(verdicts, answers, strict=True)]
+
+    odd = dataclasses.replace(setup, verifier=Odd())
+    ids = np.arange(SIZE, dtype=np.int32)
+    graded, before = (rolled_out(s, problems, ids, 0 * ids) for s in (odd, setup))
+    assert graded.valid.tolist() == [True, False, True, True, False]
+    assert (graded.rewards[1], graded.kinds[1]) == (0, "failure")
+    assert graded.reasons[1].startswith("the verifier's reward is ")
+    others = [0, 2, 3, 4]
+    assert graded.rewards[others].tolist() == before.rewards[others].tolist()
+    zeros = jax.numpy.zeros(SIZE)
+    metrics = reward_metrics(graded, Estimate(advantages=zeros, values=zeros, info={}))
+    assert metrics["reward/invalid"] == pytest.approx(0.4) == metrics["verify/failure"]
+    assert metrics["reward/mean"] == before.rewards[[0, 2, 3]].mean()
+    table = build(tmp_path / "t.npz", odd, problems, origin)
+    assert table.trials.tolist() == [6, 0, 6, 6, 0] and table.successes[1] == 0
+
+
+def test_reference_rollouts_without_a_verdict_are_reported(setup, problems, origin, tmp_path):
+    """They are no trials: they would make a problem look hard that nothing is known of."""
+    path, said = tmp_path / "t.npz", []
+    run = session_with(setup, problems, path, "basis")
+    fits = {"model_fingerprint": "abc", "sampling": CONFIG.sampling, "data": CONFIG.data}
+    build(path, setup, problems, reference_table.table_origin(setup, **fits))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session.huggingface, "fingerprint", lambda folder: "abc")
+        session.reference_table(run, None, path, said.append)
+    assert said == [
+        "warning: 6 of 30 reference rollouts could not be graded and are left out of the pass "
+        "rates, so that 1 of 5 problems have none; look at the right answers and at data.verifier"
+    ]
+    whole = dataclasses.replace(reference_table.load(path), trials=np.full(SIZE, 6))
+    assert reference_table.ungraded_warning(whole) == ""
 
 
 def without_rewards(path):

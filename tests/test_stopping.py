@@ -26,8 +26,14 @@ def test_droppable_work_is_dropped_at_once(number):
             time.sleep(10)
     assert stopper.requested == number
     stopped = stopper.stopped_after(3)
-    assert str(stopped) == f"stopped by {number.name} after step 3; what is done is saved"
     assert stopped.exit_code == 128 + number
+    assert str(stopped) == (
+        f"stopped by {number.name} with everything up to step 3 saved; the same command goes on "
+        "there"
+    )
+    assert str(stopper.stopped_after(None)) == (
+        f"stopped by {number.name} before a step was saved; the same command starts the run again"
+    )
 
 
 def test_other_work_is_finished_and_the_next_is_not_begun():

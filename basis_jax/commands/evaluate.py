@@ -8,11 +8,13 @@ Without ``--checkpoint`` it is the config's model (``--model.path FOLDER`` for a
 the newest checkpoint of the run, or the one given as RUN/checkpoints/STEP. Sets, completions a
 problem and temperature are ``--eval.sets``, ``--eval.samples``, ``--eval.temperature`` (0: greedy),
 the length limit is ``--sampling.max-new-tokens``. The same command again goes on where a killed
-one stopped. OUT holds completions.jsonl (every rollout), protocol.json, results.json (all metrics
-with 95 % intervals) and report.html (problem by problem, to be looked at).
+one stopped. A set that cannot be loaded or graded is named at the end, with exit code 1; the others
+have their results. OUT holds completions.jsonl (every rollout), protocol.json, results.json (all
+metrics with 95 % intervals) and report.html (problem by problem, to be looked at).
 """
 
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -43,6 +45,8 @@ def main() -> None:
     print("\n".join([*table(found), *warnings(found)]))
     for name in ("completions.jsonl", "protocol.json", "results.json", "report.html"):
         print(f"{name:18} {out / name}")
+    if found["failed"]:
+        sys.exit(f"error: no result for {', '.join(found['failed'])}; the reason stands above")
 
 
 def check_out(out: str) -> Path:

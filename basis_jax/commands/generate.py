@@ -18,10 +18,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from basis_jax import command_line
 from basis_jax.config import Config, config_from
 from basis_jax.data.encoding import encode_prompts
 from basis_jax.data.problem import Problem
 from basis_jax.data.sources import load_held_out, load_training
+from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup
 from basis_jax.sampling.rollouts import Graded, roll_out
 from basis_jax.training import reference_table
@@ -35,6 +37,8 @@ def main() -> None:
     if options.temperature is not None:
         sampling = dataclasses.replace(config.sampling, temperature=options.temperature)
         config = dataclasses.replace(config, sampling=sampling)
+    config = dataclasses.replace(config, seed=options.seed)
+    check_ranges(config)
     problem = find_problem(config, options.prompt, options.answer)
     known = problem is not None
     graded, unknown_tokens = generate(
@@ -58,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, help="default: the run's; 0 is greedy")
     parser.add_argument("--answer", metavar="TEXT", help="the right answer")
     parser.add_argument("--seed", type=int, default=0)
+    command_line.add_debug(parser)
     options = parser.parse_args()
     options.prompt = options.prompt.strip()
     if options.samples < 1 or not options.prompt:
@@ -98,7 +103,7 @@ def generate(
     data = dataclasses.replace(config.data, max_prompt_tokens=room)
     if not known:
         data = dataclasses.replace(data, verifier="exact", answer_mode="")
-    config = dataclasses.replace(config, data=data, seed=options.seed)
+    config = dataclasses.replace(config, data=data)
     tokenizer = huggingface.load_tokenizer(folder)
     encoded = encode_prompts([problem], data, tokenizer)
     with (
@@ -133,12 +138,19 @@ def sample_lines(graded: Graded, known: bool) -> Iterator[str]:
 
 
 def value_line(graded: Graded, problem: Problem, checkpoint: Path) -> str:
-    """The share of right samples, and the pass rate before training where the run measured it."""
-    right, count = int(graded.rewards[graded.valid].sum()), int(graded.valid.sum())
-    line = f"right answer: {problem.answer}; value: {right} of {count} samples right"
+    """The share of right samples, and the pass rate before training where the run measured it;
+    mean rewards where some are neither 0 nor 1."""
+    rewards = graded.rewards[graded.valid]
+    if np.isin(rewards, (0, 1)).all():
+        value = f"{int(rewards.sum())} of {rewards.size} samples right"
+    else:
+        value = f"mean reward {rewards.mean():.3f} of {rewards.size} samples"
+    line = f"right answer: {problem.answer}; value: {value}"
     path = checkpoint.parent.parent / "reference.npz"
     if path.is_file():
         table = reference_table.load(path)
-        for row in np.flatnonzero(table.uids == problem.uid):
-            line += f"; before training {table.successes[row]} of {table.trials[row]}"
+        for row in np.flatnonzero((table.uids == problem.uid) & (table.trials > 0)):
+            successes, trials = table.successes[row], table.trials[row]
+            mean = f"mean reward {successes / trials:.3f} of {trials}"
+            line += f"; before training {mean if table.fractional else f'{successes} of {trials}'}"
     return line

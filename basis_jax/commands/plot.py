@@ -7,6 +7,7 @@ basis-jax plot runs/basis runs/grpo --out comparison.png
 import argparse
 from pathlib import Path
 
+from basis_jax import command_line
 from basis_jax.runs import plots
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     parser.add_argument(
         "--out", metavar="FILE", help="default: curves.png, in the folder of a single run"
     )
+    command_line.add_debug(parser)
     arguments = parser.parse_args()
     folder = Path(arguments.runs[0]) if len(arguments.runs) == 1 else Path()
     print(plots.draw(arguments.runs, arguments.out or folder / "curves.png"))

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from basis_jax import command_line
+from basis_jax.training.reference_table import ReferenceTable
 from basis_jax.training.session import open_session, reference_table
 from basis_jax.weights import huggingface
 
@@ -32,17 +33,21 @@ def main() -> None:
             session.folder, session.setup.model_config, session.setup.mesh
         )
         table = reference_table(session, params, Path(options.out))
-    print_summary(table.successes, table.trials)
+    print_summary(table)
     print(f"reference table: {options.out}")
 
 
-def print_summary(successes: np.ndarray, trials: np.ndarray) -> None:
-    """Mean, spread and how many problems the table says nothing of but 0 or 1."""
-    if not trials.any():
+def print_summary(table: ReferenceTable) -> None:
+    """Mean, spread and how many problems the table says nothing of but 0 or 1. Problems without a
+    graded rollout are left out."""
+    graded = table.trials > 0
+    if not graded.any():
         return
-    rates = successes / np.maximum(trials, 1)
+    rates = table.successes[graded] / table.trials[graded]
     print(
-        f"{len(rates)} problems, {trials.sum()} graded rollouts: "
-        f"pass rate mean {rates.mean():.3f}, sd {rates.std():.3f}; "
-        f"never solved {np.mean(rates == 0):.1%}, always {np.mean(rates == 1):.1%}"
+        f"{len(rates)} problems, {table.trials.sum()} graded rollouts: "
+        f"{'mean reward' if table.fractional else 'pass rate'} mean {rates.mean():.3f}, sd "
+        f"{rates.std():.3f}; never {'above 0' if table.fractional else 'solved'} "
+        f"{np.mean(rates == 0):.1%}, always {'1' if table.fractional else 'solved'} "
+        f"{np.mean(rates == 1):.1%}"
     )

@@ -22,7 +22,7 @@ def main() -> None:
     try:
         run_dir = train(config)
     except StopRequested as stopped:
-        print(f"{stopped}; the same command goes on:\n  {command_line.same_command()}")
+        print(f"{stopped}:\n  {command_line.same_command()}")
         sys.exit(stopped.exit_code)
     summarise(run_dir)
 

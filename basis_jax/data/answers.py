@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from basis_jax.data.values import check_characters, described, held_in, is_missing
+from basis_jax.verify.criteria import EXACT, Tolerance, criterion
 from basis_jax.verify.extract import BOX, after_hashes, last_boxed
 
 WANTED = ("any", "all")
@@ -21,32 +22,38 @@ EXACT_FLOATS = 2**53  # every integer up to here is a float
 SAFE_DIGITS = 15  # that a float keeps of a decimal number
 
 
-def several(answers: Sequence[str], wanted: str) -> str:
+def several(answers: Sequence[str], wanted: str, tolerance: Tolerance = EXACT) -> str:
     """Several accepted answers as one text, in JSON: ``{"any of": [...]}``, where one is enough, or
-    ``{"all of": [...], "absolute": 0.0, "relative": 0.0}`` (no tolerance). Equal ones count once;
-    a single one is itself, and none is the empty text."""
+    ``{"all of": [...], "absolute": 0.0, "relative": 0.0}``, with the tolerance. Equal ones count
+    once; a single one is itself, or all of one where there is a tolerance; none is the empty text.
+    """
     different = list(dict.fromkeys(answers))
-    if len(different) < 2:
-        return different[0] if different else ""
-    tolerance = {"absolute": 0.0, "relative": 0.0} if wanted == "all" else {}
-    return json.dumps({MARKS[wanted]: different} | tolerance)
+    if wanted == "all" and len(different) > 1:
+        return criterion(different, tolerance)
+    accepted = [a if a.startswith(MARKED) else criterion(a, tolerance) for a in different]
+    if len(accepted) < 2:
+        return accepted[0] if accepted else ""
+    return json.dumps({MARKS[wanted]: accepted})
 
 
-def read_answer(value: Any, *, worked: bool = False, wanted: str = "any") -> str:
+def read_answer(
+    value: Any, *, worked: bool = False, wanted: str = "any", tolerance: Tolerance = EXACT
+) -> str:
     """The answer that a value gives; empty where it is missing.
 
     ``worked``: the value is a solution, whose answer is marked. A list, or a text that holds a list
-    of texts, gives several accepted answers, of which any or all are ``wanted``. Raises ValueError
-    for a value that gives no answer.
+    of texts, gives several accepted answers, of which any or all are ``wanted``; ``tolerance`` is
+    that of numbers. Raises ValueError for a value that gives no answer.
     """
     if isinstance(value, str) and value[:2] in ('["', "['", '{"'):
         value = listed(value)
-    while isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, list):
-        answers = [one_answer(part, worked) for part in value if not is_missing(part)]
-        return several([answer for answer in answers if answer], wanted)
-    return one_answer(value, worked)
+    parts = value if isinstance(value, list) else [value]
+    while len(parts) == 1 and isinstance(parts[0], list):
+        parts = parts[0]
+    if len(parts) > 1:
+        parts = [part for part in parts if not is_missing(part)]
+    answers = [one_answer(part, worked) for part in parts]
+    return several([answer for answer in answers if answer], wanted, tolerance)
 
 
 def listed(text: str) -> Any:
@@ -89,14 +96,15 @@ def one_answer(value: Any, worked: bool) -> str:
 
 def from_text(text: str, worked: bool) -> str:
     """What follows the last ``####``, else what the last box holds, else, unless it is ``worked``,
-    all of it; without dollars around it. A mark with nothing behind it gives no answer."""
+    all of it; without dollars around it and the full stop behind them. A mark with nothing behind
+    it gives no answer."""
     if text.startswith(MARKED):
         answer = text
     else:
         marked = after_hashes(text) or last_boxed(text)
         whole = "" if worked or marked is not None or is_empty_mark(text) else text.strip()
         answer = marked or whole
-        if answer[:1] in ("$", "\\") and (formula := FORMULA.fullmatch(answer)):
+        if answer[:1] in ("$", "\\") and (formula := FORMULA.fullmatch(answer.removesuffix("."))):
             answer = next(filter(None, formula.groups())).strip()
     if not answer.isascii():
         check_characters("the answer", answer)

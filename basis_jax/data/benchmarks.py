@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from basis_jax.verify.criteria import EXACT, MINERVA, Tolerance
+
 
 @dataclass(frozen=True)
 class Source:
@@ -14,6 +16,7 @@ class Source:
     answer_field: str = ""
     wrapper: str = ""
     wanted: str = "any"  # of several accepted answers
+    tolerance: Tolerance = EXACT  # of numbers
     otherwise: tuple[tuple[str, str], ...] = ()  # column names to try where those are not there
     option: str = "--eval.sets"  # what a user changes when it cannot be read
 
@@ -24,10 +27,12 @@ BENCHMARKS = {
     "AIME25": Source("math-ai/aime25", "test", "problem", "answer"),  # 30
     "AMC23": Source("math-ai/amc23", "test", "question", "answer"),  # 40
     "HMMT25": Source("MathArena/hmmt_feb_2025", "train", "problem", "answer"),  # 30
-    "Minerva": Source("math-ai/minervamath", "test", "question", "answer"),  # 272
+    "Minerva": Source(
+        "math-ai/minervamath", "test", "question", "answer", tolerance=MINERVA
+    ),  # 272
     "OlympiadBench": Source(
         "math-ai/olympiadbench", "test", "question", "final_answer", wanted="all"
-    ),  # 674, text only and in English; the answer is a list
+    ),  # 674, text only and in English; the answer is a list, ``error`` its tolerance
     "GSM8K": Source("openai/gsm8k:main", "test", "question", "answer"),  # 1,319, after ####
 }
 """Hub ids, splits, columns and sizes as dataset cards and public evaluation code give them

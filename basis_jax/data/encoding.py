@@ -43,9 +43,9 @@ def as_text(problem: Problem, section: DataSection, tokenizer: Any) -> str:
     if section.prompt_format == "text":
         if before or section.system_prompt or section.chat_template_options:
             raise ValueError(
-                "data.prompt_format 'text' has no place for a system prompt, options of a chat "
-                "template or a chat of several messages; use 'chat', or data.problem_prefix for "
-                "what stands before a problem"
+                "data.prompt_format 'text' has no place for data.system_prompt, "
+                "data.chat_template_options or a chat of several messages; use 'chat', or "
+                "data.problem_prefix for what stands before a problem"
             )
         return content
     system = [("system", section.system_prompt)] if section.system_prompt else []
@@ -63,8 +63,11 @@ def encode_and_report(
     report: Callable[[str], None],
 ) -> EncodedProblems:
     """``encode_prompts`` of a named set; reports what was left out, and prompts that stand there
-    with two answers."""
-    encoded = encode_prompts(problems, section, tokenizer, size=size)
+    with two answers. Raises ValueError as ``encode_prompts`` does, with the name."""
+    try:
+        encoded = encode_prompts(problems, section, tokenizer, size=size)
+    except ValueError as error:
+        raise ValueError(f"{name} problems: {error}") from error
     report(f"{name} problems: {', '.join(f'{v} {k}' for k, v in encoded.counts.items() if v)}")
     different = contradictions(encoded.problems)
     if different:

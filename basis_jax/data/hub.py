@@ -52,8 +52,9 @@ def read_dataset(path: str, *, split: str, option: str) -> Any:
             return datasets.load_dataset(str(local), split=split)
         return datasets.load_dataset(name, subset or None, split=split)
     except Exception as error:  # builders of every format, and the network, raise what they like
+        field = "data.split" if option == "--data.path" else "split"
         raise ValueError(
-            f"the data set {path!r} (split {split!r}) could not be read "
+            f"the data set {path!r} ({field} {split!r}) could not be read "
             f"({broken_file(local) or causes(error)}); give a local .json, .jsonl, .csv or "
             f".parquet file or a data set folder with {option}"
         ) from error

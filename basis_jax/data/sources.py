@@ -14,6 +14,7 @@ from basis_jax.data.hub import hub_rows
 from basis_jax.data.problem import Problem
 from basis_jax.data.tables import CSV, JSON, READABLE, Rows, file_kind, read_table
 from basis_jax.data.values import held_in, is_missing, listing
+from basis_jax.verify.criteria import Tolerance, olympiad_tolerance
 from basis_jax.verify.gym import check_scorer
 
 SCORERS_TRIED = 3  # problems of reasoning-gym whose scorer is tried before a run
@@ -92,7 +93,10 @@ def load(source: Source, *, held_out: bool) -> list[Problem]:
     understood; it names file and row.
     """
     if source.path.startswith("task:"):
-        made = tasks.problems(source.path.removeprefix("task:"), held_out=held_out)
+        try:
+            made = tasks.problems(source.path.removeprefix("task:"), held_out=held_out)
+        except ValueError as error:
+            raise ValueError(f"{error}; give another with {source.option}") from error
         if source.path.startswith("task:" + tasks.GYM):
             check_scorer(source.path, [problem.answer for problem in made[:SCORERS_TRIED]])
         return made
@@ -129,6 +133,8 @@ def read_rows(source: Source) -> tuple[str, Rows]:
     the hub. A name that can only be a local one is never looked for on the hub."""
     path = Path(source.path).expanduser()
     before_colon = Path(source.path.partition(":")[0]).expanduser()
+    if not source.path.strip():
+        raise ValueError(f"{source.option} is empty; {READABLE}, a folder or a hub id")
     try:
         kind = file_kind(path)
         if path.is_file() and kind is None:
@@ -200,8 +206,9 @@ def as_problem(row: Mapping[str, Any], columns: tuple[str, str], source: Source)
 
     A worked answer is what follows its last ``####``, else what its last box holds; a ``solution``
     with neither is no answer. Several answers are all wanted where ``source.wanted`` says so, or
-    the row itself: ``answers_wanted``, or OlympiadBench's ``is_multiple_answer``. Raises ValueError
-    for what is no problem or no answer.
+    the row itself: ``answers_wanted``, or OlympiadBench's ``is_multiple_answer``. The tolerance of
+    numbers is the source's, or that of OlympiadBench's ``error``. Raises ValueError for what is no
+    problem or no answer.
     """
     answer = value_at(row, columns[1])
     one_text = isinstance(answer, str) and answer[:1] not in ("[", "{")
@@ -211,6 +218,7 @@ def as_problem(row: Mapping[str, Any], columns: tuple[str, str], source: Source)
             answer,
             worked=columns[1].endswith("solution"),
             wanted=source.wanted if one_text else wanted_in(row, source.wanted),
+            tolerance=tolerance_in(row, columns[1], source.tolerance),
         ),
         kind=kind_of(row["kind"]) if "kind" in row else "",
     )
@@ -220,6 +228,13 @@ def kind_of(value: Any) -> str:
     """A row's kind; those of lists and objects are none."""
     is_kind = not is_missing(value) and not isinstance(value, list | Mapping)
     return str(value).encode("utf-8", "replace").decode() if is_kind else ""
+
+
+def tolerance_in(row: Mapping[str, Any], answer_column: str, usual: Tolerance) -> Tolerance:
+    """How far from the right number an answer to this row may be."""
+    if answer_column != "final_answer" or "error" not in row:
+        return usual
+    return olympiad_tolerance(None if is_missing(row["error"]) else row["error"])
 
 
 def wanted_in(row: Mapping[str, Any], usual: str) -> str:

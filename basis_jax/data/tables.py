@@ -28,7 +28,7 @@ BYTE_ORDER_MARKS = (
 )
 ARRAY = re.compile(r"\s*\[")
 FLOAT_INTEGER = re.compile(r"-?\d{1,15}\.0")
-EMPTY_CELLS = frozenset({"nan", "null", "none", "<na>", "#n/a"})
+EMPTY_CELLS = frozenset({"nan", "null", "none", "<na>", "#n/a", "na", "n/a"})
 READABLE = "give a .json, .jsonl, .ndjson, .csv, .tsv or .parquet file (also .gz, .bz2 or .xz)"
 
 

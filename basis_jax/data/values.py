@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-MISSING_WORDS = frozenset({"nan", "<na>"})
-"""Texts, in lower case, that a data frame writes for a missing value."""
+MISSING_WORDS = frozenset({"nan", "<na>", "null"})
+"""Texts, in lower case, that a data frame writes for a missing value; so is Python's "None"."""
 SHOWN = 40  # characters of a text in an error
 NAMED = 30  # columns of a row, or parts of an object, that an error names
 
@@ -15,7 +15,7 @@ def is_missing(value: Any) -> bool:
     """Whether it is null, NaN (the one value that differs from itself), or a blank text."""
     if isinstance(value, str):
         text = value.strip()
-        return not text or (len(text) <= 4 and text.lower() in MISSING_WORDS)
+        return not text or (len(text) <= 4 and (text.lower() in MISSING_WORDS or text == str(None)))
     return value is None or (not isinstance(value, list | Mapping) and bool(value != value))
 
 

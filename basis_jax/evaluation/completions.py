@@ -27,6 +27,14 @@ from basis_jax.verify.mathematics import why_not_comparable
 from basis_jax.verify.notation import canonical, number
 
 PROGRESS_EVERY_S = 10.0
+FIELDS = {
+    "sets": "eval.sets",
+    "samples": "eval.samples",
+    "temperature": "eval.temperature",
+    "verifier": "data.verifier",
+    **{key: f"sampling.{key}" for key in ("top_p", "top_k", "max_new_tokens")},
+}
+"""The config's fields behind a protocol."""
 RULES = {
     "invalid": "a completion that could not be graded counts as wrong in every metric",
     "avg@k": "mean over problems of the mean reward of a problem's k completions",
@@ -173,7 +181,8 @@ def settle_protocol(out: Path, protocol: Mapping[str, Any]) -> None:
         replace_file(path, json.dumps(protocol, indent=2) + "\n")
     stored = read_json(path)
     differing = [
-        f"{key} is {shortened(stored.get(key))} there and {shortened(protocol.get(key))} here"
+        f"{FIELDS.get(key, key)} is {shortened(stored.get(key))} there and "
+        f"{shortened(protocol.get(key))} here"
         for key in sorted(stored.keys() | protocol.keys())
         if stored.get(key) != protocol.get(key)
     ]
@@ -191,17 +200,24 @@ def shortened(value: Any) -> str:
 
 def results(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     """Every metric with its interval, computed from the lines of ``path`` alone, by set and as
-    the average over sets; and of each set what was left out, not graded or cut short.
+    the average over sets; and of each set what was left out, not graded or cut short. ``failed``:
+    the sets without a result, and why: not loaded, or none of the completions graded.
 
-    Raises ValueError where the lines are not those of the evaluation's plan, and where no
-    completion of a set could be graded.
+    Raises ValueError where the lines are not those of the evaluation's plan, and where every set
+    has failed.
     """
     samples = evaluation.config.eval.samples
     rows = read_lines(path)
-    described, scores_by_set = {}, {}
+    described, scores_by_set, failed = {}, {}, dict(evaluation.failed)
     for name, problems in evaluation.sets.items():
         columns = read_set(rows, name, problems, samples, path)
-        scores.check_graded(columns["valid"], name)
+        try:
+            scores.check_graded(columns["valid"], name)
+        except ValueError as error:
+            failed[name] = str(error)
+            if len(failed) == len(evaluation.sets) + len(evaluation.failed):
+                raise
+            continue
         scores_by_set[name] = scores.all_scores(
             *(columns[key] for key in ("reward", "valid", "vote"))
         )
@@ -219,7 +235,7 @@ def results(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     sets, average = scores.summary(scores_by_set)
     for name, metrics in sets.items():
         described[name]["metrics"] = metrics
-    return {"sets": described, "average": average, "rules": RULES}
+    return {"sets": described, "average": average, "failed": failed, "rules": RULES}
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -119,12 +119,14 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a stand-alone evaluation holds fixed, apart from the parameters."""
+    """What a stand-alone evaluation holds fixed, apart from the parameters. ``failed``: the sets
+    that could not be loaded, and why."""
 
     config: Config
     folder: Path  # of the model
     setup: RolloutSetup
     sets: dict[str, EncodedProblems]
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def sampling(self) -> SamplingSection:
@@ -136,40 +138,46 @@ class Evaluation:
 def open_evaluation(config: Config, report: Callable[[str], None] = print) -> Iterator[Evaluation]:
     """Yield the Evaluation; its verifier's processes end with the block. Needs no training data.
 
-    Raises ValueError for settings that cannot be evaluated, before weights are read.
+    A set that cannot be loaded or does not fit is left out, and said to be. Raises ValueError for
+    settings that cannot be evaluated, before weights are read, and where no set is left.
     """
     check_ranges(config)
     folder, model_config, mesh = locate_model(config)
     check_evaluation(config, model_config, mesh)
     tokenizer = huggingface.load_tokenizer(folder)
-    sets = load_held_out_sets(config, tokenizer, report)
-    for problems in sets.values():
-        check_memory(
-            config,
-            model_config,
-            mesh,
-            prompt_width=problems.tokens.shape[1],
-            rows=len(problems.problems) * config.eval.samples,
-        )
+    sets, failed = {}, {}
+    for name in config.eval.sets:
+        try:
+            problems = load_held_out_set(name, config, tokenizer, report)
+            check_memory(
+                config,
+                model_config,
+                mesh,
+                prompt_width=problems.tokens.shape[1],
+                rows=len(problems.problems) * config.eval.samples,
+            )
+            sets[name] = problems
+        except ValueError as error:
+            failed[name] = str(error)
+            if len(failed) == len(set(config.eval.sets)):
+                raise
+            report(f"warning: {name} is left out: {error}")
     with open_setup(config, folder, model_config, mesh, tokenizer, report=report) as setup:
-        yield Evaluation(config, folder, setup, sets)
+        yield Evaluation(config, folder, setup, sets, failed)
 
 
-def load_held_out_sets(
-    config: Config, tokenizer: Any, report: Callable[[str], None]
-) -> dict[str, EncodedProblems]:
-    """The sets of ``eval.sets`` by name, as tokens; what was left out is reported."""
-    return {
-        name: encode_and_report(
-            f"held-out {name}",
-            load_held_out(name, config.eval.folder, config.data),
-            config.data,
-            tokenizer,
-            size=config.eval.size,
-            report=report,
-        )
-        for name in config.eval.sets
-    }
+def load_held_out_set(
+    name: str, config: Config, tokenizer: Any, report: Callable[[str], None]
+) -> EncodedProblems:
+    """A set of ``eval.sets`` as tokens; what was left out is reported."""
+    return encode_and_report(
+        f"held-out {name}",
+        load_held_out(name, config.eval.folder, config.data),
+        config.data,
+        tokenizer,
+        size=config.eval.size,
+        report=report,
+    )
 
 
 def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:

@@ -29,8 +29,10 @@ def table(found: Mapping[str, Any]) -> list[str]:
 
 
 def warnings(found: Mapping[str, Any]) -> list[str]:
-    """A sentence for each set of which some completions could not be graded."""
-    return [
+    """A sentence for each set without a result, and for each of which some completions could not
+    be graded."""
+    failed = [f"{name} has no result: {why}" for name, why in found["failed"].items()]
+    return failed + [
         f"warning: {of_set['invalid']} of {of_set['completions']} completions of {name} "
         f"({of_set['invalid'] / of_set['completions']:.2%}) could not be graded and count as "
         "wrong; kind and reason in completions.jsonl say why"

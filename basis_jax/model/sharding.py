@@ -45,8 +45,9 @@ def make_mesh(
         sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} does not make the {len(devices)} "
-            "devices present; choose sizes whose product is that number (one may be -1: the rest)"
+            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} does not make the "
+            f"{len(devices)} devices present; choose sizes whose product is that number (one may "
+            "be -1: the rest)"
         )
     grid = np.asarray(devices).reshape(sizes)
     return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -103,6 +104,6 @@ def check_divides(mesh: Mesh, sizes: dict[str, tuple[int, str]]) -> None:
         if size % count:
             raise ValueError(
                 f"{name} = {size} does not divide over {count} devices "
-                f"({' x '.join(mesh_axes(axis))} of the mesh); give a multiple of {count} or a "
-                "smaller mesh axis"
+                f"({' x '.join(f'mesh.{name}' for name in mesh_axes(axis))}); give a multiple of "
+                f"{count} or a smaller mesh"
             )

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 
 from jax.sharding import Mesh
@@ -19,6 +21,13 @@ from basis_jax.verify import extraction_mode
 WARNINGS = tuple(field.name for field in dataclasses.fields(WatchSection))
 SCHEDULES = ("constant", "linear", "cosine")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+GPU_SHARE = 0.75
+"""Of a GPU's memory, where the environment says nothing else: JAX takes it when it starts."""
+SHARE_VARIABLES = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+)  # the newer name first
+ALLOCATOR_VARIABLE = "XLA_PYTHON_CLIENT_ALLOCATOR"
 
 
 def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
@@ -41,13 +50,21 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     rollouts = train.prompts_per_step * group
     shards = batch_shards(mesh)
     for larger, smaller, sizes in (
-        ("rollouts per step", "train.minibatch_rollouts", (rollouts, train.minibatch_rollouts)),
+        (
+            "train.prompts_per_step x sampling.group_size: rollouts per step",
+            "train.minibatch_rollouts",
+            (rollouts, train.minibatch_rollouts),
+        ),
         (
             "train.minibatch_rollouts",
             "train.microbatch_rollouts",
             (train.minibatch_rollouts, train.microbatch_rollouts),
         ),
-        ("train.microbatch_rollouts", "the batch's devices", (train.microbatch_rollouts, shards)),
+        (
+            "train.microbatch_rollouts",
+            "the batch's devices, mesh.data x mesh.fsdp",
+            (train.microbatch_rollouts, shards),
+        ),
     ):
         if min(sizes) < 1 or sizes[0] % sizes[1]:
             raise ValueError(
@@ -87,8 +104,9 @@ def check_scorers(verifier: str, paths: Sequence[str]) -> None:
     for path in paths:
         if path.startswith("task:" + GYM) != (verifier == "gym"):
             raise ValueError(
-                f"data.verifier is {verifier!r} for the problems of {path!r}; those of "
-                "task:gym/... need the verifier 'gym', and no others can have it"
+                f"data.verifier is {verifier!r} for the problems of {path!r} (data.path or "
+                "eval.sets); those of task:gym/... need the verifier 'gym', and no others can have "
+                "it"
             )
 
 
@@ -145,6 +163,7 @@ def check_memory(
     is refused has no chance.
     """
     train, length = config.train, prompt_width + config.sampling.max_new_tokens
+    devices = list(mesh.devices.ravel())
     weights = costs.parameter_bytes(model_config, mesh)
     moments = {"moments": 2 * weights} if training else {}
     reference = {"a KL term's reference": weights} if training and config.loss.kl_coef else {}
@@ -154,7 +173,7 @@ def check_memory(
     _check_fits(
         f"sampling {slots} rollouts of {length} tokens at once",
         parts | moments | reference,
-        mesh,
+        devices,
         "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.fsdp",
     )
     if training:
@@ -166,20 +185,21 @@ def check_memory(
         _check_fits(
             f"an update over microbatches of {count} rollouts of {length} tokens",
             parts | reference,
-            mesh,
+            devices,
             "lower train.microbatch_rollouts, loss.logprob_chunk or sampling.max_new_tokens, "
             f"{remat}or raise mesh.fsdp",
         )
 
 
-def _check_fits(what: str, parts: Mapping[str, int], mesh: Mesh, advice: str) -> None:
-    needed, available = sum(parts.values()), device_memory(list(mesh.devices.ravel()))
+def _check_fits(what: str, parts: Mapping[str, int], devices: Sequence, advice: str) -> None:
+    needed, available = sum(parts.values()), device_memory(devices)
     if needed > available:
         biggest = sorted(parts.items(), key=lambda part: -part[1])[:3]
         named = ", ".join(f"{name} {gigabytes(size)}" for name, size in biggest if size)
+        share = f" for JAX ({share_advice(os.environ)})" if devices[0].platform == "gpu" else ""
         raise ValueError(
             f"{what} needs {gigabytes(needed)} a device ({named}) and there are "
-            f"{gigabytes(available)}; {advice}"
+            f"{gigabytes(available)}{share}; {advice}"
         )
 
 
@@ -187,12 +207,46 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.3g} GB"
 
 
+def memory_share(environment: Mapping[str, str]) -> float:
+    """The share of a GPU's memory that JAX may use.
+
+    It is the same limit with ``XLA_PYTHON_CLIENT_PREALLOCATE=false``, where memory is taken as it
+    is needed; only the allocator "platform" knows none.
+    """
+    if environment.get(ALLOCATOR_VARIABLE, "").lower() == "platform":
+        return 1.0
+    return float(next(filter(None, map(environment.get, SHARE_VARIABLES)), GPU_SHARE))
+
+
+def usable_memory(device_bytes: int, environment: Mapping[str, str]) -> int:
+    """Bytes that JAX may use of a GPU that has ``device_bytes``."""
+    return int(device_bytes * memory_share(environment))
+
+
+def share_advice(environment: Mapping[str, str]) -> str:
+    return f"{memory_share(environment):.0%} of the GPU; {SHARE_VARIABLES[0]}=0.95 raises it"
+
+
 def device_memory(devices: Sequence) -> int:
-    """Bytes that one of these devices may hold; where the backend does not say (CPU), an equal
-    share of the machine's memory."""
+    """Bytes that JAX may use of one of these devices. GPUs and TPUs report their limit, which is a
+    share already; a GPU that reports none is asked for its size, and nothing is refused where it
+    does not tell. A CPU's is an equal share of the machine's memory."""
     stats = devices[0].memory_stats() or {}
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return stats.get("bytes_limit") or machine // len(devices)
+    if stats.get("bytes_limit"):
+        return stats["bytes_limit"]
+    if devices[0].platform == "gpu":
+        return usable_memory(gpu_bytes() or sys.maxsize, os.environ)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
+
+
+def gpu_bytes() -> int:
+    """The memory of the smallest NVIDIA GPU of this machine; 0 where nobody tells."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return min(int(line) for line in found.stdout.split()) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return 0
 
 
 def check_loss(loss: LossSection) -> None:
@@ -208,9 +262,9 @@ def check_trainable(sampling: SamplingSection) -> None:
     """Raise ValueError where rollouts would not come from the distribution that is trained."""
     if sampling.top_p < 1 or sampling.top_k > 0:
         raise ValueError(
-            f"sampling.top_p = {sampling.top_p} and top_k = {sampling.top_k} truncate the "
-            "distribution while the gradient is that of the full softmax; train with top_p 1 and "
-            "top_k 0"
+            f"sampling.top_p = {sampling.top_p} and sampling.top_k = {sampling.top_k} truncate the "
+            "distribution while the gradient is that of the full softmax; train with "
+            "sampling.top_p 1 and sampling.top_k 0"
         )
     if sampling.temperature <= 0:
         raise ValueError(

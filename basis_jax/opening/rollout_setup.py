@@ -13,13 +13,16 @@ from basis_jax.config import Config
 from basis_jax.data.templates import turn_end
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import make_mesh
+from basis_jax.opening.checks import COMPUTE_DTYPES, check_words
 from basis_jax.sampling.rollouts import RolloutSetup
 from basis_jax.verify import make_verifier
 from basis_jax.weights import huggingface
 
 
 def locate_model(config: Config) -> tuple[Path, ModelConfig, Mesh]:
-    """The model's folder, its shape and the mesh of devices; no weights are read."""
+    """The model's folder, its shape and the mesh of devices; no weights are read. Raises
+    ValueError where one of them cannot be had."""
+    check_words(("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES))
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     folder = huggingface.resolve_folder(config.model.path)
     model_config = huggingface.read_model_config(

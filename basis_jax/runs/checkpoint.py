@@ -5,11 +5,16 @@ the one before. Restoring lays the arrays out for the mesh of today, whatever th
 """
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from basis_jax.config import CheckpointSection
 from basis_jax.types import TrainState
@@ -31,20 +36,36 @@ def save(checkpoints: Any, state: TrainState, config: dict) -> None:
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(_as_dict(state)), config=ocp.args.JsonSave(config)
     )
-    log = logging.getLogger("absl")  # orbax's, which logs the traceback of each of its threads
+    with _quiet():
+        try:
+            checkpoints.save(int(state.step), args=items)
+            checkpoints.wait_until_finished()
+        except Exception as error:  # orbax's, tensorstore's and the system's own
+            raise ValueError(
+                f"checkpoint {checkpoints.directory / str(int(state.step))} could not be written "
+                f"({_reason(error)}); mend that and give the same command again: it goes on from "
+                "the checkpoint before"
+            ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracebacks of failures that an error tells of already: orbax logs that of each of
+    its threads, and those of tensorstore find the event loop closed by the first that failed."""
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
     level = log.level
+
+    def ignore_closed_loop(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
     log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = ignore_closed_loop
     try:
-        checkpoints.save(int(state.step), args=items)
-        checkpoints.wait_until_finished()
-    except Exception as error:  # orbax's, tensorstore's and the system's own
-        raise ValueError(
-            f"checkpoint {checkpoints.directory / str(int(state.step))} could not be written "
-            f"({_reason(error)}); mend that and give the same command again: it goes on from the "
-            "checkpoint before"
-        ) from error
+        yield
     finally:
         log.setLevel(level)
+        sys.unraisablehook = hook
 
 
 def _reason(error: Exception) -> str:
@@ -57,7 +78,8 @@ def _reason(error: Exception) -> str:
 
 def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState | None:
     """The newest complete checkpoint, laid out as ``like`` (arrays or their shapes); None without
-    one. Raises ValueError where it cannot be read."""
+    one. Raises ValueError where it cannot be read, and for parameters or moments that are not
+    finite."""
     step = checkpoints.latest_step()
     if step is None:
         return None
@@ -70,7 +92,26 @@ def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState 
             f"checkpoint {checkpoints.directory / str(step)} cannot be read ({error}); remove that "
             "folder to resume from the one before"
         ) from error
-    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(restored))
+    state = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(restored))
+    check_finite(
+        {"params": state.params, "opt_state": state.opt_state},
+        str(checkpoints.directory / str(step)),
+    )
+    return state
+
+
+def check_finite(tree: PyTree, folder: str) -> None:
+    """Raise a ValueError naming the first leaf with NaN or infinity. One pass over each leaf, whose
+    sum is then not finite; only where it is not are the numbers looked at one by one, as a sum of
+    finite ones may overflow."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.isfinite(jnp.sum(leaf)):
+            if not jnp.all(jnp.isfinite(leaf)):
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(
+                    f"checkpoint {folder} holds NaN or infinity in {name}; remove that folder to "
+                    "resume from the one before, or give another --run-dir"
+                )
 
 
 def _as_dict(state: TrainState) -> dict:

@@ -37,6 +37,8 @@ def lock_run(run_dir: str | Path) -> Iterator[Path]:
 
     Raises ValueError where another process holds it, or it cannot be made.
     """
+    if not str(run_dir).strip():
+        raise ValueError("run_dir is empty; give a folder with --run-dir")
     run_dir = Path(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

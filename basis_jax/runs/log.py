@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from basis_jax.runs.stopping import StopRequested
+
 
 def log_line(run_dir: Path, text: str) -> None:
     """Append a line, or several, to ``log.txt``. What is written is closed at once, so that a kill
@@ -20,10 +22,13 @@ def log_line(run_dir: Path, text: str) -> None:
 
 @contextmanager
 def errors_logged(run_dir: Path) -> Iterator[None]:
-    """Errors that leave the block are logged: ValueErrors as their sentence, others with their
-    traceback."""
+    """Errors that leave the block are logged: ValueErrors as their sentence, a stop that was asked
+    for as its own, others with their traceback."""
     try:
         yield
+    except StopRequested as stopped:
+        log_line(run_dir, str(stopped))
+        raise
     except ValueError as error:
         log_line(run_dir, f"error: {error}")
         raise

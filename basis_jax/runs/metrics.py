@@ -17,7 +17,7 @@ from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
-from basis_jax.files import append_json_lines, whole_lines
+from basis_jax.files import append_json_lines, replace_file, whole_lines
 from basis_jax.runs.log import log_line
 from basis_jax.runs.terminal import Stream, Terminal
 
@@ -81,14 +81,35 @@ class Records:
         values = {key: float(value) for key, value in metrics.items()}
         append_json_lines(self._metrics, [_finite({"step": step, **values})])
         self.last_step = step
-        if self._events is not None:
-            for key, value in values.items():
-                self._events.add_scalar(key, value, step)
-        log_line(self._run_dir, self._terminal.step(step, values))
+        self._show(step, values, values)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds."""
+        return read_metrics(self._run_dir)
+
+    def complete(self, metrics: Mapping[str, float]) -> None:
+        """Add ``metrics`` to the line of the last step. The file is replaced in one step."""
+        if not metrics:
+            return
+        *before, line = self.lines()
+        new = {key: float(value) for key, value in metrics.items()}
+        line |= new
+        content = "".join(json.dumps(_finite(row)) + "\n" for row in [*before, line])
+        replace_file(self._run_dir / "metrics.jsonl", content)
+        self._metrics, _ = _open_lines(self._run_dir / "metrics.jsonl", self.last_step)
+        self._opened.enter_context(self._metrics)
+        shown = {k: v for k, v in line.items() if v is not None and k != "step"}
+        self._show(self.last_step, new, shown)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append completions to ``samples.jsonl``, one line each, before the step is logged."""
         append_json_lines(self._samples, (_finite({"step": step, **row}) for row in rows))
+
+    def _show(self, step: int, new: Mapping[str, float], all_of: Mapping[str, float]) -> None:
+        if self._events is not None:
+            for key, value in new.items():
+                self._events.add_scalar(key, value, step)
+        log_line(self._run_dir, self._terminal.step(step, all_of))
 
     def message(self, text: str) -> None:
         """One line for whoever watches the run."""

@@ -1,7 +1,8 @@
 """SIGINT (Ctrl-C) and SIGTERM end a run between two steps, with everything saved.
 
 Work that changes nothing yet (sampling, grading, evaluating) is dropped at once; work that has
-begun to change the state is finished first. A second signal ends the process at once.
+begun to change the state is finished first. A step whose evaluation is dropped is kept, and is
+evaluated when the run goes on. A second signal ends the process at once.
 """
 
 import signal
@@ -50,11 +51,15 @@ class Stopper:
         finally:
             self._droppable = False
 
-    def stopped_after(self, step: int) -> StopRequested:
-        """What ``train`` raises when step ``step`` is the last one that is logged."""
+    def stopped_after(self, step: int | None) -> StopRequested:
+        """What ``train`` raises when the newest checkpoint is of step ``step``; None: there is
+        none."""
         name = self.requested.name if self.requested else "a request"
-        done = f"after step {step}" if step >= 0 else "before the first step"
-        stopped = StopRequested(f"stopped by {name} {done}; what is done is saved")
+        if step is None:
+            sentence = "before a step was saved; the same command starts the run again"
+        else:
+            sentence = f"with everything up to step {step} saved; the same command goes on there"
+        stopped = StopRequested(f"stopped by {name} {sentence}")
         stopped.exit_code = 128 + (self.requested or 0)
         return stopped
 

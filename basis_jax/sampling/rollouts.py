@@ -39,16 +39,27 @@ class RolloutSetup:
 
 @dataclass(frozen=True)
 class Graded:
-    """Rollouts (host arrays) with their texts and verdicts, row by row."""
+    """Rollouts (host arrays) with their texts and verdicts, row by row. A row that is given a
+    reward of NaN or infinity is invalid, as a failure of the verifier."""
 
     rollouts: Rollouts
     completions: list[str]
-    rewards: np.ndarray  # [N] float32; 0 where invalid
+    rewards: np.ndarray  # [N] float32, finite; 0 where invalid
     valid: np.ndarray  # [N] bool: False where the verifier failed
     reasons: list[str]
     kinds: list[str]  # of verdicts: verify.verdicts.KINDS
     sample_seconds: float
     verify_seconds: float  # that grading took beyond sampling
+
+    def __post_init__(self) -> None:
+        failed = self.valid & ~np.isfinite(self.rewards)
+        reasons, kinds = list(self.reasons), list(self.kinds)
+        for i in np.flatnonzero(failed):
+            reasons[i], kinds[i] = f"the verifier's reward is {self.rewards[i]}", "failure"
+        rewards = np.where(np.isfinite(self.rewards), self.rewards, np.float32(0))
+        mended = {"rewards": rewards, "valid": self.valid & ~failed}
+        for name, value in (mended | {"reasons": reasons, "kinds": kinds}).items():
+            object.__setattr__(self, name, value)
 
     @property
     def tokens(self) -> int:
@@ -130,10 +141,12 @@ def roll_out(
         sampled = time.perf_counter()
         grader.wait()
     verdicts = grader.verdicts
+    with np.errstate(over="ignore"):  # 1e300 is infinite in float32
+        rewards = np.array([v.reward if v.valid else 0.0 for v in verdicts]).astype(np.float32)
     return Graded(
         rollouts=rollouts,
         completions=grader.completions,
-        rewards=np.array([v.reward if v.valid else 0.0 for v in verdicts], np.float32),
+        rewards=rewards,
         valid=np.array([v.valid for v in verdicts]),
         reasons=[v.reason for v in verdicts],
         kinds=[v.kind for v in verdicts],

@@ -18,7 +18,7 @@ from basis_jax.runs import checkpoint
 from basis_jax.runs.compiles import count_compiles
 from basis_jax.runs.identity import lock_run, open_run
 from basis_jax.runs.log import errors_logged, log_line
-from basis_jax.runs.metrics import Records, read_metrics
+from basis_jax.runs.metrics import Records
 from basis_jax.runs.stopping import Stopper, StopRequested
 from basis_jax.sampling.rollouts import Graded, roll_out
 from basis_jax.training.microbatches import make_batches
@@ -101,44 +101,91 @@ def run_steps(
     report: Callable[[str], None] = print,
 ) -> None:
     """All steps that are left. A step is logged before its checkpoint is saved: see ``Records``."""
-    config, last = session.config, session.config.train.steps
+    try:
+        restored = checkpoint.restore(checkpoints, state_shapes(session))
+        with stopper.droppable():
+            state = first_state(session, run_dir, report) if restored is None else restored
+        resume_step = -1 if restored is None else int(state.step)
+        with Records(run_dir, session.config.train.steps, resume_step) as records:
+            take_steps(session, state, records, checkpoints, stopper, callbacks)
+    except StopRequested:
+        raise stopper.stopped_after(checkpoints.latest_step()) from None
+
+
+def take_steps(
+    session: Session,
+    state: TrainState,
+    records: Records,
+    checkpoints: Any,
+    stopper: Stopper,
+    callbacks: Sequence[Callback] = (),
+) -> None:
+    """The steps after ``state`` and the evaluations around them. Raises StopRequested when all that
+    is done is saved."""
+    config, start, last = session.config, int(state.step), session.config.train.steps
     step = make_step(session, droppable=stopper.droppable)
-    restored = checkpoint.restore(checkpoints, state_shapes(session))
-    with stopper.droppable():
-        state = first_state(session, run_dir, report) if restored is None else restored
-    start = int(state.step)
-    resume_step = -1 if restored is None else start
-    with count_compiles() as compiled, Records(run_dir, last, resume_step) as records:
-        try:
-            if restored is None:
-                with stopper.droppable():
-                    before = evaluate_now(state.params, session)
-                log_step(records, 0, before | compiled.take())
-            watch = Watch(config, read_metrics(run_dir))
-            for done in range(start + 1, last + 1):
-                if watch.solved:
-                    break
-                state, metrics, graded, estimate = step(state, done - 1)
-                watch.count(metrics)
-                at_end = done == last or watch.solved
-                if at_end or (config.eval.every and done % config.eval.every == 0):
-                    with stopper.droppable():
-                        metrics |= evaluate_now(state.params, session)
-                shown = shown_rows(session, graded, estimate, config.train.log_samples)
-                records.samples(done, shown)
-                log_step(records, done, metrics | compiled.take())
-                if at_end or done % config.checkpoint.every == 0:
-                    checkpoint.save(checkpoints, state, dataclasses.asdict(config))
-                for callback in callbacks:
-                    callback(done, state, metrics)
-                for warning in watch.warnings(metrics, graded, answers_of(session, graded)):
-                    records.message(warning)
+    with count_compiles() as compiled:
+        if start == 0:
+            with stopper.droppable():
+                before = evaluate_now(state.params, session)
+            log_step(records, 0, before | compiled.take())
+        watch = Watch(config, records.lines())
+        if start and evaluation_due(config, start, watch):
+            evaluate_again(state, session, records, stopper)
+        for done in range(start + 1, last + 1):
             if watch.solved:
-                records.message(watch.solved_message())
-        except StopRequested:
-            if records.last_step == int(state.step) > (checkpoints.latest_step() or 0):
-                checkpoint.save(checkpoints, state, dataclasses.asdict(config))
-            raise stopper.stopped_after(records.last_step) from None
+                break
+            try:
+                state, metrics, graded, estimate = step(state, done - 1)
+            except StopRequested:
+                save_once(checkpoints, state, config)
+                raise
+            watch.count(metrics)
+            if evaluation_due(config, done, watch):
+                metrics |= evaluate_unless_stopped(state.params, session, stopper)
+            records.samples(done, shown_rows(session, graded, estimate, config.train.log_samples))
+            log_step(records, done, metrics | compiled.take())
+            at_end = done == last or watch.solved or stopper.requested
+            if at_end or done % config.checkpoint.every == 0:
+                save_once(checkpoints, state, config)
+            for callback in callbacks:
+                callback(done, state, metrics)
+            for warning in watch.warnings(metrics, graded, answers_of(session, graded)):
+                records.message(warning)
+    if stopper.requested:
+        raise StopRequested
+    if watch.solved:
+        records.message(watch.solved_message())
+
+
+def save_once(checkpoints: Any, state: TrainState, config: Config) -> None:
+    """Save a state that is newer than the newest checkpoint."""
+    if int(state.step) > (checkpoints.latest_step() or 0):
+        checkpoint.save(checkpoints, state, dataclasses.asdict(config))
+
+
+def evaluation_due(config: Config, step: int, watch: Watch) -> bool:
+    """Whether held-out accuracy is wanted after this step: the last one, and every few before."""
+    every = config.eval.every
+    return step == config.train.steps or watch.solved or bool(every and step % every == 0)
+
+
+def evaluate_unless_stopped(params: PyTree, session: Session, stopper: Stopper) -> dict[str, float]:
+    """``evaluate_now``; nothing where the run is asked to stop, since it is made up for later."""
+    try:
+        with stopper.droppable():
+            return evaluate_now(params, session)
+    except StopRequested:
+        return {}
+
+
+def evaluate_again(state: TrainState, session: Session, records: Records, stopper: Stopper) -> None:
+    """Add the evaluation to the line of the newest step, where a stop kept it from being made."""
+    newest = records.lines()[-1:]
+    if newest and newest[0]["step"] == int(state.step) and "eval/accuracy" not in newest[0]:
+        with stopper.droppable():
+            metrics = evaluate_now(state.params, session)
+        records.complete(metrics)
 
 
 def log_step(records: Records, step: int, metrics: Mapping[str, float]) -> None:

@@ -1,10 +1,12 @@
 """The offline reference table: how often the reference policy solves each training problem.
 
 One .npz file: successes and trials a problem, the reward of every rollout, the problem's identity
-(content hash and prompt hash), and what made it (model fingerprint, sampling settings, verifier). A
-table is used only where all of that fits the run. Cost: M x n rollouts once; 1 M problems take 32
-MB and 4 MB a rollout. Tables without rewards, of older versions, are read too. It may hold the
-reference policy's ``prompt_features`` as well, with any n or none: M prefills, 4 MB a feature.
+(content hash and prompt hash), and what made it (model fingerprint, sampling settings, verifier).
+A rollout that could not be graded says nothing about the pass rate: it is no trial, and is reported
+(``ungraded_warning``). A table is used only where what made it fits the run. Cost: M x n rollouts
+once; 1 M problems take 32 MB and 4 MB a rollout. Tables without rewards, of older versions, are
+read too. It may hold the reference policy's ``prompt_features`` as well, with any n or none:
+M prefills, 4 MB a feature.
 """
 
 import hashlib
@@ -26,6 +28,13 @@ from basis_jax.sampling.rollouts import ROWS_PER_SLOT, RolloutSetup, roll_out
 from basis_jax.training.prompt_features import prompt_features
 
 SAVE_EVERY_S = 10.0
+FIELDS = {
+    "verifier": "data.verifier",
+    "features": "estimator.features",
+    **{k: f"sampling.{k}" for k in ("temperature", "top_p", "top_k", "max_new_tokens")},
+    "eos_ids": "eos_ids (sampling.stop_tokens and the model's)",
+}
+"""The config's fields behind what a table was made by."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +118,18 @@ def rows_for(
     """
     differing = [key for key in origin if table.made_by.get(key) != origin[key]]
     if differing:
-        says = "; ".join(f"{k} {table.made_by.get(k)!r}, run {origin[k]!r}" for k in differing)
+        says = "; ".join(
+            f"{FIELDS.get(k, k)} {table.made_by.get(k)!r}, run {origin[k]!r}" for k in differing
+        )
         raise ValueError(
-            f"reference table {path} does not fit this run ({says}); make one for this run with "
-            "scripts/reference_stats.py"
+            f"the table of estimator.table, {path}, does not fit this run ({says}); make one for "
+            "this run with scripts/reference_stats.py"
         )
     total = int(table.made_by["samples"]) * len(table.uids)
     if table.position < total:
         raise ValueError(
-            f"reference table {path} is unfinished ({table.position} of {total} rollouts); run "
-            "scripts/reference_stats.py again to finish it"
+            f"the table of estimator.table, {path}, is unfinished ({table.position} of {total} "
+            "rollouts); run scripts/reference_stats.py again to finish it"
         )
     hashes = prompt_hashes(problems)
     rows = {
@@ -129,8 +140,9 @@ def rows_for(
     missing = sum(key not in rows for key in keys)
     if missing:
         raise ValueError(
-            f"reference table {path} lacks {missing} of the run's {len(keys)} problems (or has "
-            "them with other prompts); make one for this run with scripts/reference_stats.py"
+            f"the table of estimator.table, {path}, lacks {missing} of the run's {len(keys)} "
+            "problems (or has them with other prompts); make one for this run with "
+            "scripts/reference_stats.py"
         )
     index = np.array([rows[key] for key in keys])
     return replace(
@@ -194,6 +206,20 @@ def build(
             saved = time.monotonic()
             report(f"reference table: {table.position} of {size * samples} rollouts")
     return table
+
+
+def ungraded_warning(table: ReferenceTable) -> str:
+    """A sentence where some rollouts of a finished table could not be graded, else ""."""
+    rollouts = int(table.made_by["samples"]) * len(table.uids)
+    ungraded = rollouts - int(table.trials.sum())
+    if not ungraded:
+        return ""
+    without = int(np.sum(table.trials == 0))
+    return (
+        f"warning: {ungraded} of {rollouts} reference rollouts could not be graded and are left "
+        f"out of the pass rates, so that {without} of {len(table.uids)} problems have none; look "
+        "at the right answers and at data.verifier"
+    )
 
 
 def resumed(begun: ReferenceTable, empty: ReferenceTable, path: Path) -> ReferenceTable:

@@ -16,12 +16,19 @@ from basis_jax.data.encoding import EncodedProblems, encode_and_report
 from basis_jax.data.order import batch_indices
 from basis_jax.data.overlap import OVERLAP, overlapping
 from basis_jax.data.sources import load_training
-from basis_jax.evaluation.evaluate import load_held_out_sets
+from basis_jax.evaluation.evaluate import load_held_out_set
 from basis_jax.opening.checks import check, check_features, check_memory
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup
 from basis_jax.sampling.rollouts import RolloutSetup
-from basis_jax.training.reference_table import ReferenceTable, build, load, rows_for, table_origin
+from basis_jax.training.reference_table import (
+    ReferenceTable,
+    build,
+    load,
+    rows_for,
+    table_origin,
+    ungraded_warning,
+)
 from basis_jax.weights import huggingface
 
 
@@ -68,7 +75,8 @@ def open_session(
 
 def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Estimator:
     """The config's estimator. Raises ValueError for what it cannot start from."""
-    declared = estimators.definition(section.name)
+    with field_named("estimator.name"):
+        declared = estimators.definition(section.name)
     by_run = {"group_size": "sampling.group_size", "features": "estimator.features"}
     for option in by_run.keys() & section.options.keys() & set(declared.provided):
         raise ValueError(f"estimator.options has {option!r}; give it as {by_run[option]} instead")
@@ -78,7 +86,8 @@ def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Est
             f"{group_size}; give 2 or more"
         )
     group = {"group_size": group_size} if "group_size" in declared.provided else {}
-    estimator = estimators.make(declared, **section.options, **group)
+    with field_named("estimator.options"):
+        estimator = estimators.make(declared, **section.options, **group)
     if section.features and "features" not in declared.provided:
         raise ValueError(
             f"estimator.features is {section.features} but {section.name} takes no features; set "
@@ -96,6 +105,15 @@ def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Est
     return estimator
 
 
+@contextmanager
+def field_named(name: str) -> Iterator[None]:
+    """Puts a field's name before the sentence of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def load_sets(
     config: Config, tokenizer: Any, report: Callable[[str], None]
 ) -> tuple[EncodedProblems, dict[str, EncodedProblems]]:
@@ -109,7 +127,9 @@ def load_sets(
         size=config.data.size,
         report=report,
     )
-    held_out = load_held_out_sets(config, tokenizer, report)
+    held_out = {
+        name: load_held_out_set(name, config, tokenizer, report) for name in config.eval.sets
+    }
     report_overlap(train_set, held_out, report)
     return train_set, held_out
 
@@ -144,6 +164,7 @@ def reference_table(
     session: Session, params: PyTree, path: Path, report: Callable[[str], None] = print
 ) -> ReferenceTable:
     """The training problems' table: read from ``estimator.table``, or made or finished at ``path``.
+    Rollouts of it that could not be graded are reported.
 
     Call under ``jax.set_mesh``. Raises ValueError where the table on disk does not fit the run.
     """
@@ -158,18 +179,22 @@ def reference_table(
         table_path = Path(section.table)
         if section.features:
             origin["features"] = section.features
-        return rows_for(load(table_path), session.train_set, origin, table_path)
-    return build(
-        params,
-        session.setup,
-        session.train_set,
-        samples=section.table_samples,
-        features=section.features,
-        sampling=session.config.sampling,
-        origin=origin,
-        path=path,
-        report=report,
-    )
+        table = rows_for(load(table_path), session.train_set, origin, table_path)
+    else:
+        table = build(
+            params,
+            session.setup,
+            session.train_set,
+            samples=section.table_samples,
+            features=section.features,
+            sampling=session.config.sampling,
+            origin=origin,
+            path=path,
+            report=report,
+        )
+    if warning := ungraded_warning(table):
+        report(warning)
+    return table
 
 
 def estimator_state_shapes(session: Session) -> PyTree:

@@ -101,7 +101,7 @@ class Watch:
     def count(self, metrics: Mapping[str, Any]) -> None:
         """Note a step's metrics, or the line before the first step."""
         if not self._first and "policy/grad_norm" in metrics:
-            self._first = dict(metrics)
+            self._first = {k: float(v) for k, v in metrics.items() if v is not None}
         if metrics.get("estimate/no_signal"):
             self._alike.append(metrics["reward/mean"])
         else:

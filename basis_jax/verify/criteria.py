@@ -10,10 +10,12 @@ mathematics reads it back. Any other string is a right answer by itself, compare
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,19 @@ MINERVA = Tolerance(absolute=1e-8, relative=1e-5)
 MARK = '{"all of": '
 
 
-def olympiad_tolerance(error: str | float | None) -> Tolerance:
+def olympiad_tolerance(error: Any) -> Tolerance:
     """That of a problem's column ``error``, which may be empty or hold one number; several, one
-    for each answer, count as the smallest. Raises ValueError for a text that is no number."""
+    for each answer, count as the smallest. Raises ValueError for anything else."""
     parts = str(error if error is not None else "").replace(",", " ").split()
-    return Tolerance(absolute=1.01 * min((float(part) for part in parts), default=1e-8))
+    try:
+        errors = [float(part) for part in parts]
+    except ValueError:
+        errors = [math.nan]
+    if not all(0 <= e < math.inf for e in errors):
+        raise ValueError(
+            f"the error of the answer is {error!r}; give a number of 0 or more, or leave it empty"
+        )
+    return Tolerance(absolute=1.01 * min(errors, default=1e-8))
 
 
 def criterion(answers: str | Sequence[str], tolerance: Tolerance = EXACT) -> str:

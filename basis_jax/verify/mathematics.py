@@ -99,9 +99,9 @@ def plain_verdict(gold: str, answer: str | None) -> Verdict | None:
     """The verdict where it takes no algebra and no time; None where it does."""
     if answer is None:
         return verdict_of("no_answer", "no answer found")
-    if gold.strip() == answer.strip():
-        return RIGHT
     text, tolerance = read_criterion(gold)
+    if text.strip() == answer.strip():
+        return RIGHT
     if trouble := why_not_comparable(text):
         return verdict_of("gold", f"the right answer {trouble}")
     if trouble := why_not_comparable(answer):
