@@ -46,7 +46,15 @@ def test_other_work_is_finished_and_the_next_is_not_begun():
     assert finished == ["update"]
 
 
-def test_a_second_signal_is_the_usual_one():
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_is_the_usual_one(interruptible):
     with Stopper(), pytest.raises(KeyboardInterrupt):
         ask(signal.SIGINT)
         ask(signal.SIGINT)
