@@ -31,6 +31,18 @@ def as_reference(state):
     return {k: x.astype(float) if x.dtype.kind == "f" else x for k, x in arrays.items()}
 
 
+def reference_jump(y, phi, own_mean, own_variance, mean, covariance, surprise):
+    """The covariance, its intercept wider by what the residuals exceed ``surprise`` sd."""
+    shrink = 1 / np.sqrt(1 + np.pi / 8 * own_variance)
+    p = sigmoid(shrink * (own_mean + phi @ mean))
+    slope = (shrink * p * (1 - p)) @ phi
+    variance = np.sum(p * (1 - p)) + slope @ covariance @ slope
+    wider = covariance.copy()
+    excess = np.sum(y - p) ** 2 - surprise**2 * variance
+    wider[0, 0] += min(max(excess, 0) / slope[0] ** 2, 4)
+    return wider
+
+
 def reference_family(s, f, y, ids, folds):
     """Probabilities of the rows [N D]; the family's beliefs in ``s`` after the step."""
     phi = np.concatenate([np.ones((len(s["last"]), 1)), s["features"]], 1)[ids]
@@ -44,7 +56,8 @@ def reference_family(s, f, y, ids, folds):
 
     def fitted(rows):
         given = y[rows], phi[rows], centre[rows], spread[rows], s["mean"][f]
-        return reference.filter_fit(*given, reference.filter_jump(*given, prior))
+        jumped = reference_jump(*given, prior, 2.5 if s["step"] else 2.0)
+        return reference.filter_fit(*given, jumped)
 
     every = np.arange(len(y))
     p, change = np.zeros(m.shape), {}
@@ -125,7 +138,7 @@ def test_a_fixed_own_drift_is_the_single_filter_and_a_state_of_the_other_kind_is
 
 
 # ----------------------------------------------------------------------------------------- truth
-RUNS, PROBLEMS, ROWS, EPOCHS = 4, 512, 64, 8
+RUNS, PROBLEMS, ROWS, EPOCHS = 4, 1024, 128, 8
 STEPS = EPOCHS * PROBLEMS // ROWS
 
 
@@ -210,6 +223,7 @@ def still_error(seed):
 
 
 def test_where_nothing_moves_the_drift_goes_and_the_table_stays():
+    """Last epoch; .0024 +- .0001 over eight seeds, so a false alarm is beyond 9 sd."""
     error, info = still_error(0)
     assert error < 0.0035
     assert np.all(info["own_drift"][:, -1] < 0.002) and np.all(info["table_trust"][:, -1] > 0.99)
@@ -224,6 +238,7 @@ def wrong_table_errors(seed):
 
 
 def test_a_table_of_other_problems_costs_at_most_a_twentieth():
+    """Of the whole run's error without a table; 2.2 +- .2 % over eight seeds: 13 sd."""
     ratio, info = wrong_table_errors(0)
     assert ratio < 1.05
     assert np.all(info["table_trust"][:, -1] < 0.01)
@@ -244,5 +259,7 @@ def exact_ratio(law, seed):
 
 @pytest.mark.parametrize("law", LAWS)
 def test_within_a_tenth_of_the_exact_filter_that_knows_the_law_of_drift(law):
+    """Eight seeds: 1.077 +- .015 (largest 1.11) on the walk, 1.069 +- .005 on the jumps; with this
+    seed 1.076 and 1.066."""
     ratio, _ = exact_ratio(law, 0)
     assert ratio < 1.10

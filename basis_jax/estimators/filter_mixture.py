@@ -5,7 +5,9 @@ holds are not known. Every problem therefore has one belief N(m, v) about its ow
 each q of ``OWN_DRIFTS`` in each of two families: ``TABLE`` starts from the offline counts,
 ``BLIND`` as if there were none. The filters of a family share one fit of w, made with the mean and
 the variance of their mixture, because the batch as a whole determines w and their beliefs about it
-hardly differ. That makes eight filters cost little more than one.
+hardly differ. That makes eight filters cost little more than one. A jump of the policy counts from
+so many standard deviations of the batch's mean residual on (``LATER_SURPRISE``), not from none as
+in the single filter, so that a false alarm widens w little.
 
 With p_ik the value of row i under filter k, read before the rewards of step t enter,
 
@@ -59,6 +61,8 @@ OWN_DRIFTS = (0.0, 0.002, 0.02, 0.1)
 TABLE, BLIND = 0, 1  # the families
 DISCOUNT = 0.9  # of the scores a step: about ten steps count
 DOUBT = 5.0  # nats that BLIND starts behind: a table is wrong once in e^5 runs
+FIRST_SURPRISE = 2.0  # of the first step, before which the policy may have left the table's
+LATER_SURPRISE = 2.5
 SUREST = 1e-6  # no reward costs a filter more than log of this
 
 
@@ -217,7 +221,9 @@ def _mixture_update(
         variance=at(state.own_variance, ids, fill=1.0) + idle[:, None],
     )
     prior = jax.vmap(lambda w: widened(w, drift, table_drift))(Shared(state.mean, state.covariance))
-    shared, a, s = _fit_families(batch, own, prior, jax.nn.softmax(state.score, 1), folds)
+    share = jax.nn.softmax(state.score, 1)
+    surprise = jnp.where(state.step == 0, FIRST_SURPRISE, LATER_SURPRISE)
+    shared, a, s = _fit_families(batch, own, prior, share, folds=folds, surprise=surprise)
     p = expected(a, s)
     weights = jax.nn.softmax(state.score, (0, 1))
     mixed = jnp.sum(weights[None] * p, (1, 2))
@@ -249,16 +255,20 @@ def _mixture_update(
 
 
 def _fit_families(
-    batch: Read, own: Own, prior: Shared, share: Float[Array, "F D"], folds: int
+    batch: Read, own: Own, prior: Shared, share: Float[Array, "F D"], *, folds: int, surprise: Array
 ) -> tuple[Shared, Float[Array, "N F D"], Float[Array, "N F D"]]:
     """w of each family, on its beliefs mixed by ``share``; mean and variance of every row's logit
     under each filter."""
+
+    def excess(square, variance):
+        return jnp.maximum(square - surprise**2 * variance, 0)
 
     def fit(phi, mean, variance, share, prior):
         centre = mean @ share
         around = mean - centre[:, None]
         spread = (variance + around**2) @ share
-        w, a, s = cross_fit(Rows(batch.y, phi, centre, spread), batch.valid, prior, folds=folds)
+        rows = Rows(batch.y, phi, centre, spread)
+        w, a, s = cross_fit(rows, batch.valid, prior, folds=folds, excess=excess)
         return w, a[:, None] + around, s[:, None] + variance - spread[:, None]
 
     phi = jnp.stack([batch.phi, batch.phi.at[:, 1].set(0)])  # BLIND does not see the table's logit

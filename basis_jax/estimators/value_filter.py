@@ -24,6 +24,7 @@ y log p + (1 - y) log(1 - p). A reward outside is a ValueError; while tracing y 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -283,16 +284,26 @@ def widened(w: Shared, drift: float, table_drift: float) -> Shared:
     return Shared(w.mean, w.covariance + jnp.diag(variance))
 
 
+def surprising(square: Float[Array, ""], variance: Float[Array, ""]) -> Float[Array, ""]:
+    """What of e^2 is a jump: all beyond Var e, where e is above SURPRISE standard deviations."""
+    return jnp.where(square > SURPRISE**2 * variance, square - variance, 0)
+
+
 def cross_fit(
-    rows: Rows, valid: Bool[Array, " N"], prior: Shared, *, folds: int
+    rows: Rows,
+    valid: Bool[Array, " N"],
+    prior: Shared,
+    *,
+    folds: int,
+    excess: Callable = surprising,
 ) -> tuple[Shared, Float[Array, " N"], Float[Array, " N"]]:
     """w on all valid rows; mean and variance of every row's logit under the w of the other folds.
 
-    The j-th valid row is in fold j mod ``folds``.
+    The j-th valid row is in fold j mod ``folds``. ``excess`` is as ``surprising``.
     """
     fold = (jnp.cumsum(valid.astype(jnp.int32)) - 1) % folds
     used = valid[None, :] & (fold[None, :] != jnp.arange(folds + 1)[:, None])  # the last: all rows
-    fits = jax.vmap(lambda live: _fit(rows, live, _jumped(rows, live, prior)))(used)
+    fits = jax.vmap(lambda live: _fit(rows, live, _jumped(rows, live, prior, excess)))(used)
     a, s = jax.vmap(lambda fit: _predict(rows, fit))(Shared(*(x[:-1] for x in fits)))
     own = jnp.arange(fold.size)
     return Shared(fits.mean[-1], fits.covariance[-1]), a[fold, own], s[fold, own]
@@ -333,17 +344,17 @@ def _fit(rows: Rows, live: Bool[Array, " N"], prior: Shared) -> Shared:
     return Shared(mean, jnp.linalg.inv(precision))
 
 
-def _jumped(rows: Rows, live: Bool[Array, " N"], prior: Shared) -> Shared:
+def _jumped(rows: Rows, live: Bool[Array, " N"], prior: Shared, excess: Callable) -> Shared:
     """The prior, its intercept's variance raised to what the live rows' e = sum (y - p) asks for,
-    where e^2 > SURPRISE^2 Var e: drift that was faster than ``drift`` foresees."""
+    by the excess of e^2 over Var e: drift that was faster than ``drift`` foresees."""
     shrink = _shrink(rows.own_variance)
     p = jax.nn.sigmoid(shrink * (rows.own_mean + rows.phi @ prior.mean))
     noise = jnp.where(live, p * (1 - p), 0)
     slope = (shrink * noise) @ rows.phi  # of e in w
     variance = jnp.sum(noise) + slope @ prior.covariance @ slope
     gap = jnp.sum(jnp.where(live, rows.y - p, 0))
-    asked = (gap**2 - variance) / jnp.maximum(slope[0], 1e-6) ** 2
-    extra = jnp.where(gap**2 > SURPRISE**2 * variance, jnp.minimum(asked, LARGEST_JUMP), 0)
+    asked = excess(gap**2, variance) / jnp.maximum(slope[0], 1e-6) ** 2
+    extra = jnp.minimum(asked, LARGEST_JUMP)
     return Shared(prior.mean, prior.covariance.at[0, 0].add(extra))
 
 
