@@ -271,8 +271,15 @@ def _fit_families(
         w, a, s = cross_fit(rows, batch.valid, prior, folds=folds, excess=excess)
         return w, a[:, None] + around, s[:, None] + variance - spread[:, None]
 
-    phi = jnp.stack([batch.phi, batch.phi.at[:, 1].set(0)])  # BLIND does not see the table's logit
-    return jax.vmap(fit, (0, 1, 1, 0, 0), (0, 1, 1))(phi, own.mean, own.variance, share, prior)
+    blind = batch.phi.at[:, 1].set(0)  # does not see the table's logit
+    w, a, s = zip(  # one after the other: under vmap the products of rows are no longer one each
+        *(
+            fit(phi, own.mean[:, f], own.variance[:, f], share[f], Shared(*(x[f] for x in prior)))
+            for f, phi in ((TABLE, batch.phi), (BLIND, blind))
+        ),
+        strict=True,
+    )
+    return Shared(*(jnp.stack(x) for x in zip(*w, strict=True))), jnp.stack(a, 1), jnp.stack(s, 1)
 
 
 def _learn_own(
