@@ -187,7 +187,7 @@ def value_filter_update(
     ...                              problem_ids=jnp.array([3, 7]), lengths=jnp.array([5, 6]))
     >>> state, estimate = estimators.value_filter_update(state, signals)
     >>> print(estimate.values)
-    [0.486 0.514]
+    [0.485 0.515]
     """
     Rewards(low, high).check("value_filter", signals.rewards, signals.valid)
     options: dict[str, Any] = {"folds": folds, "drift": drift, "table_drift": table_drift}
