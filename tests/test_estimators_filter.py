@@ -56,7 +56,7 @@ def test_a_sudden_collapse_is_followed_and_not_overshot():
     """All solve for three steps, then all fail: w lands on the posterior mode at once, where full
     Newton steps from sigmoid(6) would leave by hundreds of logits."""
     size = 512
-    est = estimators.make("value_filter", folds=2)
+    est = estimators.make("value_filter", folds=2, own_drift=0.02)
     state, update = est.init(np.zeros(size), np.zeros(size)), jax.jit(est.update)
     for _ in range(3):
         state, _ = update(state, signals(np.ones(size), range(size)))
@@ -99,7 +99,7 @@ def test_a_table_that_no_longer_holds_is_left():
     rates = reference.sigmoid(rng.normal(0.5, 1.5, (2, 1024)))
     ids = rng.permutation(1024).reshape(8, 128)
     rewards = rng.binomial(1, rates[1])[ids]
-    est = estimators.make("value_filter")
+    est = estimators.make("value_filter", own_drift=0.02)
     errors = []
     for trials in (64, 0):
         state = est.init(rng.binomial(trials, rates[0]), np.full(1024, trials))
@@ -157,7 +157,7 @@ def test_empirical_bayes_recovers_the_spread_of_difficulties(mean, sd):
     logits = rng.normal(mean, sd, 4000)
     rates = reference.sigmoid(logits)
     successes = rng.binomial(8, rates)
-    state = estimators.make("value_filter").init(successes, np.full(4000, 8))
+    state = estimators.make("value_filter", own_drift=0.02).init(successes, np.full(4000, 8))
     z = np.asarray(state.own_mean) + float(state.mean[0])
     variance = np.asarray(state.own_variance)
     assert float(state.mean[0]) == pytest.approx(mean, rel=0.06)
@@ -186,7 +186,8 @@ def test_features_enter_the_start_and_reach_problems_without_trials():
 
 
 def test_without_trials_the_start_is_the_prior():
-    state = estimators.make("value_filter", own_variance=1.7).init(np.zeros(9), np.zeros(9))
+    est = estimators.make("value_filter", own_variance=1.7, own_drift=0.02)
+    state = est.init(np.zeros(9), np.zeros(9))
     np.testing.assert_allclose(state.own_mean, 0, atol=1e-6)
     np.testing.assert_allclose(state.own_variance, 1.7, rtol=1e-6)
     np.testing.assert_allclose(state.covariance[0, 0], 2.5, rtol=1e-6)

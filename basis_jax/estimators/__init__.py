@@ -44,6 +44,11 @@ from basis_jax.estimators.critic import (
     whiten,
 )
 from basis_jax.estimators.declare import Definition, Estimator, stateful, stateless
+from basis_jax.estimators.filter_mixture import (
+    MixtureState,
+    value_filter_init,
+    value_filter_update,
+)
 from basis_jax.estimators.group import dr_grpo, gpg, grpo, opo, reinforce_pp_baseline, rloo
 from basis_jax.estimators.group_best import best_of_group, pass_at_k, ucpo
 from basis_jax.estimators.history import (
@@ -73,7 +78,7 @@ from basis_jax.estimators.registry import (
 from basis_jax.estimators.shrinkage import fuse, james_stein, v05
 from basis_jax.estimators.single import batch_mean, reinforce, reinforce_pp, remax, standardise
 from basis_jax.estimators.table import Table, init_table
-from basis_jax.estimators.value_filter import FilterState, value_filter_init, value_filter_update
+from basis_jax.estimators.value_filter import FilterState
 from basis_jax.estimators.value_map import MapState, least_variance
 from basis_jax.estimators.weighted import (
     WeightedSums,
@@ -92,6 +97,7 @@ __all__ = [
     "FilterState",
     "KernelHistory",
     "MapState",
+    "MixtureState",
     "Signals",
     "Table",
     "WeightedSums",

@@ -21,6 +21,7 @@ from basis_jax.estimators.declare import (
     declared_by,
     near,
 )
+from basis_jax.estimators.filter_mixture import value_filter_init, value_filter_update
 from basis_jax.estimators.group import dr_grpo, gpg, grpo, opo, reinforce_pp_baseline, rloo
 from basis_jax.estimators.group_best import best_of_group, pass_at_k
 from basis_jax.estimators.history import (
@@ -39,7 +40,6 @@ from basis_jax.estimators.rows import at, share
 from basis_jax.estimators.shrinkage import james_stein, v05
 from basis_jax.estimators.single import batch_mean, reinforce, reinforce_pp
 from basis_jax.estimators.table import init_table
-from basis_jax.estimators.value_filter import value_filter_init, value_filter_update
 from basis_jax.estimators.value_map import least_variance
 from basis_jax.estimators.weighted import otb, weighted_mean_init, weighted_mean_update
 from basis_jax.types import Estimate, Signals

@@ -19,9 +19,12 @@ values *before* its rewards enter:
 Rewards in [low, high] enter as y = (r - low) / (high - low), through the quasi-likelihood
 y log p + (1 - y) log(1 - p). A reward outside is a ValueError; while tracing y is clipped into
 [0, 1] (only y: A keeps the reward). O(N d^2) a step, four numbers a problem besides its features.
+
+``own_drift`` is given here; ``filter_mixture`` learns it and has the functions that users call.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -30,22 +33,11 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from basis_jax.estimators.ranges import (
-    FINITE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    Number,
-    Options,
-    OrNone,
-    Rewards,
-    Whole,
-)
 from basis_jax.estimators.rows import (
     at,
     estimate,
     from_unit,
     inside,
-    nan_reported,
     problem_total,
     read,
     to_unit,
@@ -70,7 +62,7 @@ NODES = 15  # of the quadrature over a logit
 class FilterState:
     """u_i ~ N(own_mean, own_variance) as of step ``last``; w ~ N(mean, covariance).
 
-    >>> state = jax.eval_shape(estimators.value_filter_init, np.zeros(9), np.zeros(9))
+    >>> state = estimators.value_filter_init(np.zeros(9), np.zeros(9), own_drift=0.02)
     >>> isinstance(state, estimators.FilterState), state.features.shape
     (True, (9, 1))
     """
@@ -99,8 +91,7 @@ class Shared(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------- the start
-@Options(features=OrNone(Number(axes=2)), own_variance=POSITIVE, shared_variance=POSITIVE)
-def value_filter_init(
+def single_filter_init(
     successes: Num[ArrayLike, " M"],
     trials: Num[ArrayLike, " M"],
     *,
@@ -114,12 +105,6 @@ def value_filter_init(
     and t = ``own_variance``. Features are centred and scaled to a mean squared norm of 1, so that
     either variance says how far it may move a logit; fixed at the start (prompt states of the
     reference policy, a few dozen principal or random directions). Successes may be fractional.
-    ValueError for a variance that is not above 0 and for features that are not finite.
-
-    >>> successes, trials = np.array([4, 0, 8]), np.array([8, 0, 8])  # of three problems
-    >>> state = estimators.value_filter_init(successes, trials)
-    >>> print(state.own_variance)  # of each problem's logit: largest without trials
-    [0.46  2.619 1.135]
     """
     table = init_table(successes, trials)
     size = table.trials.size
@@ -209,76 +194,127 @@ def _mode(
 
 
 # ----------------------------------------------------------------------------------------- a step
-@nan_reported
-@Options(
-    folds=Whole(2, "it cross-fits"),
-    drift=NOT_NEGATIVE,
-    table_drift=NOT_NEGATIVE,
-    own_drift=NOT_NEGATIVE,
-    low=FINITE,
-    high=FINITE,
-)
-def value_filter_update(
+class Read(NamedTuple):
+    """What a step reads of its signals and of the state, before any belief about u and w."""
+
+    rewards: Float[Array, " N"]
+    given: Bool[Array, " N"]  # the row is valid
+    known: Bool[Array, " N"]  # its problem exists
+    valid: Bool[Array, " N"]  # both
+    y: Float[Array, " N"]  # rewards in [0, 1]
+    idle: Float[Array, " N"]  # steps since the last visit
+    phi: Float[Array, "N d"]
+
+
+def read_batch(
+    signals: Signals,
+    last: Int[Array, " M"],
+    features: Float[Array, "M e"],
+    *,
+    step: Int[Array, ""],
+    low: float,
+    high: float,
+) -> Read:
+    rewards, given = read(signals.rewards, signals.valid)
+    ids = signals.problem_ids
+    known = inside(ids, last.size)
+    return Read(
+        rewards=rewards,
+        given=given,
+        known=known,
+        valid=given & known,
+        y=jnp.where(given & known, to_unit(rewards, low, high), 0.5),
+        idle=(step - at(last, ids)).astype(jnp.float32),
+        phi=jnp.concatenate([jnp.ones((ids.size, 1)), at(features, ids, fill=0.0)], 1),
+    )
+
+
+def single_filter_update(
     state: FilterState,
     signals: Signals,
     *,
-    folds: int = 8,
-    drift: float = 0.003,
-    table_drift: float = 0.01,
-    own_drift: float = 0.02,
-    low: float = 0.0,
-    high: float = 1.0,
+    folds: int,
+    drift: float,
+    table_drift: float,
+    own_drift: float,
+    low: float,
+    high: float,
 ) -> tuple[FilterState, Estimate]:
     """One step of this module's filter; A = r - value.
 
-    The j-th valid row is in fold j mod ``folds`` (ValueError for folds < 2 and for a drift below
-    0). Several rows of one problem share its old value; their updates add up as natural parameters,
-    in any order. Invalid rows change nothing; an id outside 0..M-1 reads NaN and writes nothing.
-    The step reads and writes the rows' problems alone: with a donated state its cost does not grow
-    with M. Info: ``shared`` (w's intercept), ``table_weight`` (t's; 0 at the start), ``own_sd``
+    Several rows of one problem share its old value; their updates add up as natural parameters, in
+    any order. Info: ``shared`` (w's intercept), ``table_weight`` (t's; 0 at the start), ``own_sd``
     (mean sd of u_i).
-
-    >>> state = estimators.value_filter_init(np.full(9, 4), np.full(9, 8))
-    >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
-    ...                              problem_ids=jnp.array([3, 7]), lengths=jnp.array([5, 6]))
-    >>> state, estimate = estimators.value_filter_update(state, signals)
-    >>> print(estimate.values)
-    [0.486 0.514]
     """
-    Rewards(low, high).check("value_filter", signals.rewards, signals.valid)
-    rewards, given = read(signals.rewards, signals.valid)
-    ids = signals.problem_ids
-    known = inside(ids, state.last.size)
-    valid = given & known
-    idle = (state.step - at(state.last, ids)).astype(jnp.float32)
+    batch = read_batch(signals, state.last, state.features, step=state.step, low=low, high=high)
+    ids, valid = signals.problem_ids, batch.valid
     rows = Rows(
-        y=jnp.where(valid, to_unit(rewards, low, high), 0.5),
-        phi=jnp.concatenate([jnp.ones((ids.size, 1)), at(state.features, ids, fill=0.0)], 1),
+        y=batch.y,
+        phi=batch.phi,
         own_mean=at(state.own_mean, ids, fill=0.0),
-        own_variance=at(state.own_variance, ids, fill=1.0) + own_drift * idle,
+        own_variance=at(state.own_variance, ids, fill=1.0) + own_drift * batch.idle,
     )
-    widened = jnp.full(state.mean.size, drift).at[1].set(table_drift)
-    prior = Shared(state.mean, state.covariance + jnp.diag(widened))
-    fold = (jnp.cumsum(valid.astype(jnp.int32)) - 1) % folds
-    used = valid[None, :] & (fold[None, :] != jnp.arange(folds + 1)[:, None])  # the last: all rows
-    fits = jax.vmap(lambda live: _fit(rows, live, _jumped(rows, live, prior)))(used)
-    a, s = jax.vmap(lambda fit: _predict(rows, fit))(Shared(*(x[:-1] for x in fits)))
-    own = jnp.arange(fold.size)
-    a, s = a[fold, own], s[fold, own]
-    values = jnp.where(known, from_unit(jax.nn.sigmoid(a * _shrink(s)), low, high), jnp.nan)
-    new = _learn(state, signals, rows, valid, (a, s))
-    new = dataclasses.replace(new, mean=fits.mean[-1], covariance=fits.covariance[-1])
+    prior = widened(Shared(state.mean, state.covariance), drift, table_drift)
+    shared, a, s = cross_fit(rows, valid, prior, folds=folds)
+    values = jnp.where(batch.known, from_unit(expected(a, s), low, high), jnp.nan)
+    mean, variance = own_posterior(rows, valid, ids, logit=(a, s))
+    written = jnp.where(valid, ids, state.last.size)  # out of range: dropped
+    new = dataclasses.replace(
+        state,
+        own_mean=state.own_mean.at[written].set(mean, mode="drop"),
+        own_variance=state.own_variance.at[written].set(variance, mode="drop"),
+        last=visit(state.last, ids, live=valid, step=state.step),
+        mean=shared.mean,
+        covariance=shared.covariance,
+        step=state.step + 1,
+    )
     return new, estimate(
-        rewards - values,
+        batch.rewards - values,
         values,
-        given,
+        batch.given,
         shared=new.mean[0],
         table_weight=new.mean[1],
         own_sd=masked_mean(jnp.sqrt(rows.own_variance), valid),
     )
 
 
-def _shrink(variance: Float[Array, " N"]) -> Float[Array, " N"]:
+def widened(w: Shared, drift: float, table_drift: float) -> Shared:
+    """The belief about w one step later."""
+    variance = jnp.full(w.mean.size, drift).at[1].set(table_drift)
+    return Shared(w.mean, w.covariance + jnp.diag(variance))
+
+
+def surprising(square: Float[Array, ""], variance: Float[Array, ""]) -> Float[Array, ""]:
+    """What of e^2 is a jump: all beyond Var e, where e is above SURPRISE standard deviations."""
+    return jnp.where(square > SURPRISE**2 * variance, square - variance, 0)
+
+
+def cross_fit(
+    rows: Rows,
+    valid: Bool[Array, " N"],
+    prior: Shared,
+    *,
+    folds: int,
+    excess: Callable = surprising,
+) -> tuple[Shared, Float[Array, " N"], Float[Array, " N"]]:
+    """w on all valid rows; mean and variance of every row's logit under the w of the other folds.
+
+    The j-th valid row is in fold j mod ``folds``. ``excess`` is as ``surprising``.
+    """
+    fold = (jnp.cumsum(valid.astype(jnp.int32)) - 1) % folds
+    used = valid[None, :] & (fold[None, :] != jnp.arange(folds + 1)[:, None])  # the last: all rows
+    fits = jax.vmap(lambda live: _fit(rows, live, _jumped(rows, live, prior, excess)))(used)
+    a, s = jax.vmap(lambda fit: _predict(rows, fit))(Shared(*(x[:-1] for x in fits)))
+    own = jnp.arange(fold.size)
+    return Shared(fits.mean[-1], fits.covariance[-1]), a[fold, own], s[fold, own]
+
+
+def expected(a: Float[Array, "*s"], s: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """E sigmoid(N(a, s))."""
+    return jax.nn.sigmoid(a * _shrink(s))
+
+
+def _shrink(variance: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """E sigmoid(N(a, s)) ~ sigmoid(a * this)."""
     return 1 / jnp.sqrt(1 + jnp.pi / 8 * variance)
 
@@ -308,17 +344,17 @@ def _fit(rows: Rows, live: Bool[Array, " N"], prior: Shared) -> Shared:
     return Shared(mean, jnp.linalg.inv(precision))
 
 
-def _jumped(rows: Rows, live: Bool[Array, " N"], prior: Shared) -> Shared:
+def _jumped(rows: Rows, live: Bool[Array, " N"], prior: Shared, excess: Callable) -> Shared:
     """The prior, its intercept's variance raised to what the live rows' e = sum (y - p) asks for,
-    where e^2 > SURPRISE^2 Var e: drift that was faster than ``drift`` foresees."""
+    by the excess of e^2 over Var e: drift that was faster than ``drift`` foresees."""
     shrink = _shrink(rows.own_variance)
     p = jax.nn.sigmoid(shrink * (rows.own_mean + rows.phi @ prior.mean))
     noise = jnp.where(live, p * (1 - p), 0)
     slope = (shrink * noise) @ rows.phi  # of e in w
     variance = jnp.sum(noise) + slope @ prior.covariance @ slope
     gap = jnp.sum(jnp.where(live, rows.y - p, 0))
-    asked = (gap**2 - variance) / jnp.maximum(slope[0], 1e-6) ** 2
-    extra = jnp.where(gap**2 > SURPRISE**2 * variance, jnp.minimum(asked, LARGEST_JUMP), 0)
+    asked = excess(gap**2, variance) / jnp.maximum(slope[0], 1e-6) ** 2
+    extra = jnp.minimum(asked, LARGEST_JUMP)
     return Shared(prior.mean, prior.covariance.at[0, 0].add(extra))
 
 
@@ -328,28 +364,20 @@ def _predict(rows: Rows, w: Shared) -> tuple[Float[Array, " N"], Float[Array, " 
     return rows.own_mean + rows.phi @ w.mean, rows.own_variance + spread
 
 
-def _learn(
-    state: FilterState,
-    signals: Signals,
+def own_posterior(
     rows: Rows,
     valid: Bool[Array, " N"],
+    ids: Int[Array, " N"],
+    *,
     logit: tuple[Float[Array, " N"], Float[Array, " N"]],
-) -> FilterState:
-    """u_i after its rewards: m + v g and v - v^2 h for a single one, with g and -h the first two
-    derivatives of log P(reward) in the mean of z. In natural parameters, so that several add up."""
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """Mean and variance of u_i after its rewards: m + v g and v - v^2 h for a single one, with g
+    and -h the first two derivatives of log P(reward) in the mean of z. In natural parameters, so
+    that several add up."""
     a, s = logit
-    p = jax.nn.sigmoid(a * _shrink(s))
+    p = expected(a, s)
     g = jnp.where(valid, _shrink(s) * (rows.y - p), 0)
     h = jnp.where(valid, _shrink(s) ** 2 * p * (1 - p), 0)
     rest = 1 - rows.own_variance * h  # the share of the variance that is left: above 1/3
-    ids, size = signals.problem_ids, state.last.size
     variance = 1 / (1 / rows.own_variance + problem_total(h / rest, ids))
-    mean = rows.own_mean + variance * problem_total(g / rest, ids)
-    written = jnp.where(valid, ids, size)  # out of range: dropped
-    return dataclasses.replace(
-        state,
-        own_mean=state.own_mean.at[written].set(mean, mode="drop"),
-        own_variance=state.own_variance.at[written].set(variance, mode="drop"),
-        last=visit(state.last, ids, live=valid, step=state.step),
-        step=state.step + 1,
-    )
+    return rows.own_mean + variance * problem_total(g / rest, ids), variance
