@@ -23,8 +23,8 @@ POSITIONS = 40
 AMOUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
 SIGNS = {"add": 1, "take": -1}
 Weights = tuple[float, float, float, float]
-GENTLE: Weights = (1, 0.3, 0.02, 0)
-ROUGH: Weights = (0.3, 0.6, 1, 0.5)
+GENTLE: Weights = (1.0, 0.3, 0.02, 0.0)
+ROUGH: Weights = (0.3, 0.6, 1.0, 0.5)
 REPEATS = range(22, 31)
 TRAINING, HELD_OUT = 600, 320
 """Problems of each regime."""
@@ -45,8 +45,8 @@ REGIMES = {
     "free": Regime(),
     "single": Regime(manner="single"),
     "guess": Regime(manner="guess", gentle=0.9),
-    "hard": Regime(lengths=(4, 5), gentle=0, rough=(0.05, 0.2, 1, 1)),
-    "easy": Regime(lengths=(2, 3), gentle=1),
+    "hard": Regime(lengths=(4, 5), gentle=0.0, rough=(0.05, 0.2, 1.0, 1.0)),
+    "easy": Regime(lengths=(2, 3), gentle=1.0),
     "long": Regime(manner="long"),
 }
 
