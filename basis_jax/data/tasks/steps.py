@@ -22,6 +22,16 @@ from basis_jax.data.problem import Problem, content_hash
 POSITIONS = 40
 AMOUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
 SIGNS = {"add": 1, "take": -1}
+HARDNESS = {
+    (verb, amount, tens): 0
+    if amount <= 3
+    else (0, 0, 1, 2, 3)[content_hash(f"{verb} {amount} {tens}") % 5]
+    for verb in SIGNS
+    for amount in AMOUNTS
+    for tens in range(POSITIONS // 10)
+}
+"""0 (hardly ever wrong) to 3 (more often wrong than right), by verb, amount and the tens of the
+position: without a rule, but that the amounts two and three are easy."""
 Weights = tuple[float, float, float, float]
 GENTLE: Weights = (1.0, 0.3, 0.02, 0.0)
 ROUGH: Weights = (0.3, 0.6, 1.0, 0.5)
@@ -83,12 +93,8 @@ class Question:
 
 
 def hardness(step: tuple[str, int], position: int) -> int:
-    """0 (hardly ever wrong) to 3 (more often wrong than right): a function of verb, amount and the
-    tens of the position, without a rule but for the amounts two and three, which are easy."""
-    verb, amount = step
-    if amount <= 3:
-        return 0
-    return (0, 0, 1, 2, 3)[content_hash(f"{verb} {amount} {position // 10}") % 5]
+    """Of a step from ``position``."""
+    return HARDNESS[*step, position // 10]
 
 
 def turned(step: tuple[str, int], position: int) -> int:
