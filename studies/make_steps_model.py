@@ -2,9 +2,9 @@
 
 Command:   python -m studies.make_steps_model --out FOLDER
 Hardware:  2 CPU cores; 30 minutes measured beside several other jobs (about 12 CPU minutes)
-Expected:  601,152 parameters; exact pass rates at temperature 1 of held-out ``single`` problems, all
-           tokens teacher-forced: mean .571 sd .299 (deciles .11 .19 .29 .38 .55 .66 .78 .86 .94
-           .96); the pupils' mean is .588, correlation .986. All regimes: studies/steps_report.py
+Expected:  601,152 parameters; exact pass rates at temperature 1 of held-out ``single`` problems,
+           all tokens teacher-forced: mean .571 sd .299 (deciles .11 .19 .29 .38 .55 .66 .78 .86
+           .94 .96); the pupils' mean is .588, correlation .986. See studies/steps_report.py
 
 The corpus is what a class of pupils wrote. A pupil works line by line; one who slips writes a
 number that is off by so much, and goes on from there. How likely a slip is (``care``), and by how

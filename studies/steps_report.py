@@ -1,8 +1,8 @@
 """What the regimes of the embedded model of worked steps are like: values, lengths, gradients.
 
 Command:   python -m studies.steps_report [--model FOLDER] [--regimes free single guess]
-
-Hardware:  2 CPU cores; 6 minutes measured beside several other jobs
+Hardware:  2 CPU cores; below 10 minutes beside several other jobs
+Result:    of 200 problems, 16 samples each, gradients of 400 rollouts a regime
 
                                                   noise under each baseline
 regime   V     sd    greedy  tokens  m0 / m1   none   mean  value  constant
