@@ -1,6 +1,20 @@
 """What the regimes of the embedded model of worked steps are like: values, lengths, gradients.
 
 Command:   python -m studies.steps_report [--model FOLDER] [--regimes free single guess]
+Hardware:  2 CPU cores; below 10 minutes beside several other jobs
+Result:    of 200 problems, 16 samples each, gradients of 400 rollouts a regime
+
+                                                  noise under each baseline
+regime   V     sd    greedy  tokens  m0 / m1   none   mean  value  constant
+free     .518  .321   .585     24      1.78     660    449    283    413
+single   .567  .298   .700     24      8.86      61    143    130     53
+guess    .470  .248   .230     17       .35     593    216    214    165
+hard     .105  .105   .110     31      1.10     293    261    261    260
+easy     .912  .077  1.000     24      2.82     809    198    184    180
+long     .583  .050  1.000    237      1.62    5355   2857   2946   2707
+
+A line's wording has 3.19 nats (``single``: .01), and no right completion of a prompt with V >= .85
+is likelier than .002 (``single``: .98).
 
 For each regime, of held-out problems: the value V (share of right samples) and its standard
 deviation between problems (sampling noise taken off), greedy accuracy, completion lengths, entropy
@@ -20,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from basis_jax import command_line
 from basis_jax.config import Config, SamplingSection
 from basis_jax.data import tasks
 from basis_jax.data.encoding import EncodedProblems, encode_prompts
@@ -30,7 +45,6 @@ from basis_jax.model.logprobs import token_logprobs
 from basis_jax.opening.rollout_setup import locate_model, open_setup
 from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
 from basis_jax.weights import huggingface
-from configs import steps as steps_config
 from studies.make_steps_model import EQUALS, OPENERS, vocabulary
 
 ROWS = 16  # whose gradients exist at once
@@ -53,7 +67,8 @@ def squared_norms(
         return jnp.sum(taken * inside[1:])
 
     gradients = jax.vmap(jax.grad(logprob), in_axes=(None, 0, 0))(params, tokens, mask)
-    return sum(jnp.sum(x**2, axis=range(1, x.ndim)) for x in jax.tree.leaves(gradients))
+    leaves = jax.tree.leaves(gradients)
+    return jnp.sum(jnp.stack([jnp.sum(x**2, axis=range(1, x.ndim)) for x in leaves]), axis=0)
 
 
 def completion_mask(graded: Graded) -> np.ndarray:
@@ -63,7 +78,9 @@ def completion_mask(graded: Graded) -> np.ndarray:
     return (at >= starts) & (at < starts + lengths)
 
 
-def weights_of(params: PyTree, model_config: ModelConfig, graded: Graded, rows: np.ndarray):
+def weights_of(
+    params: PyTree, model_config: ModelConfig, graded: Graded, rows: np.ndarray
+) -> np.ndarray:
     """``squared_norms`` of some rollouts, those of like length together."""
     mask = completion_mask(graded).astype(np.float32)
     ends = np.asarray(graded.rollouts.prompt_lengths + graded.rollouts.completion_lengths)
@@ -135,7 +152,9 @@ def wording_entropy(params: PyTree, model_config: ModelConfig, graded: Graded) -
     return sum(float(np.asarray(entropy)[inside & np.isin(tokens, part)].mean()) for part in parts)
 
 
-def gradients(weights: np.ndarray, rewards: np.ndarray, lengths: np.ndarray, others: np.ndarray):
+def gradients(
+    weights: np.ndarray, rewards: np.ndarray, lengths: np.ndarray, others: np.ndarray
+) -> dict[str, float]:
     """m0 / m1 (also of norms per token) and the noise under each baseline."""
     right = rewards > 0
 
@@ -181,7 +200,7 @@ def report(options: argparse.Namespace, regime: str) -> dict[str, float]:
 
 def config_of(model: str, regime: str) -> Config:
     """The regime's config: that of ``configs/steps.py`` with longer completions for ``long``."""
-    config = steps_config.config()
+    config = command_line.load_config("steps")
     sampling = config.sampling
     if regime == "long":
         sampling = dataclasses.replace(sampling, max_new_tokens=LONG)

@@ -10,16 +10,16 @@ import jax
 import numpy as np
 import pytest
 
+from basis_jax.command_line import load_config
 from basis_jax.data import tasks
 from basis_jax.data.encoding import encode_prompts
 from basis_jax.data.tasks import steps
 from basis_jax.verify import make_verifier
 from basis_jax.weights import huggingface
-from configs import steps as steps_config
 from studies import make_steps_model
 from studies.make_steps_model import EQUALS, OPENERS
 
-DATA = steps_config.config().data
+CONFIG = load_config("steps")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_the_regimes_of_the_module_are_those_that_tasks_names():
 )
 def test_only_the_last_line_is_graded(completion, right):
     """Wrong working with a right last line is right; numbers inside lines never count."""
-    with make_verifier(DATA.verifier, mode=DATA.answer_mode) as verifier:
+    with make_verifier(CONFIG.data.verifier, mode=CONFIG.data.answer_mode) as verifier:
         assert verifier.grade([completion], ["39"])[0].reward == float(right)
 
 
@@ -108,11 +108,11 @@ def test_prompts_and_completions_are_their_tokens(tokenizer, regime):
             assert tokenizer.decode(ids) == text
         lengths.append(len(ids) + 1)
     problems = tasks.problems(f"steps/{regime}", held_out=True)
-    assert encode_prompts(problems, DATA, tokenizer).counts["used"] == len(problems)
+    assert encode_prompts(problems, CONFIG.data, tokenizer).counts["used"] == len(problems)
     if regime == "long":
         assert np.median(lengths) >= 200 and max(lengths) <= 300
     else:
-        assert max(lengths) <= steps_config.config().sampling.max_new_tokens
+        assert max(lengths) <= CONFIG.sampling.max_new_tokens
 
 
 def test_pupils_use_all_wordings_of_a_line():
