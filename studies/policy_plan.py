@@ -45,11 +45,12 @@ class Method(NamedTuple):
     regimes: tuple[str, ...] = REGIMES
 
 
-SGD = {
-    "settings": (("optim.b1", 0), ("optim.b2", 0), ("optim.eps", 1)),  # g / (|g| + 1), nearly g
-    "rate": 3e3,
-    "regimes": ("free", "single"),
-}
+SGD = Method(
+    "",
+    settings=(("optim.b1", 0), ("optim.b2", 0), ("optim.eps", 1)),  # g / (|g| + 1), nearly g
+    rate=3e3,
+    regimes=("free", "single"),
+)
 METHODS = {
     "none": Method("reinforce"),
     "batch_mean": Method("batch_mean"),
@@ -60,8 +61,8 @@ METHODS = {
     "least_variance": Method("value_filter+least_variance"),
     "grpo_8": Method("grpo", group_size=8),
     "otb_8": Method("otb", group_size=8),
-    "batch_mean_sgd": Method("batch_mean", **SGD),
-    "least_variance_sgd": Method("value_filter+least_variance", **SGD),
+    "batch_mean_sgd": SGD._replace(estimator="batch_mean"),
+    "least_variance_sgd": SGD._replace(estimator="value_filter+least_variance"),
 }
 
 COMMON: dict[str, Any] = {

@@ -6,7 +6,7 @@ Several workers may share a folder: a run that one of them has claimed is left t
 import dataclasses
 import fcntl
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ COOLER = (0.25, 0.5, 0.75)  # other temperatures at which a last policy is evalu
 COOLER_SAMPLES = 4
 
 
-def found_in(out: str, regime: str) -> dict[str, Found]:
+def found_in(out: str, regime: str) -> Mapping[str, Found]:
     """Accuracies of the finished runs of a regime, by method."""
     found: dict[str, dict[tuple[int, int], float]] = {name: {} for name in METHODS}
     for name in METHODS:
