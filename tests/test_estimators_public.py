@@ -58,6 +58,13 @@ def test_the_package_shows_the_types_the_table_and_the_module_that_have_no_examp
 
 INSIDE = {"by_reference.load", "by_reference.fingerprint", "declare.declared_by", "declare.near"}
 INSIDE |= {"weighted.usable", "weighted.effective"}
+INSIDE |= {
+    f"value_filter.{name}"
+    for name in (
+        *("single_filter_init", "single_filter_update", "read_batch", "cross_fit", "expected"),
+        *("own_posterior", "surprising", "widened"),
+    )
+}
 """Functions that only the other modules of the package call."""
 
 
