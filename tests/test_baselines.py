@@ -138,6 +138,7 @@ def test_score_norms_that_say_nothing_give_finite_baselines(name, norms):
     assert np.all((estimate.baselines >= 0) & (estimate.baselines <= 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weighted_mean", "batch_mean+least_variance"])
 @pytest.mark.parametrize("reward", [0.0, 1.0])
 @pytest.mark.parametrize("rows", [1, SIZE])
@@ -198,6 +199,7 @@ def fitted(rows, ratio, steps, **law):
     return estimate, world(rows, ratio, **law)[3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.3, 1.0, 10.0])
 def test_the_map_finds_the_tilt_of_a_world_whose_weights_have_one_ratio(ratio):
     """Slope 1 and tilt -log ratio, within 0.25: more than 4 standard errors of 4,000 effective
@@ -215,6 +217,7 @@ def test_where_the_ratio_grows_with_the_odds_the_map_is_the_constant():
     np.testing.assert_allclose(estimate.baselines, 0.2, atol=0.05)
 
 
+@pytest.mark.slow
 def test_values_that_fall_where_rewards_rise_are_not_used():
     """A slope below 0 is not allowed: the baselines are one constant a fold."""
     values, rewards, weights, _ = world(400, 1.0)
@@ -224,6 +227,7 @@ def test_values_that_fall_where_rewards_rise_are_not_used():
     assert len(set(np.asarray(estimate.baselines).tolist())) <= 8
 
 
+@pytest.mark.slow
 def test_few_rows_draw_the_map_to_the_constant():
     """The slope of 24 rows is below that of 2,400 of the same world."""
     slopes = [float(fitted(rows, 1.0, 1, seed=3)[0].info["slope"]) for rows in (24, 2400)]
@@ -239,6 +243,7 @@ def test_the_values_stay_those_of_the_other_estimator():
     np.testing.assert_allclose(estimate.advantages, REWARDS - estimate.baselines, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [("grpo", {"group_size": 4}), ("reinforce_pp", {}), ("basis", {"rule": "published"})],
