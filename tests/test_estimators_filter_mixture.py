@@ -87,6 +87,7 @@ def reference_step(s, y, ids, folds):
     return (weights * p).sum((1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimension", [0, 3])
 def test_five_steps_equal_the_float64_loop_duplicates_included(dimension):
     rng = np.random.default_rng(dimension)
@@ -222,6 +223,7 @@ def still_error(seed):
     return np.mean((values - rates)[:, -epoch:] ** 2), info
 
 
+@pytest.mark.slow
 def test_where_nothing_moves_the_drift_goes_and_the_table_stays():
     """Last epoch; .0024 +- .0001 over eight seeds, so a false alarm is beyond 9 sd."""
     error, info = still_error(0)
@@ -237,6 +239,7 @@ def wrong_table_errors(seed):
     return np.mean((values - rates) ** 2) / np.mean((without - rates) ** 2), info
 
 
+@pytest.mark.slow
 def test_a_table_of_other_problems_costs_at_most_a_twentieth():
     """Of the whole run's error without a table; 2.2 +- .2 % over eight seeds: 13 sd."""
     ratio, info = wrong_table_errors(0)
@@ -257,6 +260,7 @@ def exact_ratio(law, seed):
     return np.mean((values - rates) ** 2) / np.mean((np.array(exact) - rates) ** 2), info
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_within_a_tenth_of_the_exact_filter_that_knows_the_law_of_drift(law):
     """Eight seeds: 1.077 +- .015 (largest 1.11) on the walk, 1.069 +- .005 on the jumps; with this

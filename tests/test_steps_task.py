@@ -167,6 +167,7 @@ def probabilities(model, questions):
     return np.asarray(make_steps_model.completion_probability(*model, *tokens), np.float64)
 
 
+@pytest.mark.slow
 def test_pass_rates_of_one_wording_are_spread_as_those_of_pupils(model):
     """One string is right, so its probability is the value: mean .4 to .6, sd at least .25."""
     questions = steps.questions("single", held_out=True)
@@ -176,6 +177,7 @@ def test_pass_rates_of_one_wording_are_spread_as_those_of_pupils(model):
     assert np.corrcoef(passed, designed)[0, 1] > 0.9
 
 
+@pytest.mark.slow
 def test_a_free_prompt_has_many_right_completions(model):
     """None is likelier than .05, and each line's wording takes at least half a nat."""
     free = steps.questions("free", held_out=True)
