@@ -13,6 +13,7 @@ batch share makes them dependent by O(1/N^2) each, which is left out.
 - noise: E[w (r - b)^2] of a rollout, w its squared norm;
 - rollouts: N at which the squared cosine between g and t would be 1/2 if EU were along t:
   G (E|U|^2 - |EU|^2) |t|^2 / (EU.t)^2: needed rollouts are in proportion to it;
+- spread: G (E|U|^2 - |EU|^2), the variance of g times N;
 - cosine2: E (g.t)^2 / (E |g|^2 |t|^2);
 - noise_share: 1 - |EU|^2 / E|g|^2 at N.
 
@@ -121,6 +122,7 @@ def statistics(terms: Terms, counts: Float[np.ndarray, "K P"]) -> dict[str, np.n
     found = {
         "noise": noise,
         "signal": truth,
+        "spread": spread,
         "rollouts": spread * truth / with_true**2,
     }
     for size in SIZES:

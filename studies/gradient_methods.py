@@ -6,7 +6,8 @@ is asked of the gradients is linear in U or in U U^T, so that the first and seco
 coefficients a are all that is kept of the batches (``Moments``).
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -34,6 +35,7 @@ class Method:
     trials: int = 0  # offline rollouts a problem
     group_size: int = 1
     scaled: bool = False
+    told_values: bool = False  # in the place of the table's successes
 
 
 @dataclass(frozen=True)
@@ -57,44 +59,48 @@ class Moments:
 
 
 # ------------------------------------------------------------------------------------- methods
-def knows(values: Float[np.ndarray, " P"]) -> Estimator:
-    """An estimator that returns ``values`` of the problems."""
+def knows() -> Estimator:
+    """An estimator whose state are the problems' values, given in the place of successes."""
 
     def update(state, signals):
-        known = jnp.asarray(values, jnp.float32)[signals.problem_ids]
+        known = state[signals.problem_ids]
         return state, estimate(signals.rewards - known, known, signals.valid)
 
-    return Estimator(lambda successes, trials: (), update, False, False, 1)
+    return Estimator(lambda values, trials: jnp.asarray(values, jnp.float32), update, True, True, 1)
 
 
-def single_methods(values: Float[np.ndarray, " P"]) -> list[Method]:
-    """One rollout a prompt; ``values`` are the true ones."""
+@functools.cache
+def single_methods() -> tuple[Method, ...]:
+    """One rollout a prompt."""
     make = estimators.make
-    filtered, basis = make("value_filter"), make("basis")
-    return [
+    filtered, basis, spo = make("value_filter"), make("basis"), make("spo")
+    tilted = least_variance(filtered)
+    return (
         Method("none", make("reinforce")),
         Method("batch mean", make("batch_mean")),
         Method("REINFORCE++", make("reinforce_pp")),
         Method("value_filter", filtered),
         Method("value_filter", filtered, TABLE),
         Method("basis", basis, TABLE),
-        Method("spo", make("spo")),
-        Method("spo", make("spo"), TABLE),
+        Method("spo", spo),
+        Method("spo", spo, TABLE),
         Method("weighted_mean", make("weighted_mean")),
-        Method("least_variance value_filter", least_variance(filtered)),
-        Method("least_variance value_filter", least_variance(filtered), TABLE),
+        Method("least_variance value_filter", tilted),
+        Method("least_variance value_filter", tilted, TABLE),
         Method("least_variance basis", least_variance(basis), TABLE),
-        Method("least_variance true value", least_variance(knows(values))),
-        Method("true value", knows(values)),
-    ]
+        Method("least_variance true value", least_variance(knows()), told_values=True),
+        Method("true value", knows(), told_values=True),
+    )
 
 
-def group_methods() -> list[Method]:
+@functools.cache
+def group_methods() -> tuple[Method, ...]:
     make = estimators.make
-    found = [Method("grpo", make("grpo", group_size=8), 0, 8, scaled=True)]
-    found += [Method("rloo", make("rloo", group_size=g), 0, g) for g in (2, 4, 8)]
-    found += [Method("otb", make("otb", group_size=g), 0, g, scaled=True) for g in (2, 4, 8)]
-    return found
+    return (
+        Method("grpo", make("grpo", group_size=8), group_size=8, scaled=True),
+        *(Method("rloo", make("rloo", group_size=g), group_size=g) for g in (2, 4, 8)),
+        *(Method("otb", make("otb", group_size=g), group_size=g, scaled=True) for g in (2, 4, 8)),
+    )
 
 
 def weights(
@@ -149,34 +155,44 @@ def run(
     method: Method, draws: Draws, pool: Pool, told: Float[np.ndarray, "P {ESTIMATED}"]
 ) -> Moments:
     """The method's updates on all batches, with the score norms ``told``."""
-    rewards, successes = jnp.asarray(pool.rewards), jnp.asarray(pool.successes, jnp.float32)
-    trials = jnp.full(len(successes), method.trials, jnp.float32)
-    columns = (pool.lengths, told, pool.logprobs.astype(np.float32))
-    lengths, norms, logprobs = (jnp.asarray(x) for x in columns)
+    used = "values" if method.told_values else "successes"
+    started = getattr(pool, used) if method.trials or method.told_values else 0 * pool.successes
+    columns = (pool.rewards, pool.lengths, told, pool.logprobs)
+    found = replicates_of(method.estimator, method.scaled)(
+        (draws.ids, draws.chosen),
+        tuple(x if x.dtype.kind == "i" else np.float32(x) for x in columns),
+        np.float32(started),
+        np.full(len(started), method.trials, np.float32),
+    )
+    return moments(draws, *(np.asarray(x, np.float64) for x in found))
 
-    def replicate(ids, chosen):
+
+@functools.cache
+def replicates_of(estimator: Estimator, scaled: bool) -> Callable:
+    """(batches of all replicates, rewards, lengths, score norms and log-probabilities of all
+    rollouts, successes, trials) -> advantages (``scaled``) or r - b, and r - b, of every row."""
+
+    def replicate(batches, columns, successes, trials):
         def step(state, batch):
             ids, chosen = batch
             where = (jnp.repeat(ids, chosen.shape[1]), chosen.ravel())
-            r = rewards[where]
+            rewards, lengths, norms, logprobs = (x[where] for x in columns)
             signals = Signals(
-                rewards=r,
-                valid=jnp.ones(r.shape, bool),
+                rewards=rewards,
+                valid=jnp.ones(rewards.shape, bool),
                 problem_ids=where[0],
-                lengths=lengths[where],
-                score_norms=norms[where],
-                logprob_sum=logprobs[where],
+                lengths=lengths,
+                score_norms=norms,
+                logprob_sum=logprobs,
             )
-            state, made = method.estimator.update(state, signals)
-            left = r - made.baselines
-            used = made.advantages if method.scaled else left
+            state, made = estimator.update(state, signals)
+            left = rewards - made.baselines
+            used = made.advantages if scaled else left
             return state, (used.reshape(chosen.shape), left.reshape(chosen.shape))
 
-        started = method.estimator.init(successes * (method.trials > 0), trials)
-        return jax.lax.scan(step, started, (ids, chosen))[1]
+        return jax.lax.scan(step, estimator.init(successes, trials), batches)[1]
 
-    used, left = jax.jit(jax.vmap(replicate))(draws.ids, draws.chosen)
-    return moments(draws, np.asarray(used), np.asarray(left))
+    return jax.jit(jax.vmap(replicate, in_axes=(0, None, None, None)))
 
 
 def moments(
