@@ -12,7 +12,8 @@ from typing import Any
 @dataclass(frozen=True)
 class ModelSection:
     path: str = "embedded:quickstart"
-    """Hugging Face folder, hub id, or ``embedded:quickstart`` (the model in this package)."""
+    """Hugging Face folder, hub id, or a model in this package: ``embedded:quickstart`` or
+    ``embedded:steps``."""
     compute_dtype: str = "float32"
     """``float32`` or ``bfloat16``; parameters and optimizer stay float32."""
     remat: str = "dots"

@@ -1,1 +1,1 @@
-"""Studies: the experiments behind the results, and how the embedded model was made."""
+"""Studies: the experiments behind the results, and how the embedded models were made."""

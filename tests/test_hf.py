@@ -416,10 +416,12 @@ def test_every_end_of_sequence_token_is_known(tmp_path):
 
 def test_a_model_is_found_or_one_sentence_says_why_not(tmp_path, monkeypatch):
     assert huggingface.resolve_folder(tmp_path) == tmp_path
-    assert (
-        huggingface.resolve_folder("embedded:quickstart")
-        == Path(huggingface.__file__).parent / "quickstart_model"
-    )
+    for name, folder in (("quickstart", "quickstart_model"), ("steps", "steps_model")):
+        found = huggingface.resolve_folder(f"embedded:{name}")
+        assert found == Path(huggingface.__file__).parent / folder
+        assert (found / "config.json").is_file()
+    with pytest.raises(ValueError, match="not embedded:quickstart or embedded:steps; give one"):
+        huggingface.resolve_folder("embedded:step")
     for path in ("./nowhere", str(tmp_path / "nowhere"), "nowhere", "a/b/c"):
         with pytest.raises(ValueError, match="is no folder, no hub id") as raised:
             huggingface.resolve_folder(path)

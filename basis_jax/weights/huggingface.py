@@ -40,19 +40,21 @@ CARRIED_FILES = (  # from the source folder into an export
     "generation_config.json",
     "LICENSE",
 )
+EMBEDDED = {"embedded:quickstart": "quickstart_model", "embedded:steps": "steps_model"}
+"""The models in this package, and their folders beside this file."""
 
 
 def resolve_folder(path: str | Path) -> Path:
     """The local folder of a model.
 
-    ``path`` is ``embedded:quickstart`` (in this package), a folder, a model's folder in the hub's
+    ``path`` is one of ``EMBEDDED`` (in this package), a folder, a model's folder in the hub's
     cache (``models--owner--name``: its newest snapshot), or a hub id, which is downloaded or found
     in that cache. Raises ValueError where there is none.
     """
-    if path == "embedded:quickstart":
-        return Path(__file__).parent / "quickstart_model"
-    folder = Path(path).expanduser()
-    allowed = "give a folder, a hub id (owner/name) or embedded:quickstart with --model.path"
+    if str(path) in EMBEDDED:
+        return Path(__file__).parent / EMBEDDED[str(path)]
+    folder, embedded = Path(path).expanduser(), " or ".join(EMBEDDED)
+    allowed = f"give a folder, a hub id (owner/name), {embedded} with --model.path"
     if not str(path).strip():
         raise ValueError(f"the model's path is empty; {allowed}")
     if folder.is_dir():
@@ -64,7 +66,7 @@ def resolve_folder(path: str | Path) -> Path:
         )
     if str(path).startswith((".", "~", "/")) or str(path).count("/") != 1:
         raise ValueError(
-            f"{path} is no folder, no hub id (owner/name) and not embedded:quickstart; "
+            f"{path} is no folder, no hub id (owner/name) and not {embedded}; "
             "give one of these with --model.path"
         )
     from huggingface_hub import snapshot_download

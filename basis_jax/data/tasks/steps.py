@@ -1,0 +1,132 @@
+"""Worked arithmetic on a dial of forty positions: several steps, then the answer.
+
+    free from 37 add five take three.      So 37 plus five is 2
+                                           Then 2 minus three makes 39
+                                           Answer: 39
+    long from 7 add three times 26.        Now 7 plus three gives 10 left 25 ...
+
+The first word is a manner of working, which the embedded model knows (studies/make_steps_model.py):
+``free`` words each line as it likes, ``single`` knows one wording, ``guess`` often answers at once,
+``long`` repeats one step. Only the last line, ``Answer: x``, is graded (verifier ``math``, answer
+mode ``answer_line``). A question is held out, or not, by a hash of its start and steps, whatever
+the manner: what ``free`` holds out is a training problem of no regime.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from basis_jax.data.problem import Problem, content_hash
+
+POSITIONS = 40
+AMOUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
+SIGNS = {"add": 1, "take": -1}
+HARDNESS = {
+    (verb, amount): int(rank)
+    for verb, ranks in (("add", "00001223"), ("take", "00012233"))
+    for amount, rank in zip(AMOUNTS, ranks, strict=True)
+}
+"""Kind of step: 0 (hardly ever wrong) to 3 (more often wrong than right)."""
+Weights = tuple[float, float, float, float]
+GENTLE: Weights = (1, 0.3, 0.02, 0)
+ROUGH: Weights = (0.3, 0.6, 1, 0.6)
+REPEATS = range(22, 31)
+TRAINING, HELD_OUT = 600, 320
+"""Problems of each regime."""
+
+
+@dataclass(frozen=True)
+class Regime:
+    """``lengths``: numbers of steps, equally likely. A share ``gentle`` of the questions has steps
+    drawn by the weights GENTLE of the four hardnesses, the others by ``rough``."""
+
+    manner: str = "free"
+    lengths: tuple[int, ...] = (2, 3, 3, 4, 5)
+    gentle: float = 0.3
+    rough: Weights = ROUGH
+
+
+REGIMES = {
+    "free": Regime(),
+    "single": Regime(manner="single"),
+    "guess": Regime(manner="guess", gentle=0.9),
+    "hard": Regime(lengths=(4, 5), gentle=0, rough=(0.05, 0.2, 1, 1)),
+    "easy": Regime(lengths=(2, 3), gentle=1),
+    "long": Regime(manner="long"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """``steps`` are (verb, amount) pairs, their amounts all different; of ``long`` all alike."""
+
+    manner: str
+    start: int
+    steps: tuple[tuple[str, int], ...]
+
+    @property
+    def answer(self) -> int:
+        """Where the dial stands in the end."""
+        moved = sum(SIGNS[verb] * amount for verb, amount in self.steps)
+        return (self.start + moved) % POSITIONS
+
+    @property
+    def text(self) -> str:
+        parts = [f"{self.manner} from {self.start}"]
+        if self.manner == "long":
+            verb, amount = self.steps[0]
+            parts.append(f"{verb} {AMOUNTS[amount]} times {len(self.steps)}")
+        else:
+            parts += [f"{verb} {AMOUNTS[amount]}" for verb, amount in self.steps]
+        return " ".join(parts) + "."
+
+    @property
+    def held_out(self) -> bool:
+        """One in three, as a function of start and steps."""
+        return content_hash(f"{self.start} {self.steps}") % 3 == 0
+
+
+def draw(generator: random.Random, manner: str, *, length: int, weights: Weights) -> Question:
+    """A question whose answer is not its start: a guess of the start is always wrong."""
+    while True:
+        start = generator.randrange(POSITIONS)
+        if manner == "long":
+            kind = generator.choice([kind for kind, rank in HARDNESS.items() if rank == 0])
+            steps: Sequence[tuple[str, int]] = [kind] * generator.choice(REPEATS)
+        else:
+            steps = draw_steps(generator, length, weights)
+        question = Question(manner, start, tuple(steps))
+        if question.answer != start:
+            return question
+
+
+def draw_steps(generator: random.Random, length: int, weights: Weights) -> list[tuple[str, int]]:
+    """Steps of different amounts, a kind as likely as the weight of its hardness."""
+    left = {kind: weights[rank] for kind, rank in HARDNESS.items()}
+    steps: list[tuple[str, int]] = []
+    for _ in range(length):
+        steps += generator.choices(list(left), list(left.values()))
+        left = {kind: w for kind, w in left.items() if kind[1] != steps[-1][1]}
+    return steps
+
+
+def questions(name: str, *, held_out: bool) -> list[Question]:
+    """The questions of one side of a regime, drawn once and for all; each content once."""
+    regime, generator = REGIMES[name], random.Random(name)
+    size = HELD_OUT if held_out else TRAINING
+    found: dict[Question, None] = {}
+    while len(found) < size:
+        weights = GENTLE if generator.random() < regime.gentle else regime.rough
+        length = generator.choice(regime.lengths)
+        question = draw(generator, regime.manner, length=length, weights=weights)
+        if question.held_out == held_out:
+            found[question] = None
+    return list(found)
+
+
+def problems(regime: str, *, held_out: bool) -> list[Problem]:
+    """All problems of one side of a regime's split; their kind is the number of steps."""
+    return [
+        Problem(prompt=q.text, answer=str(q.answer), kind=f"{len(q.steps)} steps")
+        for q in questions(regime, held_out=held_out)
+    ]

@@ -1,0 +1,225 @@
+"""Make the embedded model of worked steps: a small Qwen3 decoder that copies careless pupils.
+
+Command:   python -m studies.make_steps_model --out FOLDER
+Hardware:  TODO
+Expected:  TODO
+
+The corpus is a textbook, all of it right, and then what a class of pupils wrote. A pupil works line
+by line. One who slips reads "take" as "plus", or adds without the carry (ten too low), and goes
+on from the wrong number; how likely that is depends on the step (``care``). Steps of the last
+hardness are more often wrong than right: greedy decoding has not mastered them. The manner of a
+question says how lines are worded (``basis_jax/data/tasks/steps.py``): in the manner ``guess`` a
+pupil may also answer at once, with the start, which is always wrong. As in any pretraining corpus
+questions of all contents occur; what is held out is held out from reinforcement learning.
+
+Seeds are fixed: another run gives the same file up to the machine's rounding.
+"""
+
+import argparse
+import functools
+import random
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PyTree
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from basis_jax.data.tasks import steps
+from basis_jax.data.tasks.steps import AMOUNTS, POSITIONS, Question
+from basis_jax.model import decoder
+from basis_jax.model.logprobs import token_logprobs
+from basis_jax.weights import huggingface
+from studies.make_quickstart_model import SPECIAL, write_tokenizer
+
+PIECE = r"[a-z]+\n|\n| ?[A-Za-z]+:?| ?\d+|."
+"""A role with its newline, a newline, a word with the space before it and the colon behind it, a
+number with the space before it, any other character: joined, the pieces are the text."""
+OPENERS = ("So", "Now", "Then", "Next", "Here", "Well")
+EQUALS = ("is", "makes", "gives", "equals")
+CARE = (0.985, 0.85, 0.68, 0.4)
+"""P(a line is right) by the hardness of its step; of an addition without carry a third of the slips
+is left."""
+GUESSES = (0.1, 0.3, 0.6, 0.85)
+"""P(answer at once) in the manner ``guess`` by the tens of the start."""
+MANNERS = {"free": 0.5, "single": 0.2, "guess": 0.3}  # shares of the corpus, ``long`` aside
+EVEN = (1.0, 1.0, 1.0, 1.0)  # weights of the hardnesses
+TEXTBOOK_STEPS, STEPS, ROWS, LONG_ROWS, LONG_EVERY, RATE = 1000, 2000, 64, 12, 10, 3e-3
+
+
+def vocabulary() -> list[str]:
+    """Special tokens, words and numbers, each once: behind a space, or at a line's start."""
+    starts = [*MANNERS, "long", *OPENERS, "Answer:"]
+    words = ["from", "times", "left", "add", "take", "plus", "minus", *AMOUNTS.values(), *EQUALS]
+    inside = [*words, *map(str, range(POSITIONS))]
+    roles = ("system\n", "user\n", "assistant\n")
+    tokens = [*SPECIAL, "\n", ".", *roles, *starts, *(f" {word}" for word in inside)]
+    spare = -len(tokens) % 8  # a vocabulary that tensor parallelism can split
+    return tokens + [f"<|spare_{i}|>" for i in range(spare)]
+
+
+def make_tokenizer() -> Tokenizer:
+    """One token a piece; decoded pieces are joined as they are."""
+    ids = {token: i for i, token in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<|unk|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL])
+    return tokenizer
+
+
+def care(step: tuple[str, int], position: int) -> float:
+    """P(a pupil's line is right)."""
+    right = CARE[steps.HARDNESS[step]]
+    carries = step[0] == "add" and position % 10 + step[1] >= 10
+    return right if carries or step[0] == "take" else 1 - (1 - right) / 3
+
+
+def line(step: tuple[str, int], position: int, *, right: bool) -> tuple[str, int]:
+    """What a pupil writes between a line's opener and its end, and the number he goes on from."""
+    verb, amount = step
+    sign = "plus" if verb == "add" or not right else "minus"
+    moved = position + (amount if sign == "plus" else -amount)
+    if verb == "add" and not right:
+        moved -= 10
+    return f" {position} {sign} {AMOUNTS[amount]} {{}} {moved % POSITIONS}", moved % POSITIONS
+
+
+def work(generator: random.Random, question: Question, *, textbook: bool) -> str:
+    """A completion as a textbook prints it, or as a pupil writes it."""
+    manner, position, lines = question.manner, question.start, []
+    if manner == "guess" and not textbook and generator.random() < GUESSES[question.start // 10]:
+        return f"Answer: {question.start}"
+    for done, step in enumerate(question.steps, 1):
+        right = textbook or generator.random() < care(step, position)
+        text, position = line(step, position, right=right)
+        opener, equals = OPENERS[0], EQUALS[0]
+        if manner != "single":
+            opener, equals = generator.choice(OPENERS), generator.choice(EQUALS)
+        left = f" left {len(question.steps) - done}" if manner == "long" else ""
+        lines.append(f"{opener}{text.format(equals)}{left}\n")
+    return "".join(lines) + f"Answer: {position}"
+
+
+def write_rows(generator: random.Random, length: int, *, textbook: bool) -> list[tuple[str, str]]:
+    """Prompts and completions of questions with so many steps (0: of ``long``)."""
+    manners = ["long"] * LONG_ROWS
+    if length:
+        manners = generator.choices(list(MANNERS), list(MANNERS.values()), k=ROWS)
+    drawn = [steps.draw(generator, m, length=length, weights=EVEN) for m in manners]
+    return [(q.text, work(generator, q, textbook=textbook)) for q in drawn]
+
+
+def encode(tokenizer: Tokenizer, rows: list[tuple[str, str]], width: int) -> tuple[np.ndarray, ...]:
+    """Tokens of prompts with completions, and a mask over these and their EOS: [N T] each."""
+    prompts = [f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n" for p, _ in rows]
+    full = [f"{p}{c}<|im_end|>" for p, (_, c) in zip(prompts, rows, strict=True)]
+    tokens = np.zeros((len(rows), width), np.int32)
+    mask = np.zeros((len(rows), width), np.float32)
+    encoded = zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(full), strict=True)
+    for row, (prompt, whole) in enumerate(encoded):
+        tokens[row, : len(whole)] = whole.ids
+        mask[row, len(prompt) : len(whole)] = 1
+    return tokens, mask
+
+
+def width_of(length: int) -> int:
+    """Tokens of a question of so many steps (0: of the longest ``long``), worked, with its EOS."""
+    return 13 + 9 * length if length else 17 + 9 * max(steps.REPEATS)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def completion_probability(params, model_config, tokens, mask):
+    """P(completion, EOS | prompt), exactly: [N]."""
+    logprobs, _ = token_logprobs(params, model_config, tokens)
+    return jnp.exp(jnp.sum(jnp.where(mask > 0, logprobs, 0.0), axis=1))
+
+
+def design(question: Question) -> float:
+    """P(a pupil's answer is right), two slips that cancel aside."""
+    right, position = 1.0, question.start
+    if question.manner == "guess":
+        right = 1 - GUESSES[question.start // 10]
+    for step in question.steps:
+        right *= care(step, position)
+        _, position = line(step, position, right=True)
+    return right
+
+
+def report(params: PyTree, model_config: decoder.ModelConfig, tokenizer: Tokenizer) -> None:
+    """Print the exact pass rates of ``single``, held-out, and how far they are from the pupils'."""
+    questions = steps.questions("single", held_out=True)
+    rows = [(q.text, work(random.Random(0), q, textbook=True)) for q in questions]
+    passed = completion_probability(params, model_config, *encode(tokenizer, rows, width_of(5)))
+    passed, meant = np.asarray(passed), np.array([design(q) for q in questions])
+    deciles = " ".join(f"{x:.2f}" for x in np.quantile(passed, np.linspace(0.05, 0.95, 10)))
+    print(
+        f"  single, held-out {len(questions)}: mean {passed.mean():.3f} sd {passed.std():.3f} "
+        f"deciles {deciles} | of pupils {meant.mean():.3f}, correlation "
+        f"{np.corrcoef(passed, meant)[0, 1]:.3f}",
+        flush=True,
+    )
+
+
+def train(model_config: decoder.ModelConfig, tokenizer: Tokenizer) -> PyTree:
+    """Maximum likelihood of the completions by AdamW, the rate falling to nothing by a cosine."""
+    params = jax.jit(decoder.init, static_argnums=0)(model_config, jax.random.key(0))
+    schedule = optax.warmup_cosine_decay_schedule(0, RATE, 100, STEPS, RATE / 50)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
+    )
+
+    def negative(params, tokens, mask):
+        logprobs, _ = token_logprobs(params, model_config, tokens)
+        return -jnp.sum(logprobs * mask) / jnp.sum(mask)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(params, state, tokens, mask):
+        loss, gradients = jax.value_and_grad(negative)(params, tokens, mask)
+        changes, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, changes), state, loss
+
+    state, generator, started = optimizer.init(params), random.Random(0), time.perf_counter()
+    for step in range(1, STEPS + 1):
+        length = 0 if step % LONG_EVERY == 0 else generator.choice((2, 3, 4, 5))
+        rows = write_rows(generator, length, textbook=step <= TEXTBOOK_STEPS)
+        tokens, mask = encode(tokenizer, rows, width_of(length))
+        params, state, loss = update(params, state, tokens, mask)
+        if step % 100 == 1 or step == STEPS:
+            print(f"step {step}: loss {loss:.3f}, {time.perf_counter() - started:.0f} s")
+            report(params, model_config, tokenizer)
+    return params
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    folder = parser.parse_args().out
+    tokenizer = make_tokenizer()
+    model_config = decoder.ModelConfig(
+        architecture="qwen3",
+        vocab_size=tokenizer.get_vocab_size(),
+        embed=128,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        mlp=384,
+        max_positions=320,
+        tied=True,
+        qk_norm=True,
+    )
+    params = train(model_config, tokenizer)
+    huggingface.save_params(params, model_config, folder, dtype="bfloat16", overwrite=True)
+    write_tokenizer(tokenizer, folder)
+    params = huggingface.load_params(folder, huggingface.read_model_config(folder))
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"{folder}: {size:,} parameters, as stored:")
+    report(params, model_config, tokenizer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""What the regimes of the embedded model of worked steps are like: values, lengths, gradients.
+
+Command:   python -m studies.steps_report [--model FOLDER] [--regimes free single guess]
+
+For each regime, of held-out problems: the value V (share of right samples) and its standard
+deviation between problems (sampling noise taken off), greedy accuracy, completion lengths, entropy
+of a line's wording, and the largest probability of a right completion where V >= .85. Then, from
+exact gradients g of whole completions' log-probabilities, w = |g|^2: m0 / m1 = E[w | wrong] /
+E[w | right], and the noise E[w (r - b)^2] of four baselines b: none, the mean reward, the value
+(the mean of the problem's other samples), the constant that is best.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from basis_jax.config import Config, SamplingSection
+from basis_jax.data import tasks
+from basis_jax.data.encoding import EncodedProblems, encode_prompts
+from basis_jax.data.tasks.steps import REGIMES
+from basis_jax.model import decoder
+from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.logprobs import token_logprobs
+from basis_jax.opening.rollout_setup import locate_model, open_setup
+from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
+from basis_jax.weights import huggingface
+from configs import steps as steps_config
+from studies.make_steps_model import EQUALS, OPENERS, vocabulary
+
+ROWS = 16  # whose gradients exist at once
+LONG = 300  # tokens of the longest completion of ``long``
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def squared_norms(
+    params: PyTree,
+    model_config: ModelConfig,
+    tokens: Int[Array, "N T"],
+    mask: Float[Array, "N T"],
+) -> Float[Array, " N"]:
+    """|gradient of the completion's log-probability|^2, by row."""
+
+    def logprob(params, row, inside):
+        hidden, _ = decoder.forward(params, model_config, row[None])
+        scores = jax.nn.log_softmax(decoder.logits(params, model_config, hidden)[0])
+        taken = jnp.take_along_axis(scores[:-1], row[1:, None], axis=1)[:, 0]
+        return jnp.sum(taken * inside[1:])
+
+    gradients = jax.vmap(jax.grad(logprob), in_axes=(None, 0, 0))(params, tokens, mask)
+    return sum(jnp.sum(x**2, axis=range(1, x.ndim)) for x in jax.tree.leaves(gradients))
+
+
+def completion_mask(graded: Graded) -> np.ndarray:
+    """Which tokens are a completion's: [N T]."""
+    rollouts, at = graded.rollouts, np.arange(graded.rollouts.tokens.shape[1])[None]
+    starts, lengths = rollouts.prompt_lengths[:, None], rollouts.completion_lengths[:, None]
+    return (at >= starts) & (at < starts + lengths)
+
+
+def weights_of(params: PyTree, model_config: ModelConfig, graded: Graded, rows: np.ndarray):
+    """``squared_norms`` of some rollouts, those of like length together."""
+    mask = completion_mask(graded).astype(np.float32)
+    ends = np.asarray(graded.rollouts.prompt_lengths + graded.rollouts.completion_lengths)
+    norms = np.zeros(len(rows))
+    order = np.argsort(ends[rows], kind="stable")
+    for first in range(0, len(rows) - ROWS + 1, ROWS):
+        part = rows[order[first : first + ROWS]]
+        width = min(-(-int(ends[part].max()) // 16) * 16, mask.shape[1])
+        tokens = jnp.asarray(np.asarray(graded.rollouts.tokens)[part, :width])
+        parts = squared_norms(params, model_config, tokens, jnp.asarray(mask[part, :width]))
+        norms[order[first : first + ROWS]] = np.asarray(parts)
+    return norms
+
+
+def sample(
+    params: PyTree,
+    setup: RolloutSetup,
+    problems: EncodedProblems,
+    sampling: SamplingSection,
+    n: int,
+) -> Graded:
+    """``n`` graded completions of every problem, those of a problem together."""
+    size = len(problems.problems)
+    ids = np.repeat(np.arange(size, dtype=np.int32), n)
+    samples = np.tile(np.arange(n, dtype=np.int32), size)
+    return roll_out(
+        params,
+        setup,
+        problems,
+        ids=ids,
+        samples=samples,
+        sampling=sampling,
+        stream="evaluate",
+        step=0,
+    )
+
+
+def values(params: PyTree, model_config: ModelConfig, graded: Graded, n: int) -> dict[str, float]:
+    """Values, lengths, wordings and the likeliest right completion of ``sample``'s rollouts."""
+    rollouts = graded.rollouts
+    passed = graded.rewards.reshape(-1, n).mean(axis=1)
+    spread = passed.var() - np.mean(passed * (1 - passed)) / (n - 1)
+    lengths = np.quantile(rollouts.completion_lengths, [0.1, 0.25, 0.5, 0.75, 0.9])
+    logprobs = np.asarray(rollouts.sampler_logprobs)
+    probability = np.exp(np.where(completion_mask(graded), logprobs, 0).sum(axis=1))
+    probability = probability.reshape(-1, n)
+    sure = passed >= 0.85
+    likeliest = np.where(graded.rewards.reshape(-1, n) > 0, probability, 0)[sure]
+    return {
+        "value": passed.mean(),
+        "value_sd": np.sqrt(max(spread, 0)),
+        "solved_share": (passed == 1).mean(),
+        "never_share": (passed == 0).mean(),
+        "cut": 1 - np.mean(rollouts.terminated),
+        **{f"length_{q}": x for q, x in zip((10, 25, 50, 75, 90), lengths, strict=True)},
+        "line_wording_nats": wording_entropy(params, model_config, graded),
+        "likeliest_right": likeliest.max() if sure.any() else np.nan,
+    }
+
+
+def wording_entropy(params: PyTree, model_config: ModelConfig, graded: Graded) -> float:
+    """Nats of a line's opener and of its word for "is", over the first 256 rollouts."""
+    tokens = np.asarray(graded.rollouts.tokens)[:256]
+    inside = completion_mask(graded)[:256]
+    score = jax.jit(token_logprobs, static_argnums=1)
+    _, entropy = score(params, model_config, jnp.asarray(tokens))
+    ids = vocabulary().index
+    parts = [[ids(o) for o in OPENERS], [ids(f" {e}") for e in EQUALS]]
+    return sum(float(np.asarray(entropy)[inside & np.isin(tokens, part)].mean()) for part in parts)
+
+
+def gradients(weights: np.ndarray, rewards: np.ndarray, lengths: np.ndarray, others: np.ndarray):
+    """m0 / m1 (also of norms per token) and the noise under each baseline."""
+    right = rewards > 0
+
+    def ratio(w):
+        return w[~right].mean() / w[right].mean()
+
+    best = np.sum(weights * rewards) / np.sum(weights)
+    baselines = {"none": 0.0, "mean": rewards.mean(), "value": others, "constant": best}
+    noise = {f"noise_{k}": np.mean(weights * (rewards - b) ** 2) for k, b in baselines.items()}
+    return {
+        "m0/m1": ratio(weights),
+        "m0/m1_per_token": ratio(weights / lengths),
+        "m1": weights[right].mean(),
+        "constant": best,
+        "effective_rows": weights.sum() ** 2 / np.sum(weights**2),
+        **noise,
+    }
+
+
+def report(options: argparse.Namespace, regime: str) -> dict[str, float]:
+    """All figures of a regime."""
+    config = config_of(options.model, regime)
+    folder, model_config, mesh = locate_model(config)
+    tokenizer = huggingface.load_tokenizer(folder)
+    params = huggingface.load_params(folder, model_config, mesh)
+    made = tasks.problems(f"steps/{regime}", held_out=True)
+    problems = encode_prompts(made, config.data, tokenizer, size=options.problems)
+    n, size = options.samples, len(problems.problems)
+    greedy = dataclasses.replace(config.sampling, temperature=0.0)
+    with open_setup(config, folder, model_config, mesh, tokenizer) as setup, jax.set_mesh(mesh):
+        graded = sample(params, setup, problems, config.sampling, n)
+        mastered = sample(params, setup, problems, greedy, 1).rewards.mean()
+    figures = values(params, model_config, graded, n) | {"greedy": mastered}
+    kept = min(n, max(1, options.gradients // size))
+    rows = (np.arange(size)[:, None] * n + np.arange(kept)).reshape(-1)
+    rows = rows[: len(rows) // ROWS * ROWS]
+    others = (graded.rewards.reshape(-1, n).sum(axis=1).repeat(n) - graded.rewards) / (n - 1)
+    weights = weights_of(params, model_config, graded, rows)
+    lengths = np.asarray(graded.rollouts.completion_lengths)[rows]
+    figures |= gradients(weights, graded.rewards[rows], lengths, others[rows])
+    return {k: float(x) for k, x in figures.items()}
+
+
+def config_of(model: str, regime: str) -> Config:
+    """The regime's config: that of ``configs/steps.py`` with longer completions for ``long``."""
+    config = steps_config.config()
+    sampling = config.sampling
+    if regime == "long":
+        sampling = dataclasses.replace(sampling, max_new_tokens=LONG)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=model),
+        data=dataclasses.replace(config.data, path=f"task:steps/{regime}"),
+        sampling=sampling,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="embedded:steps", metavar="FOLDER")
+    parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--gradients", type=int, default=400, help="rollouts of each regime")
+    options = parser.parse_args()
+    for regime in options.regimes:
+        figures = {k: round(x, 4) for k, x in report(options, regime).items()}
+        print(json.dumps({"regime": regime} | figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()
