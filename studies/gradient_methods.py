@@ -105,7 +105,7 @@ def group_methods() -> tuple[Method, ...]:
 
 def weights(
     pool: Pool, norms: Float[np.ndarray, "P S 2"], name: str
-) -> Float[np.ndarray, "P {ESTIMATED}"]:
+) -> Float[np.ndarray, "P E"]:
     """What estimators are told as score norms: the sampler's ``free`` ones, the ``exact`` squared
     norms in either metric, or ``surprise``, sum (1 - probability)^2."""
     every = {
@@ -152,7 +152,7 @@ def draw_batches(
 
 
 def run(
-    method: Method, draws: Draws, pool: Pool, told: Float[np.ndarray, "P {ESTIMATED}"]
+    method: Method, draws: Draws, pool: Pool, told: Float[np.ndarray, "P E"]
 ) -> Moments:
     """The method's updates on all batches, with the score norms ``told``."""
     used = "values" if method.told_values else "successes"
