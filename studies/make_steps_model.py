@@ -1,16 +1,22 @@
-"""Make the embedded model of worked steps: a small Qwen3 decoder that copies careless pupils.
+"""Make the embedded model of worked steps: a small Qwen3 decoder taught by careless pupils.
 
 Command:   python -m studies.make_steps_model --out FOLDER
 Hardware:  TODO
 Expected:  TODO
 
-The corpus is a textbook, all of it right, and then what a class of pupils wrote. A pupil works line
-by line. One who slips reads "take" as "plus", or adds without the carry (ten too low), and goes
-on from the wrong number; how likely that is depends on the step (``care``). Steps of the last
-hardness are more often wrong than right: greedy decoding has not mastered them. The manner of a
-question says how lines are worded (``basis_jax/data/tasks/steps.py``): in the manner ``guess`` a
-pupil may also answer at once, with the start, which is always wrong. As in any pretraining corpus
-questions of all contents occur; what is held out is held out from reinforcement learning.
+The corpus is what a class of pupils wrote. A pupil works line by line; one who slips writes a
+number that is off by so much, and goes on from there. How likely a slip is (``care``), and by how
+much it is off (``slip``), depends on verb, amount and the tens of the position, by a hash: 64 cases
+that have little to do with each other. In some of them more pupils are wrong than right: greedy
+decoding has not mastered these. The manner of a question says how lines are worded
+(``basis_jax/data/tasks/steps.py``); in the manner ``guess`` a pupil may also answer at once with
+the start, which is always wrong. As in any pretraining corpus questions of all contents occur; what
+is held out is held out from reinforcement learning.
+
+Why so: with slips of two sorts only ("take" read as "add", a carry dropped), taught after a
+textbook without any, all slips lay in two directions, and ten steps of reinforcement learning at a
+learning rate of 5e-4 brought held-out accuracy from 52 to 95 %. No study of methods is possible
+there.
 
 Seeds are fixed: another run gives the same file up to the machine's rounding.
 """
@@ -28,6 +34,7 @@ import optax
 from jaxtyping import PyTree
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from basis_jax.data.problem import content_hash
 from basis_jax.data.tasks import steps
 from basis_jax.data.tasks.steps import AMOUNTS, POSITIONS, Question
 from basis_jax.model import decoder
@@ -41,13 +48,15 @@ number with the space before it, any other character: joined, the pieces are the
 OPENERS = ("So", "Now", "Then", "Next", "Here", "Well")
 EQUALS = ("is", "makes", "gives", "equals")
 CARE = (0.985, 0.85, 0.68, 0.4)
-"""P(a line is right) by the hardness of its step; of an addition without carry a third of the slips
-is left."""
+"""P(a line is right) by the hardness of its step."""
 GUESSES = (0.1, 0.3, 0.6, 0.85)
 """P(answer at once) in the manner ``guess`` by the tens of the start."""
 MANNERS = {"free": 0.5, "single": 0.2, "guess": 0.3}  # shares of the corpus, ``long`` aside
+SIGNS = {"add": "plus", "take": "minus"}
+SLIPS = (1, 2, 3, 10, 11, 12)
+"""How far off a wrong line is; all to one side, so that two slips hardly ever cancel."""
 EVEN = (1.0, 1.0, 1.0, 1.0)  # weights of the hardnesses
-TEXTBOOK_STEPS, STEPS, ROWS, LONG_ROWS, LONG_EVERY, RATE = 1000, 2000, 64, 12, 10, 3e-3
+STEPS, ROWS, LONG_ROWS, LONG_EVERY, RATE = 2000, 64, 12, 10, 3e-3
 
 
 def vocabulary() -> list[str]:
@@ -73,19 +82,14 @@ def make_tokenizer() -> Tokenizer:
 
 def care(step: tuple[str, int], position: int) -> float:
     """P(a pupil's line is right)."""
-    right = CARE[steps.HARDNESS[step]]
-    carries = step[0] == "add" and position % 10 + step[1] >= 10
-    return right if carries or step[0] == "take" else 1 - (1 - right) / 3
+    return CARE[steps.hardness(step, position)]
 
 
-def line(step: tuple[str, int], position: int, *, right: bool) -> tuple[str, int]:
-    """What a pupil writes between a line's opener and its end, and the number he goes on from."""
+def slip(step: tuple[str, int], position: int) -> int:
+    """The wrong end of a step: off by as much as pupils usually are in such a step."""
     verb, amount = step
-    sign = "plus" if verb == "add" or not right else "minus"
-    moved = position + (amount if sign == "plus" else -amount)
-    if verb == "add" and not right:
-        moved -= 10
-    return f" {position} {sign} {AMOUNTS[amount]} {{}} {moved % POSITIONS}", moved % POSITIONS
+    off = SLIPS[content_hash(f"slip {verb} {amount} {position // 10}") % len(SLIPS)]
+    return (steps.turned(step, position) + off) % POSITIONS
 
 
 def work(generator: random.Random, question: Question, *, textbook: bool) -> str:
@@ -95,22 +99,24 @@ def work(generator: random.Random, question: Question, *, textbook: bool) -> str
         return f"Answer: {question.start}"
     for done, step in enumerate(question.steps, 1):
         right = textbook or generator.random() < care(step, position)
-        text, position = line(step, position, right=right)
+        end = (steps.turned if right else slip)(step, position)
         opener, equals = OPENERS[0], EQUALS[0]
         if manner != "single":
             opener, equals = generator.choice(OPENERS), generator.choice(EQUALS)
         left = f" left {len(question.steps) - done}" if manner == "long" else ""
-        lines.append(f"{opener}{text.format(equals)}{left}\n")
+        sign, amount = SIGNS[step[0]], AMOUNTS[step[1]]
+        lines.append(f"{opener} {position} {sign} {amount} {equals} {end}{left}\n")
+        position = end
     return "".join(lines) + f"Answer: {position}"
 
 
-def write_rows(generator: random.Random, length: int, *, textbook: bool) -> list[tuple[str, str]]:
+def write_rows(generator: random.Random, length: int) -> list[tuple[str, str]]:
     """Prompts and completions of questions with so many steps (0: of ``long``)."""
     manners = ["long"] * LONG_ROWS
     if length:
         manners = generator.choices(list(MANNERS), list(MANNERS.values()), k=ROWS)
     drawn = [steps.draw(generator, m, length=length, weights=EVEN) for m in manners]
-    return [(q.text, work(generator, q, textbook=textbook)) for q in drawn]
+    return [(q.text, work(generator, q, textbook=False)) for q in drawn]
 
 
 def encode(tokenizer: Tokenizer, rows: list[tuple[str, str]], width: int) -> tuple[np.ndarray, ...]:
@@ -145,7 +151,7 @@ def design(question: Question) -> float:
         right = 1 - GUESSES[question.start // 10]
     for step in question.steps:
         right *= care(step, position)
-        _, position = line(step, position, right=True)
+        position = steps.turned(step, position)
     return right
 
 
@@ -185,7 +191,7 @@ def train(model_config: decoder.ModelConfig, tokenizer: Tokenizer) -> PyTree:
     state, generator, started = optimizer.init(params), random.Random(0), time.perf_counter()
     for step in range(1, STEPS + 1):
         length = 0 if step % LONG_EVERY == 0 else generator.choice((2, 3, 4, 5))
-        rows = write_rows(generator, length, textbook=step <= TEXTBOOK_STEPS)
+        rows = write_rows(generator, length)
         tokens, mask = encode(tokenizer, rows, width_of(length))
         params, state, loss = update(params, state, tokens, mask)
         if step % 100 == 1 or step == STEPS:

@@ -12,6 +12,7 @@ mode ``answer_line``). A question is held out, or not, by a hash of its start an
 the manner: what ``free`` holds out is a training problem of no regime.
 """
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,15 +22,9 @@ from basis_jax.data.problem import Problem, content_hash
 POSITIONS = 40
 AMOUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
 SIGNS = {"add": 1, "take": -1}
-HARDNESS = {
-    (verb, amount): int(rank)
-    for verb, ranks in (("add", "00001223"), ("take", "00012233"))
-    for amount, rank in zip(AMOUNTS, ranks, strict=True)
-}
-"""Kind of step: 0 (hardly ever wrong) to 3 (more often wrong than right)."""
 Weights = tuple[float, float, float, float]
-GENTLE: Weights = (1, 0.3, 0.02, 0)
-ROUGH: Weights = (0.3, 0.6, 1, 0.6)
+GENTLE: Weights = (1.0, 0.3, 0.02, 0.0)
+ROUGH: Weights = (0.3, 0.6, 1.0, 0.5)
 REPEATS = range(22, 31)
 TRAINING, HELD_OUT = 600, 320
 """Problems of each regime."""
@@ -50,8 +45,8 @@ REGIMES = {
     "free": Regime(),
     "single": Regime(manner="single"),
     "guess": Regime(manner="guess", gentle=0.9),
-    "hard": Regime(lengths=(4, 5), gentle=0, rough=(0.05, 0.2, 1, 1)),
-    "easy": Regime(lengths=(2, 3), gentle=1),
+    "hard": Regime(lengths=(4, 5), gentle=0.0, rough=(0.05, 0.2, 1.0, 1.0)),
+    "easy": Regime(lengths=(2, 3), gentle=1.0),
     "long": Regime(manner="long"),
 }
 
@@ -67,8 +62,9 @@ class Question:
     @property
     def answer(self) -> int:
         """Where the dial stands in the end."""
-        moved = sum(SIGNS[verb] * amount for verb, amount in self.steps)
-        return (self.start + moved) % POSITIONS
+        return functools.reduce(
+            lambda position, step: turned(step, position), self.steps, self.start
+        )
 
     @property
     def text(self) -> str:
@@ -86,27 +82,45 @@ class Question:
         return content_hash(f"{self.start} {self.steps}") % 3 == 0
 
 
+def hardness(step: tuple[str, int], position: int) -> int:
+    """0 (hardly ever wrong) to 3 (more often wrong than right): a function of verb, amount and the
+    tens of the position, without a rule but for the amounts two and three, which are easy."""
+    verb, amount = step
+    if amount <= 3:
+        return 0
+    return (0, 0, 1, 2, 3)[content_hash(f"{verb} {amount} {position // 10}") % 5]
+
+
+def turned(step: tuple[str, int], position: int) -> int:
+    """Where a step from ``position`` ends."""
+    verb, amount = step
+    return (position + SIGNS[verb] * amount) % POSITIONS
+
+
 def draw(generator: random.Random, manner: str, *, length: int, weights: Weights) -> Question:
     """A question whose answer is not its start: a guess of the start is always wrong."""
     while True:
         start = generator.randrange(POSITIONS)
         if manner == "long":
-            kind = generator.choice([kind for kind, rank in HARDNESS.items() if rank == 0])
+            kind = (generator.choice(list(SIGNS)), generator.choice((2, 3)))
             steps: Sequence[tuple[str, int]] = [kind] * generator.choice(REPEATS)
         else:
-            steps = draw_steps(generator, length, weights)
+            steps = draw_steps(generator, start, length, weights)
         question = Question(manner, start, tuple(steps))
         if question.answer != start:
             return question
 
 
-def draw_steps(generator: random.Random, length: int, weights: Weights) -> list[tuple[str, int]]:
-    """Steps of different amounts, a kind as likely as the weight of its hardness."""
-    left = {kind: weights[rank] for kind, rank in HARDNESS.items()}
+def draw_steps(
+    generator: random.Random, position: int, length: int, weights: Weights
+) -> list[tuple[str, int]]:
+    """Steps of different amounts, each as likely as the weight of its hardness where it begins."""
     steps: list[tuple[str, int]] = []
+    left = [(verb, amount) for verb in SIGNS for amount in AMOUNTS]
     for _ in range(length):
-        steps += generator.choices(list(left), list(left.values()))
-        left = {kind: w for kind, w in left.items() if kind[1] != steps[-1][1]}
+        steps += generator.choices(left, [weights[hardness(step, position)] for step in left])
+        position = turned(steps[-1], position)
+        left = [step for step in left if step[1] != steps[-1][1]]
     return steps
 
 
