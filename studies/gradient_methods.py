@@ -22,7 +22,7 @@ from studies.gradient_pool import ESTIMATED, TABLE, Pool
 
 HISTORY = 2  # visits of every problem before the batches that count
 REPLICATES = 24  # times that every problem is visited in a batch that counts
-WEIGHTS = ("free", "exact", "exact_adamw", "surprise")
+WEIGHTS = ("free", "power", "exact", "exact_adamw", "surprise")
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,11 @@ def group_methods() -> tuple[Method, ...]:
 def weights(
     pool: Pool, norms: Float[np.ndarray, "P S 2"], name: str
 ) -> Float[np.ndarray, "P E"]:
-    """What estimators are told as score norms: the sampler's ``free`` ones, the ``exact`` squared
-    norms in either metric, or ``surprise``, sum (1 - probability)^2."""
+    """What estimators are told as score norms: the sampler's ``free`` ones, their ``power`` 1.5,
+    the ``exact`` squared norms in either metric, or ``surprise``, sum (1 - probability)^2."""
     every = {
         "free": pool.score_norms,
+        "power": pool.score_norms**1.5,
         "exact": norms[..., 0],
         "exact_adamw": norms[..., 1],
         "surprise": pool.surprises,
