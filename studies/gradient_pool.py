@@ -1,0 +1,143 @@
+"""The rollouts of a gradient study: drawn once with the project's own sampler and verifier.
+
+Every problem has ``ESTIMATED`` rollouts that batches are drawn from, ``HELD_BACK`` ones for true
+gradients and oracles, and one for the optimizer step between the two updates: these keep their
+tokens, for their gradients are wanted. Others keep only what the sampler records: those of the
+offline table, and spare ones, from which the true value of the problem is known.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, PyTree
+
+from basis_jax.config import SamplingSection
+from basis_jax.data.encoding import EncodedProblems
+from basis_jax.data.problem import content_hash
+from basis_jax.sampling.rollouts import RolloutSetup, roll_out
+
+ESTIMATED = HELD_BACK = 8
+KEPT = ESTIMATED + HELD_BACK + 1  # rollouts a problem with tokens; the last is the step's
+TABLE = 16  # rollouts of the offline table
+SPARE = 48
+ROWS_A_CALL = 4096
+
+
+@dataclass(frozen=True)
+class Pool:
+    """P problems; S = KEPT rollouts of each, and X = TABLE + SPARE that have no tokens."""
+
+    problems: Int[np.ndarray, " P"]  # rows of the training set
+    tokens: Int[np.ndarray, "P S T"]
+    prompt_lengths: Int[np.ndarray, " P"]
+    lengths: Int[np.ndarray, "P S"]  # of completions
+    rewards: Float[np.ndarray, "P S"]
+    score_norms: Float[np.ndarray, "P S"]  # as the sampler records them
+    surprises: Float[np.ndarray, "P S"]  # sum over tokens of (1 - probability)^2
+    logprobs: Float[np.ndarray, "P S"]  # of completions
+    other_rewards: Float[np.ndarray, "P X"]
+    other_score_norms: Float[np.ndarray, "P X"]
+
+    @property
+    def masks(self) -> Bool[np.ndarray, "P S T"]:
+        """Where the completions' tokens are."""
+        at = np.arange(self.tokens.shape[2])
+        start = self.prompt_lengths[:, None, None]
+        return (at >= start) & (at < start + self.lengths[..., None])
+
+    @property
+    def successes(self) -> Float[np.ndarray, " P"]:
+        """Of the table's rollouts."""
+        return self.other_rewards[:, :TABLE].sum(1)
+
+    @property
+    def values(self) -> Float[np.ndarray, " P"]:
+        """The mean reward of the spare rollouts."""
+        return self.other_rewards[:, TABLE:].mean(1)
+
+    def unreachable(self, lost: Bool[np.ndarray, " P"]) -> "Pool":
+        """The same rollouts where no answer to the ``lost`` problems is right."""
+        return replace(
+            self,
+            rewards=np.where(lost[:, None], 0, self.rewards),
+            other_rewards=np.where(lost[:, None], 0, self.other_rewards),
+        )
+
+
+def draw_pool(
+    params: PyTree,
+    setup: RolloutSetup,
+    problems: EncodedProblems,
+    *,
+    sampling: SamplingSection,
+    size: int,
+    report: Callable[[str], None] = print,
+) -> Pool:
+    """Rollouts of ``size`` random problems. Their draws are of this study's own: none of them is a
+    rollout of training or evaluation. Raises ValueError where there are fewer problems."""
+    if size > len(problems.problems):
+        raise ValueError(
+            f"the study was to take {size} problems but the training set has "
+            f"{len(problems.problems)}; give fewer with --problems"
+        )
+    chosen = np.random.default_rng([setup.seed, 5]).permutation(len(problems.problems))[:size]
+    seed = content_hash(f"gradient study {setup.seed}") % 2**31
+    ids = np.tile(chosen.astype(np.int32), KEPT + TABLE + SPARE)
+    samples = np.repeat(np.arange(KEPT + TABLE + SPARE, dtype=np.int32), size)
+    parts = []
+    for start in range(0, len(ids), ROWS_A_CALL):
+        rows = slice(start, start + ROWS_A_CALL)
+        part = roll_out(
+            params,
+            replace(setup, seed=seed),
+            problems,
+            ids=ids[rows],
+            samples=samples[rows],
+            sampling=sampling,
+            stream="evaluate",
+            step=0,
+        )
+        if not part.valid.all():
+            raise ValueError(
+                f"{np.mean(~part.valid):.1%} of the rollouts could not be graded; the study needs "
+                "a verifier that grades all of them"
+            )
+        parts.append(part)
+        report(f"{start + len(part.rewards)} of {len(ids)} rollouts")
+    rollouts = [part.rollouts for part in parts]
+
+    def gather(arrays: list) -> np.ndarray:  # [P rollouts ...]
+        whole = np.concatenate([np.asarray(x) for x in arrays])
+        return np.swapaxes(whole.reshape(-1, size, *whole.shape[1:]), 0, 1)
+
+    tokens = gather([r.tokens for r in rollouts])[:, :KEPT]
+    logprobs = gather([r.sampler_logprobs for r in rollouts])[:, :KEPT]
+    lengths = gather([r.completion_lengths for r in rollouts])[:, :KEPT]
+    prompt_lengths = gather([r.prompt_lengths for r in rollouts])[:, 0]
+    rewards = gather([part.rewards for part in parts])
+    score_norms = gather([r.score_norms for r in rollouts])
+    used = int((prompt_lengths[:, None] + lengths).max())
+    inside = logprobs != 0
+    return Pool(
+        problems=chosen,
+        tokens=tokens[..., :used],
+        prompt_lengths=prompt_lengths,
+        lengths=lengths,
+        rewards=rewards[:, :KEPT],
+        score_norms=score_norms[:, :KEPT],
+        surprises=np.sum(np.where(inside, 1 - np.exp(logprobs), 0) ** 2, axis=2),
+        logprobs=logprobs.sum(2),
+        other_rewards=rewards[:, KEPT:],
+        other_score_norms=score_norms[:, KEPT:],
+    )
+
+
+def write(path: Path, pool: Pool) -> None:
+    np.savez_compressed(path, allow_pickle=False, **vars(pool))
+
+
+def read(path: Path) -> Pool:
+    with np.load(path) as file:
+        return Pool(**{field.name: file[field.name] for field in fields(Pool)})

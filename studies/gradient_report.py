@@ -1,0 +1,372 @@
+"""The gradient study's tables, JSON and picture, all from the same rows."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from basis_jax.runs.plots import COLORS
+from studies.gradient_measures import (
+    Geometry,
+    interval,
+    make_geometry,
+    make_terms,
+    oracles,
+    resamples,
+    statistics,
+)
+from studies.gradient_methods import (
+    WEIGHTS,
+    Method,
+    Moments,
+    draw_batches,
+    fixed,
+    group_methods,
+    run,
+    single_methods,
+    weights,
+)
+from studies.gradient_pool import ESTIMATED, HELD_BACK, Pool
+from studies.gradient_sketch import METRICS, Gradients
+
+OURS = ("least_variance value_filter", 0, 1)
+LOST = (0.5, 0.75, 0.9)
+WEIGHTED = ("weighted_mean", "least_variance", "otb")  # estimators that are told score norms
+SCALED = ("grpo", "otb")  # they do not count as the best: their signal has to be estimated, too
+NOT_REAL = ("true value", "best", "least_variance true value")  # these know what no estimator does
+SHOWN = ("noise", "rollouts", "cosine2_128", "cosine2_512", "noise_share_128", "noise_share_512")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One checkpoint: what it is, a row a method, and the same with unreachable problems."""
+
+    name: str
+    about: dict[str, Any]
+    rows: list[dict]
+    lost: dict[str, list[dict]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A method's moments with the score norms that it was told."""
+
+    method: Method
+    told: str
+    moments: Moments
+
+
+def make_part(
+    name: str, about: Mapping, pool: Pool, measured: Mapping[str, Gradients], seed: int = 0
+) -> Part:
+    found = run_methods(pool, measured["first"], batch=about["batch"], told=WEIGHTS, seed=seed)
+    sampled = resamples(len(pool.problems), seed)
+    rows: list[dict] = [{} for _ in (*found, *oracles(pool, measured["first"].norms[..., 0]))]
+    for update, gradients in measured.items():
+        for m, metric in enumerate(METRICS):
+            norms, sketches = gradients.norms[..., m], gradients.sketches[:, :, m]
+            geometry = make_geometry(norms, sketches, pool, seed)
+            known = oracles(pool, measured["first"].norms[..., m])
+            every = found + [
+                Found(Method(k, single_methods()[0].estimator), "", fixed(b, pool))
+                for k, b in known.items()
+            ]
+            add_statistics(rows, every, geometry, sampled, f"{update} {metric}")
+    return Part(
+        name, {**describe(about, pool, measured["first"])}, rows, with_lost(about, pool, measured)
+    )
+
+
+def run_methods(
+    pool: Pool, gradients: Gradients, *, batch: int, told: Sequence[str], seed: int = 0
+) -> list[Found]:
+    """All methods; those that are told score norms, with every kind of them."""
+    found = []
+    draws = {}
+    for method in [*single_methods(), *group_methods()]:
+        size = method.group_size
+        if size not in draws:
+            draws[size] = draw_batches(seed, len(pool.problems), batch=batch, group_size=size)
+        for kind in told if method.name.startswith(WEIGHTED) else told[:1]:
+            norms = weights(pool, gradients.norms, kind)
+            found.append(Found(method, kind, run(method, draws[size], pool, norms)))
+    return found
+
+
+def add_statistics(
+    rows: list[dict],
+    found: Sequence[Found],
+    geometry: Geometry,
+    sampled: Float[np.ndarray, "K P"],
+    name: str,
+) -> None:
+    """Into every row its statistics of one geometry, and its ratio to the best real method that is
+    told the free score norms."""
+    measured = []
+    for row, (method, told, moments) in zip(rows, map(fields_of, found), strict=True):
+        row |= {"method": method.name, "n": method.trials, "G": method.group_size, "told": told}
+        terms = make_terms(
+            moments, geometry, group_size=method.group_size, scaled=method.scaled
+        )
+        measured.append(statistics(terms, sampled))
+    real = [i for i, row in enumerate(rows) if is_real(row) and row["method"] not in SCALED]
+    best = measured[min(real, key=lambda i: measured[i]["spread"][0])]
+    for row, values in zip(rows, measured, strict=True):
+        row[name] = {key: interval(values[key]) for key in SHOWN}
+        row[name]["to_best"] = interval(values["rollouts"] / best["rollouts"])
+    rows[0][name]["signal"] = interval(measured[0]["signal"])
+
+
+def fields_of(found: Found) -> tuple[Method, str, Moments]:
+    return found.method, found.told, found.moments
+
+
+def is_real(row: dict) -> bool:
+    return row["told"] == WEIGHTS[0] and not row["method"].startswith(NOT_REAL)
+
+
+def with_lost(
+    about: Mapping, pool: Pool, measured: Mapping[str, Gradients], seed: int = 0
+) -> dict[str, list[dict]]:
+    """Rows at the first update where a share of the problems cannot be solved; ``lost_share`` is
+    the share of E|U|^2 that comes from them."""
+    order = np.random.default_rng([seed, 10]).permutation(len(pool.problems))
+    sampled = resamples(len(pool.problems), seed)
+    result = {}
+    for share in LOST:
+        lost = order < share * len(order)
+        left = pool.unreachable(lost)
+        gradients = measured["first"]
+        found = run_methods(left, gradients, batch=about["batch"], told=WEIGHTS[:1], seed=seed)
+        rows: list[dict] = [{} for _ in found]
+        for m, metric in enumerate(METRICS):
+            norms, sketches = gradients.norms[..., m], gradients.sketches[:, :, m]
+            geometry = make_geometry(norms, sketches, left, seed)
+            add_statistics(rows, found, geometry, sampled, f"first {metric}")
+            for row, one in zip(rows, found, strict=True):
+                length = np.einsum("pij,pij->p", one.moments.products, geometry.products)
+                row[f"first {metric}"]["lost_share"] = float(length[lost].sum() / length.sum())
+        result[f"{share:g}"] = rows
+    return result
+
+
+def describe(about: Mapping, pool: Pool, gradients: Gradients) -> dict[str, Any]:
+    """What the checkpoint is like."""
+    r = pool.rewards[:, : ESTIMATED + HELD_BACK]
+    right, values = r > 0.5, pool.values
+    found: dict[str, Any] = {
+        "model": about["config"]["model"]["path"],
+        "checkpoint": about["checkpoint"],
+        "task": about["config"]["data"]["path"],
+        "problems": len(values),
+        "batch": about["batch"],
+        "gradients": int(r.size),
+        "commit": about.get("commit"),
+        "mean_value": float(r.mean()),
+        "sd_value": float(np.sqrt(max(0, values.var() - np.mean(values * (1 - values)) / 47))),
+        "length": float(pool.lengths.mean()),
+    }
+    if right.any() and not right.all():
+        likely = np.exp(pool.logprobs[:, : r.shape[1]][right])
+        found["probability_of_right"] = float(np.median(likely))
+        for m, metric in enumerate(METRICS):
+            w = gradients.norms[..., m]
+            found[f"m0/m1 {metric}"] = float(w[~right].mean() / w[right].mean())
+            told = [weights(pool, gradients.norms, k).ravel() for k in ("free", "surprise")]
+            of = w[:, :ESTIMATED].ravel()
+            found[f"correlation {metric}"] = [float(np.corrcoef(of, t)[0, 1]) for t in told]
+    return found
+
+
+# ----------------------------------------------------------------------------------------- table
+def title(row: dict) -> str:
+    name = row["method"].replace("least_variance ", "LV ")
+    name += f", n={row['n']}" if row["n"] else ""
+    return name + (f", G={row['G']}" if row["G"] > 1 else "")
+
+
+def table(part: Part) -> str:
+    """Rollouts needed relative to the best real method, noise, squared cosines at 128 rollouts."""
+    lines = ["", part.name + ": " + ", ".join(f"{k} {short(v)}" for k, v in part.about.items())]
+    for name in part.rows[0]:
+        if name.startswith(("first", "second")) and "signal" in part.rows[0][name]:
+            lines.append(f"|G|^2, {name}: {spread(part.rows[0][name]['signal'])}")
+    columns = [f"{u} {m}" for u in ("first", "second") for m in METRICS]
+    width = max(len(title(row)) for row in part.rows)
+    head = f"{'told the free score norms':{width}}   noise  needed/best sgd      adamw        "
+    lines.append(head + " second sgd adamw   cos2@128 " + " ".join(columns) + "  @512")
+    for row in part.rows:
+        if row["told"] in ("", WEIGHTS[0]):
+            lines.append(line(row, columns, width))
+    lines.append("rollouts needed / best, told other score norms: " + ", ".join(WEIGHTS))
+    for row in part.rows:
+        if row["told"] == WEIGHTS[0] and row["method"].startswith(WEIGHTED):
+            lines.append(f"{title(row):{width}} " + told_line(part.rows, row))
+    for share, rows in part.lost.items():
+        lines.append(f"{share} unreachable: share of noise in |g|^2 at 128, 512 (sgd; adamw), "
+                     "share of E|U|^2 from unreachable (sgd), needed/best (sgd; adamw)")  # fmt: skip
+        lines += [f"{title(row):{width}} {lost_line(row)}" for row in rows]
+    return "\n".join(lines)
+
+
+def line(row: dict, columns: Sequence[str], width: int) -> str:
+    first, adamw = row["first sgd"], row["first adamw"]
+    text = f"{title(row):{width}} {first['noise'][0]:9.4g} {spread(first['to_best'])} "
+    text += f"{spread(adamw['to_best'])}"
+    text += "".join(f" {row[f'second {m}']['to_best'][0]:6.3f}" for m in METRICS)
+    for size in (128, 512):
+        text += "  " + " ".join(f"{row[c][f'cosine2_{size}'][0]:6.3f}" for c in columns)
+    return text
+
+
+def told_line(rows: Sequence[dict], row: dict) -> str:
+    parts = []
+    for metric in METRICS:
+        same = [r for r in rows if title(r) == title(row)]
+        parts.append(metric + "".join(f" {r[f'first {metric}']['to_best'][0]:6.3f}" for r in same))
+    return "   ".join(parts)
+
+
+def lost_line(row: dict) -> str:
+    sgd, adamw = row["first sgd"], row["first adamw"]
+    shares = [f"{x[f'noise_share_{n}'][0]:.3f}" for x in (sgd, adamw) for n in (128, 512)]
+    return (
+        f"{' '.join(shares)}  {sgd['lost_share']:.3f}  "
+        f"{spread(sgd['to_best'])} {spread(adamw['to_best'])}"
+    )
+
+
+def spread(x: Sequence[float]) -> str:
+    return f"{x[0]:6.3g} [{x[1]:.3g}, {x[2]:.3g}]".ljust(22)
+
+
+def short(x: Any) -> str:
+    if isinstance(x, list):
+        return "/".join(short(v) for v in x)
+    return f"{x:.3g}" if isinstance(x, float) else str(x)
+
+
+# ------------------------------------------------------------------------------------------ file
+def write(out: Path, parts: Sequence[Part], provenance: Mapping) -> None:
+    """``out``.json, a line a method, and ``out``.png."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "studies.gradient_study", *sys.argv[1:]])
+    head = {"command": command, **provenance}
+    texts = []
+    for part in parts:
+        about = json.dumps({"name": part.name, "about": part.about})[:-1]
+        tables = {"rows": part.rows} | {f"unreachable {k}": v for k, v in part.lost.items()}
+        body = ", ".join(f'"{k}": [\n  {as_lines(rows)}]' for k, rows in tables.items())
+        texts.append(f"{about}, {body}}}")
+    text = f'{json.dumps(head, indent=1)[:-2]},\n "parts": [\n {", ".join(texts)}\n]}}\n'
+    Path(f"{out}.json").write_text(text)
+    draw(parts, Path(f"{out}.png"))
+
+
+def as_lines(rows: Sequence[dict]) -> str:
+    return ",\n  ".join(json.dumps(rounded(row)) for row in rows)
+
+
+def rounded(x: Any) -> Any:
+    """Floats with 4 digits."""
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [rounded(v) for v in x]
+    return float(f"{x:.4g}") if isinstance(x, float) else x
+
+
+# --------------------------------------------------------------------------------------- picture
+def draw(parts: Sequence[Part], path: Path) -> None:
+    """A line of panels a checkpoint: rollouts needed, squared cosines, unreachable problems."""
+    figure = Figure(figsize=(17, 5.4 * len(parts)), dpi=90, layout="constrained")
+    grid = figure.subplots(len(parts), 3, squeeze=False, width_ratios=(1.5, 1, 1))
+    for panels, part in zip(grid, parts, strict=True):
+        rows = [row for row in part.rows if row["told"] in ("", WEIGHTS[0])]
+        draw_needed(panels[0], part, rows)
+        draw_cosines(panels[1], rows)
+        draw_lost(panels[2], part)
+    figure.savefig(path)
+
+
+def color(row: dict) -> str:
+    """By family: ours, weighted, values, groups, plain, oracles."""
+    families = ("least_variance", ("weighted", "otb"), ("value", "basis", "spo"), ("grpo", "rloo"))
+    if not is_real(row):
+        return "grey"
+    for family, names in enumerate(families):
+        if row["method"].startswith(names):
+            return COLORS[(5, 3, 0, 4)[family]]
+    return COLORS[6]
+
+
+def draw_needed(axes: Axes, part: Part, rows: Sequence[dict]) -> None:
+    for y, row in enumerate(rows):
+        for metric, marker, shift in zip(METRICS, "os", (-0.14, 0.14), strict=True):
+            value, low, high = row[f"first {metric}"]["to_best"]
+            axes.errorbar(
+                value,
+                y + shift,
+                xerr=[[max(0, value - low)], [max(0, high - value)]],
+                color=color(row),
+                marker=marker,
+                markersize=5,
+                markerfacecolor=color(row) if metric == "sgd" else "white",
+                capsize=2,
+                label=f"metric of {metric}" if y == 0 else None,
+            )
+    axes.axvspan(0.95, 1.05, color="black", alpha=0.08, linewidth=0)
+    axes.set_yticks(range(len(rows)), [title(row) for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    ticks = [t for t in (0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50) if t < axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_xticks([], minor=True)
+    axes.legend(fontsize=8, frameon=False)
+    value, ratio = part.about["mean_value"], part.about.get("m0/m1 sgd", np.nan)
+    finish(axes, f"{part.name} (mean reward {value:.2f}, m0/m1 {ratio:.1f}): rollouts needed, best = 1")
+
+
+def draw_cosines(axes: Axes, rows: Sequence[dict]) -> None:
+    for y, row in enumerate(rows):
+        for update, marker in (("first", "s"), ("second", "x")):
+            value, low, high = row[f"{update} adamw"]["cosine2_512"]
+            axes.plot([low, high], [y, y], color=color(row), linewidth=0.8)
+            axes.plot(value, y, marker, color=color(row), markersize=5,
+                      label=f"{update} update" if y == 0 else None)  # fmt: skip
+    axes.set_yticks(range(len(rows)), [])
+    axes.invert_yaxis()
+    axes.legend(fontsize=8, frameon=False)
+    finish(axes, "squared cosine to the true gradient, 512 rollouts, AdamW")
+
+
+def draw_lost(axes: Axes, part: Part) -> None:
+    whole = {title(row): row for row in part.rows if row["told"] == WEIGHTS[0]}
+    shares = [0.0, *map(float, part.lost)]
+    for name, row in whole.items():
+        if not name.startswith(("none", "batch mean", "value_filter", "LV value_filter", "grpo")):
+            continue
+        lines = [row] + [next(r for r in rows if title(r) == name) for rows in part.lost.values()]
+        needed = [r["first adamw"]["to_best"][0] for r in lines]
+        style = "--" if row["n"] else "-"
+        axes.plot(shares, needed, style, marker="o", markersize=3, color=color(row), label=name)
+    axes.set_yscale("log")
+    axes.set_yticks([1, 1.5, 2, 3, 5], ["1", "1.5", "2", "3", "5"])
+    axes.set_yticks([], minor=True)
+    axes.set_xlabel("share of unreachable problems")
+    axes.legend(fontsize=8, frameon=False)
+    finish(axes, "rollouts needed, best = 1, AdamW")
+
+
+def finish(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=10, fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
