@@ -9,6 +9,7 @@ offline table, and spare ones, from which the true value of the problem is known
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, PyTree
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Float, Int, PyTree
 from basis_jax.config import SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.data.problem import content_hash
-from basis_jax.sampling.rollouts import RolloutSetup, roll_out
+from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
 
 ESTIMATED = HELD_BACK = 8
 KEPT = ESTIMATED + HELD_BACK + 1  # rollouts a problem with tokens; the last is the step's
@@ -66,6 +67,15 @@ class Pool:
         )
 
 
+def check_graded(graded: Graded) -> None:
+    """Raise ValueError unless all rollouts have a verdict."""
+    if not graded.valid.all():
+        raise ValueError(
+            f"{np.mean(~graded.valid):.1%} of the rollouts could not be graded; the study needs a "
+            "verifier that grades all of them"
+        )
+
+
 def draw_pool(
     params: PyTree,
     setup: RolloutSetup,
@@ -86,24 +96,13 @@ def draw_pool(
     seed = content_hash(f"gradient study {setup.seed}") % 2**31
     ids = np.tile(chosen.astype(np.int32), KEPT + TABLE + SPARE)
     samples = np.repeat(np.arange(KEPT + TABLE + SPARE, dtype=np.int32), size)
+    fixed: dict[str, Any] = {"sampling": sampling, "stream": "evaluate", "step": 0}
     parts = []
     for start in range(0, len(ids), ROWS_A_CALL):
         rows = slice(start, start + ROWS_A_CALL)
-        part = roll_out(
-            params,
-            replace(setup, seed=seed),
-            problems,
-            ids=ids[rows],
-            samples=samples[rows],
-            sampling=sampling,
-            stream="evaluate",
-            step=0,
-        )
-        if not part.valid.all():
-            raise ValueError(
-                f"{np.mean(~part.valid):.1%} of the rollouts could not be graded; the study needs "
-                "a verifier that grades all of them"
-            )
+        of_rows: dict[str, Any] = {"ids": ids[rows], "samples": samples[rows]}
+        part = roll_out(params, replace(setup, seed=seed), problems, **of_rows, **fixed)
+        check_graded(part)
         parts.append(part)
         report(f"{start + len(part.rewards)} of {len(ids)} rollouts")
     rollouts = [part.rollouts for part in parts]
