@@ -104,6 +104,10 @@ class EstimatorSection:
     features: int = 0
     """Numbers per problem from the reference policy's state at the end of the prompt, one prefill
     each, for estimators that take features: value_filter (0: none). They are kept in the table."""
+    score_norms: str = "logits"
+    """What weighs a completion in baselines of least noise, summed over its tokens: ``logits``, the
+    squared norm of the score in the logits (plain gradient descent), or ``natural``, 1 / p - 1 for
+    a token of probability p (nearer to what AdamW's scaling makes of it)."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import tiny
 from basis_jax import estimators
 from basis_jax.config import SamplingSection
 from basis_jax.estimators import Signals
+from basis_jax.losses import AGGREGATIONS
 from basis_jax.masked import completion_mask
 from basis_jax.sampling.decode import sample
 from basis_jax.sampling.draw import row_keys
@@ -72,21 +73,42 @@ def test_recorded_score_norms_are_those_of_the_models_distributions(temperature)
     assert len(set(np.asarray(rollouts.completion_lengths).tolist())) > 2  # rows ended apart
 
 
-def test_a_sequence_mean_divides_score_norms_by_the_squared_length():
-    lengths = np.int32([1, 2, 4])
+def graded(lengths, logprobs=None, score_norms=8):
+    """Rollouts behind prompts of one token."""
+    rows, lengths = len(lengths), np.int32(lengths)
     rollouts = Rollouts(
-        tokens=np.zeros((3, 5), np.int32),
-        prompt_lengths=np.ones(3, np.int32),
+        tokens=np.zeros((rows, 5), np.int32),
+        prompt_lengths=np.ones(rows, np.int32),
         completion_lengths=lengths,
-        sampler_logprobs=np.zeros((3, 5), np.float32),
-        score_norms=np.full(3, 8, np.float32),
-        terminated=np.ones(3, bool),
-        problem_ids=np.arange(3, dtype=np.int32),
+        sampler_logprobs=np.zeros((rows, 5), np.float32) if logprobs is None else logprobs,
+        score_norms=np.full(rows, score_norms, np.float32),
+        terminated=np.ones(rows, bool),
+        problem_ids=np.arange(rows, dtype=np.int32),
     )
-    texts = [""] * 3
-    data = Graded(rollouts, texts, np.float32([1, 0, 1]), np.ones(3, bool), texts, texts, 1.0, 0.0)
-    assert make_signals(data, "token_mean").score_norms.tolist() == [8, 8, 8]
-    assert make_signals(data, "sequence_mean").score_norms.tolist() == [8, 2, 0.5]
+    texts, ones = [""] * rows, np.ones(rows, np.float32)
+    return Graded(rollouts, texts, ones, ones > 0, texts, texts, 1.0, 0.0)
+
+
+def test_a_sequence_mean_divides_score_norms_by_the_squared_length():
+    data = graded(lengths=[1, 2, 4])
+    made = {a: make_signals(data, aggregation=a, score_norms="logits") for a in AGGREGATIONS}
+    assert made["token_mean"].score_norms.tolist() == [8, 8, 8]
+    assert made["constant_length"].score_norms.tolist() == [8, 8, 8]
+    assert made["sequence_mean"].score_norms.tolist() == [8, 2, 0.5]
+
+
+def test_natural_score_norms_are_the_fisher_norms_of_the_tokens_scores():
+    """s^T F^+ s with s = onehot - p and F = diag p - p p^T is 1 / p - 1; a probability near 0
+    counts as .001."""
+    p = np.array([0.5, 0.3, 0.2])
+    fisher = np.linalg.pinv(np.diag(p) - np.outer(p, p))
+    scores = np.eye(3) - p
+    exact = np.einsum("ki,ij,kj->k", scores, fisher, scores)
+    logprobs = np.zeros((2, 5), np.float32)
+    logprobs[0, 1:4], logprobs[1, 1] = np.log(p), np.log(1e-7)
+    data = graded(lengths=[3, 1], logprobs=logprobs)
+    made = make_signals(data, aggregation="token_mean", score_norms="natural")
+    np.testing.assert_allclose(made.score_norms, [exact.sum(), 1000], rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------ the weighted mean

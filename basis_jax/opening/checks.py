@@ -20,6 +20,7 @@ from basis_jax.verify import extraction_mode
 
 WARNINGS = tuple(field.name for field in dataclasses.fields(WatchSection))
 SCHEDULES = ("constant", "linear", "cosine")
+SCORE_NORMS = ("logits", "natural")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 GPU_SHARE = 0.75
 """Of a GPU's memory, where the environment says nothing else: JAX takes it when it starts."""
@@ -39,6 +40,7 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     check_data(config.data)
     check_words(
         ("optim.schedule", config.optim.schedule, SCHEDULES),
+        ("estimator.score_norms", config.estimator.score_norms, SCORE_NORMS),
         ("loss.aggregation", config.loss.aggregation, AGGREGATIONS),
         ("loss.objective", config.loss.objective, OBJECTIVES),
         ("loss.kl", config.loss.kl, KL_FORMS),

@@ -208,7 +208,11 @@ def make_step(
             for number in range(10):
                 state, metrics, graded, estimate = step(state, number)
     """
-    estimate_values = make_estimate(session.estimator, aggregation=session.config.loss.aggregation)
+    estimate_values = make_estimate(
+        session.estimator,
+        aggregation=session.config.loss.aggregation,
+        score_norms=session.config.estimator.score_norms,
+    )
     make_microbatches = microbatch_maker(session)
     schedule = schedule_of(session.config)
     update = make_update(

@@ -107,8 +107,11 @@ def abstract_state(
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
+LARGEST_NATURAL_NORM = 1e3  # of one token: of a probability of .001
+
+
 def make_estimate(
-    estimator: Estimator, *, aggregation: str = "token_mean"
+    estimator: Estimator, *, aggregation: str = "token_mean", score_norms: str = "logits"
 ) -> Callable[..., tuple[PyTree, Estimate]]:
     """The estimator's jitted step over the whole batch, before any split; ``noise_report`` is part
     of the estimate's info.
@@ -122,23 +125,34 @@ def make_estimate(
         state, found = estimator.update(state, signals)
         return state, replace(found, info=found.info | noise_report(signals, found))
 
-    return lambda state, graded: update(state, make_signals(graded, aggregation))
+    def estimate(state: PyTree, graded: Graded) -> tuple[PyTree, Estimate]:
+        return update(state, make_signals(graded, aggregation=aggregation, score_norms=score_norms))
+
+    return estimate
 
 
-def make_signals(graded: Graded, aggregation: str) -> Signals:
-    """What estimators see of the rollouts. Score norms are those of the loss: ``sequence_mean``
-    divides a completion's gradient by its length."""
+def make_signals(graded: Graded, *, aggregation: str, score_norms: str) -> Signals:
+    """What estimators see of the rollouts.
+
+    Score norms: ``logits``, as the sampler recorded them, or ``natural``, the sum of 1 / p - 1 over
+    the tokens: the squared norm of a token's score in the Fisher metric of its distribution, where
+    every direction is as noisy as any other, as it is for AdamW. They are those of the loss:
+    ``sequence_mean`` divides a completion's gradient by its length.
+    """
     rollouts = graded.rollouts
     lengths = np.asarray(rollouts.completion_lengths)
-    score_norms = np.asarray(rollouts.score_norms)
+    norms = np.asarray(rollouts.score_norms)
+    if score_norms == "natural":
+        surprises = np.expm1(-np.asarray(rollouts.sampler_logprobs))  # 0 outside the completion
+        norms = np.sum(np.minimum(surprises, np.float32(LARGEST_NATURAL_NORM)), axis=1)
     if aggregation == "sequence_mean":
-        score_norms = score_norms / np.maximum(lengths, 1).astype(np.float32) ** 2
+        norms = norms / np.maximum(lengths, 1).astype(np.float32) ** 2
     return Signals(
         rewards=jnp.asarray(graded.rewards),
         valid=jnp.asarray(graded.valid),
         problem_ids=jnp.asarray(rollouts.problem_ids),
         lengths=jnp.asarray(lengths),
-        score_norms=jnp.asarray(score_norms),
+        score_norms=jnp.asarray(norms),
         logprob_sum=jnp.asarray(np.sum(rollouts.sampler_logprobs, axis=1)),
     )
 
