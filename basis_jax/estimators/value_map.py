@@ -95,7 +95,7 @@ def least_variance(
     ...                              score_norms=jnp.float32([1, 2, 1, 8]))
     >>> state, estimate = estimator.update(state, signals)
     >>> print(estimate.values, estimate.baselines)
-    [0.244 0.756 0.459 0.541] [0.299 0.201 0.246 0.703]
+    [0.246 0.754 0.459 0.541] [0.3   0.201 0.246 0.703]
     """
     Rewards(low, high).check("least_variance", np.zeros(0))
     _check_own_reward_unseen(estimator, low, high)
