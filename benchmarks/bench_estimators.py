@@ -135,6 +135,7 @@ def batch(size: int, problems: int) -> Signals:
         valid=jnp.ones(size, bool),
         problem_ids=jnp.asarray(rng.permutation(problems)[:size], jnp.int32),
         lengths=jnp.ones(size, jnp.int32),
+        score_norms=jnp.ones(size),
     )
 
 

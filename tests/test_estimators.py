@@ -156,6 +156,7 @@ def signals(rewards, ids, *, lengths=None, valid=None):
         valid=jnp.ones(n, bool) if valid is None else jnp.asarray(valid),
         problem_ids=jnp.asarray(ids, jnp.int32),
         lengths=jnp.full(n, 4, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32),
+        score_norms=jnp.arange(1.0, n + 1),
     )
 
 

@@ -36,6 +36,7 @@ def one_seed(name, seed):
                 np.repeat(rng.permutation(PROBLEMS)[: ROWS // group], group), jnp.int32
             ),
             lengths=jnp.asarray(rng.integers(1, 9, ROWS), jnp.int32),
+            score_norms=jnp.asarray(rng.gamma(0.5, size=ROWS), jnp.float32),
         )
         for _ in range(2)
     ]
