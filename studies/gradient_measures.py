@@ -154,9 +154,7 @@ def interval(x: np.ndarray) -> list[float]:
 
 
 # --------------------------------------------------------------------------------------- oracles
-def oracles(
-    pool: Pool, norms: Float[np.ndarray, "P S"]
-) -> dict[str, Float[np.ndarray, " P"]]:
+def oracles(pool: Pool, norms: Float[np.ndarray, "P S"]) -> dict[str, Float[np.ndarray, " P"]]:
     """Baselines a problem that know what no estimator does: held-back rollouts with exact norms.
 
     - best constant: sum w r / sum w;

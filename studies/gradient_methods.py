@@ -103,9 +103,7 @@ def group_methods() -> tuple[Method, ...]:
     )
 
 
-def weights(
-    pool: Pool, norms: Float[np.ndarray, "P S 2"], name: str
-) -> Float[np.ndarray, "P E"]:
+def weights(pool: Pool, norms: Float[np.ndarray, "P S 2"], name: str) -> Float[np.ndarray, "P E"]:
     """What estimators are told as score norms: the sampler's ``free`` ones, their ``power`` 1.5,
     the ``exact`` squared norms in either metric, or ``surprise``, sum (1 - probability)^2."""
     every = {
@@ -152,9 +150,7 @@ def draw_batches(
     return Draws(ids, chosen, np.arange(visits * steps) >= (visits - 1) * steps)
 
 
-def run(
-    method: Method, draws: Draws, pool: Pool, told: Float[np.ndarray, "P E"]
-) -> Moments:
+def run(method: Method, draws: Draws, pool: Pool, told: Float[np.ndarray, "P E"]) -> Moments:
     """The method's updates on all batches, with the score norms ``told``."""
     used = "values" if method.told_values else "successes"
     started = getattr(pool, used) if method.trials or method.told_values else 0 * pool.successes

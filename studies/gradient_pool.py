@@ -134,10 +134,6 @@ def draw_pool(
     )
 
 
-def write(path: Path, pool: Pool) -> None:
-    np.savez_compressed(path, allow_pickle=False, **vars(pool))
-
-
 def read(path: Path) -> Pool:
     with np.load(path) as file:
         return Pool(**{field.name: file[field.name] for field in fields(Pool)})

@@ -113,9 +113,7 @@ def add_statistics(
     measured = []
     for row, (method, told, moments) in zip(rows, map(fields_of, found), strict=True):
         row |= {"method": method.name, "n": method.trials, "G": method.group_size, "told": told}
-        terms = make_terms(
-            moments, geometry, group_size=method.group_size, scaled=method.scaled
-        )
+        terms = make_terms(moments, geometry, group_size=method.group_size, scaled=method.scaled)
         measured.append(statistics(terms, sampled))
     real = [i for i, row in enumerate(rows) if is_real(row) and row["method"] not in SCALED]
     best = measured[min(real, key=lambda i: measured[i]["spread"][0])]
@@ -194,7 +192,8 @@ def title(row: dict) -> str:
 
 
 def table(part: Part) -> str:
-    """Rollouts needed relative to the best real method, noise, squared cosines at 128 rollouts."""
+    """Noise, rollouts needed relative to the best real method, squared cosines. The noise of otb
+    and grpo is that of baselines with the own reward inside, and says little."""
     lines = ["", part.name + ": " + ", ".join(f"{k} {short(v)}" for k, v in part.about.items())]
     for name in part.rows[0]:
         if name.startswith(("first", "second")) and "signal" in part.rows[0][name]:
@@ -211,8 +210,10 @@ def table(part: Part) -> str:
         if row["told"] == WEIGHTS[0] and row["method"].startswith(WEIGHTED):
             lines.append(f"{title(row):{width}} " + told_line(part.rows, row))
     for share, rows in part.lost.items():
-        lines.append(f"{share} unreachable: share of noise in |g|^2 at 128, 512 (sgd; adamw), "
-                     "share of E|U|^2 from unreachable (sgd), needed/best (sgd; adamw)")  # fmt: skip
+        lines.append(
+            f"{share} unreachable: share of noise in |g|^2 at 128, 512 (sgd; adamw), share of "
+            "E|U|^2 from unreachable (sgd), needed/best (sgd; adamw)"
+        )
         lines += [f"{title(row):{width}} {lost_line(row)}" for row in rows]
     return "\n".join(lines)
 
@@ -332,7 +333,9 @@ def draw_needed(axes: Axes, part: Part, rows: Sequence[dict]) -> None:
     axes.set_xticks([], minor=True)
     axes.legend(fontsize=8, frameon=False)
     value, ratio = part.about["mean_value"], part.about.get("m0/m1 sgd", np.nan)
-    finish(axes, f"{part.name} (mean reward {value:.2f}, m0/m1 {ratio:.1f}): rollouts needed, best = 1")
+    finish(
+        axes, f"{part.name} (mean reward {value:.2f}, m0/m1 {ratio:.1f}): rollouts needed, best = 1"
+    )
 
 
 def draw_cosines(axes: Axes, rows: Sequence[dict]) -> None:

@@ -179,7 +179,9 @@ def batch_gradients(
     def gradient(params, tokens, mask, old, rewards):
         def objective(p):
             scores = surrogate(p, model_config, tokens, mask, old, temperature)
-            return jnp.sum((rewards - jnp.mean(rewards)) * scores) / jnp.sum(mask).astype(jnp.float32)
+            return jnp.sum((rewards - jnp.mean(rewards)) * scores) / jnp.sum(mask).astype(
+                jnp.float32
+            )
 
         return ravel_pytree(jax.grad(objective)(params))[0]
 

@@ -38,7 +38,7 @@ from basis_jax.runs.provenance import provenance
 from basis_jax.training.session import open_session
 from basis_jax.weights import huggingface, trained
 from studies import gradient_pool, gradient_report
-from studies.gradient_pool import ESTIMATED, KEPT, Pool
+from studies.gradient_pool import Pool
 from studies.gradient_sketch import (
     BUCKETS,
     Gradients,
@@ -87,9 +87,7 @@ def compare(arguments: list[str]) -> None:
 
 
 # -------------------------------------------------------------------------------------- measuring
-def measure(
-    config: Config, folder: Path, *, checkpoint: str, problems: int, batch: int
-) -> None:
+def measure(config: Config, folder: Path, *, checkpoint: str, problems: int, batch: int) -> None:
     """Fill the folder: about.json, pool.npz, updates.npz and pieces of gradients."""
     settings = {"checkpoint": checkpoint, "problems": problems, "batch": batch}
     wanted = {"config": dataclasses.asdict(config), **settings}

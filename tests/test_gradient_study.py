@@ -13,7 +13,6 @@ import tiny
 from jax.flatten_util import ravel_pytree
 
 from basis_jax import estimators
-from basis_jax.estimators import Signals
 from studies import gradient_measures as measures
 from studies import gradient_methods as methods
 from studies import gradient_pool, gradient_sketch, gradient_study
@@ -51,7 +50,9 @@ def test_inner_products_of_sketches_are_unbiased_with_the_error_that_is_claimed(
     claim = np.sqrt(((x[0] @ x[0]) * (x[1] @ x[1]) + exact**2) / 64)
     found = []
     for seed in range(200):
-        a, b = np.asarray(gradient_sketch.sketch(jnp.asarray(x), gradient_sketch.make_hash(1000, 64, seed)))
+        a, b = np.asarray(
+            gradient_sketch.sketch(jnp.asarray(x), gradient_sketch.make_hash(1000, 64, seed))
+        )
         found.append(float(a @ b))
     assert abs(np.mean(found) - exact) < 5 * claim / np.sqrt(200)
     assert 0.5 * claim < np.std(found) < 1.3 * claim
@@ -190,7 +191,6 @@ def test_statistics_are_those_of_whole_batches(monkeypatch):
     """All 5 x 4 x 8 x 8 batches of two, the expectation over pairs of problems being exact; the
     true gradient is given from outside, so that its own estimate has no part in this."""
     rng = np.random.default_rng(0)
-    pool = make_pool(5)
     rows = rng.normal(size=(5, ESTIMATED, 12)) + rng.normal(size=(5, 1, 12))
     used = rng.normal(size=(5, ESTIMATED))
     true = rng.normal(size=12)
