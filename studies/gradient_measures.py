@@ -119,18 +119,15 @@ def statistics(terms: Terms, counts: Float[np.ndarray, "K P"]) -> dict[str, np.n
         over_pairs(x, counts) for x in (terms.mean, terms.with_true, terms.truth)
     )
     spread = terms.group_size * (length - mean)
-    found = {
-        "noise": noise,
-        "signal": truth,
-        "spread": spread,
-        "rollouts": spread * truth / with_true**2,
-    }
-    for size in SIZES:
-        m = size / terms.group_size
-        whole = length / m + (1 - 1 / m) * mean
-        ahead = along / m + (1 - 1 / m) * with_true**2
-        found[f"cosine2_{size}"] = ahead / (whole * truth)
-        found[f"noise_share_{size}"] = 1 - mean / whole
+    found = {"noise": noise, "signal": truth, "spread": spread}
+    with np.errstate(divide="ignore", invalid="ignore"):  # nan where no problem has a signal
+        found["rollouts"] = spread * truth / with_true**2
+        for size in SIZES:
+            m = size / terms.group_size
+            whole = length / m + (1 - 1 / m) * mean
+            ahead = along / m + (1 - 1 / m) * with_true**2
+            found[f"cosine2_{size}"] = ahead / (whole * truth)
+            found[f"noise_share_{size}"] = 1 - mean / whole
     return found
 
 
@@ -149,7 +146,8 @@ def resamples(problems: int, seed: int = 0) -> Float[np.ndarray, "K P"]:
 
 def interval(x: np.ndarray) -> list[float]:
     """[the value, the 2.5th and the 97.5th percentile] of what ``statistics`` tells."""
-    low, high = np.percentile(x[1:], (2.5, 97.5))
+    known = x[1:][np.isfinite(x[1:])]
+    low, high = np.percentile(known, (2.5, 97.5)) if known.size else (np.nan, np.nan)
     return [float(x[0]), float(low), float(high)]
 
 

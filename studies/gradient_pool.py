@@ -6,7 +6,7 @@ tokens, for their gradients are wanted. Others keep only what the sampler record
 offline table, and spare ones, from which the true value of the problem is known.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, PyTree
 from basis_jax.config import SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.data.problem import content_hash
-from basis_jax.sampling.rollouts import RolloutSetup, roll_out
+from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
 
 ESTIMATED = HELD_BACK = 8
 KEPT = ESTIMATED + HELD_BACK + 1  # rollouts a problem with tokens; the last is the step's
@@ -83,7 +83,7 @@ def draw_pool(
             f"{len(problems.problems)}; give fewer with --problems"
         )
     chosen = np.random.default_rng([setup.seed, 5]).permutation(len(problems.problems))[:size]
-    seed = content_hash(f"gradient study {setup.seed}") % 2**31
+    setup = replace(setup, seed=content_hash(f"gradient study {setup.seed}") % 2**31)
     ids = np.tile(chosen.astype(np.int32), KEPT + TABLE + SPARE)
     samples = np.repeat(np.arange(KEPT + TABLE + SPARE, dtype=np.int32), size)
     parts = []
@@ -91,7 +91,7 @@ def draw_pool(
         rows = slice(start, start + ROWS_A_CALL)
         part = roll_out(
             params,
-            replace(setup, seed=seed),
+            setup,
             problems,
             ids=ids[rows],
             samples=samples[rows],
@@ -106,28 +106,29 @@ def draw_pool(
             )
         parts.append(part)
         report(f"{start + len(part.rewards)} of {len(ids)} rollouts")
-    rollouts = [part.rollouts for part in parts]
+    return arrange(chosen, parts)
 
-    def gather(arrays: list) -> np.ndarray:  # [P rollouts ...]
-        whole = np.concatenate([np.asarray(x) for x in arrays])
-        return np.swapaxes(whole.reshape(-1, size, *whole.shape[1:]), 0, 1)
 
-    tokens = gather([r.tokens for r in rollouts])[:, :KEPT]
-    logprobs = gather([r.sampler_logprobs for r in rollouts])[:, :KEPT]
-    lengths = gather([r.completion_lengths for r in rollouts])[:, :KEPT]
-    prompt_lengths = gather([r.prompt_lengths for r in rollouts])[:, 0]
-    rewards = gather([part.rewards for part in parts])
-    score_norms = gather([r.score_norms for r in rollouts])
-    used = int((prompt_lengths[:, None] + lengths).max())
-    inside = logprobs != 0
+def arrange(chosen: Int[np.ndarray, " P"], parts: Sequence[Graded]) -> Pool:
+    """Rollouts that came sample by sample, each of all problems, as a ``Pool``."""
+
+    def gather(name: str) -> np.ndarray:  # [P rollouts ...]
+        found = [getattr(p if name == "rewards" else p.rollouts, name) for p in parts]
+        whole = np.concatenate([np.asarray(x) for x in found])
+        return np.swapaxes(whole.reshape(-1, len(chosen), *whole.shape[1:]), 0, 1)
+
+    logprobs = gather("sampler_logprobs")[:, :KEPT]
+    lengths = gather("completion_lengths")[:, :KEPT]
+    prompt_lengths = gather("prompt_lengths")[:, 0]
+    rewards, score_norms = gather("rewards"), gather("score_norms")
     return Pool(
         problems=chosen,
-        tokens=tokens[..., :used],
+        tokens=gather("tokens")[:, :KEPT, : int((prompt_lengths[:, None] + lengths).max())],
         prompt_lengths=prompt_lengths,
         lengths=lengths,
         rewards=rewards[:, :KEPT],
         score_norms=score_norms[:, :KEPT],
-        surprises=np.sum(np.where(inside, 1 - np.exp(logprobs), 0) ** 2, axis=2),
+        surprises=np.sum(np.where(logprobs != 0, 1 - np.exp(logprobs), 0) ** 2, axis=2),
         logprobs=logprobs.sum(2),
         other_rewards=rewards[:, KEPT:],
         other_score_norms=score_norms[:, KEPT:],

@@ -119,7 +119,8 @@ def add_statistics(
     best = measured[min(real, key=lambda i: measured[i]["spread"][0])]
     for row, values in zip(rows, measured, strict=True):
         row[name] = {key: interval(values[key]) for key in SHOWN}
-        row[name]["to_best"] = interval(values["rollouts"] / best["rollouts"])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            row[name]["to_best"] = interval(values["rollouts"] / best["rollouts"])
     rows[0][name]["signal"] = interval(measured[0]["signal"])
 
 
@@ -277,12 +278,14 @@ def as_lines(rows: Sequence[dict]) -> str:
 
 
 def rounded(x: Any) -> Any:
-    """Floats with 4 digits."""
+    """Floats with 4 digits; None for what is not a number."""
     if isinstance(x, dict):
         return {k: rounded(v) for k, v in x.items()}
     if isinstance(x, list):
         return [rounded(v) for v in x]
-    return float(f"{x:.4g}") if isinstance(x, float) else x
+    if not isinstance(x, float):
+        return x
+    return float(f"{x:.4g}") if np.isfinite(x) else None
 
 
 # --------------------------------------------------------------------------------------- picture

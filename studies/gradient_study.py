@@ -185,7 +185,7 @@ def make_updates(
 ) -> tuple[Update, Update]:
     """The parameters and AdamW's scale at the first update and at the second."""
     flat, unravel = ravel_pytree(params)
-    rows = {
+    rows: dict[str, Any] = {
         "tokens": pool.tokens.reshape(-1, pool.tokens.shape[2]),
         "mask": pool.masks.reshape(-1, pool.tokens.shape[2]),
         "old": old.reshape(-1, pool.tokens.shape[2]),
