@@ -96,7 +96,7 @@ def make_terms(found: Moments, geometry: Geometry, *, group_size: int, scaled: b
     """Where the method is not ``scaled`` its expected update is the true gradient."""
     mean = with_true = geometry.truth
     if scaled:
-        updates = np.einsum("pi,pib->pb", found.mean.astype(np.float32), geometry.rows)
+        updates = (found.mean.astype(np.float32)[:, None] @ geometry.rows)[:, 0]
         mean = (updates @ updates.T).astype(np.float64)
         with_true = (updates @ geometry.true.T).astype(np.float64)
     return Terms(
