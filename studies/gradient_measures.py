@@ -96,7 +96,7 @@ def make_terms(found: Moments, geometry: Geometry, *, group_size: int, scaled: b
     """Where the method is not ``scaled`` its expected update is the true gradient."""
     mean = with_true = geometry.truth
     if scaled:
-        updates = np.einsum("pi,pib->pb", found.mean.astype(np.float32), geometry.rows)
+        updates = (found.mean.astype(np.float32)[:, None] @ geometry.rows)[:, 0]
         mean = (updates @ updates.T).astype(np.float64)
         with_true = (updates @ geometry.true.T).astype(np.float64)
     return Terms(
@@ -119,18 +119,15 @@ def statistics(terms: Terms, counts: Float[np.ndarray, "K P"]) -> dict[str, np.n
         over_pairs(x, counts) for x in (terms.mean, terms.with_true, terms.truth)
     )
     spread = terms.group_size * (length - mean)
-    found = {
-        "noise": noise,
-        "signal": truth,
-        "spread": spread,
-        "rollouts": spread * truth / with_true**2,
-    }
-    for size in SIZES:
-        m = size / terms.group_size
-        whole = length / m + (1 - 1 / m) * mean
-        ahead = along / m + (1 - 1 / m) * with_true**2
-        found[f"cosine2_{size}"] = ahead / (whole * truth)
-        found[f"noise_share_{size}"] = 1 - mean / whole
+    found = {"noise": noise, "signal": truth, "spread": spread}
+    with np.errstate(divide="ignore", invalid="ignore"):  # nan where no problem has a signal
+        found["rollouts"] = spread * truth / with_true**2
+        for size in SIZES:
+            m = size / terms.group_size
+            whole = length / m + (1 - 1 / m) * mean
+            ahead = along / m + (1 - 1 / m) * with_true**2
+            found[f"cosine2_{size}"] = ahead / (whole * truth)
+            found[f"noise_share_{size}"] = 1 - mean / whole
     return found
 
 
@@ -149,7 +146,8 @@ def resamples(problems: int, seed: int = 0) -> Float[np.ndarray, "K P"]:
 
 def interval(x: np.ndarray) -> list[float]:
     """[the value, the 2.5th and the 97.5th percentile] of what ``statistics`` tells."""
-    low, high = np.percentile(x[1:], (2.5, 97.5))
+    known = x[1:][np.isfinite(x[1:])]
+    low, high = np.percentile(known, (2.5, 97.5)) if known.size else (np.nan, np.nan)
     return [float(x[0]), float(low), float(high)]
 
 

@@ -6,10 +6,9 @@ tokens, for their gradients are wanted. Others keep only what the sampler record
 offline table, and spare ones, from which the true value of the problem is known.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, PyTree
@@ -67,15 +66,6 @@ class Pool:
         )
 
 
-def check_graded(graded: Graded) -> None:
-    """Raise ValueError unless all rollouts have a verdict."""
-    if not graded.valid.all():
-        raise ValueError(
-            f"{np.mean(~graded.valid):.1%} of the rollouts could not be graded; the study needs a "
-            "verifier that grades all of them"
-        )
-
-
 def draw_pool(
     params: PyTree,
     setup: RolloutSetup,
@@ -93,48 +83,56 @@ def draw_pool(
             f"{len(problems.problems)}; give fewer with --problems"
         )
     chosen = np.random.default_rng([setup.seed, 5]).permutation(len(problems.problems))[:size]
-    seed = content_hash(f"gradient study {setup.seed}") % 2**31
+    setup = replace(setup, seed=content_hash(f"gradient study {setup.seed}") % 2**31)
     ids = np.tile(chosen.astype(np.int32), KEPT + TABLE + SPARE)
     samples = np.repeat(np.arange(KEPT + TABLE + SPARE, dtype=np.int32), size)
-    fixed: dict[str, Any] = {"sampling": sampling, "stream": "evaluate", "step": 0}
     parts = []
     for start in range(0, len(ids), ROWS_A_CALL):
         rows = slice(start, start + ROWS_A_CALL)
-        of_rows: dict[str, Any] = {"ids": ids[rows], "samples": samples[rows]}
-        part = roll_out(params, replace(setup, seed=seed), problems, **of_rows, **fixed)
-        check_graded(part)
+        part = roll_out(
+            params,
+            setup,
+            problems,
+            ids=ids[rows],
+            samples=samples[rows],
+            sampling=sampling,
+            stream="evaluate",
+            step=0,
+        )
+        if not part.valid.all():
+            raise ValueError(
+                f"{np.mean(~part.valid):.1%} of the rollouts could not be graded; the study needs "
+                "a verifier that grades all of them"
+            )
         parts.append(part)
         report(f"{start + len(part.rewards)} of {len(ids)} rollouts")
-    rollouts = [part.rollouts for part in parts]
+    return arrange(chosen, parts)
 
-    def gather(arrays: list) -> np.ndarray:  # [P rollouts ...]
-        whole = np.concatenate([np.asarray(x) for x in arrays])
-        return np.swapaxes(whole.reshape(-1, size, *whole.shape[1:]), 0, 1)
 
-    tokens = gather([r.tokens for r in rollouts])[:, :KEPT]
-    logprobs = gather([r.sampler_logprobs for r in rollouts])[:, :KEPT]
-    lengths = gather([r.completion_lengths for r in rollouts])[:, :KEPT]
-    prompt_lengths = gather([r.prompt_lengths for r in rollouts])[:, 0]
-    rewards = gather([part.rewards for part in parts])
-    score_norms = gather([r.score_norms for r in rollouts])
-    used = int((prompt_lengths[:, None] + lengths).max())
-    inside = logprobs != 0
+def arrange(chosen: Int[np.ndarray, " P"], parts: Sequence[Graded]) -> Pool:
+    """Rollouts that came sample by sample, each of all problems, as a ``Pool``."""
+
+    def gather(name: str) -> np.ndarray:  # [P rollouts ...]
+        found = [getattr(p if name == "rewards" else p.rollouts, name) for p in parts]
+        whole = np.concatenate([np.asarray(x) for x in found])
+        return np.swapaxes(whole.reshape(-1, len(chosen), *whole.shape[1:]), 0, 1)
+
+    logprobs = gather("sampler_logprobs")[:, :KEPT]
+    lengths = gather("completion_lengths")[:, :KEPT]
+    prompt_lengths = gather("prompt_lengths")[:, 0]
+    rewards, score_norms = gather("rewards"), gather("score_norms")
     return Pool(
         problems=chosen,
-        tokens=tokens[..., :used],
+        tokens=gather("tokens")[:, :KEPT, : int((prompt_lengths[:, None] + lengths).max())],
         prompt_lengths=prompt_lengths,
         lengths=lengths,
         rewards=rewards[:, :KEPT],
         score_norms=score_norms[:, :KEPT],
-        surprises=np.sum(np.where(inside, 1 - np.exp(logprobs), 0) ** 2, axis=2),
+        surprises=np.sum(np.where(logprobs != 0, 1 - np.exp(logprobs), 0) ** 2, axis=2),
         logprobs=logprobs.sum(2),
         other_rewards=rewards[:, KEPT:],
         other_score_norms=score_norms[:, KEPT:],
     )
-
-
-def write(path: Path, pool: Pool) -> None:
-    np.savez_compressed(path, allow_pickle=False, **vars(pool))
 
 
 def read(path: Path) -> Pool:
