@@ -51,6 +51,7 @@ SGD = Method(
     rate=3e3,
     regimes=("free", "single"),
 )
+NATURAL = (("estimator.score-norms", "natural"),)
 METHODS = {
     "none": Method("reinforce"),
     "batch_mean": Method("batch_mean"),
@@ -59,6 +60,8 @@ METHODS = {
     "basis": Method("basis", table=TABLE_SAMPLES),
     "weighted_mean": Method("weighted_mean"),
     "least_variance": Method("value_filter+least_variance"),
+    "weighted_mean_natural": Method("weighted_mean", settings=NATURAL),
+    "least_variance_natural": Method("value_filter+least_variance", settings=NATURAL),
     "grpo_8": Method("grpo", group_size=8),
     "otb_8": Method("otb", group_size=8),
     "batch_mean_sgd": SGD._replace(estimator="batch_mean"),
