@@ -215,7 +215,7 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
         (["--data.verifier", "maths"], "data.verifier is 'maths'"),
         (
             ["--data.path", "task:sums"],
-            "number_words and gym/NAME (reasoning-gym); give another with",
+            "steps/long and gym/NAME (reasoning-gym); give another with",
         ),
         (["--run-dir", ""], "run_dir is empty; give a folder"),
         (["--data.path", ""], "--data.path is empty; give a"),

@@ -117,7 +117,7 @@ def test_a_vocabulary_of_several_blocks_is_drawn_from_as_it_says():
     logits = np.where(np.arange(300) % 3 == 1, -np.inf, random.normal(0, 2, 300))
     rows = jnp.asarray(np.repeat(logits[:, None], 20_000, axis=1), jnp.float32)
     keys = jax.random.split(jax.random.key(0), 20_000)
-    tokens, logprobs = jax.jit(draw, static_argnums=2)(rows, keys, SAMPLING)
+    tokens, logprobs, _ = jax.jit(draw, static_argnums=2)(rows, keys, SAMPLING)
     probability = np.exp(logits - np.log(np.sum(np.exp(logits))))
     np.testing.assert_allclose(np.exp(logprobs), probability[np.asarray(tokens)], rtol=1e-4)
     counts, expected = np.bincount(tokens, minlength=300), 20_000 * probability
