@@ -163,7 +163,8 @@ def test_a_reward_that_is_not_finite_is_no_trial_and_no_reward(
     others = [0, 2, 3, 4]
     assert graded.rewards[others].tolist() == before.rewards[others].tolist()
     zeros = jax.numpy.zeros(SIZE)
-    metrics = reward_metrics(graded, Estimate(advantages=zeros, values=zeros, info={}))
+    estimate = Estimate(advantages=zeros, values=zeros, baselines=zeros, info={})
+    metrics = reward_metrics(graded, estimate)
     assert metrics["reward/invalid"] == pytest.approx(0.4) == metrics["verify/failure"]
     assert metrics["reward/mean"] == before.rewards[[0, 2, 3]].mean()
     table = build(tmp_path / "t.npz", odd, problems, origin)
