@@ -109,7 +109,7 @@ def test_the_flagship_from_the_table_to_the_export(folder, dapo, benchmarks, tmp
     assert "training problems: 1560 read, 1040 duplicate, 520 used" in made.stdout
     options += ["--estimator.table", table]
     other = run("train.py", "qwen_math.py", *options, "--sampling.temperature", 0.5)
-    assert other.returncode != 0 and "does not fit this run (temperature" in other.stderr
+    assert other.returncode != 0 and "does not fit this run (sampling.temperature" in other.stderr
     metrics = run_dir / "metrics.jsonl"
     run_killed("train.py", "qwen_math.py", *options, written=metrics, line_count=4)
     done = run("train.py", "qwen_math.py", *options)

@@ -84,12 +84,14 @@ def gradients():
     return pool, np.asarray(scale), found, exact, hash
 
 
+@pytest.mark.slow
 def test_norms_are_those_of_the_exact_gradients_in_both_metrics(gradients):
     _, scale, found, exact, _ = gradients
     np.testing.assert_allclose(found.norms[:, 0], (exact**2).sum(1), rtol=1e-4)
     np.testing.assert_allclose(found.norms[:, 1], ((exact * scale) ** 2).sum(1), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_sketches_are_linear_so_a_batch_gradient_is_a_sum_of_its_rollouts(gradients):
     """float16 keeps 3 digits of each bucket."""
     _, scale, found, exact, hash = gradients
@@ -101,6 +103,7 @@ def test_sketches_are_linear_so_a_batch_gradient_is_a_sum_of_its_rollouts(gradie
         np.testing.assert_allclose(total, whole, atol=3e-3 * np.abs(whole).max())
 
 
+@pytest.mark.slow
 def test_without_a_move_the_surrogate_has_the_gradient_of_log_p(gradients):
     """The ratio is exp(.1) here: sampled with log-probabilities .1 lower."""
     pool, _, _, exact, _ = gradients
@@ -130,6 +133,7 @@ def test_every_rollout_counts_equally_often_and_no_history_holds_it(group_size):
     assert np.sum(~draws.counts) == (methods.HISTORY if group_size == 1 else 0)
 
 
+@pytest.mark.slow
 def test_moments_are_those_of_the_estimators_own_updates():
     """The batch mean's and GRPO's, from one batch after another by hand."""
     pool = make_pool(8)

@@ -88,14 +88,14 @@ def least_variance(
     reward (found by a trial on a few random rows), and in the update without score norms and for
     rewards outside [``low``, ``high``].
 
-    >>> estimator = estimators.least_variance(estimators.make("value_filter"))
+    >>> estimator = estimators.least_variance(estimators.make("spo"))
     >>> state = estimator.init(np.array([1, 7, 4, 4]), np.full(4, 8))
     >>> signals = estimators.Signals(rewards=jnp.float32([0, 1, 1, 0]), valid=jnp.ones(4, bool),
     ...                              problem_ids=jnp.arange(4), lengths=jnp.array([5, 6, 4, 9]),
     ...                              score_norms=jnp.float32([1, 2, 1, 8]))
     >>> state, estimate = estimator.update(state, signals)
     >>> print(estimate.values, estimate.baselines)
-    [0.246 0.754 0.459 0.541] [0.3   0.201 0.246 0.703]
+    [0.167 0.833 0.5   0.5  ] [0.26  0.208 0.246 0.693]
     """
     Rewards(low, high).check("least_variance", np.zeros(0))
     _check_own_reward_unseen(estimator, low, high)
