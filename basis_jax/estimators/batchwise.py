@@ -42,6 +42,7 @@ from basis_jax.estimators.ranges import FINITE, Number, OneOf, Options, OrNone, 
 from basis_jax.estimators.rows import (
     divide,
     estimate,
+    fold_of,
     from_unit,
     nan_reported,
     others_sum,
@@ -274,7 +275,7 @@ def _cross_fitted(
     batch: ValidRows, betas: Float[Array, " K"], variant: Variant, folds: int
 ) -> tuple[Float[Array, " N"], Fit]:
     """(beta of every row, chosen without its fold; the row's fit under that beta)."""
-    fold = (jnp.cumsum(batch.valid.astype(jnp.int32)) - 1) % folds
+    fold = fold_of(batch.valid, folds)
     in_fold = jax.nn.one_hot(fold, folds)
     losses = jax.lax.map(
         lambda beta: _losses_without_fold(batch, in_fold, variant, beta), betas, batch_size=CHUNK

@@ -5,9 +5,10 @@ holds are not known. Every problem therefore has one belief N(m, v) about its ow
 each q of ``OWN_DRIFTS`` in each of two families: ``TABLE`` starts from the offline counts,
 ``BLIND`` as if there were none. The filters of a family share one fit of w, made with the mean and
 the variance of their mixture, because the batch as a whole determines w and their beliefs about it
-hardly differ. That makes eight filters cost little more than one. A jump of the policy counts from
-so many standard deviations of the batch's mean residual on (``LATER_SURPRISE``), not from none as
-in the single filter, so that a false alarm widens w little.
+hardly differ. That makes eight filters cost little more than one. The policy has jumped where the
+batch's mean residual is beyond ``LATER_SURPRISE`` standard deviations. The single filter then widens
+w by the whole square of the residual less its variance; here only by what exceeds the threshold, so
+that a false alarm does little.
 
 With p_ik the value of row i under filter k, read before the rewards of step t enter,
 

@@ -25,6 +25,7 @@ __all__ = [
     "check_rows",
     "divide",
     "estimate",
+    "fold_of",
     "from_unit",
     "inside",
     "join",
@@ -122,6 +123,16 @@ def from_unit(values: Float[Array, "*s"], low: float, high: float) -> Float[Arra
     """
     unit = isinstance(low, float) and isinstance(high, float) and (low, high) == (0.0, 1.0)
     return values if unit else low + (high - low) * values
+
+
+def fold_of(valid: Bool[Array, " N"], folds: int) -> Int[Array, " N"]:
+    """The fold of every row for cross-fitting: the j-th valid row is in fold j mod ``folds``. What
+    stands at an invalid row means nothing.
+
+    >>> estimators.rows.fold_of(jnp.array([True, True, True, False]), 2)[:3].tolist()
+    [0, 1, 0]
+    """
+    return (jnp.cumsum(valid.astype(jnp.int32)) - 1) % folds
 
 
 # ---------------------------------------------------------------------- rows and their problems

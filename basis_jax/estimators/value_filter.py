@@ -36,6 +36,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from basis_jax.estimators.rows import (
     at,
     estimate,
+    fold_of,
     from_unit,
     inside,
     problem_total,
@@ -301,7 +302,7 @@ def cross_fit(
 
     The j-th valid row is in fold j mod ``folds``. ``excess`` is as ``surprising``.
     """
-    fold = (jnp.cumsum(valid.astype(jnp.int32)) - 1) % folds
+    fold = fold_of(valid, folds)
     used = valid[None, :] & (fold[None, :] != jnp.arange(folds + 1)[:, None])  # the last: all rows
     fits = jax.vmap(lambda live: _fit(rows, live, _jumped(rows, live, prior, excess)))(used)
     a, s = jax.vmap(lambda fit: _predict(rows, fit))(Shared(*(x[:-1] for x in fits)))

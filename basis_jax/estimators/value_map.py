@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from basis_jax.estimators.declare import Estimator
 from basis_jax.estimators.ranges import FINITE, Options, Rewards, Whole
-from basis_jax.estimators.rows import divide, estimate, from_unit, read, to_unit
+from basis_jax.estimators.rows import divide, estimate, fold_of, from_unit, read, to_unit
 from basis_jax.estimators.weighted import MEMORY, effective, usable
 from basis_jax.pytree import pytree
 from basis_jax.types import Estimate, Signals
@@ -108,7 +108,7 @@ def least_variance(
         Rewards(low, high).check("least_variance", signals.rewards, signals.valid)
         rewards, valid = read(signals.rewards, signals.valid)
         w, y = usable(signals.score_norms, valid), to_unit(rewards, low, high)
-        fold = (jnp.cumsum(valid.astype(jnp.int32)) - 1) % folds
+        fold = fold_of(valid, folds)
 
         def fit(outside: Bool[Array, " N"]) -> Fitted:
             seen = replace(signals, valid=outside)
@@ -147,7 +147,7 @@ def _fit(
     w = jnp.where(known, w, 0)
     x = jnp.stack([jnp.ones_like(logit), jnp.where(known, logit, 0)], 1)
     rows = w * divide(jnp.sum(w), jnp.sum(w**2))  # they sum to the effective rows
-    prior = state.precision + jnp.diag(jnp.float32([TILT_SD**-2, SLOPE_SD**-2]))
+    prior = state.precision + _prior()
 
     def newton(free: Float[Array, " 2"]) -> tuple[Float[Array, " 2"], Float[Array, "2 2"]]:
         """The maximum over the free ones of the two numbers, the other held at 0."""
@@ -168,12 +168,16 @@ def _fit(
     return Fitted(mean, precision, jnp.where(mean[1] >= 0, mean, constant))
 
 
+def _prior() -> Float[Array, "2 2"]:
+    """The precision of the prior of (tilt, slope); its mean is 0."""
+    return jnp.diag(jnp.float32([TILT_SD**-2, SLOPE_SD**-2]))
+
+
 def _learned(state: MapState, fitted: Fitted, memory: float) -> MapState:
     """The state with what the posterior knows beyond the prior, discounted."""
-    prior = jnp.diag(jnp.float32([TILT_SD**-2, SLOPE_SD**-2]))
     return replace(
         state,
-        precision=memory * (fitted.precision - prior),
+        precision=memory * (fitted.precision - _prior()),
         information=memory * jnp.matmul(fitted.precision, fitted.mean, precision="highest"),
     )
 

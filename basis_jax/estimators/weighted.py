@@ -117,10 +117,10 @@ def weighted_mean_update(
     w = usable(signals.score_norms, valid)
     y = jnp.where(valid, to_unit(rewards, low, high), 0)
     mean = divide(others_sum(y), others_sum(valid.astype(jnp.float32)))
-    weight, rows = others_sum(w), effective(others_sum(w), others_sum(w**2))
-    own = divide(others_sum(w * y), weight)
+    weight = others_sum(w)
+    rows, of_others = effective(weight, others_sum(w**2)), divide(others_sum(w * y), weight)
     known = rows + state.rows
-    weighted = divide(rows * own + state.rows * divide(state.reward, state.weight), known)
+    weighted = divide(rows * of_others + state.rows * divide(state.reward, state.weight), known)
     baselines = from_unit(jnp.where(known > 0, weighted, mean), low, high)
     seen = effective(jnp.sum(w), jnp.sum(w**2))
     new = WeightedSums(
