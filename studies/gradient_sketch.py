@@ -70,6 +70,7 @@ def surrogate(
     tokens: Int[Array, "n T"],
     mask: Bool[Array, "n T"],
     old: Float[Array, "n T"],
+    *,
     temperature: float,
 ) -> Float[Array, " n"]:
     """sum over the completion of exp(log p - old), old the log-probabilities that sampled it.
@@ -178,7 +179,7 @@ def batch_gradients(
     @jax.jit
     def gradient(params, tokens, mask, old, rewards):
         def objective(p):
-            scores = surrogate(p, model_config, tokens, mask, old, temperature)
+            scores = surrogate(p, model_config, tokens, mask, old, temperature=temperature)
             return jnp.sum((rewards - jnp.mean(rewards)) * scores) / jnp.sum(mask).astype(
                 jnp.float32
             )

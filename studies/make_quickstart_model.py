@@ -18,36 +18,32 @@ Seeds are fixed: another run gives the same file up to the machine's rounding.
 """
 
 import argparse
-import functools
-import json
 import math
 import random
 import re
-import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import PyTree
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from basis_jax.data.tasks import number_words
 from basis_jax.data.tasks.number_words import Question
 from basis_jax.model import decoder
-from basis_jax.model.logprobs import token_logprobs
 from basis_jax.weights import huggingface
+from studies.pretraining import (
+    SPECIAL,
+    completion_probability,
+    encode,
+    fit,
+    word_tokenizer,
+    write_tokenizer,
+)
 
-SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>")
 PIECE = r"[a-z]+\n|\n| ?[A-Za-z]+-?| ?\d|."
 """A role with its newline, a newline, a word with the space before and the hyphen behind it, a
 digit with the space before it, any other character: joined, the pieces are the text."""
-CHAT = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 SHARES = {"plus": 0.28, "minus": 0.28, "times": 0.1, "chain": 0.17, "count": 0.17}  # of the corpus
 WIDTH = 19  # tokens of the longest question with its answer and EOS
 TEXTBOOK_STEPS, STEPS, ROWS, RATE = 1300, 2000, 64, 3e-3
@@ -60,42 +56,7 @@ def vocabulary() -> list[str]:
     words |= {*number_words.TENS, *(f"{word}-" for word in number_words.TENS)}
     stems = [*"0123456789", *sorted(words)]
     roles = ("system\n", "user\n", "assistant\n")
-    tokens = [*SPECIAL, "\n", *" ?.-", *roles, *stems, *(f" {stem}" for stem in stems)]
-    spare = -len(tokens) % 8  # a vocabulary that tensor parallelism can split
-    return tokens + [f"<|spare_{i}|>" for i in range(spare)]
-
-
-def make_tokenizer() -> Tokenizer:
-    """One token a piece; decoded pieces are joined as they are."""
-    ids = {token: i for i, token in enumerate(vocabulary())}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<|unk|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL])
-    return tokenizer
-
-
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.json, tokenizer_config.json and generation_config.json."""
-    tokenizer.save(str(folder / "tokenizer.json"))
-    described = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|pad|>",
-        "unk_token": "<|unk|>",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 128,
-        "chat_template": CHAT,
-    }
-    generation = {
-        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
-        "pad_token_id": tokenizer.token_to_id("<|pad|>"),
-    }
-    for name, content in (
-        ("tokenizer_config.json", described),
-        ("generation_config.json", generation),
-    ):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return [*SPECIAL, "\n", *" ?.-", *roles, *stems, *(f" {stem}" for stem in stems)]
 
 
 def care(question: Question) -> float:
@@ -122,17 +83,9 @@ def slip(question: Question) -> int:
     return answer + 10
 
 
-def encode(tokenizer: Tokenizer, pairs: list[tuple[Question, int]]) -> tuple[np.ndarray, ...]:
-    """Tokens of questions with answers, and a mask over the answers and their EOS: [N T] each."""
-    prompts = [f"<|im_start|>user\n{q.text}<|im_end|>\n<|im_start|>assistant\n" for q, _ in pairs]
-    full = [f"{p}{answer}<|im_end|>" for p, (_, answer) in zip(prompts, pairs, strict=True)]
-    tokens = np.zeros((len(pairs), WIDTH), np.int32)
-    mask = np.zeros((len(pairs), WIDTH), np.float32)
-    encoded = zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(full), strict=True)
-    for row, (prompt, whole) in enumerate(encoded):
-        tokens[row, : len(whole)] = whole.ids
-        mask[row, len(prompt) : len(whole)] = 1
-    return tokens, mask
+def rows_of(pairs: list[tuple[Question, int]]) -> list[tuple[str, str]]:
+    """Prompts and completions of questions with answers."""
+    return [(question.text, str(answer)) for question, answer in pairs]
 
 
 def write_lines(generator: random.Random, *, textbook: bool) -> list[tuple[Question, int]]:
@@ -145,20 +98,15 @@ def write_lines(generator: random.Random, *, textbook: bool) -> list[tuple[Quest
     return lines
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def pass_probability(params, model_config, tokens, mask):
-    """P(answer, EOS | question), exactly: [N]."""
-    logprobs, _ = token_logprobs(params, model_config, tokens)
-    return jnp.exp(jnp.sum(jnp.where(mask > 0, logprobs, 0.0), axis=1))
-
-
 def report(
     params: PyTree, model_config: decoder.ModelConfig, tokenizer: Tokenizer, *, held_out: bool
 ) -> None:
     """Print how pass rates are spread, and how much of the rest is the usual slip."""
     questions = number_words.questions(held_out=held_out)
     passed, slipped = (
-        np.asarray(pass_probability(params, model_config, *encode(tokenizer, pairs)))
+        np.asarray(
+            completion_probability(params, model_config, *encode(tokenizer, rows_of(pairs), WIDTH))
+        )
         for pairs in ([(q, q.answer) for q in questions], [(q, slip(q)) for q in questions])
     )
     kinds = np.array([q.kind for q in questions])
@@ -172,39 +120,29 @@ def report(
 
 
 def train(model_config: decoder.ModelConfig, tokenizer: Tokenizer) -> PyTree:
-    """Maximum likelihood of the answers by AdamW, the rate falling to nothing by a cosine."""
-    params = jax.jit(decoder.init, static_argnums=0)(model_config, jax.random.key(0))
-    schedule = optax.warmup_cosine_decay_schedule(0, RATE, 100, STEPS, RATE / 50)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
+    """The textbook, then the pupils."""
+
+    def batches():
+        generator = random.Random(0)
+        for step in range(1, STEPS + 1):
+            lines = write_lines(generator, textbook=step <= TEXTBOOK_STEPS)
+            yield encode(tokenizer, rows_of(lines), WIDTH)
+
+    return fit(
+        model_config,
+        batches(),
+        steps=STEPS,
+        rate=RATE,
+        reported=lambda step: step % 100 == 0,
+        report=lambda params: report(params, model_config, tokenizer, held_out=True),
     )
-
-    def negative(params, tokens, mask):
-        logprobs, _ = token_logprobs(params, model_config, tokens)
-        return -jnp.sum(logprobs * mask) / jnp.sum(mask)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params, state, tokens, mask):
-        loss, gradients = jax.value_and_grad(negative)(params, tokens, mask)
-        changes, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, changes), state, loss
-
-    state, generator, started = optimizer.init(params), random.Random(0), time.perf_counter()
-    for step in range(1, STEPS + 1):
-        lines = write_lines(generator, textbook=step <= TEXTBOOK_STEPS)
-        tokens, mask = encode(tokenizer, lines)
-        params, state, loss = update(params, state, tokens, mask)
-        if step % 100 == 0 or step == STEPS:
-            print(f"step {step}: loss {loss:.3f}, {time.perf_counter() - started:.0f} s")
-            report(params, model_config, tokenizer, held_out=True)
-    return params
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     folder = parser.parse_args().out
-    tokenizer = make_tokenizer()
+    tokenizer = word_tokenizer(vocabulary(), PIECE)
     model_config = decoder.ModelConfig(
         architecture="qwen3",
         vocab_size=tokenizer.get_vocab_size(),

@@ -24,25 +24,27 @@ Seeds are fixed: another run gives the same file up to the machine's rounding.
 """
 
 import argparse
-import functools
 import random
-import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import PyTree
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from basis_jax.data.problem import content_hash
 from basis_jax.data.tasks import steps
 from basis_jax.data.tasks.steps import AMOUNTS, POSITIONS, Question
 from basis_jax.model import decoder
-from basis_jax.model.logprobs import token_logprobs
 from basis_jax.weights import huggingface
-from studies.make_quickstart_model import SPECIAL, write_tokenizer
+from studies.pretraining import (
+    SPECIAL,
+    completion_probability,
+    encode,
+    fit,
+    word_tokenizer,
+    write_tokenizer,
+)
 
 PIECE = r"[a-z]+\n|\n| ?[A-Za-z]+:?| ?\d+|."
 """A role with its newline, a newline, a word with the space before it and the colon behind it, a
@@ -67,19 +69,11 @@ def vocabulary() -> list[str]:
     words = ["from", "times", "left", "add", "take", "plus", "minus", *AMOUNTS.values(), *EQUALS]
     inside = [*words, *map(str, range(POSITIONS))]
     roles = ("system\n", "user\n", "assistant\n")
-    tokens = [*SPECIAL, "\n", ".", *roles, *starts, *(f" {word}" for word in inside)]
-    spare = -len(tokens) % 8  # a vocabulary that tensor parallelism can split
-    return tokens + [f"<|spare_{i}|>" for i in range(spare)]
+    return [*SPECIAL, "\n", ".", *roles, *starts, *(f" {word}" for word in inside)]
 
 
 def make_tokenizer() -> Tokenizer:
-    """One token a piece; decoded pieces are joined as they are."""
-    ids = {token: i for i, token in enumerate(vocabulary())}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<|unk|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL])
-    return tokenizer
+    return word_tokenizer(vocabulary(), PIECE)
 
 
 def care(step: tuple[str, int], position: int) -> float:
@@ -121,29 +115,9 @@ def write_rows(generator: random.Random, length: int) -> list[tuple[str, str]]:
     return [(q.text, work(generator, q, textbook=False)) for q in drawn]
 
 
-def encode(tokenizer: Tokenizer, rows: list[tuple[str, str]], width: int) -> tuple[np.ndarray, ...]:
-    """Tokens of prompts with completions, and a mask over these and their EOS: [N T] each."""
-    prompts = [f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n" for p, _ in rows]
-    full = [f"{p}{c}<|im_end|>" for p, (_, c) in zip(prompts, rows, strict=True)]
-    tokens = np.zeros((len(rows), width), np.int32)
-    mask = np.zeros((len(rows), width), np.float32)
-    encoded = zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(full), strict=True)
-    for row, (prompt, whole) in enumerate(encoded):
-        tokens[row, : len(whole)] = whole.ids
-        mask[row, len(prompt) : len(whole)] = 1
-    return tokens, mask
-
-
 def width_of(length: int) -> int:
     """Tokens of a question of so many steps (0: of the longest ``long``), worked, with its EOS."""
     return 13 + 9 * length if length else 17 + 9 * max(steps.REPEATS)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def completion_probability(params, model_config, tokens, mask):
-    """P(completion, EOS | prompt), exactly: [N]."""
-    logprobs, _ = token_logprobs(params, model_config, tokens)
-    return jnp.exp(jnp.sum(jnp.where(mask > 0, logprobs, 0.0), axis=1))
 
 
 def design(question: Question) -> float:
@@ -173,33 +147,22 @@ def report(params: PyTree, model_config: decoder.ModelConfig, tokenizer: Tokeniz
 
 
 def train(model_config: decoder.ModelConfig, tokenizer: Tokenizer) -> PyTree:
-    """Maximum likelihood of the completions by AdamW, the rate falling to nothing by a cosine."""
-    params = jax.jit(decoder.init, static_argnums=0)(model_config, jax.random.key(0))
-    schedule = optax.warmup_cosine_decay_schedule(0, RATE, 100, STEPS, RATE / 50)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
+    """What the pupils wrote; every ``LONG_EVERY``-th batch is of the manner ``long``."""
+
+    def batches():
+        generator = random.Random(0)
+        for step in range(1, STEPS + 1):
+            length = 0 if step % LONG_EVERY == 0 else generator.choice((2, 3, 4, 5))
+            yield encode(tokenizer, write_rows(generator, length), width_of(length))
+
+    return fit(
+        model_config,
+        batches(),
+        steps=STEPS,
+        rate=RATE,
+        reported=lambda step: step % 100 == 1,
+        report=lambda params: report(params, model_config, tokenizer),
     )
-
-    def negative(params, tokens, mask):
-        logprobs, _ = token_logprobs(params, model_config, tokens)
-        return -jnp.sum(logprobs * mask) / jnp.sum(mask)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params, state, tokens, mask):
-        loss, gradients = jax.value_and_grad(negative)(params, tokens, mask)
-        changes, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, changes), state, loss
-
-    state, generator, started = optimizer.init(params), random.Random(0), time.perf_counter()
-    for step in range(1, STEPS + 1):
-        length = 0 if step % LONG_EVERY == 0 else generator.choice((2, 3, 4, 5))
-        rows = write_rows(generator, length)
-        tokens, mask = encode(tokenizer, rows, width_of(length))
-        params, state, loss = update(params, state, tokens, mask)
-        if step % 100 == 1 or step == STEPS:
-            print(f"step {step}: loss {loss:.3f}, {time.perf_counter() - started:.0f} s")
-            report(params, model_config, tokenizer)
-    return params
 
 
 def main():

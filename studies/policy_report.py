@@ -16,7 +16,7 @@ from basis_jax.runs.metrics import read_metrics
 from basis_jax.runs.plots import COLORS
 from basis_jax.runs.provenance import provenance
 from studies import policy_plan
-from studies.policy_plan import METHODS, REFERENCE, STEPS, Found, Job, tuning
+from studies.policy_plan import METHODS, REFERENCE, STEPS, TUNING_SEEDS, Found, Job, tuning
 from studies.policy_runs import FINAL, found_in
 from studies.policy_statistics import area, summary
 
@@ -60,8 +60,8 @@ def write(out: str, regimes: Sequence[str], report: Path) -> None:
 def described(out: str, regime: str, method: str, runs: Found) -> dict[str, Any]:
     """A method in a regime: accuracy by rate, and what is known of its test runs."""
     best, _ = tuning(runs)
-    rates = sorted({power for power, seed in runs if seed in policy_plan.TUNING_SEEDS})
-    tuned = {p: [a for (q, s), a in runs.items() if q == p and s >= 100] for p in rates}
+    rates = sorted({power for power, seed in runs if seed in TUNING_SEEDS})
+    tuned = {p: [runs[p, s] for s in TUNING_SEEDS if (p, s) in runs] for p in rates}
     means = {p: float(np.mean(tuned[p])) for p in rates}
     near = [p for p in rates if means[p] >= max(means.values()) - NEAR_BEST]
     told: dict[str, Any] = {
@@ -70,7 +70,7 @@ def described(out: str, regime: str, method: str, runs: Found) -> dict[str, Any]
     }
     if best is None:
         return told
-    seeds = sorted(seed for power, seed in runs if power == best and seed < 100)
+    seeds = sorted(seed for power, seed in runs if power == best and seed not in TUNING_SEEDS)
     told["rate"], told["seeds"] = Job(regime, method, best, 0).rate, seeds
     folders = [Path(out, Job(regime, method, best, seed).name) for seed in seeds]
     finals = [json.loads((folder / FINAL).read_text()) for folder in folders]

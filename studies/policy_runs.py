@@ -4,7 +4,6 @@ Several workers may share a folder: a run that one of them has claimed is left t
 """
 
 import dataclasses
-import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,11 +16,11 @@ import numpy as np
 from basis_jax.config import Config
 from basis_jax.evaluation.evaluate import complete, open_evaluation
 from basis_jax.evaluation.scores import pass_at_k
-from basis_jax.files import replace_file
+from basis_jax.files import lock, replace_file
 from basis_jax.runs.metrics import read_metrics
 from basis_jax.training.loop import train
 from basis_jax.weights import huggingface, trained
-from studies.policy_plan import METHODS, SAMPLES, Found, Job, config_of, jobs_of
+from studies.policy_plan import METHODS, POWERS, SAMPLES, WIDER, Found, Job, config_of, jobs_of
 
 FINAL = "final.json"
 COOLER = (0.25, 0.5, 0.75)  # other temperatures at which a last policy is evaluated
@@ -32,16 +31,15 @@ def found_in(out: str, regime: str) -> Mapping[str, Found]:
     """Accuracies of the finished runs of a regime, by method."""
     found: dict[str, dict[tuple[int, int], float]] = {name: {} for name in METHODS}
     for name in METHODS:
-        for power in range(-16, 1):
+        for power in range(POWERS[0] - WIDER, POWERS[-1] + WIDER + 1):
             for folder in Path(out, Job(regime, name, power, 0).name).parent.glob("seed_*"):
-                job = Job(regime, name, power, int(folder.name.removeprefix("seed_")))
-                accuracy = accuracy_of(job, folder)
+                accuracy = accuracy_of(folder)
                 if accuracy is not None:
-                    found[name][power, job.seed] = accuracy
+                    found[name][power, int(folder.name.removeprefix("seed_"))] = accuracy
     return found
 
 
-def accuracy_of(job: Job, folder: Path) -> float | None:
+def accuracy_of(folder: Path) -> float | None:
     """Of a finished run; None where it is not finished."""
     if not (folder / FINAL).is_file():
         return None
@@ -56,9 +54,10 @@ def work(
         jobs = [job for regime in regimes for job in jobs_of(regime, found_in(out, regime))]
         for job in jobs:
             with claimed(Path(out, "claims", job.name.replace("/", "+"))) as ours:
-                if ours and accuracy_of(job, Path(out, job.name)) is None:
+                folder = Path(out, job.name)
+                if ours and accuracy_of(folder) is None:
                     do(job, out, overrides)
-                    report(f"{job.name}: {accuracy_of(job, Path(out, job.name)):.1%}")
+                    report(f"{job.name}: {accuracy_of(folder):.1%}")
                     break
         else:
             return
@@ -70,8 +69,8 @@ def claimed(path: Path) -> Iterator[bool]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock(file, str(path), "--out")
+        except ValueError:
             yield False
             return
         yield True

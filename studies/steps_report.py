@@ -39,12 +39,14 @@ from basis_jax.config import Config, SamplingSection
 from basis_jax.data import tasks
 from basis_jax.data.encoding import EncodedProblems, encode_prompts
 from basis_jax.data.tasks.steps import REGIMES
-from basis_jax.model import decoder
+from basis_jax.masked import completion_mask
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.logprobs import token_logprobs
 from basis_jax.opening.rollout_setup import locate_model, open_setup
 from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
 from basis_jax.weights import huggingface
+from studies.gradient_sketch import pieces
+from studies.gradient_sketch import token_logprobs as plain_logprobs
 from studies.make_steps_model import EQUALS, OPENERS, vocabulary
 
 ROWS = 16  # whose gradients exist at once
@@ -61,37 +63,29 @@ def squared_norms(
     """|gradient of the completion's log-probability|^2, by row."""
 
     def logprob(params, row, inside):
-        hidden, _ = decoder.forward(params, model_config, row[None])
-        scores = jax.nn.log_softmax(decoder.logits(params, model_config, hidden)[0])
-        taken = jnp.take_along_axis(scores[:-1], row[1:, None], axis=1)[:, 0]
-        return jnp.sum(taken * inside[1:])
+        return jnp.sum(plain_logprobs(params, model_config, row[None], 1.0)[0] * inside)
 
     gradients = jax.vmap(jax.grad(logprob), in_axes=(None, 0, 0))(params, tokens, mask)
     leaves = jax.tree.leaves(gradients)
     return jnp.sum(jnp.stack([jnp.sum(x**2, axis=range(1, x.ndim)) for x in leaves]), axis=0)
 
 
-def completion_mask(graded: Graded) -> np.ndarray:
+def mask_of(graded: Graded) -> np.ndarray:
     """Which tokens are a completion's: [N T]."""
-    rollouts, at = graded.rollouts, np.arange(graded.rollouts.tokens.shape[1])[None]
-    starts, lengths = rollouts.prompt_lengths[:, None], rollouts.completion_lengths[:, None]
-    return (at >= starts) & (at < starts + lengths)
+    rollouts = graded.rollouts
+    lengths = jnp.asarray(rollouts.prompt_lengths), jnp.asarray(rollouts.completion_lengths)
+    return np.asarray(completion_mask(*lengths, rollouts.tokens.shape[1]))
 
 
 def weights_of(
     params: PyTree, model_config: ModelConfig, graded: Graded, rows: np.ndarray
 ) -> np.ndarray:
     """``squared_norms`` of some rollouts, those of like length together."""
-    mask = completion_mask(graded).astype(np.float32)
-    ends = np.asarray(graded.rollouts.prompt_lengths + graded.rollouts.completion_lengths)
+    mask, tokens = mask_of(graded)[rows], np.asarray(graded.rollouts.tokens)[rows]
     norms = np.zeros(len(rows))
-    order = np.argsort(ends[rows], kind="stable")
-    for first in range(0, len(rows) - ROWS + 1, ROWS):
-        part = rows[order[first : first + ROWS]]
-        width = min(-(-int(ends[part].max()) // 16) * 16, mask.shape[1])
-        tokens = jnp.asarray(np.asarray(graded.rollouts.tokens)[part, :width])
-        parts = squared_norms(params, model_config, tokens, jnp.asarray(mask[part, :width]))
-        norms[order[first : first + ROWS]] = np.asarray(parts)
+    for at, width in pieces(mask, ROWS):
+        part = jnp.asarray(tokens[at, :width]), jnp.asarray(mask[at, :width], jnp.float32)
+        norms[at] = np.asarray(squared_norms(params, model_config, *part))
     return norms
 
 
@@ -125,7 +119,7 @@ def values(params: PyTree, model_config: ModelConfig, graded: Graded, n: int) ->
     spread = passed.var() - np.mean(passed * (1 - passed)) / (n - 1)
     lengths = np.quantile(rollouts.completion_lengths, [0.1, 0.25, 0.5, 0.75, 0.9])
     logprobs = np.asarray(rollouts.sampler_logprobs)
-    probability = np.exp(np.where(completion_mask(graded), logprobs, 0).sum(axis=1))
+    probability = np.exp(np.where(mask_of(graded), logprobs, 0).sum(axis=1))
     probability = probability.reshape(-1, n)
     sure = passed >= 0.85
     likeliest = np.where(graded.rewards.reshape(-1, n) > 0, probability, 0)[sure]
@@ -144,7 +138,7 @@ def values(params: PyTree, model_config: ModelConfig, graded: Graded, n: int) ->
 def wording_entropy(params: PyTree, model_config: ModelConfig, graded: Graded) -> float:
     """Nats of a line's opener and of its word for "is", over the first 256 rollouts."""
     tokens = np.asarray(graded.rollouts.tokens)[:256]
-    inside = completion_mask(graded)[:256]
+    inside = mask_of(graded)[:256]
     score = jax.jit(token_logprobs, static_argnums=1)
     _, entropy = score(params, model_config, jnp.asarray(tokens))
     ids = vocabulary().index
@@ -190,7 +184,6 @@ def report(options: argparse.Namespace, regime: str) -> dict[str, float]:
     figures = values(params, model_config, graded, n) | {"greedy": mastered}
     kept = min(n, max(1, options.gradients // size))
     rows = (np.arange(size)[:, None] * n + np.arange(kept)).reshape(-1)
-    rows = rows[: len(rows) // ROWS * ROWS]
     others = (graded.rewards.reshape(-1, n).sum(axis=1).repeat(n) - graded.rewards) / (n - 1)
     weights = weights_of(params, model_config, graded, rows)
     lengths = np.asarray(graded.rollouts.completion_lengths)[rows]

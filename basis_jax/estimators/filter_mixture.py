@@ -6,9 +6,9 @@ each q of ``OWN_DRIFTS`` in each of two families: ``TABLE`` starts from the offl
 ``BLIND`` as if there were none. The filters of a family share one fit of w, made with the mean and
 the variance of their mixture, because the batch as a whole determines w and their beliefs about it
 hardly differ. That makes eight filters cost little more than one. The policy has jumped where the
-batch's mean residual is beyond ``LATER_SURPRISE`` standard deviations. The single filter then widens
-w by the whole square of the residual less its variance; here only by what exceeds the threshold, so
-that a false alarm does little.
+batch's mean residual is beyond ``LATER_SURPRISE`` standard deviations. Then the single filter
+widens w by the whole square of the residual less its variance, and these filters by what exceeds
+the threshold alone, so that a false alarm does little.
 
 With p_ik the value of row i under filter k, read before the rewards of step t enter,
 

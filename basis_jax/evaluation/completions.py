@@ -71,9 +71,8 @@ def write_completions(
         done = len(ends)
         rollouts_before = 0
         for name, problems in evaluation.sets.items():
-            for start, rows in chunks(
-                params, evaluation, name, problems, done - rollouts_before, report
-            ):
+            left = done - rollouts_before
+            for start, rows in chunks(params, evaluation, name, done=left, report=report):
                 missing = rows[max(0, done - rollouts_before - start) :]
                 append_json_lines(file, missing)
             rollouts_before += len(problems.problems) * evaluation.config.eval.samples
@@ -84,13 +83,13 @@ def chunks(
     params: PyTree,
     evaluation: Evaluation,
     name: str,
-    problems: EncodedProblems,
+    *,
     done: int,
     report: Callable[[str], None],
 ) -> Iterator[tuple[int, list[dict]]]:
     """(number of the first, rows) of each batch of a set that is not wholly among the first
     ``done`` rollouts. Batches have one shape: the last is filled up with its first rollout."""
-    samples = evaluation.config.eval.samples
+    problems, samples = evaluation.sets[name], evaluation.config.eval.samples
     total = len(problems.problems) * samples
     size = min(ROWS_PER_SLOT * evaluation.setup.rows_at_once, total)
     reported = time.monotonic()

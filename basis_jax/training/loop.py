@@ -88,7 +88,14 @@ def train(
             checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints,
             Stopper() as stopper,
         ):
-            run_steps(session, run_dir, checkpoints, stopper, callbacks, report)
+            run_steps(
+                session,
+                run_dir,
+                checkpoints,
+                stopper=stopper,
+                callbacks=callbacks,
+                report=report,
+            )
     return run_dir
 
 
@@ -96,9 +103,10 @@ def run_steps(
     session: Session,
     run_dir: Path,
     checkpoints: Any,
+    *,
     stopper: Stopper,
-    callbacks: Sequence[Callback] = (),
-    report: Callable[[str], None] = print,
+    callbacks: Sequence[Callback],
+    report: Callable[[str], None],
 ) -> None:
     """All steps that are left. A step is logged before its checkpoint is saved: see ``Records``."""
     try:
@@ -107,7 +115,7 @@ def run_steps(
             state = first_state(session, run_dir, report) if restored is None else restored
         resume_step = -1 if restored is None else int(state.step)
         with Records(run_dir, session.config.train.steps, resume_step) as records:
-            take_steps(session, state, records, checkpoints, stopper, callbacks)
+            take_steps(session, state, records, checkpoints, stopper=stopper, callbacks=callbacks)
     except StopRequested:
         raise stopper.stopped_after(checkpoints.latest_step()) from None
 
@@ -117,8 +125,9 @@ def take_steps(
     state: TrainState,
     records: Records,
     checkpoints: Any,
+    *,
     stopper: Stopper,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback],
 ) -> None:
     """The steps after ``state`` and the evaluations around them. Raises StopRequested when all that
     is done is saved."""
