@@ -290,14 +290,30 @@ def test_held_out_problems_that_repeat_a_training_text_are_found():
     assert not overlap.overlapping([Problem(prompt=f"{words} or 99", answer="1")], template)
 
 
-def test_a_run_tells_of_every_set_that_repeats_training_problems():
-    def encoded(*prompts):
-        made = tuple(Problem(prompt=p, answer="1") for p in prompts)
-        size = len(made)
-        return encoding.EncodedProblems(
-            made, np.zeros((size, 1), np.int32), np.ones(size, np.int32), {}
-        )
+def encoded(*prompts):
+    """A set of these problems; its tokens do not matter."""
+    made = tuple(Problem(prompt=p, answer="1") for p in prompts)
+    size = len(made)
+    return encoding.EncodedProblems(
+        made, np.zeros((size, 1), np.int32), np.ones(size, np.int32), {}
+    )
 
+
+def test_evaluating_on_training_rows_is_one_warning():
+    told = []
+    training = encoded("two plus two", "three plus three")
+    report_overlap(training, {"same": training}, told.append)
+    assert told == ["warning: 2 held-out problems of same are also training problems"]
+    told.clear()
+    report_overlap(training, {"both": encoded("two plus two", "Three  plus three")}, told.append)
+    (line,) = told
+    assert line.startswith(
+        "warning: 1 held-out problems of both are also training problems, and 1 others share 13 "
+    )
+    assert "'three plus three'" in line
+
+
+def test_a_run_tells_of_every_set_that_repeats_training_problems():
     told = []
     report_overlap(
         encoded("two plus two", "six", "seven"),

@@ -13,7 +13,6 @@ from basis_jax.data import encoding, hub, sources, tables
 from basis_jax.data.benchmarks import BENCHMARKS
 from basis_jax.data.overlap import contradictions
 from basis_jax.data.problem import Problem
-from basis_jax.training.session import report_overlap
 from basis_jax.verify import make_verifier
 
 HERE = Path(__file__).parent / "data"
@@ -374,29 +373,6 @@ def test_a_prompt_with_two_answers_is_reported():
         "own", problems[3:5], section, Tokenizer(), size=0, report=told.append
     )
     assert len(told) == 1
-
-
-def test_evaluating_on_training_rows_is_one_warning():
-    import numpy as np
-
-    def encoded(*prompts):
-        made = tuple(Problem(prompt=p, answer="1") for p in prompts)
-        size = len(made)
-        return encoding.EncodedProblems(
-            made, np.zeros((size, 1), np.int32), np.ones(size, np.int32), {}
-        )
-
-    told = []
-    training = encoded("two plus two", "three plus three")
-    report_overlap(training, {"same": training}, told.append)
-    assert told == ["warning: 2 held-out problems of same are also training problems"]
-    told.clear()
-    report_overlap(training, {"both": encoded("two plus two", "Three  plus three")}, told.append)
-    (line,) = told
-    assert line.startswith(
-        "warning: 1 held-out problems of both are also training problems, and 1 others share 13 "
-    )
-    assert "'three plus three'" in line
 
 
 def test_a_chat_that_the_template_refuses_is_one_sentence():

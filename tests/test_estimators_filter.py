@@ -1,22 +1,12 @@
 """The value filter: against a float64 loop, exact independence, truth on simulated training."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from tiny import signals
 
 from basis_jax import estimators
-from basis_jax.estimators import Signals
-
-
-def signals(rewards, ids):
-    return Signals(
-        rewards=jnp.asarray(rewards, jnp.float32),
-        valid=jnp.ones(len(ids), bool),
-        problem_ids=jnp.asarray(ids, jnp.int32),
-        lengths=jnp.ones(len(ids), jnp.int32),
-    )
 
 
 def as_reference(state):

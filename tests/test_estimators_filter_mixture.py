@@ -9,19 +9,10 @@ import numpy as np
 import pytest
 import reference
 from reference import sigmoid
+from tiny import signals
 
 from basis_jax import estimators
-from basis_jax.estimators import Signals
 from basis_jax.estimators.filter_mixture import BLIND, OWN_DRIFTS, TABLE
-
-
-def signals(rewards, ids):
-    return Signals(
-        rewards=jnp.asarray(rewards, jnp.float32),
-        valid=jnp.ones(len(ids), bool),
-        problem_ids=jnp.asarray(ids, jnp.int32),
-        lengths=jnp.ones(len(ids), jnp.int32),
-    )
 
 
 # ------------------------------------------------------------------------------- against a loop

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from basis_jax.model import decoder, logprobs
-from basis_jax.types import Prompts
+from basis_jax.types import Prompts, Signals
 from basis_jax.weights import huggingface
 
 TINY = decoder.ModelConfig(
@@ -33,6 +33,16 @@ EVERYTHING = dataclasses.replace(  # every optional part at once
     rope_theta=500.0,
     rope_scaling=decoder.RopeScaling(8.0, 1.0, 4.0, 64),
 )
+
+
+def signals(rewards, ids):
+    """Valid rows of one token each."""
+    return Signals(
+        rewards=jnp.asarray(rewards, jnp.float32),
+        valid=jnp.ones(len(ids), bool),
+        problem_ids=jnp.asarray(ids, jnp.int32),
+        lengths=jnp.ones(len(ids), jnp.int32),
+    )
 
 
 @functools.cache

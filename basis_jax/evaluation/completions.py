@@ -73,7 +73,7 @@ def write_completions(
         for name, problems in evaluation.sets.items():
             left = done - rollouts_before
             for start, rows in chunks(params, evaluation, name, done=left, report=report):
-                missing = rows[max(0, done - rollouts_before - start) :]
+                missing = rows[max(0, left - start) :]
                 append_json_lines(file, missing)
             rollouts_before += len(problems.problems) * evaluation.config.eval.samples
     return path
