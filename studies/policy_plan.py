@@ -49,7 +49,7 @@ SGD = Method(
     "",
     settings=(("optim.b1", 0), ("optim.b2", 0), ("optim.eps", 1)),  # g / (|g| + 1), nearly g
     rate=3e3,
-    regimes=("free", "single"),
+    regimes=("free",),
 )
 NATURAL = (("estimator.score-norms", "natural"),)
 METHODS = {
