@@ -23,6 +23,22 @@ class ModelSection:
     attention: str = "plain"
     """``plain`` (all scores of a row at once: T x T) or ``cudnn`` (NVIDIA's kernel, for long rows
     on GPUs in bfloat16)."""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank, W x + (lora_alpha / lora_rank) B A x, and nothing else
+    (0: all weights). The model's own weights stay as they are, stored in ``compute_dtype``; A and B
+    are float32, and they alone have gradients, moments and checkpoints."""
+    lora_alpha: float = 32.0
+    """Weight of the adapters, divided by their rank."""
+    lora_targets: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Projections that have an adapter in every layer."""
 
 
 @dataclass(frozen=True)

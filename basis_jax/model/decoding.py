@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from basis_jax.model import lora
 from basis_jax.model.decoder import KeyValues, ModelConfig, rms_norm, rotate
 from basis_jax.model.sharding import constrain
 from basis_jax.pytree import pytree
@@ -78,7 +79,7 @@ def table_weights(table, model_config):
 
 @functools.partial(jax.jit, static_argnames="model_config")
 def layer_weights(stacked, index, model_config):
-    """One layer of the stacked parameters; one program serves all layers."""
+    """One layer of the stacked parameters, adapters merged; one program serves all layers."""
 
     def lay_out(name, value):
         if "norm" in name:
@@ -90,7 +91,10 @@ def layer_weights(stacked, index, model_config):
             value = value.reshape(-1, value.shape[-1])
         return constrain(value.reshape(value.shape[0], -1).T, OUT_FIRST[name])
 
-    return {name: lay_out(name, value[index]) for name, value in stacked.items()}
+    layer = {name: value[index] for name, value in stacked.items()}
+    if model_config.lora is not None:
+        layer = lora.merged(layer, model_config.lora.scale)
+    return {name: lay_out(name, value) for name, value in layer.items()}
 
 
 def empty_cache(model_config: ModelConfig, rows: int, length: int) -> Cache:

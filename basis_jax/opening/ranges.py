@@ -46,6 +46,8 @@ TEMPERATURE = Range(0.01, 100, or_else=0)
 
 RANGES = {
     "seed": Range(0, 2**32 - 1),  # the random keys have 32 bits of it
+    "model.lora_rank": COUNT_OR_NONE,
+    "model.lora_alpha": POSITIVE,
     "data.size": COUNT_OR_NONE,
     "data.max_prompt_tokens": COUNT,
     "sampling.temperature": TEMPERATURE,

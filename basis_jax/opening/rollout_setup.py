@@ -9,9 +9,10 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from basis_jax.config import Config
+from basis_jax.config import Config, ModelSection
 from basis_jax.data.templates import turn_end
 from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.lora import TARGETS, Lora
 from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.checks import COMPUTE_DTYPES, check_words
 from basis_jax.sampling.rollouts import RolloutSetup
@@ -31,7 +32,20 @@ def locate_model(config: Config) -> tuple[Path, ModelConfig, Mesh]:
         remat=config.model.remat,
         attention=config.model.attention,
     )
-    return folder, model_config, mesh
+    return folder, dataclasses.replace(model_config, lora=adapters_of(config.model)), mesh
+
+
+def adapters_of(section: ModelSection) -> Lora | None:
+    """The adapters, where some are trained. Raises ValueError for unknown projections."""
+    if not section.lora_rank:
+        return None
+    targets = section.lora_targets
+    if not targets or len({*targets}) < len(targets) or not {*targets} <= {*TARGETS}:
+        raise ValueError(
+            f"model.lora_targets is {', '.join(targets) or 'empty'}; give one or more of "
+            f"{', '.join(TARGETS)}, each once"
+        )
+    return Lora(section.lora_rank, section.lora_alpha, targets, section.compute_dtype)
 
 
 @contextmanager

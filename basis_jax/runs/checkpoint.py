@@ -1,4 +1,4 @@
-"""Checkpoints through orbax: the whole train state and the config that made it.
+"""Checkpoints through orbax: what a step changes of the train state, and the config that made it.
 
 A checkpoint appears by one rename when it is complete, so a run killed while saving resumes from
 the one before. Restoring lays the arrays out for the mesh of today, whatever the old one was.
@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState 
             f"checkpoint {checkpoints.directory / str(step)} cannot be read ({error}); remove that "
             "folder to resume from the one before"
         ) from error
-    state = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(restored))
+    structure = jax.tree.structure(replace(like, frozen=None))
+    state = jax.tree.unflatten(structure, jax.tree.leaves(restored))
     check_finite(
         {"params": state.params, "opt_state": state.opt_state},
         str(checkpoints.directory / str(step)),
@@ -115,8 +117,9 @@ def check_finite(tree: PyTree, folder: str) -> None:
 
 
 def _as_dict(state: TrainState) -> dict:
-    """Orbax stores plain containers: leaves by their position's path in the state."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
+    """Orbax stores plain containers: leaves by their position's path in the state. Frozen
+    parameters are those of the model's folder, and are not stored."""
+    leaves = jax.tree_util.tree_leaves_with_path(replace(state, frozen=None))
     width = len(str(len(leaves)))
     return {
         f"{i:0{width}d}{jax.tree_util.keystr(path)}": leaf for i, (path, leaf) in enumerate(leaves)

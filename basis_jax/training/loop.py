@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from basis_jax.config import Config
 from basis_jax.data.order import batch_indices
 from basis_jax.evaluation.evaluate import evaluate, invalid_warning
+from basis_jax.model import lora
 from basis_jax.runs import checkpoint
 from basis_jax.runs.compiles import count_compiles
 from basis_jax.runs.identity import lock_run, open_run
@@ -28,6 +29,7 @@ from basis_jax.training.session import (
 )
 from basis_jax.training.start import (
     first_state,
+    frozen_params,
     identity_of,
     objective_of,
     optimizer_of,
@@ -42,6 +44,7 @@ from basis_jax.training.update import (
     make_update,
     merge_updates,
     newest_learning_rate,
+    policy,
     reward_metrics,
 )
 from basis_jax.training.watch import Watch, has_signal
@@ -112,7 +115,10 @@ def run_steps(
     try:
         restored = checkpoint.restore(checkpoints, state_shapes(session))
         with stopper.droppable():
-            state = first_state(session, run_dir, report) if restored is None else restored
+            if restored is None:
+                state = first_state(session, run_dir, report)
+            else:
+                state = dataclasses.replace(restored, frozen=frozen_params(session))
         resume_step = -1 if restored is None else int(state.step)
         with Records(run_dir, session.config.train.steps, resume_step) as records:
             take_steps(session, state, records, checkpoints, stopper=stopper, callbacks=callbacks)
@@ -136,7 +142,7 @@ def take_steps(
     with count_compiles() as compiled:
         if start == 0:
             with stopper.droppable():
-                before = evaluate_now(state.params, session)
+                before = evaluate_now(policy(state), session)
             log_step(records, 0, before | compiled.take())
         watch = Watch(config, records.lines())
         if start and evaluation_due(config, start, watch):
@@ -151,7 +157,7 @@ def take_steps(
                 raise
             watch.count(metrics)
             if evaluation_due(config, done, watch):
-                metrics |= evaluate_unless_stopped(state.params, session, stopper)
+                metrics |= evaluate_unless_stopped(policy(state), session, stopper)
             records.samples(done, shown_rows(session, graded, estimate, config.train.log_samples))
             log_step(records, done, metrics | compiled.take())
             at_end = done == last or watch.solved or stopper.requested
@@ -193,7 +199,7 @@ def evaluate_again(state: TrainState, session: Session, records: Records, stoppe
     newest = records.lines()[-1:]
     if newest and newest[0]["step"] == int(state.step) and "eval/accuracy" not in newest[0]:
         with stopper.droppable():
-            metrics = evaluate_now(state.params, session)
+            metrics = evaluate_now(policy(state), session)
         records.complete(metrics)
 
 
@@ -230,12 +236,12 @@ def make_step(
 
     def step(state: TrainState, number: int) -> Step:
         with droppable():
-            graded = sample_and_verify(state.params, session, number)
+            graded = sample_and_verify(policy(state), session, number)
         started = time.perf_counter()
         estimator_state, estimate = estimate_values(state.estimator_state, graded)
         outcomes = []
         if has_signal(graded):
-            for microbatches in make_microbatches(graded, estimate, params=state.params):
+            for microbatches in make_microbatches(graded, estimate, state=state):
                 state, outcome = update(state, microbatches)
                 outcomes.append(outcome)
         state = finish_step(state, estimator_state)
@@ -277,19 +283,19 @@ def sample_and_verify(params: PyTree, session: Session, number: int) -> Graded:
 
 
 def microbatch_maker(session: Session) -> Callable[..., list[list[Batch]]]:
-    """(graded, estimate, params) -> the microbatches of every update of a step."""
+    """(graded, estimate, state) -> the microbatches of every update of a step."""
     config = session.config
     score = make_score(session.setup.model_config, **objective_of(config))
-    reference = start_params(session) if config.loss.kl_coef else None
+    start = start_params(session) if config.loss.kl_coef else None
 
-    def make(graded: Graded, estimate: Estimate, *, params: PyTree) -> list[list[Batch]]:
+    def make(graded: Graded, estimate: Estimate, *, state: TrainState) -> list[list[Batch]]:
         return make_batches(
             graded,
             estimate,
             config=config,
             score=score,
-            params=params,
-            reference=reference,
+            params=policy(state),
+            reference=None if start is None else lora.whole(state.frozen, start),
             mesh=session.setup.mesh,
         )
 

@@ -1,14 +1,18 @@
 """What a run starts from: weights, optimizer, estimator state, and hashes of all of it."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 from jaxtyping import PyTree
 
 from basis_jax import estimators
 from basis_jax.config import Config
+from basis_jax.model import decoder, lora
+from basis_jax.model.sharding import named_tree
 from basis_jax.training.microbatches import updates_per_step
 from basis_jax.training.session import (
     Session,
@@ -62,18 +66,21 @@ def first_state(
 ) -> TrainState:
     """The state before the first step: weights from the model folder, estimator state from the
     reference table where the estimator takes one (made at ``run_dir/reference.npz``)."""
-    params = start_params(session)
+    frozen, params = frozen_params(session), start_params(session)
+    whole = lora.whole(frozen, params)
     return make_state(
         params,
         optimizer_of(session.config),
-        first_estimator_state(session, params, run_dir / "reference.npz", report),
+        first_estimator_state(session, whole, run_dir / "reference.npz", report),
         model_config=session.setup.model_config,
         mesh=session.setup.mesh,
+        frozen=frozen,
     )
 
 
 def state_shapes(session: Session) -> TrainState:
-    """What a checkpoint is restored into: no weights are read and no table is made for it."""
+    """What a checkpoint is restored into: no weights are read and no table is made for it. The
+    frozen parameters are put beside it (``frozen_params``)."""
     return abstract_state(
         optimizer_of(session.config),
         estimator_state_shapes(session),
@@ -83,5 +90,18 @@ def state_shapes(session: Session) -> TrainState:
 
 
 def start_params(session: Session) -> PyTree:
-    """The model folder's weights: where training starts, and what a KL term refers to."""
+    """What is trained, as it is before the first step: the model folder's weights, or adapters that
+    change nothing yet. With ``frozen_params`` it is what a KL term refers to."""
+    model_config, mesh = session.setup.model_config, session.setup.mesh
+    if model_config.lora is None:
+        return huggingface.load_params(session.folder, model_config, mesh)
+    layout = named_tree(mesh, lora.trained(decoder.param_axes(model_config)))
+    start = functools.partial(lora.start, lora.trained(decoder.param_shapes(model_config)))
+    return jax.jit(start, out_shardings=layout)(session.config.seed)
+
+
+def frozen_params(session: Session) -> PyTree:
+    """The model folder's weights where adapters are trained beside them, otherwise nothing."""
+    if session.setup.model_config.lora is None:
+        return None
     return huggingface.load_params(session.folder, session.setup.model_config, session.setup.mesh)

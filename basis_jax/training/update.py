@@ -15,7 +15,7 @@ from basis_jax.config import LossSection, OptimSection
 from basis_jax.estimators import Estimator, noise_report
 from basis_jax.losses import kl_loss, policy_loss, sampler_weights
 from basis_jax.masked import masked_max, masked_sum
-from basis_jax.model import decoder
+from basis_jax.model import decoder, lora
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.logprobs import token_logprobs
 from basis_jax.model.sharding import constrain, named_tree
@@ -55,8 +55,9 @@ def make_state(
     *,
     model_config: ModelConfig,
     mesh: Mesh,
+    frozen: PyTree = None,
 ) -> TrainState:
-    """The state before the first step, laid out as ``abstract_state``."""
+    """The state before the first step, laid out as ``abstract_state``; ``frozen`` beside it."""
     like = abstract_state(optimizer, estimator_state, model_config=model_config, mesh=mesh)
 
     def layout(tree):
@@ -67,7 +68,13 @@ def make_state(
         params=params,
         opt_state=jax.jit(optimizer.init, out_shardings=layout(like.opt_state))(params),
         estimator_state=jax.device_put(estimator_state, layout(like.estimator_state)),
+        frozen=frozen,
     )
+
+
+def policy(state: TrainState) -> PyTree:
+    """The parameters that the model takes: the trained ones and those that are frozen."""
+    return lora.whole(state.frozen, state.params)
 
 
 def abstract_state(
@@ -77,7 +84,7 @@ def abstract_state(
     model_config: ModelConfig,
     mesh: Mesh,
 ) -> TrainState:
-    """Shapes and layout of the state without any array: what a checkpoint is restored into.
+    """Shapes and layout of what is trained, without any array: what a checkpoint is restored into.
 
     Optimizer moments lie where their parameters lie, the estimator's state on every device.
     """
@@ -89,8 +96,9 @@ def abstract_state(
             step=jnp.int32(0), params=params, opt_state=opt_state, estimator_state=estimator_state
         )
 
-    shapes = jax.eval_shape(first, decoder.param_shapes(model_config), estimator_state)
-    of_params = named_tree(mesh, decoder.param_axes(model_config))
+    params = lora.trained(decoder.param_shapes(model_config))
+    shapes = jax.eval_shape(first, params, estimator_state)
+    of_params = named_tree(mesh, lora.trained(decoder.param_axes(model_config)))
     of_moments = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -282,7 +290,8 @@ def make_update(
     temperature: float,
     microbatch: int,
 ) -> Callable[[TrainState, list[Batch]], tuple[TrainState, dict[str, Array]]]:
-    """(state, microbatches) -> state, metrics: gradients added up, then one optimizer update.
+    """(state, microbatches) -> state, metrics: gradients of ``state.params`` added up, then one
+    optimizer update.
 
     The microbatches' ``loss_weights`` hold the global denominators, so the summed gradients are the
     gradient of the whole update whatever the split. Each shape of microbatch is a program; the
@@ -297,11 +306,14 @@ def make_update(
         temperature=temperature,
         microbatch=microbatch,
     )
-    axes = decoder.param_axes(model_config)
+    axes = lora.trained(decoder.param_axes(model_config))
+
+    def of_trained(params, frozen, micro):
+        return objective(lora.whole(frozen, params), micro)
 
     @jax.jit
-    def gradient(params, micro):
-        gradients, aux = jax.grad(objective, has_aux=True)(params, micro)
+    def gradient(params, frozen, micro):
+        gradients, aux = jax.grad(of_trained, has_aux=True)(params, frozen, micro)
         return jax.tree.map(constrain, gradients, axes), aux
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -313,7 +325,8 @@ def make_update(
     apply = jax.jit(functools.partial(apply_gradients, optimizer), donate_argnums=(0, 1))
 
     def update(state: TrainState, micros: list[Batch]) -> tuple[TrainState, dict[str, Array]]:
-        total = functools.reduce(add, (gradient(state.params, micro) for micro in micros))
+        gradients = (gradient(state.params, state.frozen, micro) for micro in micros)
+        total = functools.reduce(add, gradients)
         params, opt_state, metrics = apply(state.params, state.opt_state, total)
         return replace(state, params=params, opt_state=opt_state), metrics
 

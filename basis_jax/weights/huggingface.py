@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from basis_jax.files import read_json
-from basis_jax.model import decoder
+from basis_jax.model import decoder, lora
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import named
 from basis_jax.weights import layout
@@ -143,7 +142,8 @@ def _check_complete(folder: Path) -> None:
 
 
 def load_params(folder: str | Path, model_config: ModelConfig, mesh: Mesh | None = None) -> PyTree:
-    """float32 parameters of a folder, laid out over the mesh; without one, on the first device.
+    """Parameters of a folder, laid out over the mesh; without one, on the first device. They are
+    float32, but below adapters in ``lora.base_dtype``.
 
     Every device's part is read from the files on its own: the host never holds the whole model.
     Raises ValueError naming missing, unknown and misshapen tensors, damaged files, and tensors that
@@ -151,23 +151,26 @@ def load_params(folder: str | Path, model_config: ModelConfig, mesh: Mesh | None
     """
     tensors = layout.open_tensors(folder)
     layout.check_tensors(tensors, model_config, folder)
-    axes = jax.tree.leaves(decoder.param_axes(model_config), is_leaf=lambda x: isinstance(x, tuple))
+    axes = jax.tree.leaves(
+        lora.base(decoder.param_axes(model_config)), is_leaf=lambda x: isinstance(x, tuple)
+    )
+    shapes, structure = jax.tree.flatten(lora.base(decoder.param_shapes(model_config)))
     leaves = []
-    for parameter, names in zip(layout.parameters(model_config), axes, strict=True):
+    for parameter, shape, names in zip(layout.parameters(model_config), shapes, axes, strict=True):
         if mesh is None:
             sharding: Sharding = SingleDeviceSharding(jax.local_devices()[0])
         else:
             sharding = named(mesh, names)
-        read = parameter.reader(tensors)
+        read = parameter.reader(tensors, shape.dtype)
         leaves.append(
             jax.make_array_from_callback(
                 parameter.shape,
                 sharding,
                 read,  # type: ignore[arg-type]  # JAX never calls it with None
-                dtype=jnp.float32,
+                dtype=shape.dtype,
             )
         )
-    return jax.tree.unflatten(jax.tree.structure(decoder.param_shapes(model_config)), leaves)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def save_params(

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from basis_jax.files import read_json
-from basis_jax.model import decoder
+from basis_jax.model import decoder, lora
 from basis_jax.model.decoder import ModelConfig
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors -> NumPy
@@ -110,8 +110,10 @@ class Parameter:
     def stored_shape(self) -> tuple[int, ...]:
         return self.layout.stored_shape(self.shape[1:] if self.stacked else self.shape)
 
-    def reader(self, tensors: Mapping[str, Any]) -> Callable[[tuple[slice, ...]], np.ndarray]:
-        """index -> that block in float32; devices that hold the same block share one reading.
+    def reader(
+        self, tensors: Mapping[str, Any], dtype: Any = np.float32
+    ) -> Callable[[tuple[slice, ...]], np.ndarray]:
+        """index -> that block in ``dtype``; devices that hold the same block share one reading.
 
         A reading raises ValueError where the block holds NaN or infinity.
         """
@@ -120,11 +122,11 @@ class Parameter:
 
         def block(index):
             if not self.stacked:
-                whole = self.layout.read(parts[0], self.shape, index).astype(np.float32)
+                whole = self.layout.read(parts[0], self.shape, index).astype(dtype)
                 check_finite(whole, self.names[0])
                 return whole
             layers = [self.layout.read(p, self.shape[1:], index[1:]) for p in parts[index[0]]]
-            stacked = np.stack(layers, dtype=np.float32)
+            stacked = np.stack([layer.astype(dtype, copy=False) for layer in layers])
             for layer, name in zip(stacked, self.names[index[0]], strict=True):
                 check_finite(layer, name)
             return stacked
@@ -154,8 +156,9 @@ def check_finite(value: np.ndarray, name: str) -> None:
 
 
 def parameters(model_config: ModelConfig) -> list[Parameter]:
-    """Every parameter of the model, in the order of the tree's leaves."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(decoder.param_shapes(model_config))
+    """Every parameter of the model, without adapters, in the order of the tree's leaves."""
+    shapes = lora.base(decoder.param_shapes(model_config))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
     found = []
     for keys, leaf in leaves:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -277,10 +280,12 @@ def write_folder(
     tensors: Iterable[tuple[str, np.ndarray]],
     files: Mapping[str, bytes],
     *,
+    name: str = "model",
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> Path:
-    """Write named tensors as safetensors (with an index where there are several) and other files.
+    """Write named tensors as ``name``.safetensors (with an index where there are several) and other
+    files.
 
     All goes to ``<folder>.partial``, which is renamed when complete: a crash leaves no half-made
     folder. Raises ValueError where the folder has contents, unless ``overwrite``; then the old
@@ -292,9 +297,9 @@ def write_folder(
     partial, old = (folder.with_name(folder.name + end) for end in (".partial", ".old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_shards(partial, tensors, max_shard_bytes)
-    for name, contents in files.items():
-        (partial / name).write_bytes(contents)
+    _write_shards(partial, name, tensors, max_shard_bytes)
+    for file_name, contents in files.items():
+        (partial / file_name).write_bytes(contents)
     for path in partial.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -306,7 +311,9 @@ def write_folder(
     return folder
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], limit: int) -> None:
+def _write_shards(
+    folder: Path, name: str, tensors: Iterable[tuple[str, np.ndarray]], limit: int
+) -> None:
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     total = 0
@@ -320,19 +327,19 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], limit
         shards.append(list(pending))
         pending.clear()
 
-    for name, value in tensors:
+    for key, value in tensors:
         if pending and sum(x.nbytes for x in pending.values()) + value.nbytes > limit:
             flush()
-        pending[name] = value
+        pending[key] = value
         total += value.nbytes
     flush()
     if len(shards) == 1:
-        (folder / "0.safetensors").rename(folder / "model.safetensors")
+        (folder / "0.safetensors").rename(folder / f"{name}.safetensors")
         return
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
-        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        file = f"{name}-{i + 1:05}-of-{len(shards):05}.safetensors"
         (folder / f"{i}.safetensors").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2))

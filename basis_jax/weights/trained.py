@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from basis_jax.model import decoder
+from basis_jax.model import decoder, lora
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import named_tree
 from basis_jax.weights.layout import check_finite, list_names
@@ -52,7 +52,8 @@ def model_path(checkpoint: Path) -> str:
 def load_checkpoint_params(
     checkpoint: Path, model_config: ModelConfig, mesh: Mesh | None = None
 ) -> PyTree:
-    """float32 parameters of a checkpoint, laid out over the mesh; without one, NumPy arrays.
+    """What was trained, all parameters or adapters, in float32 as the checkpoint has it, laid out
+    over the mesh; without one, NumPy arrays.
 
     Raises ValueError where it cannot be read, its parameters are not those of ``model_config``, or
     they hold NaN or infinity.
@@ -65,14 +66,14 @@ def load_checkpoint_params(
             _, is_param, path = name.partition(".params")
             if is_param:
                 stored[path] = (name, tuple(leaf.shape))
-    shapes = decoder.param_shapes(model_config)
+    shapes = lora.trained(decoder.param_shapes(model_config))
     expected = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(shapes)}
     _check_same_model(checkpoint, {k: v for k, (_, v) in stored.items()}, expected)
     names = [stored[path][0] for path in expected]
     if mesh is None:
         restore_args = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(names)
     else:
-        axes = jax.tree.leaves(named_tree(mesh, decoder.param_axes(model_config)))
+        axes = jax.tree.leaves(named_tree(mesh, lora.trained(decoder.param_axes(model_config))))
         restore_args = [ocp.ArrayRestoreArgs(sharding=s, dtype=jnp.float32) for s in axes]
     item = dict(zip(names, expected.values(), strict=True))
     args = ocp.args.PyTreeRestore(
