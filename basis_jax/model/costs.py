@@ -6,13 +6,15 @@ device, every array divided as ``sharding.RULES`` divides it.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from basis_jax.model import decoder
+from basis_jax.model import decoder, lora
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import shards
 
@@ -35,7 +37,7 @@ def output_products(model_config: ModelConfig) -> int:
 
 
 def parameters(model_config: ModelConfig) -> int:
-    """Number of parameters, biases and norms included."""
+    """Number of parameters, biases and norms included, without adapters."""
     c = model_config
     heads = c.heads + 2 * c.kv_heads
     layer = layer_products(model_config) + 2 * c.embed
@@ -43,6 +45,14 @@ def parameters(model_config: ModelConfig) -> int:
     layer += c.mlp_bias * (2 * c.mlp + c.embed) + c.qk_norm * 2 * c.head_dim
     tables = output_products(model_config) * (1 if c.tied else 2)
     return c.layers * layer + tables + c.embed
+
+
+def adapter_parameters(model_config: ModelConfig) -> int:
+    """Number of parameters of the adapters."""
+    if model_config.lora is None:
+        return 0
+    adapters = lora.trained(decoder.param_shapes(model_config))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(adapters))
 
 
 def compute_bytes(model_config: ModelConfig) -> int:
@@ -97,20 +107,22 @@ def prefill(model_config: ModelConfig, *, rows: int, width: int) -> Work:
 def update(model_config: ModelConfig, *, rows: int, width: int) -> Work:
     """Gradient over ``rows`` x ``width`` tokens and AdamW: forward, twice that backward, and once
     more what ``remat`` has recomputed of the layers. Attention as in ``prefill``; the output layer
-    at every position, prompts too, which ``logprobs`` mostly passes over.
+    at every position, prompts too, which ``logprobs`` mostly passes over. Frozen weights have no
+    gradient of their own: one pass less.
 
     Bytes, a lower bound: each pass reads the weights once; the optimizer reads weights, gradients
     and both moments and writes all but the gradients, in float32.
     """
     weights = model_config.layers * layer_products(model_config)
-    output = output_products(model_config)
+    output, adapters = output_products(model_config), adapter_parameters(model_config)
     attention = _attention(model_config, rows * width * (width + 1) // 2)
-    passes = 4 if model_config.remat == "full" else 3
+    recomputed, own = int(model_config.remat == "full"), 0 if adapters else 1
+    passes = 2 + recomputed + own
+    products = passes * weights + (2 + own) * output + (3 + recomputed) * adapters
     return Work(
-        flops=2 * (passes * weights + 3 * output) * rows * width
-        + (4 if recomputes(model_config) else 3) * attention,
+        flops=2 * products * rows * width + (4 if recomputes(model_config) else 3) * attention,
         bytes=passes * (weights + output) * compute_bytes(model_config)
-        + 7 * 4 * parameters(model_config),
+        + 7 * 4 * (adapters or parameters(model_config)),
     )
 
 
@@ -118,27 +130,34 @@ def parameter_bytes(
     model_config: ModelConfig,
     mesh: Mesh | AbstractMesh,
     *,
-    itemsize: int = 4,
+    itemsize: int = 0,
     gathered: bool = False,
+    part: Callable[[Any], Any] = lambda params: params,
 ) -> int:
-    """The parameters' share of one device; ``gathered``: over ``fsdp``, as decoding has them."""
+    """The share of one device of a ``part`` of the parameters, as they are stored or in so many
+    bytes a number; ``gathered``: over ``fsdp``, as decoding has them."""
 
     def local_size(size, axis):
         return size if gathered and axis == "embed" else -(-size // shards(mesh, axis))
 
-    shapes = jax.tree.leaves(decoder.param_shapes(model_config))
-    axes = decoder.param_axes(model_config)
+    shapes = jax.tree.leaves(part(decoder.param_shapes(model_config)))
+    axes = part(decoder.param_axes(model_config))
     axes = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
     return sum(
-        itemsize * math.prod(local_size(n, a) for n, a in zip(x.shape, of, strict=True))
+        (itemsize or x.dtype.itemsize)
+        * math.prod(local_size(n, a) for n, a in zip(x.shape, of, strict=True))
         for x, of in zip(shapes, axes, strict=True)
     )
 
 
 def copy_bytes(model_config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
-    """The weights once more in the compute dtype; in float32 they serve as they are."""
+    """The weights once more in the compute dtype; 0 where they are stored in it."""
     size = compute_bytes(model_config)
-    return 0 if size == 4 else parameter_bytes(model_config, mesh, itemsize=size)
+    return (
+        0
+        if model_config.weight_dtype == model_config.compute_dtype
+        else parameter_bytes(model_config, mesh, itemsize=size)
+    )
 
 
 def activation_bytes(
@@ -188,7 +207,7 @@ def sampling_memory(
     return {
         "weights": parameter_bytes(model_config, mesh),
         "weights laid out for decoding": parameter_bytes(
-            model_config, mesh, itemsize=size, gathered=True
+            model_config, mesh, itemsize=size, gathered=True, part=lora.base
         ),
         "key-value cache": int(cache / shards(mesh, "batch") / shards(mesh, "kv_heads")),
         "logits": int(2 * rows * model_config.vocab_size * 4 / shards(mesh, "vocab")),
@@ -204,15 +223,15 @@ def update_memory(
 
     The backward pass keeps the layers' weights in the compute dtype too, unless it recomputes.
     """
-    weights = parameter_bytes(model_config, mesh)
+    trained = parameter_bytes(model_config, mesh, part=lora.trained)
     logits = rows * min(chunk, width) * model_config.vocab_size * 4 * 2
     return {
-        "weights": weights,
+        "weights": parameter_bytes(model_config, mesh),
         f"weights in {model_config.compute_dtype}": 0
         if recomputes(model_config)
         else copy_bytes(model_config, mesh),
-        "moments": 2 * weights,
-        "gradients": 2 * weights,
+        "moments": 2 * trained,
+        "gradients": 2 * trained,
         "activations": activation_bytes(model_config, mesh, rows=rows, width=width),
         "logits": int(logits / shards(mesh, "batch") / shards(mesh, "vocab")),
     }

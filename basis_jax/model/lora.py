@@ -1,8 +1,8 @@
 """Low-rank adapters beside frozen weights: W x + (alpha / rank) B A x. Hu et al. 2022, eq. 3.
 
 The model's parameters hold the adapters among a layer's weights, ``q_proj_a`` and ``q_proj_b``
-beside ``q_proj``, so whatever computes with the model takes one tree. ``trained`` and ``base`` are
-its parts and ``whole`` joins them; without adapters all is trained.
+beside ``q_proj``, so whatever computes with the model takes one tree. ``trained`` and ``frozen``
+are its parts and ``whole`` joins them; without adapters all is trained.
 """
 
 import functools
@@ -45,6 +45,11 @@ def base(params: dict[str, Any]) -> dict[str, Any]:
     """The parameters without adapters."""
     layers = {k: v for k, v in params["layers"].items() if not k.endswith(ENDS)}
     return {**params, "layers": layers}
+
+
+def frozen(params: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``trained`` leaves: the parameters without adapters, or None."""
+    return None if trained(params) is params else base(params)
 
 
 def whole(frozen: dict[str, Any] | None, trained: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from basis_jax.config import Config, DataSection, LossSection, SamplingSection, 
 from basis_jax.data.encoding import FORMATS
 from basis_jax.data.tasks import GYM
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
-from basis_jax.model import costs
+from basis_jax.model import costs, lora
 from basis_jax.model.decoder import ATTENTION, REMAT, ModelConfig, computed_in
 from basis_jax.model.sharding import batch_shards, check_divides
 from basis_jax.opening.ranges import check_ranges
@@ -166,9 +166,9 @@ def check_memory(
     """
     train, length = config.train, prompt_width + config.sampling.max_new_tokens
     devices = list(mesh.devices.ravel())
-    weights = costs.parameter_bytes(model_config, mesh)
-    moments = {"moments": 2 * weights} if training else {}
-    reference = {"a KL term's reference": weights} if training and config.loss.kl_coef else {}
+    trained = costs.parameter_bytes(model_config, mesh, part=lora.trained)
+    moments = {"moments": 2 * trained} if training else {}
+    reference = {"a KL term's reference": trained} if training and config.loss.kl_coef else {}
     slots = min(train.sample_rollouts, rows)
     sampler = computed_in(model_config, config.sampling.dtype)
     parts = costs.sampling_memory(sampler, mesh, slots=slots, length=length, width=prompt_width)

@@ -84,21 +84,25 @@ def abstract_state(
     model_config: ModelConfig,
     mesh: Mesh,
 ) -> TrainState:
-    """Shapes and layout of what is trained, without any array: what a checkpoint is restored into.
+    """Shapes and layout of the state without any array: what a checkpoint is restored into.
 
     Optimizer moments lie where their parameters lie, the estimator's state on every device.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def first(params, estimator_state):
-        opt_state = optimizer.init(params)
+    def first(whole, estimator_state):
+        params = lora.trained(whole)
         return TrainState(
-            step=jnp.int32(0), params=params, opt_state=opt_state, estimator_state=estimator_state
+            step=jnp.int32(0),
+            params=params,
+            opt_state=optimizer.init(params),
+            estimator_state=estimator_state,
+            frozen=lora.frozen(whole),
         )
 
-    params = lora.trained(decoder.param_shapes(model_config))
-    shapes = jax.eval_shape(first, params, estimator_state)
-    of_params = named_tree(mesh, lora.trained(decoder.param_axes(model_config)))
+    shapes = jax.eval_shape(first, decoder.param_shapes(model_config), estimator_state)
+    of_whole = named_tree(mesh, decoder.param_axes(model_config))
+    of_params = lora.trained(of_whole)
     of_moments = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -107,7 +111,8 @@ def abstract_state(
         transform_non_params=lambda _: everywhere,
     )
     of_estimator = jax.tree.map(lambda _: everywhere, estimator_state)
-    layout = jax.tree.leaves((everywhere, of_params, of_moments, of_estimator))
+    of_frozen = lora.frozen(of_whole)
+    layout = jax.tree.leaves((everywhere, of_params, of_moments, of_estimator, of_frozen))
     leaves = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         for x, sharding in zip(jax.tree.leaves(shapes), layout, strict=True)
