@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Projections that can have an adapter."""
 ENDS = ("_proj_a", "_proj_b")
-STREAM = 1000  # of the seed; those of rollouts are small
+STREAM = 1000  # of the seed's key; rollouts have the first few
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ def merged_params(base: dict[str, Any], adapters: dict[str, Any], scale: float) 
     return {**base, "layers": jax.lax.map(functools.partial(merged, scale=scale), layers)}
 
 
-def start(shapes: dict[str, Any], seed: int) -> dict[str, Any]:
+def start(shapes: dict[str, Any], key: Key[Array, ""]) -> dict[str, Any]:
     """Adapters of these shapes that change nothing yet: B is 0, and A uniform within
-    1 / sqrt(inputs), drawn from (seed, target, layer) alone."""
-    key = jax.random.fold_in(jax.random.key(seed), STREAM)
+    1 / sqrt(inputs), drawn from (key, target, layer) alone."""
+    key = jax.random.fold_in(key, STREAM)
 
     def draw(name, shape):
         target = jax.random.fold_in(key, TARGETS.index(name.removesuffix("_a")))

@@ -97,7 +97,7 @@ def start_params(session: Session) -> PyTree:
         return huggingface.load_params(session.folder, model_config, mesh)
     layout = named_tree(mesh, lora.trained(decoder.param_axes(model_config)))
     start = functools.partial(lora.start, lora.trained(decoder.param_shapes(model_config)))
-    return jax.jit(start, out_shardings=layout)(session.config.seed)
+    return jax.jit(start, out_shardings=layout)(jax.random.key(session.config.seed))
 
 
 def frozen_params(session: Session) -> PyTree:

@@ -1,0 +1,383 @@
+"""Adapters: the full model's gradient in their directions, nothing changed at the start, merged as
+good as separate, checkpoints and exports of adapters alone."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from whole_runs import final_arrays, repeatable, small
+
+from basis_jax import command_line
+from basis_jax.commands import convert, evaluate
+from basis_jax.config import LossSection, ModelSection, OptimSection
+from basis_jax.model import costs, decoder, decoding, lora
+from basis_jax.model.lora import TARGETS, Lora
+from basis_jax.model.sharding import make_mesh, named_tree
+from basis_jax.opening import checks
+from basis_jax.opening.rollout_setup import adapters_of
+from basis_jax.runs.compiles import count_compiles
+from basis_jax.runs.metrics import read_metrics
+from basis_jax.training import loop
+from basis_jax.training.loop import train
+from basis_jax.training.update import abstract_state, make_optimizer, make_state, make_update
+from basis_jax.types import Batch
+from basis_jax.weights import adapters, huggingface, trained
+
+LORA = Lora(rank=3, alpha=6.0)
+
+
+def with_lora(model_config, **changes):
+    return dataclasses.replace(model_config, lora=dataclasses.replace(LORA, **changes))
+
+
+def start(model_config, seed=0):
+    shapes = lora.trained(decoder.param_shapes(model_config))
+    return jax.jit(lambda key: lora.start(shapes, key))(jax.random.key(seed))
+
+
+def learnt(model_config, seed=0):
+    """Adapters of which neither A nor B is 0."""
+    random = np.random.default_rng(seed)
+    shapes = lora.trained(decoder.param_shapes(model_config))
+    return jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.2, x.shape), jnp.float32), shapes)
+
+
+def assert_equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_before_the_first_step_the_policy_is_the_base_model_bit_for_bit(dtype):
+    """Its log-probabilities, with weights kept in the compute dtype, and what it decodes with."""
+    plain = dataclasses.replace(tiny.TINY, compute_dtype=dtype)
+    config = with_lora(plain, base_dtype=dtype)
+    shapes = lora.frozen(decoder.param_shapes(config))
+    base = jax.tree.map(lambda x, like: x.astype(like.dtype), tiny.params(), shapes)
+    policy = lora.whole(base, start(config))
+    tokens = jnp.asarray(tiny.tokens_of((4, 9)))
+    found = tiny.token_logprobs(policy, config, tokens)
+    assert_equal(found, tiny.token_logprobs(tiny.params(), plain, tokens))
+    weights = decoding.decode_weights(policy, config)
+    assert_equal(weights, decoding.decode_weights(tiny.params(), plain))
+    assert {str(x.dtype) for x in jax.tree.leaves(shapes)} == {"float32", dtype}
+
+
+def test_the_start_is_a_function_of_seed_target_and_layer_alone():
+    few = with_lora(tiny.TINY, targets=("o_proj", "up_proj"))
+    deep = with_lora(dataclasses.replace(tiny.TINY, layers=3))
+    found, others = start(few)["layers"], start(deep)["layers"]
+    assert found.keys() == {"o_proj_a", "o_proj_b", "up_proj_a", "up_proj_b"}
+    for name, value in found.items():
+        assert_equal(value, others[name][:2])
+        assert (jnp.ptp(value) == 0) == name.endswith("_b")
+    drawn = [v for k, v in others.items() if k.endswith("_a")]
+    first = [float(layer.ravel()[0]) for v in drawn for layer in v]  # of every target and layer
+    assert len(set(first)) == len(first) == 3 * len(TARGETS)
+    assert not np.array_equal(start(few, seed=1)["layers"]["o_proj_a"], found["o_proj_a"])
+    bound = 1 / np.sqrt(tiny.TINY.embed)  # of up_proj's inputs; 192 draws reach 0.9 of it but for
+    assert 0.9 * bound < float(jnp.abs(found["up_proj_a"]).max()) < bound  # one in 10^8
+
+
+TOKENS = tiny.tokens_of((4, 11))
+
+
+@pytest.fixture(scope="module")
+def merged_gradient():
+    """(loss, log-probabilities, adapters, dL/dW) of all weights of the merged model."""
+    config = with_lora(tiny.EVERYTHING)
+    params = tiny.random_params(tiny.EVERYTHING)
+    found = learnt(config)
+    merged = lora.merged_params(params, found, LORA.scale)
+    gradients, logprobs = tiny.gradient(merged, tiny.EVERYTHING, jnp.asarray(TOKENS), 4)
+    return params, found, gradients["layers"], logprobs
+
+
+def directions(layers, gradients):
+    """dL/dA = s dL/dW B^T and dL/dB = s A^T dL/dW, layer by layer in float64."""
+    expected = {}
+    for name in TARGETS:
+        a, b, w = (
+            np.asarray(x, np.float64)
+            for x in (layers[f"{name}_a"], layers[f"{name}_b"], gradients[name])
+        )
+        count, rank = len(w), LORA.rank
+        flat = w.reshape(count, a[0].size // rank, b[0].size // rank)
+        of_a = flat @ b.reshape(count, rank, -1).transpose(0, 2, 1)
+        of_b = a.reshape(count, -1, rank).transpose(0, 2, 1) @ flat
+        expected[f"{name}_a"] = 2.0 * of_a.reshape(a.shape)
+        expected[f"{name}_b"] = 2.0 * of_b.reshape(b.shape)
+    return expected
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 2)], ids=["1 device", "4 devices"])
+def test_gradients_are_those_of_the_full_model_in_the_adapters_directions(merged_gradient, sizes):
+    """And the log-probabilities those of the merged model, to 1e-5 of the largest."""
+    params, found, gradients, logprobs = merged_gradient
+    config = with_lora(tiny.EVERYTHING)
+    mesh = make_mesh(
+        **dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)),
+        devices=jax.devices()[: int(np.prod(sizes))],
+    )
+    layout = named_tree(mesh, decoder.param_axes(config))
+    with jax.set_mesh(mesh):
+        whole = jax.device_put(lora.whole(params, found), layout)
+
+        def score(adapters):
+            return tiny.score_sum(lora.whole(whole, adapters), config, jnp.asarray(TOKENS), 4)
+
+        of_adapters, separate = jax.jit(jax.grad(score, has_aux=True))(lora.trained(whole))
+    np.testing.assert_allclose(separate, logprobs, atol=2e-5)
+    expected = directions(found["layers"], gradients)
+    for name, value in of_adapters["layers"].items():
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+def test_decoding_takes_the_merged_weights():
+    """Those of the merged model, rounded once, so that it samples what the merged export does."""
+    for dtype in ("float32", "bfloat16"):
+        plain = dataclasses.replace(tiny.EVERYTHING, compute_dtype=dtype)
+        config, params = with_lora(plain), tiny.random_params(tiny.EVERYTHING)
+        found = decoding.decode_weights(lora.whole(params, learnt(config)), config)
+        merged = lora.merged_params(params, learnt(config), LORA.scale)
+        expected = decoding.decode_weights(merged, plain)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert x.dtype == y.dtype and x.shape == y.shape
+            np.testing.assert_allclose(
+                x.astype(jnp.float32),
+                y.astype(jnp.float32),
+                atol=1e-6,
+                rtol=1e-2 * (dtype[0] == "b"),
+            )
+
+
+def test_an_adapter_lies_where_its_weight_lies_and_its_rank_everywhere():
+    axes = decoder.param_axes(with_lora(tiny.TINY))["layers"]
+    for name in TARGETS:
+        a, b = axes[f"{name}_a"], axes[f"{name}_b"]
+        assert a[-1] is None and b[1] is None
+        assert (*a[:-1], *b[2:]) == axes[name]
+
+
+def batch(rows=4):
+    random = np.random.default_rng(3)
+    mask = np.ones((rows, TOKENS.shape[1]), bool)
+    mask[:, :3] = False
+    return Batch(
+        tokens=TOKENS[:rows],
+        completion_mask=mask,
+        loss_weights=(mask / mask.sum()).astype(np.float32),
+        advantages=random.normal(size=rows).astype(np.float32),
+        old_logprobs=None,
+        sampler_logprobs=np.where(mask, np.float32(-1), np.float32(0)),
+    )
+
+
+def test_an_update_changes_the_adapters_alone_and_takes_the_base_as_an_argument():
+    """Another base needs no other program: it is not a constant of it."""
+    config, mesh = with_lora(tiny.TINY), make_mesh(devices=jax.devices()[:1])
+    optimizer = make_optimizer(OptimSection(lr=1e-2), updates=9)
+    update = make_update(config, optimizer, loss=LossSection(), temperature=1.0, microbatch=4)
+    losses = []
+    with jax.set_mesh(mesh), count_compiles() as compiled:
+        for factor in (1.0, 0.5):
+            base = jax.tree.map(lambda x, f=factor: x * f, tiny.params())
+            state = make_state(
+                learnt(config), optimizer, (), model_config=config, mesh=mesh, frozen=base
+            )
+            before = jax.device_get((state.params, state.frozen))
+            compiled.take()
+            state, metrics = update(state, [batch(), batch()])
+            programs = compiled.take()["compile/programs"]
+            losses.append(float(metrics["policy/entropy"]))
+            assert_equal(state.frozen, before[1])
+            changed = jax.tree.map(lambda x, y: bool((x != y).any()), state.params, before[0])
+            assert all(jax.tree.leaves(changed))
+        assert programs == 0 and losses[0] != losses[1]
+    sizes = [x.size for x in jax.tree.leaves(state.opt_state) if x.size > 1]
+    assert sum(sizes) == 2 * costs.adapter_parameters(config)
+
+
+QWEN3_4B = decoder.ModelConfig(
+    architecture="qwen3",
+    vocab_size=151936,
+    embed=2560,
+    layers=36,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    mlp=9728,
+    max_positions=40960,
+    tied=True,
+    qk_norm=True,
+    compute_dtype="bfloat16",
+    remat="full",
+)
+
+
+@pytest.mark.parametrize("rank", [16, 32])
+def test_qwen3_4b_trains_within_24_gb(monkeypatch, rank):
+    """One device: 8 rollouts of 3,072 tokens at once, microbatches of 2; all weights never fit."""
+    monkeypatch.setattr(checks, "device_memory", lambda devices: 24 * 10**9)
+    _, config = command_line.parse("", argv=["--config", "quickstart"])[::-1]
+    config = dataclasses.replace(
+        config,
+        sampling=dataclasses.replace(config.sampling, max_new_tokens=2560),
+        train=dataclasses.replace(config.train, sample_rollouts=8, microbatch_rollouts=2),
+    )
+    one = make_mesh(devices=jax.devices()[:1])
+    adapted = with_lora(QWEN3_4B, rank=rank, base_dtype="bfloat16")
+    sizes = {"prompt_width": 512, "rows": 512, "training": True}
+    checks.check_memory(config, adapted, one, **sizes)
+    with pytest.raises(ValueError, match="moments 32.2 GB"):
+        checks.check_memory(config, QWEN3_4B, one, **sizes)
+
+
+def test_the_memory_of_a_state_is_that_of_its_arrays():
+    """Base, adapters and moments, each as it is stored, on one device of four."""
+    config = with_lora(
+        dataclasses.replace(tiny.TINY, compute_dtype="bfloat16"), base_dtype="bfloat16"
+    )
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
+    optimizer = make_optimizer(OptimSection(), updates=1)
+    state = abstract_state(optimizer, (), model_config=config, mesh=mesh)
+
+    def held(tree):
+        leaves = [x for x in jax.tree.leaves(tree) if x.size > 1]
+        shards = [x.sharding.shard_shape(x.shape) for x in leaves]
+        return sum(int(np.prod(s)) * x.dtype.itemsize for s, x in zip(shards, leaves, strict=True))
+
+    parts = costs.update_memory(config, mesh, rows=4, width=8, chunk=8)
+    assert parts["weights"] == held((state.params, state.frozen))
+    assert parts["moments"] == held(state.opt_state)
+    assert parts["gradients"] <= 2 * held(state.params)
+
+
+@pytest.mark.parametrize(
+    "targets, said",
+    [
+        ((), "model.lora_targets is empty; give one or more of q_proj, "),
+        (("q_proj", "q_proj"), "model.lora_targets is q_proj, q_proj; .*each once"),
+        (("lm_head",), "model.lora_targets is lm_head; "),
+    ],
+)
+def test_targets_that_there_are_not_are_refused(targets, said):
+    with pytest.raises(ValueError, match=said):
+        adapters_of(ModelSection(lora_rank=2, lora_targets=targets))
+    assert adapters_of(ModelSection(lora_targets=targets)) is None
+
+
+CHANGES = {
+    "model.lora-rank": 2,
+    "model.lora-alpha": 4,
+    "mesh.data": 1,
+    "mesh.fsdp": 2,
+    "mesh.tensor": 2,
+    "loss.kl-coef": 0.01,
+    "optim.lr": 1e-2,
+}
+
+
+def config_of(folder, problems, run_dir, **changes):
+    arguments = small(folder, problems, run_dir, **CHANGES | changes)
+    return command_line.parse("", argv=["--config", "quickstart", *arguments])[0]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder, dapo_file, tmp_path_factory):
+    """(run folder after four steps on four devices, what the KL term referred to)."""
+    run_dir = tmp_path_factory.mktemp("lora") / "run"
+    references, make_batches = [], loop.make_batches
+
+    def remember(*arguments, **options):
+        references.append((options["reference"], options["params"]))
+        return make_batches(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_batches", remember)
+        train(config_of(tiny_folder, dapo_file, run_dir), report=lambda _: None)
+    return run_dir, references
+
+
+@pytest.mark.slow
+def test_the_reference_of_a_kl_term_is_the_base_itself(run):
+    """Its arrays are those of the policy, no second copy, and its divergence begins at 0."""
+    run_dir, references = run
+    for reference, params in references:
+        assert all(
+            x is y
+            for x, y in zip(
+                *(jax.tree.leaves(lora.frozen(p)) for p in (reference, params)), strict=True
+            )
+        )
+        assert not any(v.any() for k, v in reference["layers"].items() if k.endswith("_b"))
+    rows = read_metrics(run_dir)
+    assert rows[1]["policy/kl_ref"] == 0 < rows[-1]["policy/kl_ref"]
+    assert all(row["sampler/logprob_gap_max"] < 1e-4 for row in rows[1:])
+
+
+@pytest.mark.slow
+def test_checkpoints_hold_adapters_alone_and_a_run_goes_on_bit_for_bit(
+    run, tiny_folder, dapo_file, tmp_path
+):
+    expected_dir, _ = run
+    copy = tmp_path / "run"
+    shutil.copytree(expected_dir, copy)
+    shutil.rmtree(copy / "checkpoints" / "4")
+    step, before = final_arrays(copy)
+    names = [name for name in before if ".params" in name]
+    assert step == 2 and len(names) == 2 * len(TARGETS)
+    assert all(name.endswith(("_proj_a']", "_proj_b']")) for name in names)
+    train(config_of(tiny_folder, dapo_file, copy), report=lambda _: None)
+    rows, expected = (repeatable(read_metrics(folder)) for folder in (copy, expected_dir))
+    assert rows == expected
+    (step, found), (_, wanted) = final_arrays(copy), final_arrays(expected_dir)
+    assert step == 4 and found.keys() == wanted.keys()
+    for name, leaf in found.items():
+        np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
+    with pytest.raises(ValueError) as refused:
+        train(config_of(tiny_folder, dapo_file, copy, **{"model.lora-rank": 3}))
+    assert str(refused.value) == (
+        f"run folder {copy} holds a run of another configuration: model.lora_rank is 2 there and 3 "
+        "here; take the values that are there, or give another --run-dir"
+    )
+
+
+def in_float32(folder):
+    return huggingface.load_params(folder, huggingface.read_model_config(folder))
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_and_exported_merged(run, tiny_folder, dapo_file, tmp_path, monkeypatch):
+    """The export's weights are W + s A B, and it has the same evaluation as the run itself."""
+    run_dir, _ = run
+    convert.run(run_dir, to=tmp_path / "merged")
+    model_config = huggingface.read_model_config(tiny_folder)
+    checkpoint = trained.find_checkpoint(run_dir)
+    found = trained.load_checkpoint_params(
+        checkpoint, dataclasses.replace(model_config, lora=adapters.saved_lora(checkpoint))
+    )
+    before, after = in_float32(tiny_folder), in_float32(tmp_path / "merged")
+    for name in TARGETS:
+        a, b = (np.float64(found["layers"][f"{name}_{part}"]) for part in "ab")
+        flat = a.reshape(2, -1, 2) @ b.reshape(2, 2, -1)  # alpha / rank is 2
+        expected = np.float64(before["layers"][name]) + 2 * flat.reshape(
+            before["layers"][name].shape
+        )
+        np.testing.assert_allclose(after["layers"][name], expected, atol=1e-6)
+        assert np.abs(flat).max() > 1e-3
+    results = []
+    for options in (["--checkpoint", run_dir], ["--model.path", tmp_path / "merged"]):
+        out = tmp_path / f"out{len(results)}"
+        arguments = small(tiny_folder, dapo_file, run_dir, **CHANGES | {"mesh.fsdp": 1})
+        arguments = [*arguments, "--out", str(out), *map(str, options)]
+        monkeypatch.setattr("sys.argv", ["x", "--config", "quickstart", *arguments])
+        evaluate.main()
+        results.append(json.loads((out / "results.json").read_text()))
+    assert results[0]["protocol"] == results[1]["protocol"]
+    assert results[0]["sets"] == results[1]["sets"]
