@@ -14,18 +14,19 @@ from whole_runs import final_arrays, repeatable, small
 
 from basis_jax import command_line
 from basis_jax.commands import convert, evaluate
-from basis_jax.config import LossSection, ModelSection, OptimSection
+from basis_jax.config import CheckpointSection, Config, LossSection, ModelSection, OptimSection
 from basis_jax.model import costs, decoder, decoding, lora
 from basis_jax.model.lora import TARGETS, Lora
 from basis_jax.model.sharding import make_mesh, named_tree
 from basis_jax.opening import checks
 from basis_jax.opening.rollout_setup import adapters_of
+from basis_jax.runs import checkpoint
 from basis_jax.runs.compiles import count_compiles
 from basis_jax.runs.metrics import read_metrics
 from basis_jax.training import loop
 from basis_jax.training.loop import train
 from basis_jax.training.update import abstract_state, make_optimizer, make_state, make_update
-from basis_jax.types import Batch
+from basis_jax.types import Batch, TrainState
 from basis_jax.weights import adapters, huggingface, trained
 
 LORA = Lora(rank=3, alpha=6.0)
@@ -358,9 +359,9 @@ def test_a_run_is_evaluated_and_exported_merged(run, tiny_folder, dapo_file, tmp
     run_dir, _ = run
     convert.run(run_dir, to=tmp_path / "merged")
     model_config = huggingface.read_model_config(tiny_folder)
-    checkpoint = trained.find_checkpoint(run_dir)
+    newest = trained.find_checkpoint(run_dir)
     found = trained.load_checkpoint_params(
-        checkpoint, dataclasses.replace(model_config, lora=adapters.saved_lora(checkpoint))
+        newest, dataclasses.replace(model_config, lora=adapters.saved_lora(newest))
     )
     before, after = in_float32(tiny_folder), in_float32(tmp_path / "merged")
     for name in TARGETS:
@@ -374,10 +375,66 @@ def test_a_run_is_evaluated_and_exported_merged(run, tiny_folder, dapo_file, tmp
     results = []
     for options in (["--checkpoint", run_dir], ["--model.path", tmp_path / "merged"]):
         out = tmp_path / f"out{len(results)}"
-        arguments = small(tiny_folder, dapo_file, run_dir, **CHANGES | {"mesh.fsdp": 1})
+        arguments = small(tiny_folder, dapo_file, run_dir, **CHANGES)
         arguments = [*arguments, "--out", str(out), *map(str, options)]
         monkeypatch.setattr("sys.argv", ["x", "--config", "quickstart", *arguments])
         evaluate.main()
         results.append(json.loads((out / "results.json").read_text()))
     assert results[0]["protocol"] == results[1]["protocol"]
     assert results[0]["sets"] == results[1]["sets"]
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_folder, tmp_path_factory):
+    """A run folder whose only checkpoint holds learnt adapters of rank 3."""
+    run_dir = tmp_path_factory.mktemp("saved") / "run"
+    section = ModelSection(path=str(tiny_folder), lora_rank=3, lora_alpha=6.0)
+    config = with_lora(huggingface.read_model_config(tiny_folder))
+    state = TrainState(
+        step=jnp.int32(1), params=learnt(config), opt_state=(), estimator_state=jnp.float32(0)
+    )
+    described = dataclasses.asdict(Config(run_dir=str(run_dir), model=section))
+    with checkpoint.open_checkpoints(run_dir, CheckpointSection()) as checkpoints:
+        checkpoint.save(checkpoints, state, described)
+    identity = {"model.path": huggingface.fingerprint(tiny_folder)}
+    record = {"config": described, "identity": identity, "starts": []}
+    (run_dir / "config.json").write_text(json.dumps(record))
+    return run_dir
+
+
+def test_adapters_beside_other_weights_are_refused(saved, tiny_folder, tmp_path):
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    params = jax.tree.map(lambda x: 2 * x, in_float32(tiny_folder))
+    model_config = huggingface.read_model_config(tiny_folder)
+    huggingface.save_params(params, model_config, other, source=tiny_folder, overwrite=True)
+    for options in ({}, {"adapters": True}):
+        with pytest.raises(ValueError, match="were trained beside other weights than those of"):
+            convert.run(saved, to=tmp_path / "out", model_path=str(other), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_all_weights_has_no_adapters_to_write(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapters, "saved_lora", lambda _: None)
+    with pytest.raises(ValueError, match="model.lora_rank is 0; leave out --adapters"):
+        convert.run(saved, to=tmp_path / "out", adapters=True)
+
+
+@pytest.mark.torch
+def test_peft_loads_the_adapters_and_computes_the_same_logits(saved, tiny_folder, tmp_path):
+    """Those of our separate adapters, at 1e-4, and after peft has merged them too."""
+    torch, peft = (pytest.importorskip(name) for name in ("torch", "peft"))
+    import transformers
+
+    convert.run(saved, to=tmp_path / "out", adapters=True)
+    config = with_lora(huggingface.read_model_config(tiny_folder))
+    params = lora.whole(in_float32(tiny_folder), learnt(config))
+    ours = tiny.next_token_logits(params, config, jnp.asarray(TOKENS))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+    with torch.no_grad():
+        plain = base(torch.tensor(TOKENS).long()).logits
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+        separate = theirs(torch.tensor(TOKENS).long()).logits
+        merged = theirs.merge_and_unload()(torch.tensor(TOKENS).long()).logits
+    np.testing.assert_allclose(separate.numpy(), ours, atol=1e-4)
+    np.testing.assert_allclose(merged.numpy(), ours, atol=1e-4)
+    assert np.abs(plain.numpy() - ours).max() > 0.1

@@ -8,7 +8,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +78,8 @@ def _reason(error: Exception) -> str:
 
 def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState | None:
     """The newest complete checkpoint, laid out as ``like`` (arrays or their shapes); None without
-    one. Raises ValueError where it cannot be read, and for parameters or moments that are not
-    finite."""
+    one. Frozen parameters are not in it. Raises ValueError where it cannot be read, and for
+    parameters or moments that are not finite."""
     step = checkpoints.latest_step()
     if step is None:
         return None
@@ -93,13 +92,14 @@ def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState 
             f"checkpoint {checkpoints.directory / str(step)} cannot be read ({error}); remove that "
             "folder to resume from the one before"
         ) from error
-    structure = jax.tree.structure(replace(like, frozen=None))
-    state = jax.tree.unflatten(structure, jax.tree.leaves(restored))
-    check_finite(
-        {"params": state.params, "opt_state": state.opt_state},
-        str(checkpoints.directory / str(step)),
+    stored = (like.step, like.params, like.opt_state, like.estimator_state)
+    number, params, opt_state, estimator_state = jax.tree.unflatten(
+        jax.tree.structure(stored), jax.tree.leaves(restored)
     )
-    return state
+    check_finite({"params": params, "opt_state": opt_state}, str(checkpoints.directory / str(step)))
+    return TrainState(
+        step=number, params=params, opt_state=opt_state, estimator_state=estimator_state
+    )
 
 
 def check_finite(tree: PyTree, folder: str) -> None:
@@ -119,7 +119,12 @@ def check_finite(tree: PyTree, folder: str) -> None:
 def _as_dict(state: TrainState) -> dict:
     """Orbax stores plain containers: leaves by their position's path in the state. Frozen
     parameters are those of the model's folder, and are not stored."""
-    leaves = jax.tree_util.tree_leaves_with_path(replace(state, frozen=None))
+    frozen = jax.tree_util.GetAttrKey("frozen")
+    leaves = [
+        (path, leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if path[0] != frozen
+    ]
     width = len(str(len(leaves)))
     return {
         f"{i:0{width}d}{jax.tree_util.keystr(path)}": leaf for i, (path, leaf) in enumerate(leaves)
