@@ -50,8 +50,11 @@ def load_policy(
         checkpoint, dataclasses.replace(model_config, lora=found), mesh
     )
     shardings = None if mesh is None else named_tree(mesh, decoder.param_axes(plain))
-    merge = functools.partial(lora.merged_params, scale=found.scale)
-    merge = jax.jit(merge, out_shardings=shardings, donate_argnums=0)
+    merge = jax.jit(
+        functools.partial(lora.merged_params, scale=found.scale),
+        out_shardings=shardings,
+        donate_argnums=0,
+    )
     merged = merge(huggingface.load_params(folder, plain, mesh), adapters)
     return jax.device_get(merged) if mesh is None else merged
 
