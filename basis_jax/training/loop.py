@@ -33,6 +33,7 @@ from basis_jax.training.start import (
     identity_of,
     objective_of,
     optimizer_of,
+    policy,
     schedule_of,
     start_params,
     state_shapes,
@@ -45,7 +46,6 @@ from basis_jax.training.update import (
     make_update,
     merge_updates,
     newest_learning_rate,
-    policy,
     reward_metrics,
 )
 from basis_jax.training.watch import Watch, has_signal

@@ -105,3 +105,8 @@ def frozen_params(session: Session) -> PyTree:
     if session.setup.model_config.lora is None:
         return None
     return huggingface.load_params(session.folder, session.setup.model_config, session.setup.mesh)
+
+
+def policy(state: TrainState) -> PyTree:
+    """The parameters that the model takes: the trained ones and those that are frozen."""
+    return lora.whole(state.frozen, state.params)

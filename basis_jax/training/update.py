@@ -76,11 +76,6 @@ def make_state(
     )
 
 
-def policy(state: TrainState) -> PyTree:
-    """The parameters that the model takes: the trained ones and those that are frozen."""
-    return lora.whole(state.frozen, state.params)
-
-
 def abstract_state(
     optimizer: optax.GradientTransformation,
     estimator_state: PyTree,
