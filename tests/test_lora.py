@@ -13,7 +13,7 @@ import tiny
 from whole_runs import final_arrays, repeatable, small
 
 from basis_jax import command_line
-from basis_jax.commands import convert, evaluate
+from basis_jax.commands import convert, evaluate, generate
 from basis_jax.config import CheckpointSection, Config, LossSection, ModelSection, OptimSection
 from basis_jax.model import costs, decoder, decoding, lora
 from basis_jax.model.lora import TARGETS, Lora
@@ -355,7 +355,8 @@ def in_float32(folder):
 
 @pytest.mark.slow
 def test_a_run_is_evaluated_and_exported_merged(run, tiny_folder, dapo_file, tmp_path, monkeypatch):
-    """The export's weights are W + s A B, and it has the same evaluation as the run itself."""
+    """The export's weights are W + s A B; the run itself has the same evaluation and generates with
+    the same weights."""
     run_dir, _ = run
     convert.run(run_dir, to=tmp_path / "merged")
     model_config = huggingface.read_model_config(tiny_folder)
@@ -382,6 +383,15 @@ def test_a_run_is_evaluated_and_exported_merged(run, tiny_folder, dapo_file, tmp
         results.append(json.loads((out / "results.json").read_text()))
     assert results[0]["protocol"] == results[1]["protocol"]
     assert results[0]["sets"] == results[1]["sets"]
+    used, roll_out = [], generate.roll_out
+    monkeypatch.setattr(
+        generate,
+        "roll_out",
+        lambda params, *a, **k: used.append(params) or roll_out(params, *a, **k),
+    )
+    monkeypatch.setattr("sys.argv", ["x", str(run_dir), "what is 2 + 3?", "--samples", "2"])
+    generate.main()
+    assert_equal(used[0], after)
 
 
 @pytest.fixture(scope="module")
