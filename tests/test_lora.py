@@ -225,7 +225,7 @@ QWEN3_4B = decoder.ModelConfig(
 def test_qwen3_4b_trains_within_24_gb(monkeypatch, rank):
     """One device: 8 rollouts of 3,072 tokens at once, microbatches of 2; all weights never fit."""
     monkeypatch.setattr(checks, "device_memory", lambda devices: 24 * 10**9)
-    _, config = command_line.parse("", argv=["--config", "quickstart"])[::-1]
+    config = command_line.load_config("quickstart")
     config = dataclasses.replace(
         config,
         sampling=dataclasses.replace(config.sampling, max_new_tokens=2560),
@@ -257,6 +257,23 @@ def test_the_memory_of_a_state_is_that_of_its_arrays():
     assert parts["weights"] == held((state.params, state.frozen))
     assert parts["moments"] == held(state.opt_state)
     assert parts["gradients"] <= 2 * held(state.params)
+
+
+@pytest.mark.slow
+def test_the_backward_pass_keeps_a_projection_once():
+    """``dots`` saves W x + s B A x, not both products: no more memory than with all weights."""
+    plain = dataclasses.replace(tiny.TINY, layers=6, embed=64, mlp=192, remat="dots")
+    tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+    temporary = []
+    for config in (plain, with_lora(plain)):
+        whole = decoder.param_shapes(config)
+
+        def score(part, frozen, tokens, config=config):
+            return tiny.score_sum(lora.whole(frozen, part), config, tokens, 128)[0]
+
+        compiled = jax.jit(jax.grad(score)).lower(lora.trained(whole), lora.frozen(whole), tokens)
+        temporary.append(compiled.compile().memory_analysis().temp_size_in_bytes)
+    assert temporary[1] < 1.02 * temporary[0]
 
 
 @pytest.mark.parametrize(

@@ -152,12 +152,9 @@ def parameter_bytes(
 
 def copy_bytes(model_config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
     """The weights once more in the compute dtype; 0 where they are stored in it."""
-    size = compute_bytes(model_config)
-    return (
-        0
-        if model_config.weight_dtype == model_config.compute_dtype
-        else parameter_bytes(model_config, mesh, itemsize=size)
-    )
+    if model_config.weight_dtype == model_config.compute_dtype:
+        return 0
+    return parameter_bytes(model_config, mesh, itemsize=compute_bytes(model_config))
 
 
 def activation_bytes(
