@@ -35,5 +35,5 @@ def run_measured(
             measurement = estimators.Measurement(
                 product=jnp.float32(left[replicate, step] @ along), square=jnp.float32(along.sum())
             )
-            state = MEASURED.estimator.learn(state, measurement)
+            state = estimators.measured_mean_learn(state, measurement)
     return moments(draws, left[..., None], left[..., None])
