@@ -5,7 +5,7 @@ feed-forward and vocabulary. Only this module knows mesh axes; the model names m
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -73,6 +73,24 @@ def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def by_shard(
+    function: Callable[..., Any],
+    inputs: Sequence[tuple[str | None, ...]],
+    outputs: Any,
+) -> Callable[..., Any]:
+    """``function`` on every device's part of its operands, whose logical axes are ``inputs``;
+    without a mesh, ``function`` itself. ``outputs``: a tree of logical axes, one leaf a result."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    out_specs = jax.tree.map(spec, outputs, is_leaf=_is_axes)
+    in_specs = tuple(spec(axes) for axes in inputs)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _is_axes(x: Any) -> bool:
+    return type(x) is tuple and all(name is None or isinstance(name, str) for name in x)
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:

@@ -275,7 +275,7 @@ def common_prefix(
 ) -> KeyValues | None:
     """Keys and values of what all prompts begin with, read once; None where that is too short or
     the attention is NVIDIA's kernel, which takes no prefix."""
-    shared = shared_prefix(prompts) if model_config.attention == "plain" else 0
+    shared = shared_prefix(prompts) if model_config.attention != "cudnn" else 0
     if not shared:
         return None
     tokens = np.repeat(prompts.tokens[:1, :shared], batch_shards(mesh), axis=0)
