@@ -150,10 +150,10 @@ def activation_bytes(
     A token of a layer, without recomputation: six vectors of the stream (two norms: input and
     normed input in float32, scaled in the compute dtype), six of the feed-forward (gate, up and
     their products), queries, mixed values, keys and values, and a float32 and a rounded row of
-    attention weights for each head unless a kernel holds none; with query and key norms these four once more. With
-    recomputation: the layer's input, with ``dots`` the products of weights that the backward pass
-    needs (queries, keys, values, attention's output, gate and up), and all of the above for one
-    layer at a time.
+    attention weights for each head unless a kernel holds none; with query and key norms these four
+    once more. With recomputation: the layer's input, with ``dots`` the products of weights that the
+    backward pass needs (queries, keys, values, attention's output, gate and up), and all of the
+    above for one layer at a time.
     """
     c, size, tensor = model_config, compute_bytes(model_config), shards(mesh, "heads")
     stream = c.embed * (4 * 4 + 2 * size)
