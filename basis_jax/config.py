@@ -24,6 +24,9 @@ class ModelSection:
     """``plain`` (all scores of a row at once: T x T), or a kernel that never holds them:
     ``splash`` (TPUs), ``cudnn`` (NVIDIA GPUs, in bfloat16, heads of up to 128). ``auto``: the
     kernel where there is one."""
+    decode_layers: str = "auto"
+    """The layers of a decode step: ``scanned`` (a loop, whose programs compile fast) or
+    ``unrolled`` (faster on CPUs). ``auto``: unrolled on CPUs, scanned elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,9 @@ class MeshSection:
     """Devices that share parameters and batch."""
     tensor: int = 1
     """Devices that share heads, feed-forward and vocabulary."""
+    sample_tensor: int = 0
+    """As ``tensor``, while sampling (0: the same): the sampler's copy of the weights, which is not
+    split over ``fsdp``, is split over so many of the devices, and rows over the others."""
 
 
 @dataclass(frozen=True)

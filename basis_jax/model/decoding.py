@@ -1,12 +1,18 @@
 """One more token a row: the model of ``decoder.py`` for a single position, laid out for speed.
 
 The mathematics is that of ``decoder.Block``; only the order of axes differs. Features come before
-rows, and weights are [out, in], so that every product is weight @ x. Each layer has arrays of its
-own, and keys have the positions as their last axis. XLA's CPU backend copies a stacked layer before
-using it, repacks a right-hand weight for every product and transposes keys at every step; the order
-makes no difference to other backends. ``decode_weights`` is called once for many steps.
+rows, and every product is weight @ x with weights [out, in]. ``decode_weights`` is called once for
+many steps and makes one of two layouts.
+
+Unrolled, for CPUs: each layer has arrays of its own, weights are stored [out, in], and keys have
+the positions as their last axis. XLA's CPU backend copies a stacked layer before using it, repacks
+a right-hand weight for every product and transposes keys at every step.
+Scanned (``ModelConfig.scan_decode``), for accelerators: the layers are a loop over stacked arrays,
+so that a program compiles in a time that does not grow with them. Weights are shaped as parameters
+are, and prefills read them too, without gathering parameters.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -15,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from basis_jax.model.decoder import KeyValues, ModelConfig, rms_norm, rotate
+from basis_jax.model.decoder import KeyValues, ModelConfig, param_axes, rms_norm, rotate
 from basis_jax.model.sharding import constrain, split_over
 from basis_jax.pytree import pytree
 
@@ -23,7 +29,8 @@ KEY_AXES = ("batch", "kv_heads", "head_dim", "time")
 VALUE_AXES = ("batch", "kv_heads", "time", "head_dim")
 VOCAB_BLOCK = 128
 CACHE_AXES = {"keys": KEY_AXES, "values": VALUE_AXES}
-OUT_FIRST = {  # logical axes of the weights here; "embed" of a parameter is split, here it is not
+UNSPLIT = {"embed": "activation_embed"}  # axes of parameters that weights are gathered over
+OUT_FIRST = {
     "q_proj": ("heads", "activation_embed"),
     "k_proj": ("kv_heads", "activation_embed"),
     "v_proj": ("kv_heads", "activation_embed"),
@@ -34,22 +41,28 @@ OUT_FIRST = {  # logical axes of the weights here; "embed" of a parameter is spl
 }
 
 
+Layers = tuple[dict[str, Array], ...] | dict[str, Array]
+"""Unrolled: projections [out, in], biases [out]. Scanned: as the stacked parameters."""
+
+
 @pytree
 class DecodeWeights:
-    """The model's weights in the compute dtype, layer by layer; split over ``tensor`` alone."""
+    """The model's weights in the compute dtype, split over ``tensor`` alone. Tables are filled up
+    to ``whole_blocks``."""
 
     embedding: Float[Array, "V D"]
-    output: Float[Array, "V D"]  # the same array where it is tied; see ``whole_blocks``
+    output: Float[Array, "V D"]  # the same array where it is tied
     norm: Float[Array, " D"]
-    layers: tuple[dict[str, Array], ...]  # projections [out, in], biases [out]
+    layers: Layers
 
 
 @pytree
 class Cache:
-    """Keys and values, one array a layer. Slot s of a row holds its token at position s."""
+    """Keys and values, one array a layer, or stacked. Slot s of a row holds its token at position
+    s."""
 
-    keys: tuple[Float[Array, "N K Dh S"], ...]
-    values: tuple[Float[Array, "N K S Dh"], ...]
+    keys: tuple[Float[Array, "N K Dh S"], ...] | Float[Array, "L N K Dh S"]
+    values: tuple[Float[Array, "N K S Dh"], ...] | Float[Array, "L N K S Dh"]
 
     @property
     def length(self) -> int:
@@ -59,28 +72,79 @@ class Cache:
 def decode_weights(params: PyTree, model_config: ModelConfig) -> DecodeWeights:
     """The parameters as ``decode_step`` takes them: a copy in the compute dtype, gathered over
     ``fsdp`` once instead of at every token. Memory a device: parameters / ``tensor``."""
-    embedding = table_weights(params["embedding"], model_config, as_output=model_config.tied)
-    output = embedding
-    if not model_config.tied:
-        output = table_weights(params["output"], model_config, as_output=True)
-    layers = [
-        layer_weights(params["layers"], np.int32(i), model_config)
-        for i in range(model_config.layers)
-    ]
+    embedding = table_weights(params["embedding"], model_config)
+    layers: Layers
+    if model_config.scan_decode:
+        layers = stacked_weights(params["layers"], model_config)
+    else:
+        layers = tuple(
+            layer_weights(params["layers"], np.int32(i), model_config)
+            for i in range(model_config.layers)
+        )
     return DecodeWeights(
         embedding=embedding,
-        output=output,
+        output=embedding if model_config.tied else table_weights(params["output"], model_config),
         norm=params["norm"],
-        layers=tuple(layers),
+        layers=layers,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model_config", "as_output"))
-def table_weights(table, model_config, *, as_output):
-    table = table.astype(model_config.compute_dtype)
-    if as_output:
-        table = jnp.pad(table, ((0, whole_blocks(table.shape[0]) - table.shape[0]), (0, 0)))
+@functools.partial(jax.jit, static_argnames="model_config")
+def table_weights(table, model_config):
+    missing = whole_blocks(table.shape[0]) - table.shape[0]
+    table = jnp.pad(table.astype(model_config.compute_dtype), ((0, missing), (0, 0)))
     return constrain(table, ("vocab", "activation_embed"))
+
+
+@functools.partial(jax.jit, static_argnames="model_config")
+def layer_weights(stacked, index, model_config):
+    """One layer of the stacked parameters; one program serves all layers."""
+    layer = in_compute_dtype({name: value[index] for name, value in stacked.items()}, model_config)
+    return out_first(layer)
+
+
+@functools.partial(jax.jit, static_argnames="model_config")
+def stacked_weights(stacked, model_config):
+    """The stacked parameters, gathered over ``fsdp``."""
+    axes = param_axes(model_config)["layers"]
+    return {
+        name: constrain(value, tuple(UNSPLIT.get(axis, axis) for axis in axes[name]))
+        for name, value in in_compute_dtype(stacked, model_config).items()
+    }
+
+
+def in_compute_dtype(layer: dict[str, Array], model_config: ModelConfig) -> dict[str, Array]:
+    """All but the scales of norms."""
+    dtype = model_config.compute_dtype
+    return {name: x if "norm" in name else x.astype(dtype) for name, x in layer.items()}
+
+
+def out_first(layer: dict[str, Array]) -> dict[str, Array]:
+    """A layer's parameters as matrices [out, in] and vectors [out]."""
+
+    def lay_out(name, value):
+        if "norm" in name:
+            return value
+        if name.endswith("_bias"):
+            return value.reshape(-1)
+        if name == "o_proj":  # [heads, Dh, D]; the others [D, heads, Dh] or [in, out]
+            value = value.reshape(-1, value.shape[-1])
+        return constrain(value.reshape(value.shape[0], -1).T, OUT_FIRST[name])
+
+    return {name: lay_out(name, value) for name, value in layer.items()}
+
+
+def prompt_params(
+    params: PyTree, weights: DecodeWeights, model_config: ModelConfig
+) -> tuple[PyTree, ModelConfig]:
+    """What ``decoder.forward`` reads prompts with: the weights themselves where they are scanned,
+    and ``params`` are not needed; otherwise ``params``."""
+    if not model_config.scan_decode:
+        return params, model_config
+    same = {"embedding": weights.embedding, "norm": weights.norm, "layers": weights.layers}
+    if not model_config.tied:
+        same["output"] = weights.output
+    return same, dataclasses.replace(model_config, vocab_size=weights.embedding.shape[0])
 
 
 def whole_blocks(vocab_size: int) -> int:
@@ -91,45 +155,40 @@ def whole_blocks(vocab_size: int) -> int:
     return -(-vocab_size // unit) * unit
 
 
-@functools.partial(jax.jit, static_argnames="model_config")
-def layer_weights(stacked, index, model_config):
-    """One layer of the stacked parameters; one program serves all layers."""
-
-    def lay_out(name, value):
-        if "norm" in name:
-            return value
-        value = value.astype(model_config.compute_dtype)
-        if name.endswith("_bias"):
-            return value.reshape(-1)
-        if name == "o_proj":  # [heads, Dh, D]; the others [D, heads, Dh] or [in, out]
-            value = value.reshape(-1, value.shape[-1])
-        return constrain(value.reshape(value.shape[0], -1).T, OUT_FIRST[name])
-
-    return {name: lay_out(name, value[index]) for name, value in stacked.items()}
+def cache_axes(name: str, x: Array) -> tuple[str | None, ...]:
+    """Logical axes of the cache's ``keys`` or ``values`` x, of one layer or stacked."""
+    axes = CACHE_AXES[name]
+    return axes if x.ndim == len(axes) else ("layers", *axes)
 
 
 def empty_cache(model_config: ModelConfig, rows: int, length: int) -> Cache:
     """A cache of ``length`` positions a row, in the compute dtype."""
-    heads = (rows, model_config.kv_heads)
-    keys = jnp.zeros((*heads, model_config.head_dim, length), model_config.compute_dtype)
-    values = jnp.zeros((*heads, length, model_config.head_dim), model_config.compute_dtype)
-    return Cache(
-        keys=(constrain(keys, KEY_AXES),) * model_config.layers,
-        values=(constrain(values, VALUE_AXES),) * model_config.layers,
-    )
+    heads, size = (rows, model_config.kv_heads), model_config.head_dim
+    shapes = {"keys": (*heads, size, length), "values": (*heads, length, size)}
+
+    def make(name):
+        if model_config.scan_decode:
+            zeros = jnp.zeros((model_config.layers, *shapes[name]), model_config.compute_dtype)
+            return constrain(zeros, cache_axes(name, zeros))
+        zeros = jnp.zeros(shapes[name], model_config.compute_dtype)
+        return (constrain(zeros, cache_axes(name, zeros)),) * model_config.layers
+
+    return Cache(keys=make("keys"), values=make("values"))
 
 
-def filled_cache(kept: KeyValues, length: int) -> Cache:
+def filled_cache(kept: KeyValues, length: int, *, scanned: bool = False) -> Cache:
     """What a prefill kept, as a cache of ``length`` positions."""
     padding = length - kept.keys.shape[2]
 
-    def lay_out(stacked, order, axes):  # [L N S K Dh]
-        padded = jnp.pad(stacked, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
-        return tuple(constrain(x, axes) for x in padded.transpose(order))
+    def lay_out(name, stacked, order):  # [L N S K Dh]
+        padded = jnp.pad(stacked, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0))).transpose(order)
+        if scanned:
+            return constrain(padded, cache_axes(name, padded))
+        return tuple(constrain(x, cache_axes(name, x)) for x in padded)
 
     return Cache(
-        keys=lay_out(kept.keys, (0, 1, 3, 4, 2), KEY_AXES),
-        values=lay_out(kept.values, (0, 1, 3, 2, 4), VALUE_AXES),
+        keys=lay_out("keys", kept.keys, (0, 1, 3, 4, 2)),
+        values=lay_out("values", kept.values, (0, 1, 3, 2, 4)),
     )
 
 
@@ -143,7 +202,8 @@ def resized(cache: Cache, length: int) -> Cache:
         return jnp.pad(x, padding)
 
     return Cache(
-        keys=tuple(fit(x, 3) for x in cache.keys), values=tuple(fit(x, 2) for x in cache.values)
+        keys=jax.tree.map(lambda x: fit(x, x.ndim - 1), cache.keys),
+        values=jax.tree.map(lambda x: fit(x, x.ndim - 2), cache.values),
     )
 
 
@@ -157,24 +217,39 @@ def decode_step(
     """Write each row's token at its own position; ``output_logits`` of the next token."""
     x = weights.embedding[tokens].T  # [D N]
     visible = jnp.arange(cache.length, dtype=jnp.int32)[None] <= positions[:, None]
-    keys, values = [], []
-    for layer, old_keys, old_values in zip(weights.layers, cache.keys, cache.values, strict=True):
-        mixed, new_keys, new_values = attention(
+
+    def block(x, layer, keys, values, index=None):
+        mixed, keys, values = attention(
             layer,
             model_config,
             norm(x, layer["attention_norm"], model_config),
             positions=positions,
             visible=visible,
-            keys=old_keys,
-            values=old_values,
+            keys=keys,
+            values=values,
+            index=index,
         )
         x = constrain(x + mixed, ("activation_embed", "batch"))
         x = x + feed_forward(layer, norm(x, layer["mlp_norm"], model_config))
-        x = constrain(x, ("activation_embed", "batch"))
-        keys.append(new_keys)
-        values.append(new_values)
+        return constrain(x, ("activation_embed", "batch")), keys, values
+
+    def scanned(carry, layer):
+        x, keys, values, index = carry
+        return (*block(x, out_first(layer), keys, values, index), index + 1), None
+
+    if isinstance(weights.layers, dict):
+        start = (x, cache.keys, cache.values, jnp.int32(0))
+        (x, keys, values, _), _ = jax.lax.scan(scanned, start, weights.layers)
+    else:
+        written = []
+        for layer, old_keys, old_values in zip(
+            weights.layers, cache.keys, cache.values, strict=True
+        ):
+            x, *stores = block(x, layer, old_keys, old_values)
+            written.append(stores)
+        keys, values = zip(*written, strict=True)
     logits = output_logits(weights, model_config, norm(x, weights.norm, model_config))
-    return logits, Cache(keys=tuple(keys), values=tuple(values))
+    return logits, Cache(keys=keys, values=values)
 
 
 def output_logits(
@@ -195,21 +270,26 @@ def attention(
     *,
     positions: Int[Array, " N"],
     visible: Bool[Array, "N S"],
-    keys: Float[Array, "N K Dh S"],
-    values: Float[Array, "N K S Dh"],
-) -> tuple[Float[Array, "D N"], Float[Array, "N K Dh S"], Float[Array, "N K S Dh"]]:
+    keys: Float[Array, "*L N K Dh S"],
+    values: Float[Array, "*L N K S Dh"],
+    index: Int[Array, ""] | None,
+) -> tuple[Float[Array, "D N"], Float[Array, "*L N K Dh S"], Float[Array, "*L N K S Dh"]]:
     """Attend from one position a row to the positions in ``visible`` [N S], the new one among
-    them; the mixed values [D N] and the cache of this layer."""
+    them; the mixed values [D N] and the cache of this layer, or with ``index`` of all layers, that
+    one's written."""
     c = model_config
     queries = heads_of(layer, c, "q", x, positions)
-    keys = write(keys, heads_of(layer, c, "k", x, positions), positions, axis=3)
-    values = write(values, heads_of(layer, c, "v", x, None), positions, axis=2)
+    all_keys = write(keys, heads_of(layer, c, "k", x, positions), positions, axis=3, index=index)
+    all_values = write(values, heads_of(layer, c, "v", x, None), positions, axis=2, index=index)
+    keys, values = all_keys, all_values
+    if index is not None:
+        keys, values = (jax.lax.dynamic_index_in_dim(x, index, 0, False) for x in (keys, values))
     grouped = queries.reshape(-1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
     scores = jnp.einsum("nkgd,nkds->nkgs", grouped, keys, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None, None], scores / math.sqrt(c.head_dim), -jnp.inf)
     shares = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     mixed = jnp.einsum("nkgs,nksd->nkgd", shares, values).reshape(-1, c.heads * c.head_dim)
-    return dense(layer, "o", mixed.T), keys, values
+    return dense(layer, "o", mixed.T), all_keys, all_values
 
 
 def heads_of(
@@ -245,16 +325,22 @@ def norm(
 
 
 def write(
-    store: Float[Array, "N K _ _"],
+    store: Float[Array, "*L N K _ _"],
     new: Float[Array, "N K Dh"],
     positions: Int[Array, " N"],
     *,
     axis: int,
-) -> Float[Array, "N K _ _"]:
-    """Each row's entry into its own position of ``store``, in place where it is donated. Row by row
-    (vmap), so that on a mesh every device writes its own rows and nothing travels."""
+    index: Int[Array, ""] | None = None,
+) -> Float[Array, "*L N K _ _"]:
+    """Each row's entry into its own position of ``store``, or of layer ``index`` of it, in place
+    where it is donated. Row by row (vmap), so that on a mesh every device writes its own rows and
+    nothing travels."""
 
     def write_row(row, entry, at):
-        return jax.lax.dynamic_update_index_in_dim(row, entry, at, axis - 1)
+        if index is None:
+            return jax.lax.dynamic_update_index_in_dim(row, entry, at, axis - 1)
+        start = (index, 0, at, 0) if axis == 2 else (index, 0, 0, at)
+        return jax.lax.dynamic_update_slice(row, jnp.expand_dims(entry, (0, axis)), start)
 
-    return jax.vmap(write_row)(store, new.astype(store.dtype), positions)
+    rows = 0 if index is None else 1
+    return jax.vmap(write_row, (rows, 0, 0), rows)(store, new.astype(store.dtype), positions)
