@@ -25,8 +25,9 @@ class ModelSection:
     ``splash`` (TPUs), ``cudnn`` (NVIDIA GPUs, in bfloat16, heads of up to 128). ``auto``: the
     kernel where there is one."""
     decode_layers: str = "auto"
-    """The layers of a decode step: ``scanned`` (a loop, whose programs compile fast) or
-    ``unrolled`` (faster on CPUs). ``auto``: unrolled on CPUs, scanned elsewhere."""
+    """The layers of a decode step: ``scanned`` (a loop: programs compile in a time that does not
+    grow with the layers, and prefills read the sampler's weights) or ``unrolled`` (faster on CPUs).
+    ``auto``: scanned on TPUs, unrolled elsewhere."""
 
 
 @dataclass(frozen=True)

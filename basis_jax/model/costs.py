@@ -186,10 +186,12 @@ def sampling_memory(
 
     Prompts have ``width`` tokens and share no prefix; a quarter of them is prefilled at once
     (``places.prefill_groups``). While the cache grows, the part in use is held twice. All but the
-    trainer's weights lie as on the mesh ``sharding.regrouped`` by ``sample_tensor``.
+    trainer's weights lie as on the mesh ``sharding.regrouped`` by ``sample_tensor``; the parameters
+    are laid out for it once more where prefills do not read the decode weights.
     """
     size, weights = compute_bytes(model_config), parameter_bytes(model_config, mesh)
-    mesh = regrouped(mesh, sample_tensor)
+    trainer, mesh = mesh, regrouped(mesh, sample_tensor)
+    moved = mesh is not trainer and not model_config.scan_decode
     rows = slots / shards(mesh, "batch")
     cache = cache_numbers(model_config, slots=slots, length=length) * size
     heads, mlp = model_config.heads / shards(mesh, "heads"), model_config.mlp / shards(mesh, "mlp")
@@ -200,6 +202,7 @@ def sampling_memory(
         "weights laid out for decoding": parameter_bytes(
             model_config, mesh, itemsize=size, gathered=True
         ),
+        "weights for prefills": parameter_bytes(model_config, mesh, gathered=True) if moved else 0,
         "key-value cache": int(cache / shards(mesh, "batch") / shards(mesh, "kv_heads")),
         "logits": int(2 * rows * model_config.vocab_size * 4 / shards(mesh, "vocab")),
         "prefill": int(-(-rows // 4) * width * layer),

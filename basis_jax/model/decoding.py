@@ -7,28 +7,31 @@ many steps and makes one of two layouts.
 Unrolled, for CPUs: each layer has arrays of its own, weights are stored [out, in], and keys have
 the positions as their last axis. XLA's CPU backend copies a stacked layer before using it, repacks
 a right-hand weight for every product and transposes keys at every step.
-Scanned (``ModelConfig.scan_decode``), for accelerators: the layers are a loop over stacked arrays,
-so that a program compiles in a time that does not grow with them. Weights are shaped as parameters
-are, and prefills read them too, without gathering parameters.
+Scanned (``ModelConfig.scan_decode``), for TPUs: the layers are a loop over stacked arrays, so that
+a program compiles in a time that does not grow with them; the cache is written after the loop.
+Weights are shaped as parameters are, and prefills read them too, without gathering parameters.
 """
 
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int, PyTree
 
 from basis_jax.model.decoder import KeyValues, ModelConfig, param_axes, rms_norm, rotate
-from basis_jax.model.sharding import constrain, split_over
+from basis_jax.model.sharding import by_shard, constrain, split_over
 from basis_jax.pytree import pytree
 
 KEY_AXES = ("batch", "kv_heads", "head_dim", "time")
 VALUE_AXES = ("batch", "kv_heads", "time", "head_dim")
 VOCAB_BLOCK = 128
 CACHE_AXES = {"keys": KEY_AXES, "values": VALUE_AXES}
+STACKED_AXES = ("layers", *VALUE_AXES)
 UNSPLIT = {"embed": "activation_embed"}  # axes of parameters that weights are gathered over
 OUT_FIRST = {
     "q_proj": ("heads", "activation_embed"),
@@ -61,12 +64,12 @@ class Cache:
     """Keys and values, one array a layer, or stacked. Slot s of a row holds its token at position
     s."""
 
-    keys: tuple[Float[Array, "N K Dh S"], ...] | Float[Array, "L N K Dh S"]
+    keys: tuple[Float[Array, "N K Dh S"], ...] | Float[Array, "L N K S Dh"]
     values: tuple[Float[Array, "N K S Dh"], ...] | Float[Array, "L N K S Dh"]
 
     @property
     def length(self) -> int:
-        return self.keys[0].shape[-1]
+        return jax.tree.leaves(self.values)[0].shape[-2]
 
 
 def decode_weights(params: PyTree, model_config: ModelConfig) -> DecodeWeights:
@@ -157,54 +160,41 @@ def whole_blocks(vocab_size: int) -> int:
 
 def cache_axes(name: str, x: Array) -> tuple[str | None, ...]:
     """Logical axes of the cache's ``keys`` or ``values`` x, of one layer or stacked."""
-    axes = CACHE_AXES[name]
-    return axes if x.ndim == len(axes) else ("layers", *axes)
+    return CACHE_AXES[name] if x.ndim == 4 else STACKED_AXES
 
 
 def empty_cache(model_config: ModelConfig, rows: int, length: int) -> Cache:
     """A cache of ``length`` positions a row, in the compute dtype."""
-    heads, size = (rows, model_config.kv_heads), model_config.head_dim
-    shapes = {"keys": (*heads, size, length), "values": (*heads, length, size)}
-
-    def make(name):
-        if model_config.scan_decode:
-            zeros = jnp.zeros((model_config.layers, *shapes[name]), model_config.compute_dtype)
-            return constrain(zeros, cache_axes(name, zeros))
-        zeros = jnp.zeros(shapes[name], model_config.compute_dtype)
-        return (constrain(zeros, cache_axes(name, zeros)),) * model_config.layers
-
-    return Cache(keys=make("keys"), values=make("values"))
+    c = model_config
+    zeros = jnp.zeros((c.layers, rows, length, c.kv_heads, c.head_dim), c.compute_dtype)
+    return filled_cache(KeyValues(keys=zeros, values=zeros), length, scanned=c.scan_decode)
 
 
 def filled_cache(kept: KeyValues, length: int, *, scanned: bool = False) -> Cache:
     """What a prefill kept, as a cache of ``length`` positions."""
     padding = length - kept.keys.shape[2]
 
-    def lay_out(name, stacked, order):  # [L N S K Dh]
-        padded = jnp.pad(stacked, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0))).transpose(order)
+    def lay_out(name, stacked):  # [L N S K Dh]
+        padded = jnp.pad(stacked, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
         if scanned:
-            return constrain(padded, cache_axes(name, padded))
-        return tuple(constrain(x, cache_axes(name, x)) for x in padded)
+            return constrain(padded.transpose(0, 1, 3, 2, 4), STACKED_AXES)
+        order = (0, 1, 3, 4, 2) if name == "keys" else (0, 1, 3, 2, 4)
+        return tuple(constrain(x, CACHE_AXES[name]) for x in padded.transpose(order))
 
-    return Cache(
-        keys=lay_out("keys", kept.keys, (0, 1, 3, 4, 2)),
-        values=lay_out("values", kept.values, (0, 1, 3, 2, 4)),
-    )
+    return Cache(keys=lay_out("keys", kept.keys), values=lay_out("values", kept.values))
 
 
 def resized(cache: Cache, length: int) -> Cache:
     """The cache with this many positions: cut behind, or zeros added."""
 
-    def fit(x, axis):
+    def fit(path, x):
+        axis = cache_axes(path[0].name, x).index("time")
         if length <= x.shape[axis]:
             return jax.lax.slice_in_dim(x, 0, length, axis=axis)
         padding = [(0, length - size if i == axis else 0) for i, size in enumerate(x.shape)]
         return jnp.pad(x, padding)
 
-    return Cache(
-        keys=jax.tree.map(lambda x: fit(x, x.ndim - 1), cache.keys),
-        values=jax.tree.map(lambda x: fit(x, x.ndim - 2), cache.values),
-    )
+    return jax.tree.map_with_path(fit, cache)
 
 
 def decode_step(
@@ -216,40 +206,35 @@ def decode_step(
 ) -> tuple[Float[Array, "V N"], Cache]:
     """Write each row's token at its own position; ``output_logits`` of the next token."""
     x = weights.embedding[tokens].T  # [D N]
-    visible = jnp.arange(cache.length, dtype=jnp.int32)[None] <= positions[:, None]
+    places = jnp.arange(cache.length, dtype=jnp.int32)[None]
 
-    def block(x, layer, keys, values, index=None):
-        mixed, keys, values = attention(
-            layer,
-            model_config,
-            norm(x, layer["attention_norm"], model_config),
-            positions=positions,
-            visible=visible,
-            keys=keys,
-            values=values,
-            index=index,
-        )
-        x = constrain(x + mixed, ("activation_embed", "batch"))
+    def block(x, layer, attend):
+        normed = norm(x, layer["attention_norm"], model_config)
+        mixed, kept = attend(*projections(layer, model_config, normed, positions))
+        x = constrain(x + dense(layer, "o", mixed.T), ("activation_embed", "batch"))
         x = x + feed_forward(layer, norm(x, layer["mlp_norm"], model_config))
-        return constrain(x, ("activation_embed", "batch")), keys, values
+        return constrain(x, ("activation_embed", "batch")), kept
 
-    def scanned(carry, layer):
-        x, keys, values, index = carry
-        return (*block(x, out_first(layer), keys, values, index), index + 1), None
+    def scanned(x, stores):
+        layer, keys, values = stores
+        attend = functools.partial(attend_apart, keys, values, places < positions[:, None])
+        return block(x, out_first(layer), attend)
 
+    keys: Any = cache.keys
+    values: Any = cache.values
     if isinstance(weights.layers, dict):
-        start = (x, cache.keys, cache.values, jnp.int32(0))
-        (x, keys, values, _), _ = jax.lax.scan(scanned, start, weights.layers)
+        x, (new_keys, new_values) = jax.lax.scan(scanned, x, (weights.layers, keys, values))
+        keys = write_all(keys, new_keys, positions)
+        values = write_all(values, new_values, positions)
     else:
-        written = []
-        for layer, old_keys, old_values in zip(
-            weights.layers, cache.keys, cache.values, strict=True
-        ):
-            x, *stores = block(x, layer, old_keys, old_values)
+        visible, written = places <= positions[:, None], []
+        for layer, old_keys, old_values in zip(weights.layers, keys, values, strict=True):
+            attend = functools.partial(attend_written, old_keys, old_values, visible, positions)
+            x, stores = block(x, layer, attend)
             written.append(stores)
         keys, values = zip(*written, strict=True)
-    logits = output_logits(weights, model_config, norm(x, weights.norm, model_config))
-    return logits, Cache(keys=keys, values=values)
+    cache = Cache(keys=keys, values=values)
+    return output_logits(weights, model_config, norm(x, weights.norm, model_config)), cache
 
 
 def output_logits(
@@ -263,33 +248,43 @@ def output_logits(
     return constrain(logits, ("vocab", "batch"))
 
 
-def attention(
-    layer: dict[str, Array],
-    model_config: ModelConfig,
-    x: Float[Array, "D N"],
-    *,
-    positions: Int[Array, " N"],
-    visible: Bool[Array, "N S"],
-    keys: Float[Array, "*L N K Dh S"],
-    values: Float[Array, "*L N K S Dh"],
-    index: Int[Array, ""] | None,
-) -> tuple[Float[Array, "D N"], Float[Array, "*L N K Dh S"], Float[Array, "*L N K S Dh"]]:
-    """Attend from one position a row to the positions in ``visible`` [N S], the new one among
-    them; the mixed values [D N] and the cache of this layer, or with ``index`` of all layers, that
-    one's written."""
+def projections(
+    layer: dict[str, Array], model_config: ModelConfig, x: Float[Array, "D N"], positions: Array
+) -> tuple[Float[Array, "N K G Dh"], Float[Array, "N K Dh"], Float[Array, "N K Dh"]]:
+    """Queries, grouped by key head, and the new keys and values."""
     c = model_config
     queries = heads_of(layer, c, "q", x, positions)
-    all_keys = write(keys, heads_of(layer, c, "k", x, positions), positions, axis=3, index=index)
-    all_values = write(values, heads_of(layer, c, "v", x, None), positions, axis=2, index=index)
-    keys, values = all_keys, all_values
-    if index is not None:
-        keys, values = (jax.lax.dynamic_index_in_dim(x, index, 0, False) for x in (keys, values))
     grouped = queries.reshape(-1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
-    scores = jnp.einsum("nkgd,nkds->nkgs", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores / math.sqrt(c.head_dim), -jnp.inf)
+    new_keys = heads_of(layer, c, "k", x, positions)
+    return grouped, new_keys, heads_of(layer, c, "v", x, None)
+
+
+def attend_written(keys, values, visible, positions, queries, new_keys, new_values):
+    """Write the new entries into a layer's cache, then attend to the positions in ``visible``
+    [N S]; the mixed values [N, H Dh], and the cache."""
+    keys = write(keys, new_keys, positions, axis=3)
+    values = write(values, new_values, positions, axis=2)
+    scores = jnp.einsum("nkgd,nkds->nkgs", queries, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores / math.sqrt(queries.shape[-1]), -jnp.inf)
     shares = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("nkgs,nksd->nkgd", shares, values).reshape(-1, c.heads * c.head_dim)
-    return dense(layer, "o", mixed.T), all_keys, all_values
+    mixed = jnp.einsum("nkgs,nksd->nkgd", shares, values)
+    return mixed.reshape(mixed.shape[0], -1), (keys, values)
+
+
+def attend_apart(keys, values, before, queries, new_keys, new_values):
+    """Attend to the positions ``before`` [N S] in a layer's cache and to the new entries, which are
+    not written yet; the mixed values [N, H Dh], and the new entries."""
+    scale, entries = 1 / math.sqrt(queries.shape[-1]), (new_keys, new_values)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = product("nkgd,nksd->nkgs", queries, keys) * scale
+    scores = jnp.where(before[:, None, None], scores, -jnp.inf)
+    own = product("nkgd,nkd->nkg", queries, new_keys)[..., None] * scale
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)
+    powers, own = jnp.exp(scores - top), jnp.exp(own - top)
+    mixed = product("nkgs,nksd->nkgd", powers.astype(values.dtype), values)
+    mixed = mixed + own * new_values[:, :, None].astype(jnp.float32)
+    mixed = mixed / (jnp.sum(powers, axis=-1, keepdims=True) + own)
+    return mixed.astype(values.dtype).reshape(mixed.shape[0], -1), entries
 
 
 def heads_of(
@@ -325,22 +320,42 @@ def norm(
 
 
 def write(
-    store: Float[Array, "*L N K _ _"],
+    store: Float[Array, "N K _ _"],
     new: Float[Array, "N K Dh"],
     positions: Int[Array, " N"],
     *,
     axis: int,
-    index: Int[Array, ""] | None = None,
-) -> Float[Array, "*L N K _ _"]:
-    """Each row's entry into its own position of ``store``, or of layer ``index`` of it, in place
-    where it is donated. Row by row (vmap), so that on a mesh every device writes its own rows and
-    nothing travels."""
+) -> Float[Array, "N K _ _"]:
+    """Each row's entry into its own position of ``store``, in place where it is donated. Row by row
+    (vmap), so that on a mesh every device writes its own rows and nothing travels."""
 
     def write_row(row, entry, at):
-        if index is None:
-            return jax.lax.dynamic_update_index_in_dim(row, entry, at, axis - 1)
-        start = (index, 0, at, 0) if axis == 2 else (index, 0, 0, at)
-        return jax.lax.dynamic_update_slice(row, jnp.expand_dims(entry, (0, axis)), start)
+        return jax.lax.dynamic_update_index_in_dim(row, entry, at, axis - 1)
 
-    rows = 0 if index is None else 1
-    return jax.vmap(write_row, (rows, 0, 0), rows)(store, new.astype(store.dtype), positions)
+    return jax.vmap(write_row)(store, new.astype(store.dtype), positions)
+
+
+def write_all(
+    store: Float[Array, "L N K S Dh"], new: Float[Array, "L N K Dh"], positions: Int[Array, " N"]
+) -> Float[Array, "L N K S Dh"]:
+    """The entries of all layers at once. TPUs write row after row; in every layer that would take
+    about as long as attention does."""
+
+    def one_by_one(store, new, positions):
+        def write_row(row, store):
+            entry = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=1)[:, :, :, None]
+            store = jax.lax.dynamic_update_slice(store, entry, (0, row, 0, positions[row], 0))
+            # Another layout would suit the write, for the price of copying the cache to it.
+            return with_layout_constraint(store, Layout(major_to_minor=tuple(range(store.ndim))))
+
+        return jax.lax.fori_loop(0, positions.size, write_row, store)
+
+    def at_once(store, new, positions):
+        write_row = lambda row, entry, at: row.at[:, :, at].set(entry)  # noqa: E731
+        return jax.vmap(write_row, (1, 1, 0), 1)(store, new, positions)
+
+    def on_device(*operands):
+        return jax.lax.platform_dependent(*operands, tpu=one_by_one, default=at_once)
+
+    inputs = STACKED_AXES, ("layers", "batch", "kv_heads", "head_dim"), ("batch",)
+    return by_shard(on_device, inputs, STACKED_AXES)(store, new.astype(store.dtype), positions)

@@ -32,7 +32,7 @@ def locate_model(config: Config) -> tuple[Path, ModelConfig, Mesh]:
     device = mesh.devices.ravel()[0]
     kind = attention_for(config.model, device, model_config.head_dim)
     layers = config.model.decode_layers
-    scanned = layers == "scanned" or (layers == "auto" and device.platform != "cpu")
+    scanned = layers == "scanned" or (layers == "auto" and device.platform == "tpu")
     return folder, dataclasses.replace(model_config, attention=kind, scan_decode=scanned), mesh
 
 
