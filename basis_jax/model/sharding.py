@@ -37,20 +37,23 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh over all devices; one size may be -1: what the others leave.
+    """A mesh over all devices, neighbours in it being near each other, or over ``devices`` in their
+    order; one size may be -1: what the others leave.
 
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    count = jax.device_count() if devices is None else len(devices)
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1 and math.prod(sizes) < 0:
-        sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        sizes[sizes.index(-1)] = max(1, count // -math.prod(sizes))
+    if min(sizes) < 1 or math.prod(sizes) != count:
         raise ValueError(
             f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} does not make the "
-            f"{len(devices)} devices present; choose sizes whose product is that number (one may "
+            f"{count} devices present; choose sizes whose product is that number (one may "
             "be -1: the rest)"
         )
+    if devices is None:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
     grid = np.asarray(devices).reshape(sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
