@@ -1,5 +1,5 @@
-"""Programs that XLA compiled: how many and the seconds that took, which a step that should have been
-quick spent; and a folder that keeps them for the next start."""
+"""Programs that XLA compiled: how many and the seconds that took, which explain a slow step; and the
+folder that keeps them for the next start."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ def keep_compiled(report: Callable[[str], None] = print) -> None:
     ``KEPT``, so that the next start reads them. ``BASIS_JAX_KEEP_COMPILED=no`` keeps none."""
     if os.environ.get(SWITCH, "").lower() in ("no", "off", "0", "false"):
         return
-    folder = Path(jax.config.jax_compilation_cache_dir or KEPT).expanduser()
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or KEPT).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
