@@ -1,8 +1,8 @@
 """Checkpoints through orbax: the whole train state and the config that made it.
 
 A checkpoint is written in the background, and appears by one rename when it is complete, so a run
-killed while saving resumes from the one before. Restoring lays the arrays out for the mesh of today,
-whatever the old one was.
+killed while saving resumes from the one before. Restoring lays the arrays out for the mesh of
+today, whatever the old one was.
 """
 
 import logging

@@ -1,5 +1,5 @@
-"""Programs that XLA compiled: how many and the seconds that took, which explain a slow step; and the
-folder that keeps them for the next start."""
+"""Programs that XLA compiled: how many and the seconds that took, which explain a slow step; and
+the folder that keeps them for the next start."""
 
 import os
 from collections.abc import Callable, Iterator
