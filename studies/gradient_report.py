@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from basis_jax.runs.plots import COLORS
+from studies.gradient_measured import MEASURED, run_measured
 from studies.gradient_measures import (
     Geometry,
     interval,
@@ -25,6 +26,7 @@ from studies.gradient_measures import (
 )
 from studies.gradient_methods import (
     WEIGHTS,
+    Draws,
     Method,
     Moments,
     draw_batches,
@@ -69,13 +71,15 @@ def make_part(
 ) -> Part:
     found = run_methods(pool, measured["first"], batch=about["batch"], told=WEIGHTS, seed=seed)
     sampled = resamples(len(pool.problems), seed)
-    rows: list[dict] = [{} for _ in (*found, *oracles(pool, measured["first"].norms[..., 0]))]
-    for update, gradients in measured.items():
-        for m, metric in enumerate(METRICS):
+    draws = draw_batches(seed, len(pool.problems), batch=about["batch"], group_size=1)
+    rows: list[dict] = [{} for _ in (*found, 0, *oracles(pool, measured["first"].norms[..., 0]))]
+    for m, metric in enumerate(METRICS):
+        own = with_measured(found, draws, pool, measured["first"], m)
+        for update, gradients in measured.items():
             norms, sketches = gradients.norms[..., m], gradients.sketches[:, :, m]
             geometry = make_geometry(norms, sketches, pool, seed)
             known = oracles(pool, measured["first"].norms[..., m])
-            every = found + [
+            every = own + [
                 Found(Method(k, single_methods()[0].estimator), "", fixed(b, pool))
                 for k, b in known.items()
             ]
@@ -99,6 +103,14 @@ def run_methods(
             norms = weights(pool, gradients.norms, kind)
             found.append(Found(method, kind, run(method, draws[size], pool, norms)))
     return found
+
+
+def with_measured(
+    found: Sequence[Found], draws: Draws, pool: Pool, gradients: Gradients, metric: int
+) -> list[Found]:
+    """And measured_mean, which measures in one of the metrics."""
+    norms, sketches = gradients.norms[..., metric], gradients.sketches[:, :, metric]
+    return [*found, Found(MEASURED, WEIGHTS[0], run_measured(draws, pool, norms, sketches))]
 
 
 def add_statistics(
@@ -145,12 +157,14 @@ def with_lost(
         left = pool.unreachable(lost)
         gradients = measured["first"]
         found = run_methods(left, gradients, batch=about["batch"], told=WEIGHTS[:1], seed=seed)
-        rows: list[dict] = [{} for _ in found]
+        draws = draw_batches(seed, len(left.problems), batch=about["batch"], group_size=1)
+        rows: list[dict] = [{} for _ in (*found, 0)]
         for m, metric in enumerate(METRICS):
             norms, sketches = gradients.norms[..., m], gradients.sketches[:, :, m]
             geometry = make_geometry(norms, sketches, left, seed)
-            add_statistics(rows, found, geometry, sampled, f"first {metric}")
-            for row, one in zip(rows, found, strict=True):
+            every = with_measured(found, draws, left, gradients, m)
+            add_statistics(rows, every, geometry, sampled, f"first {metric}")
+            for row, one in zip(rows, every, strict=True):
                 length = np.einsum("pij,pij->p", one.moments.products, geometry.products)
                 row[f"first {metric}"]["lost_share"] = float(length[lost].sum() / length.sum())
         result[f"{share:g}"] = rows
@@ -303,7 +317,12 @@ def draw(parts: Sequence[Part], path: Path) -> None:
 
 def color(row: dict) -> str:
     """By family: ours, weighted, values, groups, plain, oracles."""
-    families = ("least_variance", ("weighted", "otb"), ("value", "basis", "spo"), ("grpo", "rloo"))
+    families = (
+        ("least_variance", "measured"),
+        ("weighted", "otb"),
+        ("value", "basis", "spo"),
+        ("grpo", "rloo"),
+    )
     if not is_real(row):
         return "grey"
     for family, names in enumerate(families):
@@ -359,7 +378,9 @@ def draw_lost(axes: Axes, part: Part) -> None:
     whole = {title(row): row for row in part.rows if row["told"] == WEIGHTS[0]}
     shares = [0.0, *map(float, part.lost)]
     for name, row in whole.items():
-        if not name.startswith(("none", "batch mean", "value_filter", "LV value_filter", "grpo")):
+        if not name.startswith(
+            ("none", "batch mean", "value_filter", "LV value", "measured", "grpo")
+        ):
             continue
         lines = [row] + [next(r for r in rows if title(r) == name) for rows in part.lost.values()]
         needed = [r["first adamw"]["to_best"][0] for r in lines]
