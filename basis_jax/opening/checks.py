@@ -13,8 +13,9 @@ from basis_jax.data.encoding import FORMATS
 from basis_jax.data.tasks import GYM
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
 from basis_jax.model import costs
-from basis_jax.model.decoder import ATTENTION, REMAT, ModelConfig, computed_in
-from basis_jax.model.sharding import batch_shards, check_divides
+from basis_jax.model.attention import KINDS, fits_cudnn
+from basis_jax.model.decoder import REMAT, ModelConfig, computed_in
+from basis_jax.model.sharding import batch_shards, check_divides, regrouped
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.verify import extraction_mode
 
@@ -88,17 +89,20 @@ def check_model(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     check_words(
         ("model.compute_dtype", section.compute_dtype, COMPUTE_DTYPES),
         ("sampling.dtype", config.sampling.dtype or COMPUTE_DTYPES[0], COMPUTE_DTYPES),
+        ("model.decode_layers", section.decode_layers, ("auto", "scanned", "unrolled")),
         ("model.remat", section.remat, tuple(REMAT)),
-        ("model.attention", section.attention, ATTENTION),
+        ("model.attention", section.attention, ("auto", *KINDS)),
     )
     platform, size = mesh.devices.ravel()[0].platform, model_config.head_dim
-    fits = platform == "gpu" and section.compute_dtype == "bfloat16"
-    if section.attention == "cudnn" and not (fits and size % 8 == 0 and size <= 128):
+    fits = platform == "gpu" and fits_cudnn(section.compute_dtype, size)
+    if section.attention == "cudnn" and not fits:
         raise ValueError(
             "model.attention cudnn needs NVIDIA GPUs, model.compute_dtype bfloat16 and heads of up "
             f"to 128 in eights, and this is {platform} with {section.compute_dtype} and heads of "
-            f"{size}; use plain"
+            f"{size}; use auto"
         )
+    if section.attention == "splash" and platform != "tpu":
+        raise ValueError(f"model.attention splash needs TPUs and this is {platform}; use auto")
 
 
 def check_scorers(verifier: str, paths: Sequence[str]) -> None:
@@ -138,16 +142,20 @@ def check_fit(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
             f"data.max_prompt_tokens + sampling.max_new_tokens is {longest} but the model has "
             f"{model_config.max_positions} positions; lower one of them"
         )
-    check_divides(
-        mesh,
-        {
-            "the model's key heads": (model_config.kv_heads, "kv_heads"),
-            "the model's heads": (model_config.heads, "heads"),
-            "the model's feed-forward width": (model_config.mlp, "mlp"),
-            "the model's vocabulary": (model_config.vocab_size, "vocab"),
-            "the model's embedding width": (model_config.embed, "embed"),
-        },
-    )
+    split = {
+        "the model's key heads": (model_config.kv_heads, "kv_heads"),
+        "the model's heads": (model_config.heads, "heads"),
+        "the model's feed-forward width": (model_config.mlp, "mlp"),
+        "the model's vocabulary": (model_config.vocab_size, "vocab"),
+    }
+    check_divides(mesh, split | {"the model's embedding width": (model_config.embed, "embed")})
+    ways = config.mesh.sample_tensor
+    if ways and mesh.size % ways:
+        raise ValueError(
+            f"mesh.sample_tensor = {ways} does not divide the {mesh.size} devices; give a divisor "
+            "of their number, or 0 for mesh.tensor"
+        )
+    check_divides(regrouped(mesh, ways), split, tensor="sample_tensor")
 
 
 def check_memory(
@@ -171,12 +179,20 @@ def check_memory(
     reference = {"a KL term's reference": weights} if training and config.loss.kl_coef else {}
     slots = min(train.sample_rollouts, rows)
     sampler = computed_in(model_config, config.sampling.dtype)
-    parts = costs.sampling_memory(sampler, mesh, slots=slots, length=length, width=prompt_width)
+    parts = costs.sampling_memory(
+        sampler,
+        mesh,
+        slots=slots,
+        length=length,
+        width=prompt_width,
+        sample_tensor=config.mesh.sample_tensor,
+    )
     _check_fits(
         f"sampling {slots} rollouts of {length} tokens at once",
         parts | moments | reference,
         devices,
-        "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.fsdp",
+        "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.fsdp or "
+        "mesh.sample_tensor",
     )
     if training:
         count = train.microbatch_rollouts
