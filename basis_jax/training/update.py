@@ -285,10 +285,11 @@ def make_update(
     """(state, microbatches) -> state, metrics: gradients added up, then one optimizer update.
 
     The microbatches' ``loss_weights`` hold the global denominators, so the summed gradients are the
-    gradient of the whole update whatever the split. Each shape of microbatch is a program; the
-    sum stays in one donated buffer, laid out as the parameters, and nothing comes back to the host
-    until the metrics are read. Parameters and moments are donated; ``step`` and the estimator's
-    state pass through.
+    gradient of the whole update whatever the split. Each shape of microbatch is a program, whose
+    backward pass adds each layer's gradient to the donated sum as soon as it is known: there is one
+    gradient, not a second of the microbatch. The sum is laid out as the parameters, and nothing
+    comes back to the host until the metrics are read. Parameters and moments are donated; ``step``
+    and the estimator's state pass through.
     """
     objective = functools.partial(
         policy_objective,
@@ -300,20 +301,28 @@ def make_update(
     axes = decoder.param_axes(model_config)
 
     @jax.jit
-    def gradient(params, micro):
-        gradients, aux = jax.grad(objective, has_aux=True)(params, micro)
+    def zero(params, micro):
+        _, aux = jax.eval_shape(objective, params, micro)
+        gradients, aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, aux))
         return jax.tree.map(constrain, gradients, axes), aux
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def add(total, new):
-        (gradients, (sums, gap)), (more, (more_sums, more_gap)) = total, new
-        gradients, sums = jax.tree.map(jnp.add, (gradients, sums), (more, more_sums))
-        return gradients, (sums, jnp.maximum(gap, more_gap))
+    def accumulate(total, params, micro):
+        gradients, (sums, gap) = total
+        refs = jax.tree.map(jax.new_ref, gradients)
+        value, backward, (more, new_gap) = jax.vjp(
+            lambda params: objective(params, micro), params, has_aux=True
+        )
+        backward.with_refs(refs)(jnp.ones_like(value))
+        gradients = jax.tree.map(constrain, jax.tree.map(jax.freeze, refs), axes)
+        return gradients, (jax.tree.map(jnp.add, sums, more), jnp.maximum(gap, new_gap))
 
     apply = jax.jit(functools.partial(apply_gradients, optimizer), donate_argnums=(0, 1))
 
     def update(state: TrainState, micros: list[Batch]) -> tuple[TrainState, dict[str, Array]]:
-        total = functools.reduce(add, (gradient(state.params, micro) for micro in micros))
+        total = zero(state.params, micros[0])
+        for micro in micros:
+            total = accumulate(total, state.params, micro)
         params, opt_state, metrics = apply(state.params, state.opt_state, total)
         return replace(state, params=params, opt_state=opt_state), metrics
 
