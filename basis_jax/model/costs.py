@@ -197,10 +197,16 @@ def sampling_memory(
 
 
 def update_memory(
-    model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, rows: int, width: int, chunk: int
+    model_config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    *,
+    rows: int,
+    width: int,
+    chunk: int,
+    moment: int = 4,
 ) -> dict[str, int]:
     """Bytes on one device during an update over microbatches of ``rows`` x ``width`` tokens, by
-    part.
+    part; ``moment``: bytes of a number of the optimizer's moments.
 
     There is one gradient, the sum so far: each layer's is added to it as soon as it is known. The
     output layer's is known after all chunks, and its weight is gathered over ``fsdp`` for them. The
@@ -213,7 +219,7 @@ def update_memory(
     return {
         "weights": weights,
         f"weights in {c.compute_dtype}": 0 if recomputes(c) else copy_bytes(c, mesh),
-        "moments": 2 * weights,
+        "moments": weights * moment // 2,
         "gradients": weights + 4 * layer_products(c) // shards(mesh, "mlp"),
         "output layer and its gradient": output_products(c) * (gathered + 4) // tensor,
         "activations": activation_bytes(c, mesh, rows=rows, width=width),

@@ -136,7 +136,7 @@ def _scores_backward(temperature, chunk, kept, slopes):
 
             def add(total):
                 made = _scaled_logits(part, low, temperature) if scaled is None else scaled
-                back = _slopes(made, *others, temperature).astype(part.dtype)
+                back = _slopes(temperature, made, *others).astype(part.dtype)
                 products = {"preferred_element_type": jnp.float32}
                 of_hidden = jnp.einsum("ncv,vd->ncd", back, low, **products)
                 of_weight = jnp.einsum("ncv,ncd->vd", back, part, **products)
@@ -161,7 +161,7 @@ def _scores_backward(temperature, chunk, kept, slopes):
     return of_hidden, of_weight.astype(weight.dtype), None, None
 
 
-def _slopes(scaled, targets, lse, entropy, slope, entropy_slope, temperature):
+def _slopes(temperature, scaled, targets, lse, entropy, slope, entropy_slope):
     """d logits [N C V] of one chunk, from its scaled logits and the slopes of its scores."""
     logp = scaled - lse[..., None]
     back = jnp.zeros_like(lse)[..., None]

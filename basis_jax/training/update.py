@@ -20,6 +20,7 @@ from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.logprobs import token_logprobs
 from basis_jax.model.sharding import constrain, named_tree
 from basis_jax.sampling.rollouts import Graded
+from basis_jax.training.moments import kept_in_bfloat16
 from basis_jax.types import Batch, Estimate, Signals, TrainState
 from basis_jax.verify.verdicts import shares
 
@@ -38,11 +39,14 @@ def learning_rate(section: OptimSection, *, updates: int) -> optax.Schedule:
 
 
 def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW under ``learning_rate``."""
+    """Global-norm clipping, then AdamW under ``learning_rate``, its moments kept in
+    ``optim.moments_dtype``."""
     schedule = learning_rate(section, updates=updates)
     adamw = optax.adamw(
         schedule, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay
     )
+    if section.moments_dtype == "bfloat16":
+        adamw = kept_in_bfloat16(adamw)
     if section.max_grad_norm > 0:
         return optax.chain(optax.clip_by_global_norm(section.max_grad_norm), adamw)
     return adamw
@@ -313,7 +317,8 @@ def make_update(
         value, backward, (more, new_gap) = jax.vjp(
             lambda params: objective(params, micro), params, has_aux=True
         )
-        backward.with_refs(refs)(jnp.ones_like(value))
+        add = backward.with_refs(refs)  # type: ignore[attr-defined]  # typed as a plain function
+        add(jnp.ones_like(value))
         gradients = jax.tree.map(constrain, jax.tree.map(jax.freeze, refs), axes)
         return gradients, (jax.tree.map(jnp.add, sums, more), jnp.maximum(gap, new_gap))
 
