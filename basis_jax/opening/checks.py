@@ -68,7 +68,7 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
         ),
         (
             "train.minibatch_rollouts",
-            "the batch's devices, mesh.data x mesh.fsdp (mesh.tensor does not split the batch)",
+            "the batch's devices, mesh.data x mesh.fsdp",
             (train.minibatch_rollouts, shards),
         ),
         (
@@ -77,10 +77,11 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
             (train.minibatch_rollouts, rollouts_per_pass(train, shards) or shards),
         ),
     ):
+        larger_mesh = ", or raise mesh.tensor, which does not split the batch" * ("mesh" in smaller)
         if min(given) < 1 or given[0] % given[1]:
             raise ValueError(
                 f"{larger} = {given[0]} is not a multiple of {smaller} = {given[1]}; "
-                f"choose sizes that divide"
+                f"choose sizes that divide{larger_mesh}"
             )
 
 
