@@ -19,8 +19,9 @@ from basis_jax.masked import masked_max, masked_sum
 from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.logprobs import token_logprobs
-from basis_jax.model.sharding import constrain, named_tree
+from basis_jax.model.sharding import named_tree
 from basis_jax.sampling.rollouts import Graded
+from basis_jax.training.gradient_sum import make_gradient_sum
 from basis_jax.training.measure import make_measure
 from basis_jax.training.moments import kept_in_bfloat16
 from basis_jax.types import Batch, Estimate, Measurement, Signals, TrainState
@@ -300,11 +301,9 @@ def make_update(
     ``measured=True`` the metrics hold a ``Measurement``, too (AdamW's settings are ``optim``'s).
 
     The microbatches' ``loss_weights`` hold the global denominators, so the summed gradients are the
-    gradient of the whole update whatever the split. Each shape of microbatch is a program, whose
-    backward pass adds each layer's gradient to the donated sum as soon as it is known: there is one
-    gradient, not a second of the microbatch. The sum is laid out as the parameters, and nothing
-    comes back to the host until the metrics are read. Parameters and moments are donated; ``step``
-    and the estimator's state pass through.
+    gradient of the whole update whatever the split; nothing comes back to the host until the
+    metrics are read. Parameters and moments are donated; ``step`` and the estimator's state pass
+    through.
     """
     objective = functools.partial(
         policy_objective,
@@ -313,32 +312,7 @@ def make_update(
         temperature=temperature,
         microbatch=microbatch,
     )
-    axes = decoder.param_axes(model_config)
-
-    @jax.jit
-    def zero(params, micro):
-        _, aux = jax.eval_shape(objective, params, micro)
-        gradients, aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, aux))
-        return jax.tree.map(constrain, gradients, axes), aux
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def accumulate(total, params, micro):
-        gradients, (sums, gap) = total
-        refs = jax.tree.map(jax.new_ref, gradients)
-        value, backward, (more, new_gap) = jax.vjp(
-            lambda params: objective(params, micro), params, has_aux=True
-        )
-        add = backward.with_refs(refs)  # type: ignore[attr-defined]  # typed as a plain function
-        add(jnp.ones_like(value))
-        gradients = jax.tree.map(constrain, jax.tree.map(jax.freeze, refs), axes)
-        return gradients, (jax.tree.map(jnp.add, sums, more), jnp.maximum(gap, new_gap))
-
-    def gradient_sum(params: PyTree, micros: list[Batch]) -> tuple[PyTree, PyTree]:
-        total = zero(params, micros[0])
-        for micro in micros:
-            total = accumulate(total, params, micro)
-        return total
-
+    gradient_sum = make_gradient_sum(objective, decoder.param_axes(model_config))
     measure = make_measure(gradient_sum, optim)
     apply = jax.jit(functools.partial(apply_gradients, optimizer), donate_argnums=(0, 1))
 
