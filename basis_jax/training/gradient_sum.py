@@ -1,10 +1,11 @@
 """The gradient of an update, summed over its microbatches in one buffer."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from basis_jax.model.sharding import constrain
 from basis_jax.types import Batch
@@ -14,7 +15,7 @@ Total = tuple[PyTree, PyTree]
 
 
 def make_gradient_sum(
-    objective: Callable[..., tuple], axes: PyTree
+    objective: Callable[..., tuple[Array, Any]], axes: PyTree
 ) -> Callable[[PyTree, list[Batch]], Total]:
     """(parameters, microbatches) -> the summed gradients, and the sums and maximum beside them.
 
