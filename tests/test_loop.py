@@ -1,6 +1,7 @@
 """``train`` is ``make_step`` called step after step, with records and checkpoints around it."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -32,7 +33,7 @@ STEPS = 2
 def config(tiny_folder, dapo_file, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("loop") / "run"
     changes = {"train.steps": STEPS, "checkpoint.every": 5, "train.minibatch-rollouts": 4}
-    changes |= {"eval.every": 1}
+    changes |= {"eval.every": 1, "train.microbatch-rollouts": "auto"}
     arguments = small(tiny_folder, dapo_file, run_dir, **changes)
     return command_line.parse("", argv=["--config", "quickstart", *arguments])[0]
 
@@ -55,6 +56,12 @@ def test_callbacks_see_every_step_with_the_metrics_that_were_logged(config, run)
     assert all(np.isfinite(metrics["policy/grad_norm"]) for _, _, metrics in run)
     for step, _, metrics in run:
         assert metrics.items() <= logged[step].items()
+
+
+def test_a_size_that_is_chosen_stands_in_the_run_folder(config, run):
+    assert config.train.microbatch_rollouts == 0
+    record = json.loads((Path(config.run_dir) / "config.json").read_text())
+    assert record["config"]["train"]["microbatch_rollouts"] == 4  # of 4 an update: they fit
 
 
 def test_steps_taken_by_hand_give_the_same_policy(config, run, tmp_path):

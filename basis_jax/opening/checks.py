@@ -6,9 +6,17 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from basis_jax.config import Config, DataSection, LossSection, SamplingSection, WatchSection
+from basis_jax.config import (
+    Config,
+    DataSection,
+    LossSection,
+    SamplingSection,
+    TrainSection,
+    WatchSection,
+)
 from basis_jax.data.encoding import FORMATS
 from basis_jax.data.tasks import GYM
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
@@ -41,6 +49,7 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     check_data(config.data)
     check_words(
         ("optim.schedule", config.optim.schedule, SCHEDULES),
+        ("optim.moments_dtype", config.optim.moments_dtype, COMPUTE_DTYPES),
         ("estimator.score_norms", config.estimator.score_norms, SCORE_NORMS),
         ("loss.aggregation", config.loss.aggregation, AGGREGATIONS),
         ("loss.objective", config.loss.objective, OBJECTIVES),
@@ -52,7 +61,7 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     check_fit(config, model_config, mesh)
     rollouts = train.prompts_per_step * group
     shards = batch_shards(mesh)
-    for larger, smaller, sizes in (
+    for larger, smaller, given in (
         (
             "train.prompts_per_step x sampling.group_size: rollouts per step",
             "train.minibatch_rollouts",
@@ -60,20 +69,27 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
         ),
         (
             "train.minibatch_rollouts",
-            "train.microbatch_rollouts",
-            (train.minibatch_rollouts, train.microbatch_rollouts),
+            "the batch's devices, mesh.data x mesh.fsdp",
+            (train.minibatch_rollouts, shards),
         ),
         (
-            "train.microbatch_rollouts",
-            "the batch's devices, mesh.data x mesh.fsdp",
-            (train.microbatch_rollouts, shards),
+            "train.minibatch_rollouts",
+            "train.microbatch_rollouts" + (" x mesh.data x mesh.fsdp" if shards > 1 else ""),
+            (train.minibatch_rollouts, rollouts_per_pass(train, shards) or shards),
         ),
     ):
-        if min(sizes) < 1 or sizes[0] % sizes[1]:
+        larger_mesh = ", or raise mesh.tensor, which does not split the batch" * ("mesh" in smaller)
+        if min(given) < 1 or given[0] % given[1]:
             raise ValueError(
-                f"{larger} = {sizes[0]} is not a multiple of {smaller} = {sizes[1]}; "
-                f"choose sizes that divide"
+                f"{larger} = {given[0]} is not a multiple of {smaller} = {given[1]}; "
+                f"choose sizes that divide{larger_mesh}"
             )
+
+
+def rollouts_per_pass(train: TrainSection, shards: int) -> int:
+    """Rollouts of a pass over all devices: ``train.microbatch_rollouts`` on each of the ``shards``
+    that the batch is split over, and at most those of an update."""
+    return min(train.microbatch_rollouts * shards, train.minibatch_rollouts)
 
 
 def check_words(*fields: tuple[str, str, Sequence[str]]) -> None:
@@ -175,7 +191,8 @@ def check_memory(
     train, length = config.train, prompt_width + config.sampling.max_new_tokens
     devices = list(mesh.devices.ravel())
     weights = costs.parameter_bytes(model_config, mesh)
-    moments = {"moments": 2 * weights} if training else {}
+    moment = jnp.dtype(config.optim.moments_dtype).itemsize
+    moments = {"moments": weights * moment // 2} if training else {}
     reference = {"a KL term's reference": weights} if training and config.loss.kl_coef else {}
     slots = min(train.sample_rollouts, rows)
     sampler = computed_in(model_config, config.sampling.dtype)
@@ -191,21 +208,27 @@ def check_memory(
         f"sampling {slots} rollouts of {length} tokens at once",
         parts | moments | reference,
         devices,
-        "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.fsdp or "
+        "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.tensor, mesh.fsdp or "
         "mesh.sample_tensor",
     )
     if training:
-        count = train.microbatch_rollouts
+        count = rollouts_per_pass(train, batch_shards(mesh))
         parts = costs.update_memory(
-            model_config, mesh, rows=count, width=length, chunk=config.loss.logprob_chunk
+            model_config,
+            mesh,
+            rows=count,
+            width=length,
+            chunk=config.loss.logprob_chunk,
+            moment=moment,
         )
+        fewer = "train.microbatch_rollouts, " if train.microbatch_rollouts > 1 else ""
         remat = "" if model_config.remat == "full" else "set model.remat to full, "
         _check_fits(
             f"an update over microbatches of {count} rollouts of {length} tokens",
             parts | reference,
             devices,
-            "lower train.microbatch_rollouts, loss.logprob_chunk or sampling.max_new_tokens, "
-            f"{remat}or raise mesh.fsdp",
+            f"lower {fewer}loss.logprob_chunk or sampling.max_new_tokens, {remat}or raise "
+            "mesh.fsdp or mesh.tensor",
         )
 
 
