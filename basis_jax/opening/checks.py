@@ -208,8 +208,8 @@ def check_memory(
         f"sampling {slots} rollouts of {length} tokens at once",
         parts | moments | reference,
         devices,
-        "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.tensor, mesh.fsdp or "
-        "mesh.sample_tensor",
+        "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.tensor, mesh.fsdp "
+        "or mesh.sample_tensor",
     )
     if training:
         count = rollouts_per_pass(train, batch_shards(mesh))
