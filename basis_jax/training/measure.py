@@ -9,26 +9,25 @@ import optax
 from jaxtyping import Array, PyTree
 
 from basis_jax.config import OptimSection
-from basis_jax.types import Batch, Measurement
+from basis_jax.types import Batch, Measurement, TrainState
 
-GradientSum = Callable[[PyTree, list[Batch]], tuple[PyTree, PyTree]]
+GradientSum = Callable[[PyTree, PyTree, list[Batch]], tuple[PyTree, PyTree]]
 
 
 def make_measure(
     gradient_sum: GradientSum, optim: OptimSection
-) -> Callable[[PyTree, optax.OptState, list[Batch], PyTree], Measurement]:
-    """(parameters, optimizer state before the update, its microbatches, its gradient G) ->
-    ``Measurement``.
+) -> Callable[[TrainState, list[Batch], PyTree], Measurement]:
+    """(state before the update, its microbatches, its gradient G) -> ``Measurement``.
 
     ``gradient_sum`` is what made G; here it takes the gradient B with all advantages 1. That costs
     one more backward pass over the update's rollouts, and the memory of one more gradient.
     """
 
-    def measure(params, opt_state, micros, gradient):
+    def measure(state, micros, gradient):
         ones = [replace(micro, advantages=jnp.ones_like(micro.advantages)) for micro in micros]
-        noise, _ = gradient_sum(params, ones)
+        noise, _ = gradient_sum(state.params, state.frozen, ones)
         nu, count = (
-            optax.tree.get_all_with_path(opt_state, name)[0][1] for name in ("nu", "count")
+            optax.tree.get_all_with_path(state.opt_state, name)[0][1] for name in ("nu", "count")
         )
         return inner_products(gradient, noise, nu, count, optim)
 
