@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from basis_jax.config import LossSection, OptimSection
+from basis_jax.model.lora import Lora
 from basis_jax.model.sharding import make_mesh, put_rows
 from basis_jax.training import update
 from basis_jax.types import Batch
@@ -86,3 +87,13 @@ def test_no_chunk_exchanges_the_output_weight_or_its_gradient(sizes):
     of_weight = [kind for inside, kind, numbers in found if numbers >= share]
     assert of_weight.count("all-gather") == (fsdp > 1)
     assert 1 <= len(of_weight) - of_weight.count("all-gather") <= 2  # tied: embedding and output
+
+
+@pytest.mark.slow
+def test_a_frozen_output_weight_has_no_gradient_to_exchange():
+    """With adapters devices exchange the output weight once, and nothing else of its size."""
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
+    adapted = dataclasses.replace(LARGE_VOCABULARY, lora=Lora(rank=2, alpha=4.0))
+    found = list(exchanges(compiled_update(adapted, mesh, rows=4, width=32)))
+    share = LARGE_VOCABULARY.vocab_size * LARGE_VOCABULARY.embed // 4
+    assert [kind for _, kind, numbers in found if numbers >= share] == ["all-gather"]

@@ -14,15 +14,23 @@ from whole_runs import final_arrays, repeatable, small
 
 from basis_jax import command_line
 from basis_jax.commands import convert, evaluate, generate
-from basis_jax.config import CheckpointSection, Config, LossSection, ModelSection, OptimSection
+from basis_jax.config import (
+    CheckpointSection,
+    Config,
+    LossSection,
+    ModelSection,
+    OptimSection,
+    SamplingSection,
+)
 from basis_jax.model import costs, decoder, decoding, lora
 from basis_jax.model.lora import TARGETS, Lora
-from basis_jax.model.sharding import make_mesh, named_tree
+from basis_jax.model.sharding import make_mesh, named_tree, regrouped
 from basis_jax.opening import checks
 from basis_jax.opening.rollout_setup import adapters_of
 from basis_jax.runs import checkpoint
 from basis_jax.runs.compiles import count_compiles
 from basis_jax.runs.metrics import read_metrics
+from basis_jax.sampling.refill import sample_rows
 from basis_jax.training import loop
 from basis_jax.training.loop import train
 from basis_jax.training.update import abstract_state, make_optimizer, make_state, make_update
@@ -139,10 +147,12 @@ def test_gradients_are_those_of_the_full_model_in_the_adapters_directions(merged
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5 * scale, err_msg=name)
 
 
-def test_decoding_takes_the_merged_weights():
-    """Those of the merged model, rounded once, so that it samples what the merged export does."""
+@pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
+def test_decoding_takes_the_merged_weights(scanned):
+    """Those of the merged model, rounded once, so that it samples what the merged export does;
+    where layers are scanned, prompts are read with them too."""
     for dtype in ("float32", "bfloat16"):
-        plain = dataclasses.replace(tiny.EVERYTHING, compute_dtype=dtype)
+        plain = dataclasses.replace(tiny.EVERYTHING, compute_dtype=dtype, scan_decode=scanned)
         config, params = with_lora(plain), tiny.random_params(tiny.EVERYTHING)
         found = decoding.decode_weights(lora.whole(params, learnt(config)), config)
         merged = lora.merged_params(params, learnt(config), LORA.scale)
@@ -155,6 +165,37 @@ def test_decoding_takes_the_merged_weights():
                 atol=1e-6,
                 rtol=1e-2 * (dtype[0] == "b"),
             )
+        if scanned:
+            read, reader = decoding.prompt_params(None, found, config)
+            assert read["layers"].keys() == merged["layers"].keys()
+            assert reader == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
+def test_on_four_devices_the_sampler_draws_what_the_merged_model_would(scanned):
+    """The trainer's parameters over four devices, the sampler's over two pairs."""
+    plain = dataclasses.replace(tiny.TINY, scan_decode=scanned)
+    config, mesh = with_lora(plain), make_mesh(data=1, fsdp=4)
+    prompts, found = tiny.prompts(rows=12), learnt(config)
+
+    def sample(params, model_config):
+        axes = named_tree(mesh, decoder.param_axes(model_config))
+        return sample_rows(
+            jax.device_put(params, axes),
+            model_config,
+            prompts,
+            sampling=SamplingSection(max_new_tokens=9),
+            eos_ids=(1, 2),
+            keys=jax.random.split(jax.random.key(0), 12),
+            mesh=regrouped(mesh, 2),
+            rows_at_once=8,
+        )
+
+    rollouts = sample(lora.whole(tiny.params(), found), config)
+    expected = sample(lora.merged_params(tiny.params(), found, LORA.scale), plain)
+    np.testing.assert_array_equal(rollouts.tokens, expected.tokens)
+    np.testing.assert_allclose(rollouts.sampler_logprobs, expected.sampler_logprobs, atol=2e-5)
 
 
 def test_an_adapter_lies_where_its_weight_lies_and_its_rank_everywhere():
@@ -180,7 +221,8 @@ def batch(rows=4):
 
 
 def test_an_update_changes_the_adapters_alone_and_takes_the_base_as_an_argument():
-    """Another base needs no other program: it is not a constant of it."""
+    """Another base needs no other program: it is not a constant of it. Nor does a measurement, which
+    is one of the adapters."""
     config, mesh = with_lora(tiny.TINY), make_mesh(devices=jax.devices()[:1])
     optimizer = make_optimizer(OptimSection(lr=1e-2), updates=9)
     update = make_update(config, optimizer, loss=LossSection(), temperature=1.0, microbatch=4)
@@ -193,9 +235,10 @@ def test_an_update_changes_the_adapters_alone_and_takes_the_base_as_an_argument(
             )
             before = jax.device_get((state.params, state.frozen))
             compiled.take()
-            state, metrics = update(state, [batch(), batch()])
+            state, metrics = update(state, [batch(), batch()], measured=True)
             programs = compiled.take()["compile/programs"]
             losses.append(float(metrics["policy/entropy"]))
+            assert metrics["measurement"].square > 0
             assert_equal(state.frozen, before[1])
             changed = jax.tree.map(lambda x, y: bool((x != y).any()), state.params, before[0])
             assert all(jax.tree.leaves(changed))
@@ -257,6 +300,10 @@ def test_the_memory_of_a_state_is_that_of_its_arrays():
     assert parts["weights"] == held((state.params, state.frozen))
     assert parts["moments"] == held(state.opt_state)
     assert parts["gradients"] <= 2 * held(state.params)
+    gathered = config.vocab_size * config.embed * 2 // 2  # the output layer, in bfloat16
+    assert parts["output layer and its gradient"] == gathered
+    halves = costs.update_memory(config, mesh, rows=4, width=8, chunk=8, moment=2)
+    assert 2 * halves["moments"] == parts["moments"]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from basis_jax import command_line
 from basis_jax.config import Config, LossSection, SamplingSection, TrainSection
 from basis_jax.model import costs
 from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.lora import Lora
 from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.checks import check, check_memory, rollouts_per_pass
 from basis_jax.opening.sizes import FILLED, divisors, with_sizes
@@ -43,9 +44,9 @@ def needed(count, mesh=None):
     return sum(parts.values())
 
 
-def chosen(config, mesh, lines=None):
+def chosen(config, mesh, lines=None, model_config=tiny.TINY):
     report = (lambda line: None) if lines is None else lines.append
-    return with_sizes(config, tiny.TINY, mesh, **SIZES, report=report).train
+    return with_sizes(config, model_config, mesh, **SIZES, report=report).train
 
 
 @pytest.mark.parametrize("fitting", [1, 3, 4, 12])
@@ -59,6 +60,17 @@ def test_the_largest_size_that_fits_is_chosen_and_reported(monkeypatch, fitting)
         f"train.microbatch_rollouts: {fitting} (auto)",
         f"train.sample_rollouts: {train.sample_rollouts} (auto)",
     ]
+
+
+def test_adapters_leave_room_for_more(monkeypatch):
+    """Where all weights leave none for one rollout: they have no moments and no second reference."""
+    model_config = dataclasses.replace(tiny.TINY, vocab_size=100_000)
+    adapted = dataclasses.replace(model_config, lora=Lora(rank=2, alpha=4.0))
+    config = dataclasses.replace(AUTO, loss=dataclasses.replace(AUTO.loss, kl_coef=0.1))
+    weights = costs.parameter_bytes(model_config, one_device())
+    with_memory(monkeypatch, 3 * weights / FILLED)
+    assert chosen(config, one_device(), model_config=model_config).sample_rollouts == 1
+    assert chosen(config, one_device(), model_config=adapted).sample_rollouts > 1
 
 
 def test_with_room_all_are_taken_and_numbers_of_the_config_stay(monkeypatch):

@@ -18,8 +18,8 @@ Total = tuple[PyTree, PyTree]
 def make_gradient_sum(
     objective: Callable[..., tuple[Array, Any]], axes: PyTree
 ) -> Callable[[PyTree, PyTree, list[Batch]], Total]:
-    """(trained parameters, frozen ones or None, microbatches) -> the summed gradients of the trained,
-    and the sums and maximum beside them. ``objective`` takes what ``lora.whole`` makes of both.
+    """(trained parameters, frozen ones or None, microbatches) -> the summed gradients, and the sums
+    and maximum beside them. ``objective`` takes what ``lora.whole`` makes of the parameters.
 
     Each shape of microbatch is a program, whose backward pass adds each layer's gradient to the
     donated sum as soon as it is known: there is one gradient, not a second of the microbatch. It
