@@ -221,8 +221,8 @@ def batch(rows=4):
 
 
 def test_an_update_changes_the_adapters_alone_and_takes_the_base_as_an_argument():
-    """Another base needs no other program: it is not a constant of it. Nor does a measurement, which
-    is one of the adapters."""
+    """Another base needs no other program: it is not a constant of it. A measurement is of the
+    adapters, too."""
     config, mesh = with_lora(tiny.TINY), make_mesh(devices=jax.devices()[:1])
     optimizer = make_optimizer(OptimSection(lr=1e-2), updates=9)
     update = make_update(config, optimizer, loss=LossSection(), temperature=1.0, microbatch=4)

@@ -63,7 +63,7 @@ def test_the_largest_size_that_fits_is_chosen_and_reported(monkeypatch, fitting)
 
 
 def test_adapters_leave_room_for_more(monkeypatch):
-    """Where all weights leave none for one rollout: they have no moments and no second reference."""
+    """Where all weights leave none for one rollout: only adapters have moments and a reference."""
     model_config = dataclasses.replace(tiny.TINY, vocab_size=100_000)
     adapted = dataclasses.replace(model_config, lora=Lora(rank=2, alpha=4.0))
     config = dataclasses.replace(AUTO, loss=dataclasses.replace(AUTO.loss, kl_coef=0.1))
@@ -86,7 +86,7 @@ def test_a_device_that_holds_nothing_is_refused_by_the_check_of_memory(monkeypat
     with_memory(monkeypatch, 1000)
     config = dataclasses.replace(AUTO, train=chosen(AUTO, one_device()))
     assert config.train.microbatch_rollouts == config.train.sample_rollouts == 1
-    with pytest.raises(ValueError, match="sampling 1 rollouts .*or raise mesh.tensor or mesh.fsdp"):
+    with pytest.raises(ValueError, match="sampling 1 rollouts .*raise mesh.tensor, mesh.fsdp or"):
         check_memory(config, tiny.TINY, one_device(), **SIZES)
 
 
