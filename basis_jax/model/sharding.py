@@ -13,6 +13,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+AXES = ("data", "fsdp", "tensor")
+
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "time": None,
@@ -40,17 +42,29 @@ def make_mesh(
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(len(devices), data=data, fsdp=fsdp, tensor=tensor)
+    grid = np.asarray(devices).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_sizes(count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, ...]:
+    """The sizes of the axes over ``count`` devices, -1 replaced. Raises ValueError as above."""
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1 and math.prod(sizes) < 0:
-        sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        sizes[sizes.index(-1)] = max(1, count // -math.prod(sizes))
+    if min(sizes) < 1 or math.prod(sizes) != count:
         raise ValueError(
             f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} does not make the "
-            f"{len(devices)} devices present; choose sizes whose product is that number (one may "
+            f"{count} devices present; choose sizes whose product is that number (one may "
             "be -1: the rest)"
         )
-    grid = np.asarray(devices).reshape(sizes)
-    return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return tuple(sizes)
+
+
+def abstract_mesh(count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """``make_mesh`` over ``count`` devices that need not be there."""
+    sizes = mesh_sizes(count, data=data, fsdp=fsdp, tensor=tensor)
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -97,7 +111,7 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     return shards(mesh, "batch")
 
 
-def check_divides(mesh: Mesh, sizes: dict[str, tuple[int, str]]) -> None:
+def check_divides(mesh: Mesh | AbstractMesh, sizes: dict[str, tuple[int, str]]) -> None:
     """Raise a ValueError for the first of ``{name: (size, axis)}`` that does not divide."""
     for name, (size, axis) in sizes.items():
         count = shards(mesh, axis)

@@ -1,0 +1,62 @@
+"""What travels between devices, from formulas: bytes that one device sends, by kind of collective.
+
+Counted as in ``collectives``, which reads the same from a compiled program.
+"""
+
+from jax.sharding import AbstractMesh, Mesh
+
+from basis_jax.model import costs
+from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.sharding import batch_shards, shards
+
+
+def ring(size: float, devices: int) -> float:
+    """Sent by each of so many devices that gather or scatter ``size`` bytes."""
+    return size * (devices - 1) / devices
+
+
+def token_traffic(
+    model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, slots: int
+) -> dict[str, float]:
+    """One token in each slot: over ``tensor``, two sums a layer and one of the embedding, and the
+    logits gathered. Nothing over the batch: every device has the weights."""
+    c, tensor = model_config, shards(mesh, "heads")
+    rows = slots / batch_shards(mesh)
+    sums = (2 * c.layers + 1) * rows * c.embed * costs.compute_bytes(c)
+    return _present(
+        {
+            "all-reduce": 2 * ring(sums, tensor),
+            "all-gather": ring(rows * c.vocab_size * 4, tensor),
+        }
+    )
+
+
+def microbatch_traffic(
+    model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, rows: int, width: int
+) -> dict[str, float]:
+    """One microbatch. Over ``fsdp``, the layers' weights are gathered before the forward and before
+    the backward pass, and the gradients are summed and scattered; over ``data``, they are summed;
+    over ``tensor``, activations are summed twice a layer in each pass."""
+    c, tensor = model_config, shards(mesh, "heads")
+    size = costs.compute_bytes(c)
+    weights = costs.parameter_bytes(c, mesh, itemsize=1, gathered=True)
+    passes = 3 if c.remat == "full" else 2
+    tokens = rows * width / batch_shards(mesh)
+    sums = passes * 2 * c.layers * tokens * c.embed * size
+    fsdp, data = mesh.shape["fsdp"], mesh.shape["data"]
+    return _present(
+        {
+            "all-gather": 2 * ring(weights * size, fsdp),
+            "reduce-scatter": ring(weights * 4, fsdp),
+            "all-reduce": 2 * ring(sums, tensor) + 2 * ring(weights * 4 / fsdp, data),
+        }
+    )
+
+
+def update_traffic(model_config: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, float]:
+    """One optimizer update, after its microbatches: nothing but norms."""
+    return {}
+
+
+def _present(found: dict[str, float]) -> dict[str, float]:
+    return {kind: size for kind, size in found.items() if size}
