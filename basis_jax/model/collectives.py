@@ -6,7 +6,6 @@ reduce-scatter from S bytes sends S (n - 1) / n, an all-reduce twice that.
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,8 +15,10 @@ SHAPE = re.compile(rf"\b({'|'.join(BITS)})\[([\d,]*)\]")
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-LOOP = re.compile(r" while\(.*body=%?([\w.\-]+)")
+LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 TRIPS = re.compile(r'known_trip_count":\s*\{"n":"(\d+)"')
+LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+CHANNEL = re.compile(r"channel_id=(\d+)")
 NAME = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
@@ -31,18 +32,19 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """Every collective of a compiled program's text, with loops multiplied out; of a conditional,
-    all branches."""
+    all branches. A TPU program overlaps one with computing in several pieces, which share its
+    channel: in one run of a loop's body they count once."""
     bodies = _computations(text)
-    return list(_walk(bodies, bodies[""], times=1, looped=False))
+    return list(_walk(bodies, bodies[""], set(), times=1, looped=False))
 
 
 def sent_bytes(found: list[Collective], *, looped: bool) -> dict[str, float]:
     """Bytes by kind, of those inside or outside loops of unknown length."""
-    total: Counter[str] = Counter()
+    total: dict[str, float] = {}
     for x in found:
         if x.looped == looped:
-            total[x.kind] += x.sent * x.times  # type: ignore[assignment]  # a Counter of floats
-    return dict(total)
+            total[x.kind] = total.get(x.kind, 0.0) + x.sent * x.times
+    return total
 
 
 def _computations(text: str) -> dict[str, list[str]]:
@@ -58,24 +60,45 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _walk(
-    bodies: Mapping[str, list[str]], lines: list[str], *, times: int, looped: bool
+    bodies: Mapping[str, list[str]],
+    lines: list[str],
+    channels: set[str],
+    *,
+    times: int,
+    looped: bool,
 ) -> Iterator[Collective]:
+    """Those of ``lines`` and of what they call, but for ``channels`` already seen."""
     for line in lines:
         if match := COLLECTIVE.search(line):
-            sent = _sent(match.group(2), match.group(1), line, started=bool(match.group(3)))
-            yield Collective(match.group(2), sent, times, looped)
-            continue
-        if loop := LOOP.search(line):
-            trips = TRIPS.search(line)
-            count = int(trips.group(1)) if trips else 1
-            inside = {"times": times * count, "looped": looped or trips is None}
-            yield from _walk(bodies, bodies[loop.group(1)], **inside)  # type: ignore[arg-type]
-            continue
-        called = CALLED.findall(line)
-        for branches in BRANCHES.findall(line):
-            called += [name.strip(" %") for name in branches.split(",")]
-        for name in called:
-            yield from _walk(bodies, bodies.get(name, []), times=times, looped=looped)
+            channel = CHANNEL.search(line)
+            if channel and channel.group(1) in channels:
+                continue
+            channels.update(channel.groups() if channel else ())
+            result, kind, started = match.groups()
+            yield Collective(kind, _sent(kind, result, line, started=bool(started)), times, looped)
+        elif loop := LOOP.search(line):
+            condition, body = (bodies[name] for name in loop.groups())
+            trips = _trips(line, condition)
+            inside = {"times": times * (trips or 1), "looped": looped or trips is None}
+            yield from _walk(bodies, body, set(), **inside)  # type: ignore[arg-type]
+        else:
+            called = CALLED.findall(line)
+            for branches in BRANCHES.findall(line):
+                called += [name.strip(" %") for name in branches.split(",")]
+            for name in called:
+                yield from _walk(
+                    bodies, bodies.get(name, []), channels, times=times, looped=looped
+                )
+
+
+def _trips(line: str, condition: list[str]) -> int | None:
+    """How often a loop runs: the compiler's figure, or the limit of a counter from 0 (TPU programs
+    have no figure). None for other loops."""
+    if known := TRIPS.search(line):
+        return int(known.group(1))
+    limits = [int(found) for each in condition for found in LIMIT.findall(each)]
+    counted = " compare(" in condition[-1] and "direction=LT" in condition[-1]
+    return limits[0] if counted and len(limits) == 1 else None
 
 
 def _sent(kind: str, result: str, line: str, *, started: bool) -> float:
@@ -95,9 +118,13 @@ def _sent(kind: str, result: str, line: str, *, started: bool) -> float:
 
 
 def _group_size(line: str) -> int:
-    """Devices that take part together: ``{{0,1},{2,3}}`` or ``[2,2]<=[4]`` (groups, size)."""
+    """Devices that take part together: ``{{0,1},{2,3}}``, ``[2,2]<=[4]`` (groups, size), or axes of
+    a mesh, ``mesh['a'=2,'b'=2] {'b'}``."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(listed.group(1).split(","))
     if tiled := re.search(r"replica_groups=\[([\d,]+)\]<=", line):
         return math.prod(int(n) for n in tiled.group(1).split(",")[1:])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        sizes = dict(axis.split("=") for axis in named.group(1).split(","))
+        return math.prod(int(sizes[axis.strip()]) for axis in named.group(2).split(","))
     return 2

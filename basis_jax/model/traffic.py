@@ -34,21 +34,20 @@ def token_traffic(
 def microbatch_traffic(
     model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, rows: int, width: int
 ) -> dict[str, float]:
-    """One microbatch. Over ``fsdp``, the layers' weights are gathered before the forward and before
-    the backward pass, and the gradients are summed and scattered; over ``data``, they are summed;
-    over ``tensor``, activations are summed twice a layer in each pass."""
+    """One microbatch, all in the compute dtype. Over ``fsdp``, weights are gathered before the
+    forward and before the backward pass, and gradients are scattered; over ``data``, gradients are
+    summed; over ``tensor``, activations are summed twice a layer in either pass, and once more
+    where the backward pass recomputes them."""
     c, tensor = model_config, shards(mesh, "heads")
-    size = costs.compute_bytes(c)
-    weights = costs.parameter_bytes(c, mesh, itemsize=1, gathered=True)
-    passes = 3 if c.remat == "full" else 2
+    size, fsdp, data = costs.compute_bytes(c), mesh.shape["fsdp"], mesh.shape["data"]
+    weights = size * costs.parameter_bytes(c, mesh, itemsize=1, gathered=True)
     tokens = rows * width / batch_shards(mesh)
-    sums = passes * 2 * c.layers * tokens * c.embed * size
-    fsdp, data = mesh.shape["fsdp"], mesh.shape["data"]
+    sums = (4 + costs.recomputes(c)) * c.layers * tokens * c.embed * size
     return _present(
         {
-            "all-gather": 2 * ring(weights * size, fsdp),
-            "reduce-scatter": ring(weights * 4, fsdp),
-            "all-reduce": 2 * ring(sums, tensor) + 2 * ring(weights * 4 / fsdp, data),
+            "all-gather": 2 * ring(weights, fsdp),
+            "reduce-scatter": ring(weights, fsdp),
+            "all-reduce": 2 * ring(sums, tensor) + 2 * ring(weights / fsdp, data),
         }
     )
 
