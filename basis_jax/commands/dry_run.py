@@ -153,14 +153,14 @@ def kinds_text(kinds: Mapping[str, float]) -> str:
     return ", ".join(f"{kind} {size_text(size)}" for kind, size in kinds.items()) or "nothing"
 
 
-def size_text(size: float) -> str:
+def size_text(size: int | float) -> str:
     return gigabytes(size) if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def report_time(request: Request, mesh: AbstractMesh, chip: Chip, report: Report) -> None:
     """A bound on a step for rows of full length, and of a quarter of it."""
     config, lengths = request.config, (request.prompt_width, request.config.sampling.max_new_tokens)
-    flops = 0.0
+    flops = 0
     report("a step takes at least (data sheet; kernels reach a part of it):")
     for part in (1, QUARTER):
         prompt, new = (max(1, length // part) for length in lengths)
@@ -224,9 +224,11 @@ def report_compiled(request: Request, mesh: AbstractMesh, target: Target, report
             f"--compile cannot compile for {target.topology}: there is a compiler for absent TPUs, "
             "not for absent GPUs; leave it out, or run on that machine without --topology"
         )
+    formulas = plan.program_bytes(request.needs(mesh))
     for name, program in found.items():
-        report(f"compiled {name}: {gigabytes(program['held'])} a device")
-        loop = "each token" if name == "decoding" else "each loop of unknown length"
+        held = f"{gigabytes(program['held'])} a device"
+        report(f"compiled {name}: {held}; the formulas say {gigabytes(formulas[name])}")
+        loop = "each token" if name == "decoding" else "in loops of unknown length"
         for when, key in (("once", "once"), (loop, "each_loop")):
             if mesh.size > 1 and program.get(key):
                 report(f"    sent {when}: {kinds_text(program[key])}")

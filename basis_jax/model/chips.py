@@ -23,11 +23,11 @@ class Chip:
     tpu: bool = False
 
 
-def _tpu(name: str, gib: int, bandwidth: float, flops: float, interconnect: float) -> Chip:
+def _tpu(name: str, gib: int, bandwidth: int, flops: int, interconnect: int) -> Chip:
     return Chip(name, gib * 2**30, bandwidth * 1e9, flops * 1e12, interconnect * 1e9, tpu=True)
 
 
-def _gpu(name: str, gigabytes: int, bandwidth: float, flops: float, interconnect: float) -> Chip:
+def _gpu(name: str, gigabytes: int, bandwidth: int, flops: int, interconnect: int) -> Chip:
     return Chip(name, gigabytes * 10**9, bandwidth * 1e9, flops * 1e12, interconnect * 1e9)
 
 
@@ -67,8 +67,9 @@ class Topology:
 
 def read_topology(text: str) -> Topology:
     """``v5e:4x4``, ``h100:8`` or ``l4`` (one). Raises ValueError for anything else."""
-    name, _, sizes = text.lower().partition(":")
-    if name not in CHIPS or not re.fullmatch(r"([1-9]\d{0,4}(x[1-9]\d{0,4}){0,2})?", sizes):
+    name, colon, sizes = text.lower().partition(":")
+    written = re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", sizes) or not colon
+    if name not in CHIPS or not written:
         raise ValueError(
             f"unknown topology {text!r}; give a chip and how many there are, such as v5e:4x4, "
             f"v5p:2x2x2 or h100:8, with one of the chips {', '.join(CHIPS)}"

@@ -86,9 +86,7 @@ def _walk(
             for branches in BRANCHES.findall(line):
                 called += [name.strip(" %") for name in branches.split(",")]
             for name in called:
-                yield from _walk(
-                    bodies, bodies.get(name, []), channels, times=times, looped=looped
-                )
+                yield from _walk(bodies, bodies.get(name, []), channels, times=times, looped=looped)
 
 
 def _trips(line: str, condition: list[str]) -> int | None:

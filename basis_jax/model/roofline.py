@@ -30,7 +30,7 @@ class Bound:
     def by(self) -> str:
         return max(vars(self), key=lambda name: vars(self)[name])
 
-    def times(self, number: float) -> "Bound":
+    def times(self, number: int | float) -> "Bound":
         return Bound(*(number * x for x in vars(self).values()))
 
 

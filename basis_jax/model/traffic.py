@@ -10,7 +10,7 @@ from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards, shards
 
 
-def ring(size: float, devices: int) -> float:
+def ring(size: int | float, devices: int) -> float:
     """Sent by each of so many devices that gather or scatter ``size`` bytes."""
     return size * (devices - 1) / devices
 

@@ -177,7 +177,7 @@ def check_memory(
         available=device_memory(devices),
         training=training,
     )
-    share = f" for JAX ({share_advice(os.environ)})" if devices[0].platform == "gpu" else ""
+    share = f" for JAX ({share_advice(os.environ)})" if platform_of(mesh) == "gpu" else ""
     if sentence := plan.refusal(request, mesh, note=share):
         raise ValueError(sentence)
 

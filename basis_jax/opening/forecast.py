@@ -34,7 +34,7 @@ class Step:
     prefill: Bound
     scoring: Bound
     update: Bound
-    flops: float
+    flops: int
 
     @property
     def sample_seconds(self) -> float:
@@ -81,7 +81,7 @@ def step_bounds(
     )
 
 
-def step_flops(config: Config, model_config: ModelConfig, *, prompt: int, new: int) -> float:
+def step_flops(config: Config, model_config: ModelConfig, *, prompt: int, new: int) -> int:
     """FLOPs of all devices together."""
     rollouts = config.train.prompts_per_step * config.sampling.group_size
     middle = costs.decode_step(model_config, rows=rollouts, context=prompt + new // 2)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jax.sharding import AbstractMesh, Mesh
@@ -70,6 +70,19 @@ def memory_needs(
             )
         )
     return needs
+
+
+DECODING = ("weights laid out for decoding", "key-value cache", "logits")
+"""Parts that the decoding program itself holds; the others lie beside it."""
+
+
+def program_bytes(needs: Sequence[Need]) -> dict[str, int]:
+    """What the formulas say of the programs that ``training.compiled_plan`` compiles."""
+    sampling, update = needs
+    return {
+        "decoding": sum(sampling.parts[name] for name in DECODING),
+        "update": update.total,
+    }
 
 
 @dataclass(frozen=True)
@@ -210,5 +223,5 @@ def refusal(request: Request, mesh: Mesh | AbstractMesh, *, note: str = "") -> s
     return ""
 
 
-def gigabytes(size: float) -> str:
+def gigabytes(size: int | float) -> str:
     return f"{size / 1e9:.3g} GB"

@@ -126,14 +126,13 @@ def programs(
     config: Config, model_config: ModelConfig, mesh: Mesh, *, prompt_width: int
 ) -> dict[str, dict[str, Any]]:
     """Both programs, compiled: the bytes ``held`` on a device, and the bytes that a device sends by
-    kind, ``once`` a call and in ``each_loop`` of unknown length (decoding's is a token). No bytes
+    kind, ``once`` a call and in ``each_loop`` of unknown length (decoding's is a token; the update
+    has one microbatch). No bytes
     sent are given where the compiler does not show its program."""
     length = prompt_width + config.sampling.max_new_tokens
     lowered = {
         "decoding": lower_decoding(config, model_config, mesh, length=length),
-        "update of one microbatch": lower_update(
-            config, model_config, mesh, width=length, microbatches=1
-        ),
+        "update": lower_update(config, model_config, mesh, width=length, microbatches=1),
     }
     return {name: described(program.compile()) for name, program in lowered.items()}
 
@@ -154,8 +153,8 @@ def described(compiled: jax.stages.Compiled) -> dict[str, Any]:
 def compile_for(
     topology: Topology, config: Config, model_config: ModelConfig, *, prompt_width: int
 ) -> dict[str, dict[str, Any]]:
-    """``programs`` for a TPU slice that is not here, in a process of its own: libtpu takes a lock,
-    and prints. Raises ValueError where libtpu is missing, busy or refuses the program."""
+    """``programs`` for a TPU slice that is not here, in a process of its own, as libtpu
+    prints and looks for chips. Raises ValueError where it is missing or refuses a program."""
     library = find_libtpu()
     asked = pickle.dumps((str(topology), config, model_config, prompt_width))
     accelerator = f"{topology.chip.name}-{topology.devices}".replace("v5e", "v5litepod")
@@ -165,6 +164,8 @@ def compile_for(
         "TPU_ACCELERATOR_TYPE": accelerator,
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_LIBRARY_PATH": str(library),
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so two plans may be made at once
+        "XLA_FLAGS": "",  # those of this process are for its own backend
     }
     command = [sys.executable, "-m", "basis_jax.training.compiled_plan"]
     done = subprocess.run(command, input=asked, env=environment, capture_output=True)
