@@ -36,7 +36,7 @@ def run(config: Config, topology: str, *, compiled: bool = False, report: Report
     Raises ValueError for an unknown topology or model, and for a config that no run accepts.
     """
     target = read_target(topology)
-    where, model_config = target.topology, model_shape(config, report)
+    where, model_config = target.topology, shape_on(config, target, report)
     mesh = abstract_mesh(where.devices, **vars(config.mesh))
     checks.check(config, model_config, mesh, platform=target.platform)
     request = Request(
@@ -93,6 +93,11 @@ def present_devices() -> Target:
     memory = checks.device_memory(devices)
     sheet = known[0] if known else Chip(kind, memory, 0.0, 0.0, 0.0)
     return Target(Topology(sheet, (len(devices),)), memory, devices[0].platform, here=True)
+
+
+def shape_on(config: Config, target: Target, report: Report) -> ModelConfig:
+    """The model's shape as these devices compute it."""
+    return model_shape(config, report)
 
 
 def model_shape(config: Config, report: Report) -> ModelConfig:
