@@ -20,9 +20,10 @@ class ModelSection:
     """What the backward pass computes again of a layer: ``none``, ``dots`` (all but the products
     with weights: attention and elementwise work) or ``full`` (everything: the least memory, about
     1.3x the time)."""
-    attention: str = "plain"
-    """``plain`` (all scores of a row at once: T x T) or ``cudnn`` (NVIDIA's kernel, for long rows
-    on GPUs in bfloat16)."""
+    attention: str = "auto"
+    """``plain`` (all scores of a row at once: T x T), or a kernel that never holds them:
+    ``splash`` (TPUs), ``cudnn`` (NVIDIA GPUs, in bfloat16, heads of up to 128). ``auto``: the
+    kernel where there is one."""
 
 
 @dataclass(frozen=True)

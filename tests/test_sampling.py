@@ -14,7 +14,7 @@ from basis_jax.config import SamplingSection
 from basis_jax.masked import completion_mask
 from basis_jax.model import decoder
 from basis_jax.model.decoding import decode_weights
-from basis_jax.model.sharding import make_mesh, named_tree, put_rows
+from basis_jax.model.sharding import make_mesh, named, named_tree, put_rows
 from basis_jax.opening.checks import check_trainable
 from basis_jax.runs.compiles import count_compiles
 from basis_jax.sampling import refill
@@ -126,6 +126,42 @@ def test_a_vocabulary_of_several_blocks_is_drawn_from_as_it_says():
     counts = np.append(counts[large], counts[~large].sum())
     expected = np.append(expected[large], expected[~large].sum())
     assert np.sum((counts - expected) ** 2 / expected) < 310 and 80 < large.sum() < 200
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+@pytest.mark.parametrize("sizes", [(1, 1, 4), (2, 1, 2)])
+def test_devices_that_share_the_vocabulary_draw_what_one_draws(sizes, temperature):
+    """4,096 rows of 1,000 tokens, which are no whole blocks on each device: every token equal."""
+    sampling = dataclasses.replace(SAMPLING, temperature=temperature)
+    logits = np.random.default_rng(0).normal(0, 2, (1000, 4096)).astype(np.float32)
+    logits[[3, 700]] = logits.max(axis=0) + 1  # two likeliest tokens, on two devices
+    keys = jax.random.split(jax.random.key(0), 4096)
+    one = jax.jit(draw, static_argnums=2)(logits, keys, sampling)
+    mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    with jax.set_mesh(mesh):
+        split = jax.device_put(logits, named(mesh, ("vocab", "batch")))
+        shared = jax.jit(draw, static_argnums=2)(split, keys, sampling)
+    np.testing.assert_array_equal(shared.tokens, one.tokens)
+    found = set(np.asarray(one.tokens).tolist())
+    assert found == {3} if temperature == 0 else len(found) > 500
+    np.testing.assert_allclose(shared.logprobs, one.logprobs, atol=1e-5)
+    np.testing.assert_allclose(shared.score_norms, one.score_norms, atol=1e-5)
+
+
+def test_no_token_moves_the_logits_of_a_vocabulary():
+    """Devices exchange one block of logits a row at a token: less than a third of what one has."""
+    model_config = dataclasses.replace(tiny.TINY, vocab_size=1000)
+    mesh = make_mesh(data=2, tensor=2)
+    axes = named_tree(mesh, decoder.param_axes(model_config))
+    with jax.set_mesh(mesh):
+        weights = decode_weights(jax.device_put(tiny.params(model_config), axes), model_config)
+        assert weights.output.shape == (1024, 32)
+        slots = refill.empty_slots(model_config, rows=64, length=96, cache_length=64)
+        fixed = {"model_config": model_config, "sampling": SAMPLING, "eos_ids": (1,)}
+        text = refill.advance.lower(weights, slots, np.int32(0), **fixed).compile().as_text()
+    moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-|collective-|reduce-)[\w-]+\(", text)
+    sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in moved]
+    assert sizes and max(sizes) <= 32 * 128 < 32 * 512 / 3
 
 
 def test_what_has_no_weight_is_not_picked_at_either_end():
@@ -265,12 +301,12 @@ def test_caches_stay_where_they_are(sizes):
         prompts = put_rows(mesh, jax.tree.map(np.asarray, tiny.prompts(rows=16)))
         into = np.arange(16, dtype=np.int32).reshape(sizes[0], -1)
         fixed = {"model_config": tiny.TINY, "sampling": SAMPLING}
-        keys = keys_for(tiny.prompts(rows=16))
+        keys, weights = keys_for(tiny.prompts(rows=16)), decode_weights(params, tiny.TINY)
         programs = [
-            refill.admit.lower(params, slots, prompts, keys, into=into, prefix=None, **fixed),
-            refill.advance.lower(
-                decode_weights(params, tiny.TINY), slots, np.int32(0), eos_ids=(1,), **fixed
+            refill.admit.lower(
+                params, weights, slots, prompts, keys, into=into, prefix=None, **fixed
             ),
+            refill.advance.lower(weights, slots, np.int32(0), eos_ids=(1,), **fixed),
             refill.select_slots.lower(slots, np.zeros((sizes[0], 32 // sizes[0]), np.int32)),
         ]
         for program in programs:

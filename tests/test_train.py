@@ -398,7 +398,8 @@ def test_sizes_that_do_not_divide_are_refused(change, sentence):
             {"attention": "cudnn", "compute_dtype": "bfloat16"},
             "NVIDIA GPUs, .* this is cpu with",
         ),
-        ("model", {"attention": "flash"}, "model.attention is 'flash'; allowed are plain, cudnn"),
+        ("model", {"attention": "flash"}, "model.attention is 'flash'; allowed are auto, plain"),
+        ("model", {"attention": "splash"}, "model.attention splash needs TPUs and this is cpu"),
         (
             "data",
             {"verifier": "math", "answer_mode": "box"},

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from basis_jax.model import decoder
+from basis_jax.model.attention import holds_scores
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import shards
 
@@ -149,15 +150,15 @@ def activation_bytes(
     A token of a layer, without recomputation: six vectors of the stream (two norms: input and
     normed input in float32, scaled in the compute dtype), six of the feed-forward (gate, up and
     their products), queries, mixed values, keys and values, and a float32 and a rounded row of
-    attention weights for each head; with query and key norms these four once more. With
-    recomputation: the layer's input, with ``dots`` the products of weights that the backward pass
-    needs (queries, keys, values, attention's output, gate and up), and all of the above for one
-    layer at a time.
+    attention weights for each head unless a kernel holds none; with query and key norms these four
+    once more. With recomputation: the layer's input, with ``dots`` the products of weights that the
+    backward pass needs (queries, keys, values, attention's output, gate and up), and all of the
+    above for one layer at a time.
     """
     c, size, tensor = model_config, compute_bytes(model_config), shards(mesh, "heads")
     stream = c.embed * (4 * 4 + 2 * size)
     split = 6 * c.mlp * size + 2 * (c.heads + c.kv_heads) * c.head_dim * size
-    if c.attention == "plain":
+    if holds_scores(c.attention, width):
         split += c.heads * width * (4 + size)
     split += c.qk_norm * 2 * (c.heads + c.kv_heads) * c.head_dim * 4
     layer = stream + split / tensor
@@ -183,7 +184,7 @@ def sampling_memory(
     size, rows = compute_bytes(model_config), slots / shards(mesh, "batch")
     cache = cache_numbers(model_config, slots=slots, length=length) * size
     heads, mlp = model_config.heads / shards(mesh, "heads"), model_config.mlp / shards(mesh, "mlp")
-    scores = heads * width * 8 if model_config.attention == "plain" else 0
+    scores = heads * width * 8 if holds_scores(model_config.attention, width) else 0
     layer = 3 * model_config.embed * 4 + 2 * mlp * size + scores
     return {
         "weights": parameter_bytes(model_config, mesh),

@@ -16,11 +16,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from basis_jax.model.decoder import KeyValues, ModelConfig, rms_norm, rotate
-from basis_jax.model.sharding import constrain
+from basis_jax.model.sharding import constrain, split_over
 from basis_jax.pytree import pytree
 
 KEY_AXES = ("batch", "kv_heads", "head_dim", "time")
 VALUE_AXES = ("batch", "kv_heads", "time", "head_dim")
+VOCAB_BLOCK = 128
 CACHE_AXES = {"keys": KEY_AXES, "values": VALUE_AXES}
 OUT_FIRST = {  # logical axes of the weights here; "embed" of a parameter is split, here it is not
     "q_proj": ("heads", "activation_embed"),
@@ -38,7 +39,7 @@ class DecodeWeights:
     """The model's weights in the compute dtype, layer by layer; split over ``tensor`` alone."""
 
     embedding: Float[Array, "V D"]
-    output: Float[Array, "V D"]  # the same array where it is tied
+    output: Float[Array, "V D"]  # the same array where it is tied; see ``whole_blocks``
     norm: Float[Array, " D"]
     layers: tuple[dict[str, Array], ...]  # projections [out, in], biases [out]
 
@@ -58,22 +59,36 @@ class Cache:
 def decode_weights(params: PyTree, model_config: ModelConfig) -> DecodeWeights:
     """The parameters as ``decode_step`` takes them: a copy in the compute dtype, gathered over
     ``fsdp`` once instead of at every token. Memory a device: parameters / ``tensor``."""
-    embedding = table_weights(params["embedding"], model_config)
+    embedding = table_weights(params["embedding"], model_config, as_output=model_config.tied)
+    output = embedding
+    if not model_config.tied:
+        output = table_weights(params["output"], model_config, as_output=True)
     layers = [
         layer_weights(params["layers"], np.int32(i), model_config)
         for i in range(model_config.layers)
     ]
     return DecodeWeights(
         embedding=embedding,
-        output=embedding if model_config.tied else table_weights(params["output"], model_config),
+        output=output,
         norm=params["norm"],
         layers=tuple(layers),
     )
 
 
-@functools.partial(jax.jit, static_argnames="model_config")
-def table_weights(table, model_config):
-    return constrain(table.astype(model_config.compute_dtype), ("vocab", "activation_embed"))
+@functools.partial(jax.jit, static_argnames=("model_config", "as_output"))
+def table_weights(table, model_config, *, as_output):
+    table = table.astype(model_config.compute_dtype)
+    if as_output:
+        table = jnp.pad(table, ((0, whole_blocks(table.shape[0]) - table.shape[0]), (0, 0)))
+    return constrain(table, ("vocab", "activation_embed"))
+
+
+def whole_blocks(vocab_size: int) -> int:
+    """Rows of the output layer: where the vocabulary is split, every device has whole blocks of
+    ``VOCAB_BLOCK`` tokens, the last ones filled with rows that stand for no token."""
+    shards = split_over("vocab")
+    unit = VOCAB_BLOCK * shards if shards > 1 else 1
+    return -(-vocab_size // unit) * unit
 
 
 @functools.partial(jax.jit, static_argnames="model_config")
@@ -139,7 +154,7 @@ def decode_step(
     positions: Int[Array, " N"],
     cache: Cache,
 ) -> tuple[Float[Array, "V N"], Cache]:
-    """Write each row's token at its own position; the logits of the next token, float32."""
+    """Write each row's token at its own position; ``output_logits`` of the next token."""
     x = weights.embedding[tokens].T  # [D N]
     visible = jnp.arange(cache.length, dtype=jnp.int32)[None] <= positions[:, None]
     keys, values = [], []
@@ -158,9 +173,19 @@ def decode_step(
         x = constrain(x, ("activation_embed", "batch"))
         keys.append(new_keys)
         values.append(new_values)
-    x = norm(x, weights.norm, model_config)
-    logits = jnp.matmul(weights.output, x, preferred_element_type=jnp.float32)
+    logits = output_logits(weights, model_config, norm(x, weights.norm, model_config))
     return logits, Cache(keys=tuple(keys), values=tuple(values))
+
+
+def output_logits(
+    weights: DecodeWeights, model_config: ModelConfig, x: Float[Array, "D N"]
+) -> Float[Array, "V N"]:
+    """The output layer, float32; -inf for its rows that stand for no token."""
+    logits = jnp.matmul(weights.output, x, preferred_element_type=jnp.float32)
+    if logits.shape[0] > model_config.vocab_size:
+        token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+        logits = jnp.where(token < model_config.vocab_size, logits, -jnp.inf)
+    return constrain(logits, ("vocab", "batch"))
 
 
 def attention(

@@ -5,7 +5,7 @@ feed-forward and vocabulary. Only this module knows mesh axes; the model names m
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -84,9 +84,56 @@ def named_tree(mesh: Mesh, axes: Any) -> Any:
 
 def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
     """Pin x's layout inside jit under ``jax.set_mesh``; without a mesh, x unchanged."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if _unsplit():
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def by_shard(
+    function: Callable[..., Any],
+    inputs: Sequence[tuple[str | None, ...]],
+    outputs: Any,
+) -> Callable[..., Any]:
+    """``function`` on every device's part of its operands, whose logical axes are ``inputs``;
+    without a mesh, ``function`` itself. ``outputs``: a tree of logical axes, one leaf a result."""
+    if _unsplit():
+        return function
+    out_specs = jax.tree.map(spec, outputs, is_leaf=_is_axes)
+    in_specs = tuple(spec(axes) for axes in inputs)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def highest(x: Array, axis: str) -> Array:
+    """Inside ``by_shard``: the largest over the devices that ``axis`` is split over."""
+    return x if _unsplit() else jax.lax.pmax(x, mesh_axes(axis))
+
+
+def summed(x: Array, axis: str) -> Array:
+    """Inside ``by_shard``: the sum over the devices that ``axis`` is split over."""
+    return x if _unsplit() else jax.lax.psum(x, mesh_axes(axis))
+
+
+def gathered(x: Array, axis: str) -> Array:
+    """Inside ``by_shard``: the parts that these devices have of x's first axis, in order."""
+    return x if _unsplit() else jax.lax.all_gather(x, mesh_axes(axis), tiled=True)
+
+
+def first_index(size: int, axis: str) -> Array | int:
+    """Inside ``by_shard``: where this device's part of ``axis``, which has ``size``, begins."""
+    return 0 if _unsplit() else size * jax.lax.axis_index(mesh_axes(axis))
+
+
+def _unsplit() -> bool:
+    return jax.sharding.get_abstract_mesh().empty
+
+
+def split_over(axis: str) -> int:
+    """Devices of the mesh in use that an axis of this meaning is split over."""
+    return 1 if _unsplit() else shards(jax.sharding.get_abstract_mesh(), axis)
+
+
+def _is_axes(x: Any) -> bool:
+    return type(x) is tuple and all(name is None or isinstance(name, str) for name in x)
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:

@@ -12,7 +12,8 @@ from basis_jax.config import Config, DataSection, LossSection, SamplingSection, 
 from basis_jax.data.encoding import FORMATS
 from basis_jax.data.tasks import GYM
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
-from basis_jax.model.decoder import ATTENTION, REMAT, ModelConfig
+from basis_jax.model.attention import KINDS, fits_cudnn
+from basis_jax.model.decoder import REMAT, ModelConfig
 from basis_jax.model.sharding import batch_shards, check_divides
 from basis_jax.opening import plan
 from basis_jax.opening.ranges import check_ranges
@@ -96,16 +97,18 @@ def check_model(config: Config, model_config: ModelConfig, platform: str) -> Non
         ("model.compute_dtype", section.compute_dtype, COMPUTE_DTYPES),
         ("sampling.dtype", config.sampling.dtype or COMPUTE_DTYPES[0], COMPUTE_DTYPES),
         ("model.remat", section.remat, tuple(REMAT)),
-        ("model.attention", section.attention, ATTENTION),
+        ("model.attention", section.attention, ("auto", *KINDS)),
     )
     size = model_config.head_dim
-    fits = platform == "gpu" and section.compute_dtype == "bfloat16"
-    if section.attention == "cudnn" and not (fits and size % 8 == 0 and size <= 128):
+    fits = platform == "gpu" and fits_cudnn(section.compute_dtype, size)
+    if section.attention == "cudnn" and not fits:
         raise ValueError(
             "model.attention cudnn needs NVIDIA GPUs, model.compute_dtype bfloat16 and heads of up "
             f"to 128 in eights, and this is {platform} with {section.compute_dtype} and heads of "
-            f"{size}; use plain"
+            f"{size}; use auto"
         )
+    if section.attention == "splash" and platform != "tpu":
+        raise ValueError(f"model.attention splash needs TPUs and this is {platform}; use auto")
 
 
 def check_scorers(verifier: str, paths: Sequence[str]) -> None:

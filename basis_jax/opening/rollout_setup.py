@@ -9,8 +9,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from basis_jax.config import Config
+from basis_jax.config import Config, ModelSection
 from basis_jax.data.templates import turn_end
+from basis_jax.model import attention
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.checks import COMPUTE_DTYPES, check_words
@@ -26,12 +27,25 @@ def locate_model(config: Config) -> tuple[Path, ModelConfig, Mesh]:
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     folder = huggingface.resolve_folder(config.model.path)
     model_config = huggingface.read_model_config(
-        folder,
-        compute_dtype=config.model.compute_dtype,
-        remat=config.model.remat,
-        attention=config.model.attention,
+        folder, compute_dtype=config.model.compute_dtype, remat=config.model.remat
     )
-    return folder, model_config, mesh
+    kind = attention_for(config.model, mesh.devices.ravel()[0], model_config.head_dim)
+    return folder, dataclasses.replace(model_config, attention=kind), mesh
+
+
+def attention_for(section: ModelSection, device: Any, head_dim: int) -> str:
+    """``model.attention``, and for ``auto`` the kind that suits this device."""
+    if section.attention != "auto":
+        return section.attention
+    if device.platform == "gpu" and not has_cudnn_attention(device):
+        return "plain"
+    return attention.kernel_of(device.platform, section.compute_dtype, head_dim)
+
+
+def has_cudnn_attention(device: Any) -> bool:
+    """NVIDIA's GPUs from Ampere on; AMD's have no number as compute capability."""
+    capability = str(getattr(device, "compute_capability", ""))
+    return capability[:1].isdigit() and float(capability) >= 8
 
 
 @contextmanager

@@ -10,7 +10,14 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from basis_jax.config import SamplingSection
 from basis_jax.model import decoder
 from basis_jax.model.decoder import KeyValues, ModelConfig
-from basis_jax.model.decoding import Cache, DecodeWeights, decode_step, decode_weights, filled_cache
+from basis_jax.model.decoding import (
+    Cache,
+    DecodeWeights,
+    decode_step,
+    decode_weights,
+    filled_cache,
+    output_logits,
+)
 from basis_jax.pytree import pytree
 from basis_jax.sampling.draw import draw, is_in, token_keys
 from basis_jax.types import Prompts, Rollouts
@@ -36,6 +43,7 @@ class Slots:
 
 def prefill(
     params: PyTree,
+    weights: DecodeWeights,
     model_config: ModelConfig,
     prompts: Prompts,
     keys: Key[Array, " N"],
@@ -60,7 +68,8 @@ def prefill(
     inside = jnp.arange(length, dtype=jnp.int32)[None] < lengths[:, None]
     tokens = jnp.pad(tokens, ((0, 0), (0, length - width)))
     zeros = jnp.zeros(rows, jnp.int32)
-    first = draw(decoder.logits(params, model_config, last).T, token_keys(keys, zeros), sampling)
+    logits = output_logits(weights, model_config, last.T)
+    first = draw(logits, token_keys(keys, zeros), sampling)
     return Slots(
         tokens=jnp.where(inside, tokens, 0),
         logprobs=jnp.zeros((rows, length), jnp.float32),
@@ -160,7 +169,7 @@ def sample_with(
     eos_ids: tuple[int, ...],
 ) -> Rollouts:
     length = prompts.tokens.shape[1] + sampling.max_new_tokens
-    slots = prefill(params, model_config, prompts, keys, sampling=sampling, length=length)
+    slots = prefill(params, weights, model_config, prompts, keys, sampling=sampling, length=length)
     slots = decode_rows(
         weights, model_config, slots, sampling=sampling, eos_ids=eos_ids, stop_at_alive=0
     )

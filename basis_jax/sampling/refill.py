@@ -56,6 +56,7 @@ def empty_slots(model_config: ModelConfig, *, rows: int, length: int, cache_leng
 @functools.partial(jax.jit, static_argnames=("model_config", "sampling"), donate_argnames="slots")
 def admit(
     params: PyTree,
+    weights: DecodeWeights,
     slots: Slots,
     prompts: Prompts,
     keys: Key[Array, " P"],
@@ -72,7 +73,14 @@ def admit(
     """
     width = prompts.tokens.shape[1]
     new = prefill(
-        params, model_config, prompts, keys, sampling=sampling, length=width, prefix=prefix
+        params,
+        weights,
+        model_config,
+        prompts,
+        keys,
+        sampling=sampling,
+        length=width,
+        prefix=prefix,
     )
 
     def put(old, row):
@@ -256,7 +264,9 @@ def refill(params, model_config, prompts, rollouts, *, sampling, eos_ids, keys, 
             slots = resize_cache(slots, cache_length=cache_length)
         for index, into in prefill_groups(new, free, size, shards):
             part = put_rows(mesh, take_prompts(prompts, index, slots.cache.length))
-            slots = admit(params, slots, part, keys[index], into=into, prefix=prefix, **fixed)
+            slots = admit(
+                params, weights, slots, part, keys[index], into=into, prefix=prefix, **fixed
+            )
         halves = waiting == rows and size // 2 >= MIN_SLOTS and size // 2 % shards == 0
         stop_at_alive = size - -(-size // 8) if waiting < rows else size // 2 if halves else 0
         stop_at_alive = np.int32(min(stop_at_alive, reached.size - 1))
@@ -275,7 +285,7 @@ def common_prefix(
 ) -> KeyValues | None:
     """Keys and values of what all prompts begin with, read once; None where that is too short or
     the attention is NVIDIA's kernel, which takes no prefix."""
-    shared = shared_prefix(prompts) if model_config.attention == "plain" else 0
+    shared = shared_prefix(prompts) if model_config.attention != "cudnn" else 0
     if not shared:
         return None
     tokens = np.repeat(prompts.tokens[:1, :shared], batch_shards(mesh), axis=0)
