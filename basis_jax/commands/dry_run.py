@@ -4,7 +4,6 @@ No weights and no data of the hub are read. The model's shape comes from a folde
 or the table ``weights.known_models``.
 """
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from basis_jax.model.sharding import abstract_mesh, make_mesh
 from basis_jax.opening import checks, plan
 from basis_jax.opening.forecast import problem_count, step_bounds
 from basis_jax.opening.plan import Request, as_options, gigabytes
+from basis_jax.opening.rollout_setup import as_configured
 from basis_jax.training import compiled_plan
 from basis_jax.weights import config_json, huggingface
 from basis_jax.weights.known_models import KNOWN_MODELS
@@ -71,6 +71,7 @@ class Target:
     platform: str
     note: str = ""
     here: bool = False
+    compute_capability: str = "8.0"  # of a GPU: those of ``CHIPS`` are Ampere or newer
 
 
 def read_target(text: str) -> Target:
@@ -92,23 +93,25 @@ def present_devices() -> Target:
     known = [chip for name, chip in CHIPS.items() if name in kind.lower().replace(" lite", "e")]
     memory = checks.device_memory(devices)
     sheet = known[0] if known else Chip(kind, memory, 0.0, 0.0, 0.0)
-    return Target(Topology(sheet, (len(devices),)), memory, devices[0].platform, here=True)
+    return Target(
+        Topology(sheet, (len(devices),)),
+        memory,
+        devices[0].platform,
+        here=True,
+        compute_capability=str(getattr(devices[0], "compute_capability", "")),
+    )
 
 
 def shape_on(config: Config, target: Target, report: Report) -> ModelConfig:
-    """The model's shape as these devices compute it."""
-    return model_shape(config, report)
+    """The model's shape as these devices compute it. Raises ValueError for unknown words."""
+    checks.check_words(("model.compute_dtype", config.model.compute_dtype, checks.COMPUTE_DTYPES))
+    return as_configured(model_shape(config, report), config.model, target)
 
 
 def model_shape(config: Config, report: Report) -> ModelConfig:
     """The shape of ``model.path``; where it was found is reported. No weights are read."""
     section = config.model
     path = Path(section.path).expanduser()
-    options = {
-        "compute_dtype": section.compute_dtype,
-        "remat": section.remat,
-        "attention": section.attention,
-    }
     if section.path in KNOWN_MODELS:
         found, source = KNOWN_MODELS[section.path], "the package's table of known models"
     elif path.suffix == ".json" and path.is_file():
@@ -123,7 +126,7 @@ def model_shape(config: Config, report: Report) -> ModelConfig:
         )
     billions = costs.parameters(found) / 1e9
     report(f"model: {section.path}, {billions:.3g} B parameters (shape from {source})")
-    return dataclasses.replace(found, **options)
+    return found
 
 
 def report_memory(request: Request, mesh: AbstractMesh, report: Report) -> None:

@@ -26,11 +26,18 @@ def locate_model(config: Config) -> tuple[Path, ModelConfig, Mesh]:
     check_words(("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES))
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     folder = huggingface.resolve_folder(config.model.path)
-    model_config = huggingface.read_model_config(
-        folder, compute_dtype=config.model.compute_dtype, remat=config.model.remat
+    model_config = huggingface.read_model_config(folder)
+    return folder, as_configured(model_config, config.model, mesh.devices.ravel()[0]), mesh
+
+
+def as_configured(model_config: ModelConfig, section: ModelSection, device: Any) -> ModelConfig:
+    """A model's shape with what the config says of computing it on a device of this kind."""
+    return dataclasses.replace(
+        model_config,
+        compute_dtype=section.compute_dtype,
+        remat=section.remat,
+        attention=attention_for(section, device, model_config.head_dim),
     )
-    kind = attention_for(config.model, mesh.devices.ravel()[0], model_config.head_dim)
-    return folder, dataclasses.replace(model_config, attention=kind), mesh
 
 
 def attention_for(section: ModelSection, device: Any, head_dim: int) -> str:
