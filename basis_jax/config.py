@@ -24,6 +24,10 @@ class ModelSection:
     """``plain`` (all scores of a row at once: T x T), or a kernel that never holds them:
     ``splash`` (TPUs), ``cudnn`` (NVIDIA GPUs, in bfloat16, heads of up to 128). ``auto``: the
     kernel where there is one."""
+    decode_layers: str = "auto"
+    """The layers of a decode step: ``scanned`` (a loop: programs compile in a time that does not
+    grow with the layers, and prefills read the sampler's weights) or ``unrolled`` (faster on CPUs).
+    ``auto``: scanned on TPUs, unrolled elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,9 @@ class MeshSection:
     """Devices that share parameters and batch."""
     tensor: int = 1
     """Devices that share heads, feed-forward and vocabulary."""
+    sample_tensor: int = 0
+    """As ``tensor``, while sampling (0: the same): the sampler's copy of the weights, which is not
+    split over ``fsdp``, is split over so many of the devices, and rows over the others."""
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def fitted(model: str, hardware: str) -> dict[str, str]:
 
 def planned(request: Request, hardware: str) -> dict[str, str]:
     chip, config = read_target(hardware).topology, request.config
-    mesh = abstract_mesh(chip.devices, **vars(config.mesh))
+    mesh = abstract_mesh(chip.devices, **plan.axis_sizes(config))
     sampling, update = request.needs(mesh)
     seconds = [step_seconds(request, hardware, part) for part in (MEAN, 1)]
     return {
@@ -114,7 +114,7 @@ def planned(request: Request, hardware: str) -> dict[str, str]:
 
 def step_seconds(request: Request, hardware: str, part: int) -> float:
     topology, config = read_target(hardware).topology, request.config
-    mesh = abstract_mesh(topology.devices, **vars(config.mesh))
+    mesh = abstract_mesh(topology.devices, **plan.axis_sizes(config))
     prompt, new = request.prompt_width // part, config.sampling.max_new_tokens // part
     bounds = step_bounds(config, request.model_config, mesh, topology.chip, prompt=prompt, new=new)
     return bounds.seconds
@@ -133,7 +133,7 @@ def of_length(model: str, hardware: str, new: int, slots: tuple[int, ...]) -> di
     for count in slots:
         changes = {"sampling.max_new_tokens": new, "train.sample_rollouts": count}
         request = request_for(model, hardware, **changes)
-        mesh = abstract_mesh(topology.devices, **vars(request.config.mesh))
+        mesh = abstract_mesh(topology.devices, **plan.axis_sizes(request.config))
         most = max(need.total for need in request.needs(mesh))
         fits = f"{step_seconds(request, hardware, 1):.0f} s" if request.fits(mesh) else "no"
         cells[f"{count} slots"] = f"{most / 1e9:.0f} GB, {fits}"

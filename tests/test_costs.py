@@ -15,6 +15,7 @@ import tiny
 from basis_jax.config import (
     Config,
     LossSection,
+    MeshSection,
     OptimSection,
     SamplingSection,
     TrainSection,
@@ -22,6 +23,7 @@ from basis_jax.config import (
 from basis_jax.evaluation.evaluate import open_evaluation
 from basis_jax.model import costs, decoder, decoding, logprobs
 from basis_jax.model.sharding import make_mesh
+from basis_jax.opening import checks
 from basis_jax.opening.checks import check_memory, device_memory, usable_memory
 from basis_jax.sampling.decode import sample_with
 from basis_jax.training import update
@@ -204,6 +206,38 @@ def test_what_a_mesh_splits_is_divided():
     ).params
     shares = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(shardings)]
     assert at_four["weights"] == sum(4 * math.prod(share) for share in shares)
+
+
+def test_a_sampler_that_splits_the_weights_has_them_in_parts():
+    """Four ways instead of one: a quarter of the copy and, of twice the rows, of all else."""
+    mesh, sizes = make_mesh(data=1, fsdp=4), {"slots": 64, "length": 128, "width": 32}
+    model_config = dataclasses.replace(SMALL, kv_heads=4)
+    before = costs.sampling_memory(model_config, mesh, **sizes)
+    after = costs.sampling_memory(model_config, mesh, **sizes, sample_tensor=4)
+    copy = "weights laid out for decoding"
+    assert after["weights"] == before["weights"]
+    norms = 4 * 64 * 2 + 64 + 4 * 16 * 2  # of every device
+    assert after[copy] - 4 * norms == (before[copy] - 4 * norms) / 4
+    assert after["key-value cache"] == before["key-value cache"]
+    assert after["logits"] == before["logits"]
+
+
+@pytest.mark.parametrize(
+    ("ways", "sentence"),
+    [
+        (3, "mesh.sample_tensor = 3 does not divide the 4 devices"),
+        (4, r"key heads = 2 does not divide over 4 devices \(mesh.sample_tensor\)"),
+    ],
+)
+def test_a_sampler_that_cannot_be_split_so_is_refused(ways, sentence):
+    config = Config(run_dir="", mesh=MeshSection(fsdp=4, sample_tensor=ways))
+    with pytest.raises(ValueError, match=sentence):
+        checks.check_fit(config, tiny.TINY, make_mesh(data=1, fsdp=4))
+    checks.check_fit(
+        dataclasses.replace(config, mesh=MeshSection(fsdp=4, sample_tensor=2)),
+        tiny.TINY,
+        make_mesh(data=1, fsdp=4),
+    )
 
 
 LARGE = Config(

@@ -60,7 +60,7 @@ def test_known_models_have_the_published_number_of_parameters(name):
 
 @pytest.mark.parametrize(
     ("config", "topology"),
-    [("qwen_math", "h100:4"), ("qwen_math_1gpu", "h100"), ("gsm8k", "h100")],
+    [("qwen_math", "h100:8"), ("qwen_math_1gpu", "h100"), ("gsm8k", "h100")],
 )
 def test_a_config_fits_the_hardware_that_its_header_names(monkeypatch, capsys, config, topology):
     status, shown = dry(monkeypatch, capsys, "--config", config, "--topology", topology)
@@ -69,7 +69,7 @@ def test_a_config_fits_the_hardware_that_its_header_names(monkeypatch, capsys, c
 
 def test_the_flagships_table_is_counted_in_steps_of_sampling(monkeypatch, capsys):
     """17,398 problems x 64 rollouts, 512 a step; 8 rollouts; none."""
-    _, shown = dry(monkeypatch, capsys, "--config", "qwen_math", "--topology", "h100:4")
+    _, shown = dry(monkeypatch, capsys, "--config", "qwen_math", "--topology", "h100:8")
     assert "1,113,472 rollouts, as many as 2,175 steps of sampling; the run itself has 150" in shown
     assert "139,184 rollouts, as many as 272 steps" in shown
     assert "--estimator.table-samples 0" in shown
@@ -96,7 +96,7 @@ def test_the_smallest_topology_fits_and_its_half_does_not():
     smallest, changes = plan.smallest_topology(request, read_topology("h100:8"))
     mesh = {name.split(".")[1]: n for name, n in changes.items() if name.startswith("mesh")}
     changed = request.with_changes(changes)
-    assert changed.fits(abstract_mesh(smallest.devices, **(mesh or vars(config.mesh))))
+    assert changed.fits(abstract_mesh(smallest.devices, **(mesh or plan.axis_sizes(config))))
     assert plan.nearest_plan(request, smallest.devices // 2) is None
 
 
@@ -219,7 +219,7 @@ def test_a_compiled_plan_sends_at_each_token_what_the_formula_says():
     """Compiled for four devices of this machine; the logits' statistics are not in the formula."""
     config = tiny_plan(fsdp=2, tensor=2)
     model_config = dataclasses.replace(tiny.TINY, vocab_size=512)
-    mesh = make_mesh(**vars(config.mesh))
+    mesh = make_mesh(**plan.axis_sizes(config))
     found = compiled_plan.programs(config, model_config, mesh, prompt_width=16)
     token = found["decoding"]["each_loop"]
     formula = traffic.token_traffic(model_config, mesh, slots=16)
@@ -242,7 +242,7 @@ def assert_compiled_within(share, topology, config, model_config, *, prompt_widt
     found = compiled_plan.compile_for(
         read_topology(topology), config, model_config, prompt_width=prompt_width
     )
-    mesh = abstract_mesh(read_topology(topology).devices, **vars(config.mesh))
+    mesh = abstract_mesh(read_topology(topology).devices, **plan.axis_sizes(config))
     rows = config.train.prompts_per_step
     sizes = {"prompt_width": prompt_width, "rows": rows, "training": True}
     said = plan.program_bytes(plan.memory_needs(config, model_config, mesh, **sizes))

@@ -17,7 +17,7 @@ from basis_jax.config import Config
 from basis_jax.model import costs, traffic
 from basis_jax.model.chips import CHIPS, TPU_RESERVED, Chip, Topology, read_topology
 from basis_jax.model.decoder import ModelConfig, computed_in
-from basis_jax.model.sharding import abstract_mesh, make_mesh
+from basis_jax.model.sharding import abstract_mesh, make_mesh, regrouped
 from basis_jax.opening import checks, plan
 from basis_jax.opening.forecast import problem_count, step_bounds
 from basis_jax.opening.plan import Request, as_options, gigabytes
@@ -37,7 +37,7 @@ def run(config: Config, topology: str, *, compiled: bool = False, report: Report
     """
     target = read_target(topology)
     where, model_config = target.topology, shape_on(config, target, report)
-    mesh = abstract_mesh(where.devices, **vars(config.mesh))
+    mesh = abstract_mesh(where.devices, **plan.axis_sizes(config))
     checks.check(config, model_config, mesh, platform=target.platform)
     request = Request(
         config,
@@ -143,9 +143,9 @@ def report_traffic(request: Request, mesh: AbstractMesh, report: Report) -> None
     config, model_config = request.config, request.model_config
     sampler = computed_in(model_config, config.sampling.dtype)
     width = request.prompt_width + config.sampling.max_new_tokens
-    train = config.train
+    train, sampling_mesh = config.train, regrouped(mesh, config.mesh.sample_tensor)
     found = {
-        "token": traffic.token_traffic(sampler, mesh, slots=train.sample_rollouts),
+        "token": traffic.token_traffic(sampler, sampling_mesh, slots=train.sample_rollouts),
         "microbatch": traffic.microbatch_traffic(
             model_config, mesh, rows=train.microbatch_rollouts, width=width
         ),
@@ -223,8 +223,8 @@ def report_compiled(request: Request, mesh: AbstractMesh, target: Target, report
     config, model_config = request.config, request.model_config
     width = {"prompt_width": request.prompt_width}
     if target.here:
-        mesh = make_mesh(**vars(config.mesh))
-        found = compiled_plan.programs(config, model_config, mesh, **width)
+        here = make_mesh(**plan.axis_sizes(config))
+        found = compiled_plan.programs(config, model_config, here, **width)
     elif target.platform == "tpu":
         found = compiled_plan.compile_for(target.topology, config, model_config, **width)
     else:

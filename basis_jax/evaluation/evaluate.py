@@ -187,7 +187,9 @@ def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
     """
     config, setup, sampling = evaluation.config, evaluation.setup, evaluation.sampling
     described = dataclasses.asdict(computed_in(setup.model_config, sampling.dtype))
-    described = {k: v for k, v in described.items() if k not in ("remat", "attention")}
+    described = {
+        k: v for k, v in described.items() if k not in ("remat", "attention", "scan_decode")
+    }
     return {
         "sets": {
             name: {

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from basis_jax.model import decoder
 from basis_jax.model.attention import holds_scores
 from basis_jax.model.decoder import ModelConfig
-from basis_jax.model.sharding import shards
+from basis_jax.model.sharding import regrouped, shards
 
 
 @dataclass(frozen=True)
@@ -174,23 +174,35 @@ def activation_bytes(
 
 
 def sampling_memory(
-    model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, slots: int, length: int, width: int
+    model_config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    *,
+    slots: int,
+    length: int,
+    width: int,
+    sample_tensor: int = 0,
 ) -> dict[str, int]:
     """Bytes on one device while ``slots`` rows of ``length`` positions decode, by part.
 
     Prompts have ``width`` tokens and share no prefix; a quarter of them is prefilled at once
-    (``refill.prefill_groups``). While the cache grows, the part in use is held twice.
+    (``places.prefill_groups``). While the cache grows, the part in use is held twice. All but the
+    trainer's weights lie as on the mesh ``sharding.regrouped`` by ``sample_tensor``; the parameters
+    are laid out for it once more where prefills do not read the decode weights.
     """
-    size, rows = compute_bytes(model_config), slots / shards(mesh, "batch")
+    size, weights = compute_bytes(model_config), parameter_bytes(model_config, mesh)
+    trainer, mesh = mesh, regrouped(mesh, sample_tensor)
+    moved = mesh is not trainer and not model_config.scan_decode
+    rows = slots / shards(mesh, "batch")
     cache = cache_numbers(model_config, slots=slots, length=length) * size
     heads, mlp = model_config.heads / shards(mesh, "heads"), model_config.mlp / shards(mesh, "mlp")
     scores = heads * width * 8 if holds_scores(model_config.attention, width) else 0
     layer = 3 * model_config.embed * 4 + 2 * mlp * size + scores
     return {
-        "weights": parameter_bytes(model_config, mesh),
+        "weights": weights,
         "weights laid out for decoding": parameter_bytes(
             model_config, mesh, itemsize=size, gathered=True
         ),
+        "weights for prefills": parameter_bytes(model_config, mesh, gathered=True) if moved else 0,
         "key-value cache": int(cache / shards(mesh, "batch") / shards(mesh, "kv_heads")),
         "logits": int(2 * rows * model_config.vocab_size * 4 / shards(mesh, "vocab")),
         "prefill": int(-(-rows // 4) * width * layer),

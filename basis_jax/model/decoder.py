@@ -45,6 +45,14 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: str = "none"  # of a layer: a key of REMAT
     attention: str = "plain"  # one of attention.KINDS
+    scan_decode: bool = False  # layers of a decode step as one loop: see decoding.py
+
+
+def as_described(model_config: ModelConfig) -> ModelConfig:
+    """The model that ``config.json`` describes, which says nothing of how it is computed."""
+    return replace(
+        model_config, compute_dtype="float32", remat="none", attention="plain", scan_decode=False
+    )
 
 
 REMAT = {

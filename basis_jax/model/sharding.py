@@ -67,6 +67,17 @@ def abstract_mesh(count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1)
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def regrouped(mesh: Mesh | AbstractMesh, tensor: int) -> Any:
+    """The same devices in the same order, neighbours sharing the tensors ``tensor`` ways and all
+    others the batch; 0: the mesh as it is. Arrays laid out on the one serve on the other."""
+    if tensor in (0, mesh.shape["tensor"]):
+        return mesh
+    sizes = (mesh.size // tensor, 1, tensor)
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """Logical axis names -> PartitionSpec."""
     return PartitionSpec(*(RULES[axis] for axis in axes))
@@ -158,13 +169,17 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     return shards(mesh, "batch")
 
 
-def check_divides(mesh: Mesh | AbstractMesh, sizes: dict[str, tuple[int, str]]) -> None:
-    """Raise a ValueError for the first of ``{name: (size, axis)}`` that does not divide."""
+def check_divides(
+    mesh: Mesh | AbstractMesh, sizes: dict[str, tuple[int, str]], *, tensor: str = "tensor"
+) -> None:
+    """Raise a ValueError for the first of ``{name: (size, axis)}`` that does not divide; in it, the
+    axis ``tensor`` has the name of the field that gave its size."""
+    fields = {name: f"mesh.{tensor if name == 'tensor' else name}" for name in AXES}
     for name, (size, axis) in sizes.items():
         count = shards(mesh, axis)
         if size % count:
             raise ValueError(
                 f"{name} = {size} does not divide over {count} devices "
-                f"({' x '.join(f'mesh.{name}' for name in mesh_axes(axis))}); give a multiple of "
+                f"({' x '.join(fields[name] for name in mesh_axes(axis))}); give a multiple of "
                 f"{count} or a smaller mesh"
             )

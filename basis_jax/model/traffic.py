@@ -7,6 +7,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from basis_jax.model import costs
 from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.decoding import VOCAB_BLOCK
 from basis_jax.model.sharding import batch_shards, shards
 
 
@@ -18,15 +19,16 @@ def ring(size: int | float, devices: int) -> float:
 def token_traffic(
     model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, slots: int
 ) -> dict[str, float]:
-    """One token in each slot: over ``tensor``, two sums a layer and one of the embedding, and the
-    logits gathered. Nothing over the batch: every device has the weights."""
+    """One token in each slot: over ``tensor``, two sums a layer and one of the embedding, and for
+    the draw the probabilities of the blocks of the vocabulary (``sampling.draw``). Nothing over the
+    batch: every device has the weights."""
     c, tensor = model_config, shards(mesh, "heads")
     rows = slots / batch_shards(mesh)
     sums = (2 * c.layers + 1) * rows * c.embed * costs.compute_bytes(c)
     return _present(
         {
             "all-reduce": 2 * ring(sums, tensor),
-            "all-gather": ring(rows * c.vocab_size * 4, tensor),
+            "all-gather": ring(rows * c.vocab_size / VOCAB_BLOCK * 4, tensor),
         }
     )
 

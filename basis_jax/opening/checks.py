@@ -14,7 +14,7 @@ from basis_jax.data.tasks import GYM
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
 from basis_jax.model.attention import KINDS, fits_cudnn
 from basis_jax.model.decoder import REMAT, ModelConfig
-from basis_jax.model.sharding import batch_shards, check_divides
+from basis_jax.model.sharding import batch_shards, check_divides, regrouped
 from basis_jax.opening import plan
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.verify import extraction_mode
@@ -86,7 +86,8 @@ def check_words(*fields: tuple[str, str, Sequence[str]]) -> None:
             raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
 
 
-def platform_of(mesh: Mesh) -> str:
+def platform_of(mesh: Mesh | AbstractMesh) -> str:
+    assert isinstance(mesh, Mesh)  # one of absent devices has none
     return mesh.devices.ravel()[0].platform
 
 
@@ -96,6 +97,7 @@ def check_model(config: Config, model_config: ModelConfig, platform: str) -> Non
     check_words(
         ("model.compute_dtype", section.compute_dtype, COMPUTE_DTYPES),
         ("sampling.dtype", config.sampling.dtype or COMPUTE_DTYPES[0], COMPUTE_DTYPES),
+        ("model.decode_layers", section.decode_layers, ("auto", "scanned", "unrolled")),
         ("model.remat", section.remat, tuple(REMAT)),
         ("model.attention", section.attention, ("auto", *KINDS)),
     )
@@ -148,16 +150,20 @@ def check_fit(config: Config, model_config: ModelConfig, mesh: Mesh | AbstractMe
             f"data.max_prompt_tokens + sampling.max_new_tokens is {longest} but the model has "
             f"{model_config.max_positions} positions; lower one of them"
         )
-    check_divides(
-        mesh,
-        {
-            "the model's key heads": (model_config.kv_heads, "kv_heads"),
-            "the model's heads": (model_config.heads, "heads"),
-            "the model's feed-forward width": (model_config.mlp, "mlp"),
-            "the model's vocabulary": (model_config.vocab_size, "vocab"),
-            "the model's embedding width": (model_config.embed, "embed"),
-        },
-    )
+    split = {
+        "the model's key heads": (model_config.kv_heads, "kv_heads"),
+        "the model's heads": (model_config.heads, "heads"),
+        "the model's feed-forward width": (model_config.mlp, "mlp"),
+        "the model's vocabulary": (model_config.vocab_size, "vocab"),
+    }
+    check_divides(mesh, split | {"the model's embedding width": (model_config.embed, "embed")})
+    ways = config.mesh.sample_tensor
+    if ways and mesh.size % ways:
+        raise ValueError(
+            f"mesh.sample_tensor = {ways} does not divide the {mesh.size} devices; give a divisor "
+            "of their number, or 0 for mesh.tensor"
+        )
+    check_divides(regrouped(mesh, ways), split, tensor="sample_tensor")
 
 
 def check_memory(

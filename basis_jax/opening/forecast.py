@@ -11,6 +11,7 @@ from basis_jax.model import costs
 from basis_jax.model.chips import Chip
 from basis_jax.model.decoder import ModelConfig, computed_in
 from basis_jax.model.roofline import Bound, prefill_bound, token_bound, update_bound
+from basis_jax.model.sharding import regrouped
 
 KNOWN_SETS = {"BytedTsinghua-SIA/DAPO-Math-17k": 17_398, "openai/gsm8k": 7_473}
 """Problems of the training split after duplicates are dropped, of data sets on the hub."""
@@ -60,7 +61,8 @@ def step_bounds(
     rollouts = train.prompts_per_step * config.sampling.group_size
     slots = min(train.sample_rollouts, rollouts)
     sampler = computed_in(model_config, config.sampling.dtype)
-    token = token_bound(sampler, mesh, chip, slots=slots, context=prompt + new // 2)
+    sampling_mesh = regrouped(mesh, config.mesh.sample_tensor)
+    token = token_bound(sampler, sampling_mesh, chip, slots=slots, context=prompt + new // 2)
     updates = rollouts // train.minibatch_rollouts
     of_update = update_bound(
         model_config,

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
@@ -11,7 +12,8 @@ from basis_jax.config import Config
 from basis_jax.model import costs
 from basis_jax.model.chips import Topology, slice_shape
 from basis_jax.model.decoder import ModelConfig, computed_in
-from basis_jax.model.sharding import abstract_mesh
+from basis_jax.model.sharding import AXES, abstract_mesh
+from basis_jax.sampling.refill import MIN_CACHE
 
 MOST_DEVICES = 256  # up to which a larger topology is looked for
 
@@ -29,6 +31,11 @@ class Need:
         return sum(self.parts.values())
 
 
+def axis_sizes(config: Config) -> dict[str, Any]:
+    """The mesh's axes as ``sharding.make_mesh`` takes them."""
+    return {axis: getattr(config.mesh, axis) for axis in AXES}
+
+
 def memory_needs(
     config: Config,
     model_config: ModelConfig,
@@ -39,21 +46,31 @@ def memory_needs(
     training: bool = False,
 ) -> list[Need]:
     """Sampling ``rows`` rollouts after prompts of this width; with ``training`` beside the
-    optimizer's moments, and an update whose rows are as long as they may be. A cache that is
-    growing and what XLA needs besides are not counted: what does not fit has no chance."""
+    optimizer's moments, and an update whose rows are as long as they may be. What XLA needs besides
+    is not counted: what does not fit has no chance."""
     train, length = config.train, prompt_width + config.sampling.max_new_tokens
     weights = costs.parameter_bytes(model_config, mesh)
     moments = {"moments": 2 * weights} if training else {}
     reference = {"a KL term's reference": weights} if training and config.loss.kl_coef else {}
     slots = min(train.sample_rollouts, rows)
     sampler = computed_in(model_config, config.sampling.dtype)
-    parts = costs.sampling_memory(sampler, mesh, slots=slots, length=length, width=prompt_width)
+    parts = costs.sampling_memory(
+        sampler,
+        mesh,
+        slots=slots,
+        length=length,
+        width=prompt_width,
+        sample_tensor=config.mesh.sample_tensor,
+    )
+    fewer = "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.fsdp or "
+    fewer += "mesh.sample_tensor"
+    sampling = f"sampling {slots} rollouts of {length} tokens at once"
+    before = cache_before(length)
+    grown = {"the cache before it grew": parts["key-value cache"] * before // length, "prefill": 0}
+    beside = moments | reference
     needs = [
-        Need(
-            f"sampling {slots} rollouts of {length} tokens at once",
-            parts | moments | reference,
-            "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.fsdp",
-        )
+        Need(sampling, parts | beside, fewer),
+        Need(f"{sampling}, their cache grown from {before}", parts | grown | beside, fewer),
     ]
     if training:
         count = train.microbatch_rollouts
@@ -72,13 +89,20 @@ def memory_needs(
     return needs
 
 
+def cache_before(length: int) -> int:
+    """Positions of the cache before it has ``length``: the old one lives until the new is made
+    (``refill.resize_cache``)."""
+    doublings = math.log2(max(1.0, length / MIN_CACHE))
+    return MIN_CACHE * 2 ** max(0, math.ceil(doublings) - 1)
+
+
 DECODING = ("weights laid out for decoding", "key-value cache", "logits")
 """Parts that the decoding program itself holds; the others lie beside it."""
 
 
 def program_bytes(needs: Sequence[Need]) -> dict[str, int]:
     """What the formulas say of the programs that ``training.compiled_plan`` compiles."""
-    sampling, update = needs
+    sampling, _, update = needs
     return {
         "decoding": sum(sampling.parts[name] for name in DECODING),
         "update": update.total,
@@ -129,7 +153,7 @@ def nearest_plan(request: Request, devices: int) -> dict[str, int | str] | None:
         changed = request.with_changes(changes)
         if changed.fits(abstract_mesh(devices, **sizes)):
             mesh = {f"mesh.{name}": size for name, size in sizes.items()}
-            wanted = vars(request.config.mesh)
+            wanted = axis_sizes(request.config)
             if sizes == _sizes(wanted, devices):
                 mesh = {}
             return mesh | changes
@@ -157,7 +181,7 @@ def _variants(
 ) -> Iterator[tuple[tuple[float, ...], dict[str, int], dict[str, int | str]]]:
     """(distance, mesh sizes, other changes) of every plan that divides the batch and the model."""
     config, train = request.config, request.config.train
-    wanted = _sizes(vars(config.mesh), devices)
+    wanted = _sizes(axis_sizes(config), devices)
     remats = dict.fromkeys([request.model_config.remat, "full"])
     for sizes in _meshes(request.model_config, devices):
         batch = sizes["data"] * sizes["fsdp"]

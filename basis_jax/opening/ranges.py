@@ -90,6 +90,7 @@ RANGES = {
     "mesh.data": Range(1, or_else=-1),
     "mesh.fsdp": Range(1, or_else=-1),
     "mesh.tensor": Range(1, or_else=-1),
+    "mesh.sample_tensor": COUNT_OR_NONE,
     "checkpoint.every": COUNT,
     "checkpoint.keep": COUNT,
 }

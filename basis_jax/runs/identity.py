@@ -16,6 +16,7 @@ MAY_DIFFER = (
     "data.answers_wanted",  # the hash of the problems holds what it changes
     "model.remat",
     "model.attention",
+    "model.decode_layers",
     "loss.logprob_chunk",
     "train.log_samples",
     "train.microbatch_rollouts",

@@ -17,6 +17,7 @@ from basis_jax.model.decoding import (
     decode_weights,
     filled_cache,
     output_logits,
+    prompt_params,
 )
 from basis_jax.pytree import pytree
 from basis_jax.sampling.draw import draw, is_in, token_keys
@@ -52,14 +53,14 @@ def prefill(
     length: int,
     prefix: KeyValues | None = None,
 ) -> Slots:
-    """Prompts as rows of ``length`` positions, ready to decode. ``prefix``: keys and values of the
+    """Prompts as rows of ``length`` positions, ready to decode. ``params``: see
+    ``decoding.prompt_params``. ``prefix``: keys and values of the
     tokens that all prompts begin with, which are then not computed again."""
     tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
     rows, width = tokens.shape
     shared = 0 if prefix is None else prefix.keys.shape[2]
-    hidden, kept = decoder.forward(
-        params, model_config, tokens[:, shared:], prefix=prefix, keep=True
-    )
+    params, reader = prompt_params(params, weights, model_config)
+    hidden, kept = decoder.forward(params, reader, tokens[:, shared:], prefix=prefix, keep=True)
     assert kept is not None  # as keep is True
     if prefix is not None:
         kept = jax.tree.map(jax.vmap(decoder.prepend_prefix), prefix, kept)
@@ -82,7 +83,7 @@ def prefill(
         next_score_norm=first.score_norms,
         score_norms=jnp.zeros(rows, jnp.float32),
         keys=keys,
-        cache=filled_cache(kept, length),
+        cache=filled_cache(kept, length, scanned=model_config.scan_decode),
     )
 
 
@@ -147,7 +148,7 @@ def sample(
     """
     weights = decode_weights(params, model_config)
     return sample_with(
-        params,
+        None if model_config.scan_decode else params,
         weights,
         prompts,
         keys,

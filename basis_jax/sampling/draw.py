@@ -73,12 +73,12 @@ def draw(logits: Float[Array, "V N"], keys: Key[Array, " N"], sampling: Sampling
     logits = jnp.pad(logits, ((0, padding), (0, 0)), constant_values=-jnp.inf)
     noise = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     method = take_likeliest if sampling.temperature == 0 else draw_from_shard
-    inputs, rows = (("vocab", "batch"), ("batch", None)), ("batch",)
-    return by_shard(method, inputs, Drawn(rows, rows, rows))(logits, noise)
+    inputs, outputs = (("vocab", "batch"), ("batch", None)), (("batch",),) * 3
+    return Drawn(*by_shard(method, inputs, outputs)(logits, noise))
 
 
-def draw_from_shard(logits: Float[Array, "v N"], noise: Float[Array, "N 2"]) -> Drawn:
-    """A token a row out of the vocabulary that all devices share, this one having v tokens."""
+def draw_from_shard(logits: Float[Array, "v N"], noise: Float[Array, "N 2"]) -> tuple[Array, ...]:
+    """``Drawn`` out of the vocabulary that all devices share, this one having v tokens."""
     blocks = logits.reshape(-1, VOCAB_BLOCK, logits.shape[1])
     top, mass, total, collision = masses(blocks)
     block = pick(mass.T, noise[:, 0])
@@ -89,15 +89,15 @@ def draw_from_shard(logits: Float[Array, "v N"], noise: Float[Array, "N 2"]) -> 
     within = pick(jnp.exp(block_logits), noise[:, 1])
     logprobs = jnp.take_along_axis(block_logits, within[:, None], axis=1)[:, 0] - jnp.log(total)
     score_norms = jnp.maximum(0, 1 - 2 * jnp.exp(logprobs) + collision)
-    return Drawn(block * VOCAB_BLOCK + within, logprobs, score_norms)
+    return block * VOCAB_BLOCK + within, logprobs, score_norms
 
 
-def take_likeliest(logits: Float[Array, "v N"], _: Float[Array, "N 2"]) -> Drawn:
-    """The first of the likeliest tokens."""
+def take_likeliest(logits: Float[Array, "v N"], _: Float[Array, "N 2"]) -> tuple[Array, ...]:
+    """``Drawn`` of the first of the likeliest tokens."""
     top, _, total, collision = masses(logits.reshape(-1, VOCAB_BLOCK, logits.shape[1]))
     token = jnp.argmax(logits, axis=0).astype(jnp.int32) + first_index(logits.shape[0], "vocab")
     token = jnp.where(jnp.max(logits, axis=0) == top, token, jnp.iinfo(jnp.int32).max)
-    return Drawn(-highest(-token, "vocab"), -jnp.log(total), 1 - 2 / total + collision)
+    return -highest(-token, "vocab"), -jnp.log(total), 1 - 2 / total + collision
 
 
 def masses(

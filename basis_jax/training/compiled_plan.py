@@ -24,7 +24,8 @@ from basis_jax.model import decoder, decoding
 from basis_jax.model.chips import Topology
 from basis_jax.model.collectives import collectives, sent_bytes
 from basis_jax.model.decoder import ModelConfig
-from basis_jax.model.sharding import make_mesh, named
+from basis_jax.model.sharding import make_mesh, named, regrouped
+from basis_jax.opening.plan import axis_sizes
 from basis_jax.sampling import refill
 from basis_jax.training import update
 from basis_jax.training.microbatches import updates_per_step
@@ -36,6 +37,7 @@ def lower_decoding(
 ) -> jax.stages.Lowered:
     """One call of ``refill.advance`` with all slots at their full ``length``."""
     model_config = decoder.computed_in(model_config, config.sampling.dtype)
+    mesh = regrouped(mesh, config.mesh.sample_tensor)
     slots = jax.eval_shape(
         lambda: refill.empty_slots(
             model_config,
@@ -50,7 +52,7 @@ def lower_decoding(
     )
     with jax.set_mesh(mesh):
         return refill.advance.lower(
-            laid_out(mesh, weights, weight_axes),
+            laid_out(mesh, weights, weight_axes(model_config)),
             laid_out(mesh, slots, slot_axes),
             jax.ShapeDtypeStruct((), jnp.int32),
             model_config=model_config,
@@ -59,18 +61,25 @@ def lower_decoding(
         )
 
 
-def weight_axes(path: Any, x: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
-    """Logical axes of a leaf of ``DecodeWeights``."""
-    if path[0].name in ("embedding", "output"):
-        return ("vocab", "activation_embed")
-    name = path[-1].key if path[0].name == "layers" else path[0].name
-    return decoding.OUT_FIRST.get(name, (None,) * x.ndim)
+def weight_axes(model_config: ModelConfig) -> Any:
+    """(path, shape) of a leaf of ``DecodeWeights`` -> its logical axes."""
+    stacked = decoder.param_axes(model_config)["layers"]
+
+    def axes(path, x):
+        name = path[-1].key if path[0].name == "layers" else path[0].name
+        if name in ("embedding", "output"):
+            return ("vocab", "activation_embed")
+        if model_config.scan_decode and name in stacked:
+            return tuple(decoding.UNSPLIT.get(axis, axis) for axis in stacked[name])
+        return decoding.OUT_FIRST.get(name, (None,) * x.ndim)
+
+    return axes
 
 
 def slot_axes(path: Any, x: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
     """Logical axes of a leaf of ``Slots``, as ``refill.constrain_slots`` pins them."""
     if path[0].name == "cache":
-        return decoding.CACHE_AXES[path[1].name]
+        return decoding.cache_axes(path[1].name, x)  # type: ignore[arg-type]  # only its rank is read
     return ("batch",) + (None,) * (x.ndim - 1)
 
 
@@ -118,6 +127,8 @@ def lower_update(
 def held_bytes(compiled: jax.stages.Compiled) -> int:
     """Arguments, results and what lies between on one device; donated buffers once."""
     plan = compiled.memory_analysis()
+    if plan is None:
+        raise ValueError("XLA plans no memory for these devices; leave --compile out")
     total = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
     return total - plan.alias_size_in_bytes
 
@@ -195,7 +206,7 @@ def main() -> None:
 
     name, config, model_config, prompt_width = pickle.load(sys.stdin.buffer)
     described_devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    mesh = make_mesh(devices=described_devices, **vars(config.mesh))
+    mesh = make_mesh(devices=described_devices, **axis_sizes(config))
     found = programs(config, model_config, mesh, prompt_width=prompt_width)
     print(json.dumps(found))
 
