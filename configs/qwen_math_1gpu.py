@@ -50,7 +50,7 @@ def config() -> Config:
             prompts_per_step=256,
             minibatch_rollouts=128,
             microbatch_rollouts=2,
-            sample_rollouts=64,
+            sample_rollouts=48,
         ),
         eval=EvalSection(
             sets=("AIME24", "AIME25", "AMC23", "HMMT25", "MATH-500", "Minerva", "OlympiadBench"),
