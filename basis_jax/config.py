@@ -141,8 +141,8 @@ class LossSection:
     aggregation: str = "token_mean"
     """``token_mean`` (DAPO), ``sequence_mean`` (GRPO), ``constant_length`` (Dr. GRPO)."""
     logprob_chunk: int = 512
-    """Positions whose logits exist at once, of ``train.microbatch_rollouts`` rows; memory is
-    rows x chunk x vocabulary, also where a microbatch has more and shorter rows."""
+    """Positions whose logits exist at once, of ``train.microbatch_rollouts`` rows a device; memory
+    is rows x chunk x vocabulary, also where a microbatch has more and shorter rows."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,12 @@ class OptimSection:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    moments_dtype: str = "float32"
+    """What AdamW's two moments are kept in: ``float32``, or ``bfloat16`` in half the memory. They
+    are computed in float32 and rounded at random (up with the probability that keeps the
+    mean): rounded to nearest, the second one would not move, as its changes of (1 - b2) are below
+    half of bfloat16's last place. The rounding's noise is at most 2^-8 / sqrt(1 - b^2) of a moment:
+    0.9 % of the first at b1 = 0.9, 8.7 % of the second at b2 = 0.999."""
     max_grad_norm: float = 1.0
     """Global-norm gradient clipping (0: off)."""
 
@@ -167,10 +173,13 @@ class TrainSection:
     minibatch_rollouts: int = 512
     """Rollouts per optimizer update; updates a step = rollouts / this."""
     microbatch_rollouts: int = 64
-    """Rollouts per forward and backward pass at full width; a pass over shorter ones takes a power
-    of two times as many. Gradients are summed over the passes."""
+    """Rollouts per forward and backward pass at full width, on each of the devices that the batch
+    is split over (``mesh.data`` x ``mesh.fsdp``); a pass over shorter ones takes a power of two
+    times as many. Gradients are summed over the passes. ``auto`` (or 0): the most that fit the
+    devices' memory, printed and kept in the run folder."""
     sample_rollouts: int = 512
-    """Rollouts decoded at once; where there are more, they take the places of those that end."""
+    """Rollouts decoded at once, on all devices together; where there are more, they take the places
+    of those that end. ``auto`` (or 0): the most that fit, as above."""
     log_samples: int = 8
     """Completions written to samples.jsonl each step."""
     patience: int = 20

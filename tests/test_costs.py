@@ -180,7 +180,7 @@ def test_a_decode_step_moves_weights_and_cache_once():
     [("none", 4, 4, 128, BAND[0]), ("dots", 16, 4, 128, BAND[0]), ("full", 4, 8, 16, 0.9)],
 )
 def test_an_updates_memory_is_what_xla_plans(remat, layers, rows, width, least):
-    """In one microbatch and in two: beside the gradients of one is the sum of all."""
+    """In one microbatch and in two: there is one gradient, the sum."""
     model_config = dataclasses.replace(SMALL, remat=remat, layers=layers)
     compiled = compiled_update(model_config, rows, width, 4)
     parts = costs.update_memory(model_config, one_device(), rows=4, width=width, chunk=512)

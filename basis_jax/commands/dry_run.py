@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh
@@ -17,11 +18,12 @@ from basis_jax.config import Config
 from basis_jax.model import costs, traffic
 from basis_jax.model.chips import CHIPS, TPU_RESERVED, Chip, Topology, read_topology
 from basis_jax.model.decoder import ModelConfig, computed_in
-from basis_jax.model.sharding import abstract_mesh, make_mesh, regrouped
+from basis_jax.model.sharding import abstract_mesh, batch_shards, make_mesh, regrouped
 from basis_jax.opening import checks, plan
 from basis_jax.opening.forecast import problem_count, step_bounds
 from basis_jax.opening.plan import Request, as_options, gigabytes
 from basis_jax.opening.rollout_setup import as_configured
+from basis_jax.opening.sizes import with_sizes
 from basis_jax.training import compiled_plan
 from basis_jax.weights import config_json, huggingface
 from basis_jax.weights.known_models import KNOWN_MODELS
@@ -39,13 +41,15 @@ def run(config: Config, topology: str, *, compiled: bool = False, report: Report
     where, model_config = target.topology, shape_on(config, target, report)
     mesh = abstract_mesh(where.devices, **plan.axis_sizes(config))
     checks.check(config, model_config, mesh, platform=target.platform)
-    request = Request(
-        config,
-        model_config,
-        prompt_width=config.data.max_prompt_tokens,
-        rows=config.train.prompts_per_step * config.sampling.group_size,
-        available=target.available,
+    wanted: dict[str, Any] = {
+        "prompt_width": config.data.max_prompt_tokens,
+        "rows": config.train.prompts_per_step * config.sampling.group_size,
+        "training": True,
+    }
+    config = with_sizes(
+        config, model_config, mesh, memory=target.available, report=report, **wanted
     )
+    request = Request(config, model_config, available=target.available, **wanted)
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     report(f"mesh: {sizes} on {where}, {gigabytes(target.available)} a device{target.note}")
     report_memory(request, mesh, report)
@@ -147,7 +151,7 @@ def report_traffic(request: Request, mesh: AbstractMesh, report: Report) -> None
     found = {
         "token": traffic.token_traffic(sampler, sampling_mesh, slots=train.sample_rollouts),
         "microbatch": traffic.microbatch_traffic(
-            model_config, mesh, rows=train.microbatch_rollouts, width=width
+            model_config, mesh, rows=plan.rollouts_per_pass(train, batch_shards(mesh)), width=width
         ),
         "update": traffic.update_traffic(model_config, mesh),
     }

@@ -210,22 +210,31 @@ def sampling_memory(
 
 
 def update_memory(
-    model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, rows: int, width: int, chunk: int
+    model_config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    *,
+    rows: int,
+    width: int,
+    chunk: int,
+    moment: int = 4,
 ) -> dict[str, int]:
     """Bytes on one device during an update over microbatches of ``rows`` x ``width`` tokens, by
-    part; the gradients are those of one microbatch and the sum so far.
+    part; ``moment``: bytes of a number of the optimizer's moments.
 
-    The backward pass keeps the layers' weights in the compute dtype too, unless it recomputes.
+    There is one gradient, the sum so far: each layer's is added to it as soon as it is known. The
+    output layer's is known after all chunks, and its weight is gathered over ``fsdp`` for them. The
+    weights are converted to the compute dtype before the loop over the layers, all at once.
     """
-    weights = parameter_bytes(model_config, mesh)
-    logits = rows * min(chunk, width) * model_config.vocab_size * 4 * 2
+    c, size, tensor = model_config, compute_bytes(model_config), shards(mesh, "vocab")
+    weights = parameter_bytes(c, mesh)
+    gathered = size if size < 4 or shards(mesh, "embed") > 1 else 0
+    logits = rows * min(chunk, width) * c.vocab_size * 4 * 2
     return {
         "weights": weights,
-        f"weights in {model_config.compute_dtype}": 0
-        if recomputes(model_config)
-        else copy_bytes(model_config, mesh),
-        "moments": 2 * weights,
-        "gradients": 2 * weights,
-        "activations": activation_bytes(model_config, mesh, rows=rows, width=width),
-        "logits": int(logits / shards(mesh, "batch") / shards(mesh, "vocab")),
+        f"weights in {c.compute_dtype}": copy_bytes(c, mesh),
+        "moments": weights * moment // 2,
+        "gradients": weights + 4 * layer_products(c) // shards(mesh, "mlp"),
+        "output layer and its gradient": output_products(c) * (gathered + 4) // tensor,
+        "activations": activation_bytes(c, mesh, rows=rows, width=width),
+        "logits": int(logits / shards(mesh, "batch") / tensor),
     }

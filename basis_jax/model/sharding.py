@@ -147,6 +147,33 @@ def _is_axes(x: Any) -> bool:
     return type(x) is tuple and all(name is None or isinstance(name, str) for name in x)
 
 
+def over_batch(
+    function: Callable[..., Any], arguments: Any, axes: tuple[int | None, ...], results: Any
+) -> Any:
+    """``function(*arguments)`` by each group of the batch's devices on its own rows.
+
+    ``axes`` has the place of the batch axis of every argument, ``results`` (a tuple, or trees of
+    them) that of every result. An argument without one (None) is whole in every group: parameters
+    are gathered. Nothing is exchanged between groups inside: what each makes of a shared argument
+    needs a first axis of groups. ``tensor`` goes on splitting what it splits.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or batch_shards(mesh) == 1:
+        return function(*arguments)
+
+    def layout(axis):
+        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, RULES["batch"])
+
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        axis_names=set(mesh_axes("batch")),
+        in_specs=tuple(map(layout, axes)),
+        out_specs=jax.tree.map(layout, results),
+        check_vma=False,
+    )(*arguments)
+
+
 def put_rows(mesh: Mesh, tree: Any) -> Any:
     """Host arrays [N ...] -> device arrays with N split over the batch axes."""
     sharding = named(mesh, ("batch",))

@@ -8,7 +8,13 @@ from collections.abc import Mapping, Sequence
 
 from jax.sharding import AbstractMesh, Mesh
 
-from basis_jax.config import Config, DataSection, LossSection, SamplingSection, WatchSection
+from basis_jax.config import (
+    Config,
+    DataSection,
+    LossSection,
+    SamplingSection,
+    WatchSection,
+)
 from basis_jax.data.encoding import FORMATS
 from basis_jax.data.tasks import GYM
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
@@ -16,6 +22,7 @@ from basis_jax.model.attention import KINDS, fits_cudnn
 from basis_jax.model.decoder import REMAT, ModelConfig
 from basis_jax.model.sharding import batch_shards, check_divides, regrouped
 from basis_jax.opening import plan
+from basis_jax.opening.plan import rollouts_per_pass
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.verify import extraction_mode
 
@@ -44,6 +51,7 @@ def check(
     check_data(config.data)
     check_words(
         ("optim.schedule", config.optim.schedule, SCHEDULES),
+        ("optim.moments_dtype", config.optim.moments_dtype, COMPUTE_DTYPES),
         ("estimator.score_norms", config.estimator.score_norms, SCORE_NORMS),
         ("loss.aggregation", config.loss.aggregation, AGGREGATIONS),
         ("loss.objective", config.loss.objective, OBJECTIVES),
@@ -55,7 +63,7 @@ def check(
     check_fit(config, model_config, mesh)
     rollouts = train.prompts_per_step * group
     shards = batch_shards(mesh)
-    for larger, smaller, sizes in (
+    for larger, smaller, given in (
         (
             "train.prompts_per_step x sampling.group_size: rollouts per step",
             "train.minibatch_rollouts",
@@ -63,19 +71,20 @@ def check(
         ),
         (
             "train.minibatch_rollouts",
-            "train.microbatch_rollouts",
-            (train.minibatch_rollouts, train.microbatch_rollouts),
+            "the batch's devices, mesh.data x mesh.fsdp",
+            (train.minibatch_rollouts, shards),
         ),
         (
-            "train.microbatch_rollouts",
-            "the batch's devices, mesh.data x mesh.fsdp",
-            (train.microbatch_rollouts, shards),
+            "train.minibatch_rollouts",
+            "train.microbatch_rollouts" + (" x mesh.data x mesh.fsdp" if shards > 1 else ""),
+            (train.minibatch_rollouts, rollouts_per_pass(train, shards) or shards),
         ),
     ):
-        if min(sizes) < 1 or sizes[0] % sizes[1]:
+        larger_mesh = ", or raise mesh.tensor, which does not split the batch" * ("mesh" in smaller)
+        if min(given) < 1 or given[0] % given[1]:
             raise ValueError(
-                f"{larger} = {sizes[0]} is not a multiple of {smaller} = {sizes[1]}; "
-                f"choose sizes that divide"
+                f"{larger} = {given[0]} is not a multiple of {smaller} = {given[1]}; "
+                f"choose sizes that divide{larger_mesh}"
             )
 
 

@@ -11,7 +11,8 @@ from basis_jax.model import costs
 from basis_jax.model.chips import Chip
 from basis_jax.model.decoder import ModelConfig, computed_in
 from basis_jax.model.roofline import Bound, prefill_bound, token_bound, update_bound
-from basis_jax.model.sharding import regrouped
+from basis_jax.model.sharding import batch_shards, regrouped
+from basis_jax.opening.plan import rollouts_per_pass
 
 KNOWN_SETS = {"BytedTsinghua-SIA/DAPO-Math-17k": 17_398, "openai/gsm8k": 7_473}
 """Problems of the training split after duplicates are dropped, of data sets on the hub."""
@@ -70,7 +71,7 @@ def step_bounds(
         chip,
         rows=train.minibatch_rollouts,
         width=prompt + new,
-        microbatch=train.microbatch_rollouts,
+        microbatch=rollouts_per_pass(train, batch_shards(mesh)),
     )
     passes = (updates > 1) + bool(config.loss.kl_coef)
     score = prefill_bound(model_config, mesh, chip, rows=rollouts, width=prompt + new)

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from basis_jax.config import Config
+from basis_jax.config import Config, TrainSection
 from basis_jax.model import costs
 from basis_jax.model.chips import Topology, slice_shape
 from basis_jax.model.decoder import ModelConfig, computed_in
-from basis_jax.model.sharding import AXES, abstract_mesh
+from basis_jax.model.sharding import AXES, abstract_mesh, batch_shards
 from basis_jax.sampling.refill import MIN_CACHE
 
 MOST_DEVICES = 256  # up to which a larger topology is looked for
@@ -36,6 +37,12 @@ def axis_sizes(config: Config) -> dict[str, Any]:
     return {axis: getattr(config.mesh, axis) for axis in AXES}
 
 
+def rollouts_per_pass(train: TrainSection, shards: int) -> int:
+    """Rollouts of a pass over all devices: ``train.microbatch_rollouts`` on each of the ``shards``
+    that the batch is split over, and at most those of an update."""
+    return min(train.microbatch_rollouts * shards, train.minibatch_rollouts)
+
+
 def memory_needs(
     config: Config,
     model_config: ModelConfig,
@@ -50,7 +57,8 @@ def memory_needs(
     is not counted: what does not fit has no chance."""
     train, length = config.train, prompt_width + config.sampling.max_new_tokens
     weights = costs.parameter_bytes(model_config, mesh)
-    moments = {"moments": 2 * weights} if training else {}
+    moment = jnp.dtype(config.optim.moments_dtype).itemsize
+    moments = {"moments": weights * moment // 2} if training else {}
     reference = {"a KL term's reference": weights} if training and config.loss.kl_coef else {}
     slots = min(train.sample_rollouts, rows)
     sampler = computed_in(model_config, config.sampling.dtype)
@@ -62,8 +70,8 @@ def memory_needs(
         width=prompt_width,
         sample_tensor=config.mesh.sample_tensor,
     )
-    fewer = "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.fsdp or "
-    fewer += "mesh.sample_tensor"
+    fewer = "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.fsdp, "
+    fewer += "mesh.tensor or mesh.sample_tensor"
     sampling = f"sampling {slots} rollouts of {length} tokens at once"
     before = cache_before(length)
     grown = {"the cache before it grew": parts["key-value cache"] * before // length, "prefill": 0}
@@ -73,17 +81,23 @@ def memory_needs(
         Need(f"{sampling}, their cache grown from {before}", parts | grown | beside, fewer),
     ]
     if training:
-        count = train.microbatch_rollouts
+        count = rollouts_per_pass(train, batch_shards(mesh))
         parts = costs.update_memory(
-            model_config, mesh, rows=count, width=length, chunk=config.loss.logprob_chunk
+            model_config,
+            mesh,
+            rows=count,
+            width=length,
+            chunk=config.loss.logprob_chunk,
+            moment=moment,
         )
+        fewer = "train.microbatch_rollouts, " if train.microbatch_rollouts > 1 else ""
         remat = "" if model_config.remat == "full" else "set model.remat to full, "
         needs.append(
             Need(
                 f"an update over microbatches of {count} rollouts of {length} tokens",
                 parts | reference,
-                "lower train.microbatch_rollouts, loss.logprob_chunk or sampling.max_new_tokens, "
-                f"{remat}or raise mesh.fsdp",
+                f"lower {fewer}loss.logprob_chunk or sampling.max_new_tokens, {remat}or raise "
+                "mesh.fsdp or mesh.tensor",
             )
         )
     return needs
@@ -185,11 +199,11 @@ def _variants(
     remats = dict.fromkeys([request.model_config.remat, "full"])
     for sizes in _meshes(request.model_config, devices):
         batch = sizes["data"] * sizes["fsdp"]
-        micros = _halves(max(train.microbatch_rollouts, batch))
         for micro, slots, remat in itertools.product(
-            micros, _halves(train.sample_rollouts), remats
+            _halves(train.microbatch_rollouts), _halves(train.sample_rollouts), remats
         ):
-            if micro % batch or slots % batch or train.minibatch_rollouts % micro:
+            of_pass = min(micro * batch, train.minibatch_rollouts)
+            if slots % batch or train.minibatch_rollouts % of_pass or of_pass % batch:
                 continue
             changes: dict[str, int | str] = {}
             if micro != train.microbatch_rollouts:
@@ -198,7 +212,7 @@ def _variants(
                 changes["train.sample_rollouts"] = slots
             if remat != request.model_config.remat:
                 changes["model.remat"] = remat
-            halvings = abs(math.log2(train.microbatch_rollouts / micro))
+            halvings = math.log2(train.microbatch_rollouts / micro)
             halvings += math.log2(train.sample_rollouts / slots)
             distance = (halvings + len(changes) + (sizes != wanted), sizes["tensor"], sizes["data"])
             yield distance, sizes, changes

@@ -24,8 +24,8 @@ from basis_jax.model import decoder, decoding
 from basis_jax.model.chips import Topology
 from basis_jax.model.collectives import collectives, sent_bytes
 from basis_jax.model.decoder import ModelConfig
-from basis_jax.model.sharding import make_mesh, named, regrouped
-from basis_jax.opening.plan import axis_sizes
+from basis_jax.model.sharding import batch_shards, make_mesh, named, regrouped
+from basis_jax.opening.plan import axis_sizes, rollouts_per_pass
 from basis_jax.sampling import refill
 from basis_jax.training import update
 from basis_jax.training.microbatches import updates_per_step
@@ -97,10 +97,11 @@ def lower_update(
 ) -> jax.stages.Lowered:
     """An update over so many microbatches at full width, as one program."""
     optimizer = update.make_optimizer(config.optim, updates=config.train.steps)
-    rows = config.train.microbatch_rollouts
+    rows = rollouts_per_pass(config.train, batch_shards(mesh))
     update_params = update.make_update(
         model_config,
         optimizer,
+        optim=config.optim,
         loss=config.loss,
         temperature=config.sampling.temperature,
         microbatch=rows,
