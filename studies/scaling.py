@@ -99,13 +99,14 @@ def fitted(model: str, hardware: str) -> dict[str, str]:
 def planned(request: Request, hardware: str) -> dict[str, str]:
     chip, config = read_target(hardware).topology, request.config
     mesh = abstract_mesh(chip.devices, **plan.axis_sizes(config))
-    sampling, update = request.needs(mesh)
+    *sampling, update = request.needs(mesh)
+    most = max(need.total for need in sampling)
     seconds = [step_seconds(request, hardware, part) for part in (MEAN, 1)]
     return {
         "mesh (data x fsdp x tensor)": " x ".join(map(str, mesh.shape.values())),
         "slots": str(config.train.sample_rollouts),
         "microbatch": str(config.train.microbatch_rollouts),
-        "GB a device, sampling": f"{sampling.total / 1e9:.1f}",
+        "GB a device, sampling": f"{most / 1e9:.1f}",
         "update": f"{update.total / 1e9:.1f}",
         "step, mean rows": f"{seconds[0]:.0f} s",
         "step, longest rows": f"{seconds[1]:.0f} s",
