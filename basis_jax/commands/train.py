@@ -18,6 +18,7 @@ from pathlib import Path
 from basis_jax import command_line
 from basis_jax.commands import dry_run
 from basis_jax.runs import plots
+from basis_jax.runs.compiles import keep_compiled
 from basis_jax.runs.metrics import read_metrics
 from basis_jax.runs.stopping import StopRequested
 from basis_jax.training.loop import train
@@ -29,6 +30,7 @@ def main() -> None:
         sys.exit(not dry_run.run(config, own.topology, compiled=own.compile))
     if own.topology or own.compile:
         raise ValueError("--topology and --compile are for plans; add --dry-run")
+    keep_compiled()
     try:
         run_dir = train(config)
     except StopRequested as stopped:

@@ -37,12 +37,15 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh over all devices; one size may be -1: what the others leave.
+    """A mesh over all devices, neighbours in it being near each other, or over ``devices`` in their
+    order; one size may be -1: what the others leave.
 
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(len(devices), data=data, fsdp=fsdp, tensor=tensor)
+    count = jax.device_count() if devices is None else len(devices)
+    sizes = mesh_sizes(count, data=data, fsdp=fsdp, tensor=tensor)
+    if devices is None:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
     grid = np.asarray(devices).reshape(sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 

@@ -117,8 +117,9 @@ def run_steps(
         resume_step = -1 if restored is None else int(state.step)
         with Records(run_dir, session.config.train.steps, resume_step) as records:
             take_steps(session, state, records, checkpoints, stopper=stopper, callbacks=callbacks)
+        checkpoint.finish(checkpoints)
     except StopRequested:
-        raise stopper.stopped_after(checkpoints.latest_step()) from None
+        raise stopper.stopped_after(checkpoint.finish(checkpoints)) from None
 
 
 def take_steps(
