@@ -10,7 +10,7 @@ import tiny
 from basis_jax import command_line
 from basis_jax.commands import train
 from basis_jax.model import costs, traffic
-from basis_jax.model.chips import CHIPS, read_topology, slice_shape
+from basis_jax.model.chips import CHIPS, chip_of, read_topology, slice_shape
 from basis_jax.model.collectives import collectives, sent_bytes
 from basis_jax.model.sharding import abstract_mesh, make_mesh
 from basis_jax.opening import plan
@@ -110,6 +110,23 @@ def test_topologies_are_read_as_they_are_written(asked):
 def test_an_unknown_topology_is_one_sentence(asked):
     with pytest.raises(ValueError, match="topology .*such as"):
         read_topology(asked)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L40S", None),
+        ("cpu", None),
+    ],
+)
+def test_devices_that_are_present_have_the_data_sheet_of_their_chip(kind, name):
+    assert chip_of(kind) == CHIPS.get(name)
 
 
 def test_slices_of_any_size_have_as_many_chips():

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 
 from basis_jax.config import Config
 from basis_jax.model import costs, traffic
-from basis_jax.model.chips import CHIPS, TPU_RESERVED, Chip, Topology, read_topology
+from basis_jax.model.chips import TPU_RESERVED, Chip, Topology, chip_of, read_topology
 from basis_jax.model.decoder import ModelConfig, computed_in
 from basis_jax.model.sharding import abstract_mesh, batch_shards, make_mesh, regrouped
 from basis_jax.opening import checks, plan
@@ -93,10 +93,8 @@ def read_target(text: str) -> Target:
 
 def present_devices() -> Target:
     devices = jax.devices()
-    kind = devices[0].device_kind
-    known = [chip for name, chip in CHIPS.items() if name in kind.lower().replace(" lite", "e")]
-    memory = checks.device_memory(devices)
-    sheet = known[0] if known else Chip(kind, memory, 0.0, 0.0, 0.0)
+    kind, memory = devices[0].device_kind, checks.device_memory(devices)
+    sheet = chip_of(kind) or Chip(kind, memory, 0.0, 0.0, 0.0)
     return Target(
         Topology(sheet, (len(devices),)),
         memory,

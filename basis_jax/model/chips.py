@@ -87,3 +87,10 @@ def slice_shape(chip: Chip, devices: int) -> tuple[int, ...]:
     exponent = int(math.log2(devices))
     parts = [(exponent + i) // dimensions for i in range(dimensions)]
     return tuple(2**part for part in parts)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX names so ("TPU v5 lite", "NVIDIA H100 80GB HBM3"), if it is one of these."""
+    words = device_kind.lower().replace(" lite", "e").replace("rtx ", "rtx")
+    found = [{"v5": "v5p"}.get(word, word) for word in re.split(r"[^a-z0-9]+", words)]
+    return next((CHIPS[word] for word in found if word in CHIPS), None)
