@@ -90,7 +90,7 @@ def slice_shape(chip: Chip, devices: int) -> tuple[int, ...]:
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so ("TPU v5 lite", "NVIDIA H100 80GB HBM3"), if it is in the table."""
+    """The chip that JAX calls so, such as "TPU v5 lite"; None where it is not in the table."""
     words = device_kind.lower().replace(" lite", "e").replace("rtx ", "rtx")
     found = [{"v5": "v5p"}.get(word, word) for word in re.split(r"[^a-z0-9]+", words)]
     return next((CHIPS[word] for word in found if word in CHIPS), None)

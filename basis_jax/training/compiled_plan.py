@@ -79,7 +79,8 @@ def weight_axes(model_config: ModelConfig) -> Any:
 def slot_axes(path: Any, x: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
     """Logical axes of a leaf of ``Slots``, as ``refill.constrain_slots`` pins them."""
     if path[0].name == "cache":
-        return decoding.cache_axes(path[1].name, x)  # type: ignore[arg-type]  # only its rank is read
+        stacked = x.ndim != 4
+        return decoding.STACKED_AXES if stacked else decoding.CACHE_AXES[path[1].name]
     return ("batch",) + (None,) * (x.ndim - 1)
 
 
