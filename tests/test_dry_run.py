@@ -237,8 +237,8 @@ def test_a_compiled_plan_sends_at_each_token_what_the_formula_says():
     config = tiny_plan(fsdp=2, tensor=2)
     model_config = dataclasses.replace(tiny.TINY, vocab_size=512)
     mesh = make_mesh(**plan.axis_sizes(config))
-    found = compiled_plan.programs(config, model_config, mesh, prompt_width=16)
-    token = found["decoding"]["each_loop"]
+    lowered = compiled_plan.lower_decoding(config, model_config, mesh, length=64)
+    token = compiled_plan.described(lowered.compile())["each_loop"]
     formula = traffic.token_traffic(model_config, mesh, slots=16)
     assert sum(token.values()) == pytest.approx(sum(formula.values()), rel=0.1)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -109,19 +110,17 @@ def lower_update(
     )
     state = update.abstract_state(optimizer, {}, model_config=model_config, mesh=mesh)
 
-    def shape(dtype, *size):
-        return jax.ShapeDtypeStruct(size, dtype, sharding=named(mesh, ("batch",)))
-
-    scored = shape(jnp.float32, rows, width)
+    numbers = np.zeros((rows, width), np.float32)
     batch = Batch(
-        tokens=shape(jnp.int32, rows, width),
-        completion_mask=shape(jnp.bool_, rows, width),
-        loss_weights=scored,
-        advantages=shape(jnp.float32, rows),
-        old_logprobs=scored if updates_per_step(config) > 1 else None,
-        sampler_logprobs=scored,
-        ref_logprobs=scored if config.loss.kl_coef else None,
+        tokens=numbers.astype(np.int32),
+        completion_mask=numbers > 0,
+        loss_weights=numbers,
+        advantages=numbers[:, 0],
+        old_logprobs=numbers if updates_per_step(config) > 1 else None,
+        sampler_logprobs=numbers,
+        ref_logprobs=numbers if config.loss.kl_coef else None,
     )
+    batch = laid_out(mesh, batch, lambda path, x: ("batch",))
     with jax.set_mesh(mesh):
         return jax.jit(update_params, donate_argnums=0).lower(state, [batch] * microbatches)
 
