@@ -19,8 +19,9 @@ from basis_jax.masked import masked_max, masked_sum
 from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.logprobs import token_logprobs
-from basis_jax.model.sharding import constrain, named_tree
+from basis_jax.model.sharding import named_tree
 from basis_jax.sampling.rollouts import Graded
+from basis_jax.training.gradients import make_gradient_sum
 from basis_jax.training.measure import make_measure
 from basis_jax.training.moments import kept_in_bfloat16
 from basis_jax.types import Batch, Estimate, Measurement, Signals, TrainState
@@ -285,38 +286,6 @@ def policy_objective(
         value += loss.kl_coef * penalty
         sums |= {"policy/loss": value, "policy/kl_ref": jnp.sum(kl)}
     return value, jax.lax.stop_gradient((sums, masked_max(gap, mask)))
-
-
-def make_gradient_sum(
-    objective: Callable[..., Any], axes: PyTree
-) -> Callable[[PyTree, list[Batch]], tuple[PyTree, PyTree]]:
-    """(params, microbatches) -> the objective's gradients, laid out by ``axes``, and its sums."""
-
-    @jax.jit
-    def zero(params, micro):
-        _, aux = jax.eval_shape(objective, params, micro)
-        gradients, aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, aux))
-        return jax.tree.map(constrain, gradients, axes), aux
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def accumulate(total, params, micro):
-        gradients, (sums, gap) = total
-        refs = jax.tree.map(jax.new_ref, gradients)
-        value, backward, (more, new_gap) = jax.vjp(
-            lambda params: objective(params, micro), params, has_aux=True
-        )
-        add = backward.with_refs(refs)  # type: ignore[attr-defined]  # typed as a plain function
-        add(jnp.ones_like(value))
-        gradients = jax.tree.map(constrain, jax.tree.map(jax.freeze, refs), axes)
-        return gradients, (jax.tree.map(jnp.add, sums, more), jnp.maximum(gap, new_gap))
-
-    def gradient_sum(params: PyTree, micros: list[Batch]) -> tuple[PyTree, PyTree]:
-        total = zero(params, micros[0])
-        for micro in micros:
-            total = accumulate(total, params, micro)
-        return total
-
-    return gradient_sum
 
 
 def make_update(
