@@ -223,7 +223,7 @@ def update_memory(
 
     There is one gradient, the sum so far: each layer's is added to it as soon as it is known. The
     output layer's is known after all chunks, and its weight is gathered over ``fsdp`` for them. The
-    backward pass keeps the layers' weights in the compute dtype too, unless it recomputes.
+    weights are converted to the compute dtype before the loop over the layers, all at once.
     """
     c, size, tensor = model_config, compute_bytes(model_config), shards(mesh, "vocab")
     weights = parameter_bytes(c, mesh)
@@ -231,7 +231,7 @@ def update_memory(
     logits = rows * min(chunk, width) * c.vocab_size * 4 * 2
     return {
         "weights": weights,
-        f"weights in {c.compute_dtype}": 0 if recomputes(c) else copy_bytes(c, mesh),
+        f"weights in {c.compute_dtype}": copy_bytes(c, mesh),
         "moments": weights * moment // 2,
         "gradients": weights + 4 * layer_products(c) // shards(mesh, "mlp"),
         "output layer and its gradient": output_products(c) * (gathered + 4) // tensor,
