@@ -109,9 +109,14 @@ def check_names(arguments: Sequence[str], config: Config) -> None:
 
 
 def parse(
-    description: str, *, options: Sequence[str] = (), argv: Sequence[str] | None = None
+    description: str,
+    *,
+    options: Sequence[str] = (),
+    flags: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
 ) -> tuple[Config, argparse.Namespace]:
-    """``--config NAME``, the command's own string ``options``, and overrides of any config field.
+    """``--config NAME``, the command's own string ``options`` and ``flags``, and overrides of any
+    config field.
 
     Raises ValueError without a config, for a missing file and for an unknown field. ``--help``
     lists every field with the values of the config, or of the quickstart's where none is given.
@@ -122,6 +127,8 @@ def parse(
     parser.add_argument("--config", metavar="FILE")
     for option in options:
         parser.add_argument(f"--{option}", default="")
+    for flag in flags:
+        parser.add_argument(f"--{flag}", action="store_true")
     known, rest = parser.parse_known_args(argv)
     if not known.config and not {"--help", "-h"} & set(rest):
         raise ValueError(

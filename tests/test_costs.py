@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from types import SimpleNamespace
 
 import jax
@@ -337,10 +338,8 @@ def test_a_gpu_that_tells_nothing_refuses_nothing(monkeypatch):
 def test_what_is_too_large_for_a_gpu_is_told_of_the_share(monkeypatch):
     monkeypatch.delenv(FRACTION, raising=False)
     monkeypatch.delenv(OLD_FRACTION, raising=False)
-    devices = [silent("gpu", {"bytes_limit": 6 * 10**9})]
-    with pytest.raises(ValueError) as refused:
-        checks._check_fits("sampling", {"weights": 7 * 10**9}, devices, "buy another")
-    assert str(refused.value) == (
-        "sampling needs 7 GB a device (weights 7 GB) and there are 6 GB for JAX (75% of the GPU; "
-        f"{FRACTION}=0.95 raises it); buy another"
-    )
+    monkeypatch.setattr("basis_jax.opening.checks.platform_of", lambda mesh: "gpu")
+    with_memory(monkeypatch, 6 * 10**9)
+    sentence = re.escape(f"6 GB for JAX (75% of the GPU; {FRACTION}=0.95 raises it); lower train")
+    with pytest.raises(ValueError, match=sentence):
+        check_memory(LARGE, SMOLLM2, one_device(), prompt_width=64, rows=512)

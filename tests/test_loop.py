@@ -61,7 +61,7 @@ def test_callbacks_see_every_step_with_the_metrics_that_were_logged(config, run)
 def test_a_size_that_is_chosen_stands_in_the_run_folder(config, run):
     assert config.train.microbatch_rollouts == 0
     record = json.loads((Path(config.run_dir) / "config.json").read_text())
-    assert record["config"]["train"]["microbatch_rollouts"] == 4  # of 4 an update: they fit
+    assert record["config"]["train"]["microbatch_rollouts"] == 1  # 4 an update, 4 devices
 
 
 def test_steps_taken_by_hand_give_the_same_policy(config, run, tmp_path):

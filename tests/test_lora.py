@@ -36,6 +36,7 @@ from basis_jax.training.loop import train
 from basis_jax.training.update import abstract_state, make_optimizer, make_state, make_update
 from basis_jax.types import Batch, TrainState
 from basis_jax.weights import adapters, huggingface, trained
+from basis_jax.weights.known_models import KNOWN_MODELS
 
 LORA = Lora(rank=3, alpha=6.0)
 
@@ -247,20 +248,8 @@ def test_an_update_changes_the_adapters_alone_and_takes_the_base_as_an_argument(
     assert sum(sizes) == 2 * costs.adapter_parameters(config)
 
 
-QWEN3_4B = decoder.ModelConfig(
-    architecture="qwen3",
-    vocab_size=151936,
-    embed=2560,
-    layers=36,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    mlp=9728,
-    max_positions=40960,
-    tied=True,
-    qk_norm=True,
-    compute_dtype="bfloat16",
-    remat="full",
+QWEN3_4B = dataclasses.replace(
+    KNOWN_MODELS["Qwen/Qwen3-4B"], compute_dtype="bfloat16", remat="full"
 )
 
 

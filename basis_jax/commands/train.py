@@ -5,12 +5,18 @@
 
 Any field of the config can be overridden (``--optim.lr 3e-6``; ``--help`` lists all). The same
 command again resumes the run in ``--run-dir`` from its newest checkpoint.
+
+``--dry-run`` reads no weights and trains nothing: it prints what the run needs, memory and time by
+part, and exits with 1 where it does not fit. ``--topology v5e:4x4`` (or h100:8, l4, ...) plans for
+devices that are not here; ``--compile`` adds what the compiler says, for TPU topologies (with
+libtpu) and for the devices that are here.
 """
 
 import sys
 from pathlib import Path
 
 from basis_jax import command_line
+from basis_jax.commands import dry_run
 from basis_jax.runs import plots
 from basis_jax.runs.compiles import keep_compiled
 from basis_jax.runs.metrics import read_metrics
@@ -19,7 +25,11 @@ from basis_jax.training.loop import train
 
 
 def main() -> None:
-    config, _ = command_line.parse(__doc__)
+    config, own = command_line.parse(__doc__, options=("topology",), flags=("dry-run", "compile"))
+    if own.dry_run:
+        sys.exit(not dry_run.run(config, own.topology, compiled=own.compile))
+    if own.topology or own.compile:
+        raise ValueError("--topology and --compile are for plans; add --dry-run")
     keep_compiled()
     try:
         run_dir = train(config)

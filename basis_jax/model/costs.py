@@ -152,10 +152,11 @@ def parameter_bytes(
 
 
 def copy_bytes(model_config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
-    """The weights once more in the compute dtype; 0 where they are stored in it."""
-    if model_config.weight_dtype == model_config.compute_dtype:
-        return 0
-    return parameter_bytes(model_config, mesh, itemsize=compute_bytes(model_config))
+    """Once more in the compute dtype what is stored in another: all that is trained is float32."""
+    size = compute_bytes(model_config)
+    if model_config.weight_dtype != model_config.compute_dtype:
+        return parameter_bytes(model_config, mesh, itemsize=size)
+    return parameter_bytes(model_config, mesh, itemsize=size, part=lora.trained) if size < 4 else 0
 
 
 def activation_bytes(
@@ -239,8 +240,8 @@ def update_memory(
 
     There is one gradient, the sum so far: each layer's is added to it as soon as it is known. The
     output layer's is known after all chunks, and its weight is gathered over ``fsdp`` for them; a
-    frozen one has none. The backward pass keeps the layers' weights in the compute dtype too,
-    unless it recomputes.
+    frozen one has none. The weights are converted to the compute dtype before the loop over the
+    layers, all at once.
     """
     c, size, tensor = model_config, compute_bytes(model_config), shards(mesh, "vocab")
     trained = parameter_bytes(c, mesh, part=lora.trained)
@@ -250,7 +251,7 @@ def update_memory(
     logits = rows * min(chunk, width) * c.vocab_size * 4 * 2
     return {
         "weights": parameter_bytes(c, mesh),
-        f"weights in {c.compute_dtype}": 0 if recomputes(c) else copy_bytes(c, mesh),
+        f"weights in {c.compute_dtype}": copy_bytes(c, mesh),
         "moments": trained * moment // 2,
         "gradients": trained + layers // c.layers,
         "output layer and its gradient": output_products(c) * output // tensor,

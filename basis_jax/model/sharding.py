@@ -43,6 +43,15 @@ def make_mesh(
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
     count = jax.device_count() if devices is None else len(devices)
+    sizes = mesh_sizes(count, data=data, fsdp=fsdp, tensor=tensor)
+    if devices is None:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    grid = np.asarray(devices).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_sizes(count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, ...]:
+    """The sizes of the axes over ``count`` devices, -1 replaced. Raises ValueError as above."""
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1 and math.prod(sizes) < 0:
         sizes[sizes.index(-1)] = max(1, count // -math.prod(sizes))
@@ -52,10 +61,13 @@ def make_mesh(
             f"{count} devices present; choose sizes whose product is that number (one may "
             "be -1: the rest)"
         )
-    if devices is None:
-        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
-    grid = np.asarray(devices).reshape(sizes)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    return tuple(sizes)
+
+
+def abstract_mesh(count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """``make_mesh`` over ``count`` devices that need not be there."""
+    sizes = mesh_sizes(count, data=data, fsdp=fsdp, tensor=tensor)
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def regrouped(mesh: Mesh | AbstractMesh, tensor: int) -> Any:

@@ -6,24 +6,23 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from basis_jax.config import (
     Config,
     DataSection,
     LossSection,
     SamplingSection,
-    TrainSection,
     WatchSection,
 )
 from basis_jax.data.encoding import FORMATS
 from basis_jax.data.tasks import GYM
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
-from basis_jax.model import costs, lora
 from basis_jax.model.attention import KINDS, fits_cudnn
-from basis_jax.model.decoder import REMAT, ModelConfig, computed_in
+from basis_jax.model.decoder import REMAT, ModelConfig
 from basis_jax.model.sharding import batch_shards, check_divides, regrouped
+from basis_jax.opening import plan
+from basis_jax.opening.plan import rollouts_per_pass
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.verify import extraction_mode
 
@@ -40,8 +39,11 @@ SHARE_VARIABLES = (
 ALLOCATOR_VARIABLE = "XLA_PYTHON_CLIENT_ALLOCATOR"
 
 
-def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
-    """Raise a ValueError for unknown words and sizes that do not divide, before reading weights."""
+def check(
+    config: Config, model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, platform: str = ""
+) -> None:
+    """Raise a ValueError for unknown words and sizes that do not divide, before reading weights.
+    ``platform``: of devices that are not there."""
     train, group = config.train, config.sampling.group_size
     check_ranges(config)
     check_trainable(config.sampling)
@@ -55,7 +57,7 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
         ("loss.objective", config.loss.objective, OBJECTIVES),
         ("loss.kl", config.loss.kl, KL_FORMS),
     )
-    check_model(config, model_config, mesh)
+    check_model(config, model_config, platform or platform_of(mesh))
     check_loss(config.loss)
     check_scorers(config.data.verifier, (config.data.path, *config.eval.sets))
     check_fit(config, model_config, mesh)
@@ -86,12 +88,6 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
             )
 
 
-def rollouts_per_pass(train: TrainSection, shards: int) -> int:
-    """Rollouts of a pass over all devices: ``train.microbatch_rollouts`` on each of the ``shards``
-    that the batch is split over, and at most those of an update."""
-    return min(train.microbatch_rollouts * shards, train.minibatch_rollouts)
-
-
 def check_words(*fields: tuple[str, str, Sequence[str]]) -> None:
     """Raise a ValueError for the first (name, value, allowed) whose value is not allowed."""
     for name, value, allowed in fields:
@@ -99,7 +95,12 @@ def check_words(*fields: tuple[str, str, Sequence[str]]) -> None:
             raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
 
 
-def check_model(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
+def platform_of(mesh: Mesh | AbstractMesh) -> str:
+    assert isinstance(mesh, Mesh)  # one of absent devices has none
+    return mesh.devices.ravel()[0].platform
+
+
+def check_model(config: Config, model_config: ModelConfig, platform: str) -> None:
     """Raise a ValueError for what the model cannot be computed in on these devices."""
     section = config.model
     check_words(
@@ -109,7 +110,7 @@ def check_model(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
         ("model.remat", section.remat, tuple(REMAT)),
         ("model.attention", section.attention, ("auto", *KINDS)),
     )
-    platform, size = mesh.devices.ravel()[0].platform, model_config.head_dim
+    size = model_config.head_dim
     fits = platform == "gpu" and fits_cudnn(section.compute_dtype, size)
     if section.attention == "cudnn" and not fits:
         raise ValueError(
@@ -136,7 +137,7 @@ def check_evaluation(config: Config, model_config: ModelConfig, mesh: Mesh) -> N
     """Raise a ValueError for numbers that make no evaluation and a model that does not fit."""
     check_ranges(config)
     check_data(config.data)
-    check_model(config, model_config, mesh)
+    check_model(config, model_config, platform_of(mesh))
     section = config.eval
     if not section.sets:
         raise ValueError("eval.sets is empty; name at least one set with --eval.sets")
@@ -149,7 +150,7 @@ def check_evaluation(config: Config, model_config: ModelConfig, mesh: Mesh) -> N
     check_fit(config, model_config, mesh)
 
 
-def check_fit(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
+def check_fit(config: Config, model_config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raise a ValueError where rows are longer than the model's positions, or the mesh does not
     divide the model."""
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
@@ -183,69 +184,20 @@ def check_memory(
     rows: int,
     training: bool = False,
 ) -> None:
-    """Raise a ValueError where sampling ``rows`` rollouts after prompts of this width does not fit
-    the devices; with ``training`` beside the optimizer's moments, and an update whose rows are as
-    long as they may be. A cache that is growing and what XLA needs besides are not counted: what
-    is refused has no chance.
-    """
-    train, length = config.train, prompt_width + config.sampling.max_new_tokens
+    """Raise a ValueError where ``plan.memory_needs`` does not fit the devices: the bytes by part,
+    and the nearest plan that fits."""
     devices = list(mesh.devices.ravel())
-    trained = costs.parameter_bytes(model_config, mesh, part=lora.trained)
-    moment = jnp.dtype(config.optim.moments_dtype).itemsize
-    moments = {"moments": trained * moment // 2} if training else {}
-    reference = {"a KL term's reference": trained} if training and config.loss.kl_coef else {}
-    slots = min(train.sample_rollouts, rows)
-    sampler = computed_in(model_config, config.sampling.dtype)
-    parts = costs.sampling_memory(
-        sampler,
-        mesh,
-        slots=slots,
-        length=length,
-        width=prompt_width,
-        sample_tensor=config.mesh.sample_tensor,
+    request = plan.Request(
+        config,
+        model_config,
+        prompt_width=prompt_width,
+        rows=rows,
+        available=device_memory(devices),
+        training=training,
     )
-    _check_fits(
-        f"sampling {slots} rollouts of {length} tokens at once",
-        parts | moments | reference,
-        devices,
-        "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.tensor, mesh.fsdp "
-        "or mesh.sample_tensor",
-    )
-    if training:
-        count = rollouts_per_pass(train, batch_shards(mesh))
-        parts = costs.update_memory(
-            model_config,
-            mesh,
-            rows=count,
-            width=length,
-            chunk=config.loss.logprob_chunk,
-            moment=moment,
-        )
-        fewer = "train.microbatch_rollouts, " if train.microbatch_rollouts > 1 else ""
-        remat = "" if model_config.remat == "full" else "set model.remat to full, "
-        _check_fits(
-            f"an update over microbatches of {count} rollouts of {length} tokens",
-            parts | reference,
-            devices,
-            f"lower {fewer}loss.logprob_chunk or sampling.max_new_tokens, {remat}or raise "
-            "mesh.fsdp or mesh.tensor",
-        )
-
-
-def _check_fits(what: str, parts: Mapping[str, int], devices: Sequence, advice: str) -> None:
-    needed, available = sum(parts.values()), device_memory(devices)
-    if needed > available:
-        biggest = sorted(parts.items(), key=lambda part: -part[1])[:3]
-        named = ", ".join(f"{name} {gigabytes(size)}" for name, size in biggest if size)
-        share = f" for JAX ({share_advice(os.environ)})" if devices[0].platform == "gpu" else ""
-        raise ValueError(
-            f"{what} needs {gigabytes(needed)} a device ({named}) and there are "
-            f"{gigabytes(available)}{share}; {advice}"
-        )
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
+    share = f" for JAX ({share_advice(os.environ)})" if platform_of(mesh) == "gpu" else ""
+    if sentence := plan.refusal(request, mesh, note=share):
+        raise ValueError(sentence)
 
 
 def memory_share(environment: Mapping[str, str]) -> float:

@@ -14,8 +14,9 @@ from basis_jax.data.templates import turn_end
 from basis_jax.model import attention
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.lora import TARGETS, Lora
-from basis_jax.model.sharding import AXES, make_mesh
+from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.checks import COMPUTE_DTYPES, check_words
+from basis_jax.opening.plan import axis_sizes
 from basis_jax.sampling.rollouts import RolloutSetup
 from basis_jax.verify import make_verifier
 from basis_jax.weights import huggingface
@@ -25,19 +26,23 @@ def locate_model(config: Config) -> tuple[Path, ModelConfig, Mesh]:
     """The model's folder, its shape and the mesh of devices; no weights are read. Raises
     ValueError where one of them cannot be had."""
     check_words(("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES))
-    mesh = make_mesh(**{axis: getattr(config.mesh, axis) for axis in AXES})
+    mesh = make_mesh(**axis_sizes(config))
     folder = huggingface.resolve_folder(config.model.path)
-    model_config = huggingface.read_model_config(
-        folder, compute_dtype=config.model.compute_dtype, remat=config.model.remat
+    model_config = huggingface.read_model_config(folder)
+    return folder, as_configured(model_config, config.model, mesh.devices.ravel()[0]), mesh
+
+
+def as_configured(model_config: ModelConfig, section: ModelSection, device: Any) -> ModelConfig:
+    """A model's shape with what the config says of computing it on a device of this kind."""
+    layers = section.decode_layers
+    return dataclasses.replace(
+        model_config,
+        compute_dtype=section.compute_dtype,
+        remat=section.remat,
+        attention=attention_for(section, device, model_config.head_dim),
+        scan_decode=layers == "scanned" or (layers == "auto" and device.platform == "tpu"),
+        lora=adapters_of(section),
     )
-    device = mesh.devices.ravel()[0]
-    kind = attention_for(config.model, device, model_config.head_dim)
-    layers = config.model.decode_layers
-    scanned = layers == "scanned" or (layers == "auto" and device.platform == "tpu")
-    model_config = dataclasses.replace(
-        model_config, attention=kind, scan_decode=scanned, lora=adapters_of(config.model)
-    )
-    return folder, model_config, mesh
 
 
 def attention_for(section: ModelSection, device: Any, head_dim: int) -> str:

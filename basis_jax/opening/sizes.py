@@ -9,14 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from basis_jax.config import Config
-from basis_jax.model import costs, lora
-from basis_jax.model.decoder import ModelConfig, computed_in
+from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards
 from basis_jax.opening import checks
+from basis_jax.opening.plan import memory_needs
 
 FILLED = 0.85
 """Of a device's memory: as much as a chosen size may need, as an estimate is no promise."""
@@ -25,41 +24,34 @@ FILLED = 0.85
 def with_sizes(
     config: Config,
     model_config: ModelConfig,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     prompt_width: int,
     rows: int,
     training: bool = False,
+    memory: int = 0,
     report: Callable[[str], None] = print,
 ) -> Config:
     """The config with numbers for ``train.microbatch_rollouts`` and ``train.sample_rollouts``.
 
     A run folder's own numbers are taken again where they fit these devices; what is chosen is
-    reported. Where not even one rollout a device fits, it is 1, which ``check_memory`` refuses.
+    reported. ``memory``: bytes of a device (0: it is asked). Where not even one rollout a device
+    fits, it is 1, which ``check_memory`` refuses.
     """
     train, shards = config.train, batch_shards(mesh)
-    available = FILLED * checks.device_memory(list(mesh.devices.ravel()))
-    length = prompt_width + config.sampling.max_new_tokens
-    trained = costs.parameter_bytes(model_config, mesh, part=lora.trained)
-    moment = jnp.dtype(config.optim.moments_dtype).itemsize
-    beside = trained if training and config.loss.kl_coef else 0
+    available = FILLED * (memory or checks.device_memory(list(mesh.devices.ravel())))
+    wanted: dict[str, Any] = {"prompt_width": prompt_width, "rows": rows, "training": training}
+
+    def needed(name, count):
+        tried = replace(config, train=replace(train, **{name: count}))
+        return memory_needs(tried, model_config, mesh, **wanted)
 
     def pass_fits(count):
-        parts = costs.update_memory(
-            model_config,
-            mesh,
-            rows=count * shards,
-            width=length,
-            chunk=config.loss.logprob_chunk,
-            moment=moment,
-        )
-        return sum(parts.values()) + beside <= available
+        return not training or needed("microbatch_rollouts", count)[-1].total <= available
 
     def sampling_fits(count):
-        sampler = computed_in(model_config, config.sampling.dtype)
-        parts = costs.sampling_memory(sampler, mesh, slots=count, length=length, width=prompt_width)
-        moments = trained * moment // 2 if training else 0
-        return sum(parts.values()) + beside + moments <= available
+        sampling = needed("sample_rollouts", count)[:2]
+        return max(need.total for need in sampling) <= available
 
     passes = divisors(max(1, train.minibatch_rollouts // shards))
     slots = [shards * count for count in divisors(-(-rows // shards))]

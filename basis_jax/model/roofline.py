@@ -1,0 +1,81 @@
+"""The least time that a chip's data sheet leaves for decoding and for an update: the longest of
+computing, reading memory and sending, as if each went on beside the others at its peak.
+
+A lower bound: kernels reach a part of each peak, and what cannot overlap adds up.
+"""
+
+from dataclasses import dataclass
+
+from jax.sharding import AbstractMesh, Mesh
+
+from basis_jax.model import costs, lora, traffic
+from basis_jax.model.chips import Chip
+from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.sharding import batch_shards, shards
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Seconds by what is busy."""
+
+    compute: float
+    memory: float
+    sending: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.memory, self.sending)
+
+    @property
+    def by(self) -> str:
+        return max(vars(self), key=lambda name: vars(self)[name])
+
+    def times(self, number: int | float) -> "Bound":
+        return Bound(*(number * x for x in vars(self).values()))
+
+
+def token_bound(
+    model_config: ModelConfig, mesh: Mesh | AbstractMesh, chip: Chip, *, slots: int, context: int
+) -> Bound:
+    """One token in each of ``slots`` slots. Every device reads the whole copy of the weights, but
+    for its division by ``tensor``; only the cache is divided over the batch."""
+    rows, tensor = -(-slots // batch_shards(mesh)), shards(mesh, "heads")
+    work = costs.decode_step(model_config, rows=rows, context=context)
+    sent = traffic.token_traffic(model_config, mesh, slots=slots)
+    return Bound(
+        work.flops / tensor / chip.flops,
+        work.bytes / tensor / chip.bandwidth,
+        sum(sent.values()) / chip.interconnect,
+    )
+
+
+def prefill_bound(
+    model_config: ModelConfig, mesh: Mesh | AbstractMesh, chip: Chip, *, rows: int, width: int
+) -> Bound:
+    """Prompts, or scoring: one forward pass, computing alone."""
+    work = costs.prefill(model_config, rows=rows, width=width)
+    return Bound(work.flops / mesh.size / chip.flops, 0.0, 0.0)
+
+
+def update_bound(
+    model_config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    chip: Chip,
+    *,
+    rows: int,
+    width: int,
+    microbatch: int,
+) -> Bound:
+    """One optimizer update over ``rows`` rows of ``width`` tokens."""
+    work = costs.update(model_config, rows=rows, width=width)
+    passes = -(-rows // microbatch)
+    layers, output = model_config.layers, costs.output_products(model_config)
+    weights = layers * costs.layer_products(model_config) + output
+    reads = 4 if model_config.lora is None else 3  # frozen weights have no gradient
+    read = passes * reads * weights * costs.compute_bytes(model_config) / shards(mesh, "heads")
+    read += 7 * costs.parameter_bytes(model_config, mesh, part=lora.trained)
+    sent = traffic.microbatch_traffic(model_config, mesh, rows=microbatch, width=width)
+    travels = passes * sum(sent.values())
+    return Bound(
+        work.flops / mesh.size / chip.flops, read / chip.bandwidth, travels / chip.interconnect
+    )
