@@ -37,8 +37,8 @@ def microbatch_traffic(
     model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, rows: int, width: int
 ) -> dict[str, float]:
     """One microbatch, all in the compute dtype. Over ``fsdp``, weights are gathered before the
-    forward and before the backward pass, and gradients are scattered; over ``data``, gradients are
-    summed, those of what is trained; over ``tensor``, activations are summed twice a layer in either
+    forward and before the backward pass, and gradients of what is trained are scattered; over
+    ``data``, these are summed; over ``tensor``, activations are summed twice a layer in either
     pass, and once more where the backward pass recomputes them."""
     c, tensor = model_config, shards(mesh, "heads")
     size, fsdp, data = costs.compute_bytes(c), mesh.shape["fsdp"], mesh.shape["data"]
