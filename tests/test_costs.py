@@ -264,7 +264,7 @@ def test_slots_and_lengths_that_do_not_fit_are_refused_with_the_bytes(monkeypatc
         config = dataclasses.replace(LARGE, sampling=half)
         check_memory(config, SMOLLM2, one_device(), prompt_width=64, rows=512)
     check_memory(LARGE, SMOLLM2, one_device(), prompt_width=64, rows=32)  # no more than there are
-    check_memory(LARGE, SMOLLM2, make_mesh(fsdp=-1, data=1), prompt_width=64, rows=256)
+    check_memory(LARGE, SMOLLM2, make_mesh(fsdp=-1, data=1), prompt_width=64, rows=128)
 
 
 @pytest.mark.parametrize("opened", [open_session, open_evaluation])

@@ -122,14 +122,12 @@ def _statistics(scaled, targets):
 def _scores_forward(temperature, chunk, hidden, weight, targets, counts):
     operands = [x.value for x in (hidden, weight, targets, counts)]
     (logprobs, entropy, lse), scaled = _scores(temperature, chunk, *operands)
-    frozen = None if weight.perturbed else ()  # of residuals only the structure is static
-    return (logprobs, entropy), (*operands, entropy, lse, scaled, frozen)
+    return (logprobs, entropy), (*operands, entropy, lse, scaled)
 
 
 def _scores_backward(temperature, chunk, kept, slopes):
-    """d weight is summed over the chunks by each group of devices, then once over the groups; there
-    is none where the weight is frozen."""
-    hidden, weight, targets, counts, entropy, lse, scaled, frozen = kept
+    """d weight is summed over the chunks by each group of devices, then once over the groups."""
+    hidden, weight, targets, counts, entropy, lse, scaled = kept
     slope, entropy_slope = (None if isinstance(x, SymbolicZero) else x for x in slopes)
 
     def rows_gradients(low, live, scaled, *operands):
@@ -141,31 +139,26 @@ def _scores_backward(temperature, chunk, kept, slopes):
                 back = _slopes(temperature, made, *others).astype(part.dtype)
                 products = {"preferred_element_type": jnp.float32}
                 of_hidden = jnp.einsum("ncv,vd->ncd", back, low, **products)
-                if total is not None:
-                    of_weight = jnp.einsum("ncv,ncd->vd", back, part, **products)
-                    total = constrain(total + of_weight, ("vocab", "activation_embed"))
+                of_weight = jnp.einsum("ncv,ncd->vd", back, part, **products)
+                total = constrain(total + of_weight, ("vocab", "activation_embed"))
                 return total, of_hidden.astype(part.dtype)
 
             skip = lambda total: (total, jnp.zeros_like(part))  # noqa: E731
             return jax.lax.cond(alive, add, skip, total)
 
         parts = [None if x is None else _split(x, chunk) for x in operands]
-        total = None
-        if frozen is None:
-            total = constrain(jnp.zeros(low.shape, jnp.float32), ("vocab", "activation_embed"))
+        total = constrain(jnp.zeros(low.shape, jnp.float32), ("vocab", "activation_embed"))
         total, of_hidden = jax.lax.scan(add_chunk, total, (*parts, scaled, live))
-        return None if total is None else total[None], _join(of_hidden, targets.shape[1])
+        return total[None], _join(of_hidden, targets.shape[1])
 
     operands = (
         *(_gathered(weight, hidden.dtype), _live(counts, chunk), scaled),
         *(hidden, targets, lse, entropy, slope, entropy_slope),
     )
     axes = (None, None, 1) + (0,) * 6
-    results = (0 if frozen is None else None, 0)
-    of_weight, of_hidden = over_batch(rows_gradients, operands, axes, results)
-    if of_weight is not None:
-        of_weight = constrain(jnp.sum(of_weight, axis=0), ("vocab", "embed")).astype(weight.dtype)
-    return of_hidden, of_weight, None, None
+    of_weight, of_hidden = over_batch(rows_gradients, operands, axes, (0, 0))
+    of_weight = constrain(jnp.sum(of_weight, axis=0), ("vocab", "embed"))
+    return of_hidden, of_weight.astype(weight.dtype), None, None
 
 
 def _slopes(temperature, scaled, targets, lse, entropy, slope, entropy_slope):
