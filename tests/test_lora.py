@@ -22,9 +22,9 @@ from basis_jax.config import (
     OptimSection,
     SamplingSection,
 )
-from basis_jax.model import costs, decoder, decoding, lora
+from basis_jax.model import costs, decoder, decoding, lora, traffic
 from basis_jax.model.lora import TARGETS, Lora
-from basis_jax.model.sharding import make_mesh, named_tree, regrouped
+from basis_jax.model.sharding import abstract_mesh, make_mesh, named_tree, regrouped
 from basis_jax.opening import checks
 from basis_jax.opening.rollout_setup import adapters_of
 from basis_jax.runs import checkpoint
@@ -269,6 +269,18 @@ def test_qwen3_4b_trains_within_24_gb(monkeypatch, rank):
     checks.check_memory(config, adapted, one, **sizes)
     with pytest.raises(ValueError, match="moments 32.2 GB"):
         checks.check_memory(config, QWEN3_4B, one, **sizes)
+
+
+def test_devices_exchange_the_gradients_of_adapters_alone():
+    """In bfloat16, over two that split the parameters and two that have them once more."""
+    mesh = abstract_mesh(4, data=2, fsdp=2, tensor=1)
+    adapted = with_lora(QWEN3_4B, base_dtype="bfloat16")
+    plain, sent = (
+        traffic.microbatch_traffic(c, mesh, rows=4, width=8) for c in (QWEN3_4B, adapted)
+    )
+    size = 2 * costs.adapter_parameters(adapted)
+    assert sent["reduce-scatter"] == size / 2 == sent["all-reduce"]
+    assert sent["all-gather"] == plain["all-gather"] + size
 
 
 def test_the_memory_of_a_state_is_that_of_its_arrays():
