@@ -19,10 +19,10 @@ START = """# Configuration
 <!-- Made by `python docs/make_configuration.py` from basis_jax/config.py; do not edit. -->
 
 A run is described by one `Config`. A file with a function `config()` returns it: `--config FILE`,
-or the name of a packaged one (`quickstart`, `steps`, `smollm2_arithmetic`, `qwen_math`). Any field
-can be changed on the command line: `--optim.lr 3e-6`, `--data.problem-field question` (with dashes or
-underscores), `--estimator.options KEY VALUE ...`. A misspelt field is refused with the ones that
-are near. `basis-jax train --help` lists them all.
+or the name of a packaged one (`basis-jax --help` lists them). Any field can be changed on the
+command line: `--optim.lr 3e-6`, `--data.problem-field question` (with dashes or underscores),
+`--estimator.options KEY VALUE ...`. A misspelt field is refused with the ones that are near.
+`basis-jax train --help` lists them all.
 
 The defaults below are those of the classes; a config file sets its own. Which fields may change
 when a run is resumed: [resume](resume.md).

@@ -2,6 +2,7 @@
 made from the code are current."""
 
 import functools
+import json
 import re
 import shlex
 import sys
@@ -111,6 +112,17 @@ def test_pages_that_are_there_are_awaited_no_longer():
 def test_the_site_shows_every_page():
     shown = set(re.findall(r"([\w-]+)\.md\n", (ROOT / "mkdocs.yml").read_text()))
     assert PAGES.keys() <= shown
+
+
+@pytest.mark.parametrize("name", ["estimators", "train_tiny"])
+def test_the_notebooks_show_what_they_draw(name):
+    """Every cell was run, in order, and each picture is there."""
+    cells = json.loads((ROOT / "examples" / f"{name}.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    for cell in code:
+        drawn = any("image/png" in output.get("data", {}) for output in cell["outputs"])
+        assert drawn == ("plt.subplots" in "".join(cell["source"]))
 
 
 # ------------------------------------------------------------------------------------- commands
