@@ -199,14 +199,17 @@ def test_the_time_left_is_the_remaining_steps_at_the_usual_pace(folder, monkeypa
     ]
 
 
-def test_on_a_terminal_a_bar_shows_the_same(folder):
+def test_on_a_terminal_a_bar_stands_below_the_same_lines(folder):
     reader, writer = pty.openpty()
     with os.fdopen(writer, "w") as terminal, Records(folder, 4, stream=terminal) as run:
         run.message("loading [red]x")
         run.log(1, {"reward/mean": 0.5})
+        run.log(2, {"reward/mean": 0.75})
     shown = os.read(reader, 100_000).decode()
     os.close(reader)
-    assert "loading [red]x" in shown and "━" in shown and "step 1/4  reward 0.500" in shown
+    assert "loading [red]x" in shown and "━" in shown
+    for line in ("step 1/4  reward 0.500", "step 2/4  reward 0.750"):
+        assert shown.count(line) == 1  # written once, and not over one another
 
 
 def test_tensorboard_gets_every_scalar_and_hides_what_was_cut(folder):

@@ -31,7 +31,7 @@ Stream = TextIO | TextIOBase
 
 
 class Terminal:
-    """A progress bar on a terminal (with rich), one plain line a step anywhere else."""
+    """One plain line per step; on a terminal a progress bar below them (with rich)."""
 
     def __init__(self, total: int, done: int, stream: Stream):
         self._total, self._stream = total, stream
@@ -58,17 +58,13 @@ class Terminal:
         return line
 
     def _show(self, step: int, line: str) -> None:
-        if self._live is None:
-            print(line, file=self._stream, flush=True)
-            return
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
+        if line:
+            self.message(line)
+        if self._live is not None:
+            from rich.progress_bar import ProgressBar
 
-        rows = Table.grid()
-        rows.add_row(ProgressBar(total=max(1, self._total), completed=step))
-        rows.add_row(Text(line))
-        self._live.update(rows, refresh=True)
+            bar = ProgressBar(total=max(1, self._total), completed=step)
+            self._live.update(bar, refresh=True)
 
     def message(self, text: str) -> None:
         if self._live is None:
