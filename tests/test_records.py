@@ -362,7 +362,7 @@ def test_the_log_has_every_line_with_its_time(folder):
     lines = (folder / "log.txt").read_text().splitlines()
     assert all(re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in lines)
     assert [line[21:] for line in lines][:2] == ["evaluating \\ud800", "step  0/10  held-out 25.0%"]
-    assert lines[2][21:].startswith("step 1/10  reward 0.500") and lines[3].endswith(
+    assert lines[2][21:].startswith("step  1/10  reward 0.500") and lines[3].endswith(
         "error: a sentence"
     )
 
