@@ -130,8 +130,28 @@ def parse(
         )
     default = load_config(known.config or "quickstart")
     check_names(rest, default)
+    rest = with_auto(rest)
     described = f"{description}\n\n{DEBUG}"
     return tyro.cli(Config, default=default, args=rest, description=described), known
+
+
+AUTO = ("--train.microbatch_rollouts", "--train.sample_rollouts")
+"""Fields whose 0 is written ``auto``."""
+
+
+def with_auto(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the number for ``auto``."""
+    words = [word for argument in arguments for word in _value_apart(argument)]
+    pairs = zip(["", *words], words, strict=False)
+    return ["0" if word == "auto" and _field(name) in AUTO else word for name, word in pairs]
+
+
+def _value_apart(argument: str) -> list[str]:
+    return argument.split("=") if _field(argument.split("=")[0]) in AUTO else [argument]
+
+
+def _field(name: str) -> str:
+    return "--" + name[2:].replace("-", "_")
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:

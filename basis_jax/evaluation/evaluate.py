@@ -27,6 +27,7 @@ from basis_jax.model.decoder import ModelConfig, computed_in
 from basis_jax.opening.checks import check_evaluation, check_memory
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup
+from basis_jax.opening.sizes import with_sizes
 from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
 from basis_jax.verify.verdicts import shares
 from basis_jax.weights import huggingface, layout
@@ -162,6 +163,14 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print) -> It
             if len(failed) == len(set(config.eval.sets)):
                 raise
             report(f"warning: {name} is left out: {error}")
+    config = with_sizes(
+        config,
+        model_config,
+        mesh,
+        prompt_width=max(problems.tokens.shape[1] for problems in sets.values()),
+        rows=max(len(problems.problems) for problems in sets.values()) * config.eval.samples,
+        report=report,
+    )
     with open_setup(config, folder, model_config, mesh, tokenizer, report=report) as setup:
         yield Evaluation(config, folder, setup, sets, failed)
 
@@ -187,7 +196,9 @@ def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
     """
     config, setup, sampling = evaluation.config, evaluation.setup, evaluation.sampling
     described = dataclasses.asdict(computed_in(setup.model_config, sampling.dtype))
-    described = {k: v for k, v in described.items() if k not in ("remat", "attention")}
+    described = {
+        k: v for k, v in described.items() if k not in ("remat", "attention", "scan_decode")
+    }
     return {
         "sets": {
             name: {

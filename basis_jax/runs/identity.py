@@ -15,6 +15,8 @@ MAY_DIFFER = (
     "run_dir",  # the folder was moved
     "data.answers_wanted",  # the hash of the problems holds what it changes
     "model.remat",
+    "model.attention",
+    "model.decode_layers",
     "loss.logprob_chunk",
     "train.log_samples",
     "train.microbatch_rollouts",

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from basis_jax.config import SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.sharding import regrouped
 from basis_jax.sampling.draw import row_keys
 from basis_jax.sampling.refill import sample_rows
 from basis_jax.types import Prompts, Rollouts
@@ -35,6 +36,7 @@ class RolloutSetup:
     verifier: Any
     seed: int
     rows_at_once: int
+    sample_tensor: int = 0  # the mesh of the sampler is regrouped by it
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def roll_out(
             sampling=sampling,
             eos_ids=setup.eos_ids,
             keys=keys,
-            mesh=setup.mesh,
+            mesh=regrouped(setup.mesh, setup.sample_tensor),
             rows_at_once=setup.rows_at_once,
             on_ended=grader.submit,
         )

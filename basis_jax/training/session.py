@@ -20,6 +20,7 @@ from basis_jax.evaluation.evaluate import load_held_out_set
 from basis_jax.opening.checks import check, check_features, check_memory
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup
+from basis_jax.opening.sizes import with_sizes
 from basis_jax.sampling.rollouts import RolloutSetup
 from basis_jax.training.reference_table import (
     ReferenceTable,
@@ -59,14 +60,13 @@ def open_session(
     train_set, held_out = load_sets(config, tokenizer, report)
     size = len(train_set.problems)
     batch_indices(config.seed, 0, batch_size=config.train.prompts_per_step, size=size)  # fits?
-    check_memory(
-        config,
-        model_config,
-        mesh,
-        prompt_width=train_set.tokens.shape[1],
-        rows=config.train.prompts_per_step * config.sampling.group_size,
-        training=training,
-    )
+    wanted = {
+        "prompt_width": train_set.tokens.shape[1],
+        "rows": config.train.prompts_per_step * config.sampling.group_size,
+        "training": training,
+    }
+    config = with_sizes(config, model_config, mesh, **wanted, report=report)
+    check_memory(config, model_config, mesh, **wanted)
     if config.estimator.features:
         check_features(config.estimator.features, size, model_config.embed)
     with open_setup(config, folder, model_config, mesh, tokenizer, report=report) as setup:
