@@ -128,6 +128,7 @@ class LossSection:
     clip_low: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]; DAPO's clip-higher: 0.2, 0.28."""
     clip_high: float = 0.2
+    """The upper end of that range."""
     dual_clip: float = 0.0
     """Bound on the ratio where the advantage is negative, above 1 (0: off; often 3)."""
     tis_cap: float = 0.0
@@ -148,14 +149,19 @@ class LossSection:
 @dataclass(frozen=True)
 class OptimSection:
     lr: float = 1e-6
+    """AdamW's learning rate, after warm-up and before decay."""
     schedule: str = "constant"
     """``constant``, ``linear`` or ``cosine`` decay to zero over the run, after warm-up."""
     warmup_steps: int = 0
     """Optimizer updates of linear warm-up."""
     b1: float = 0.9
+    """AdamW's decay of the mean of gradients."""
     b2: float = 0.999
+    """AdamW's decay of the mean of squared gradients."""
     eps: float = 1e-8
+    """Added to the root of the mean square in AdamW's division."""
     weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
     moments_dtype: str = "float32"
     """What AdamW's two moments are kept in: ``float32``, or ``bfloat16`` in half the memory. They
     are computed in float32 and rounded at random (up with the probability that keeps the
@@ -169,7 +175,9 @@ class OptimSection:
 @dataclass(frozen=True)
 class TrainSection:
     steps: int = 100
+    """Training steps of the whole run, those done before a resume included."""
     prompts_per_step: int = 512
+    """Problems of a step, all different; times ``sampling.group_size`` rollouts."""
     minibatch_rollouts: int = 512
     """Rollouts per optimizer update; updates a step = rollouts / this."""
     microbatch_rollouts: int = 64
@@ -253,6 +261,7 @@ class Config:
     run_dir: str
     """Folder for everything the run writes; starting again with it resumes."""
     seed: int = 0
+    """Sampling and the order of problems follow from it; the same seed gives the same run."""
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     sampling: SamplingSection = SamplingSection()

@@ -1,5 +1,6 @@
-"""Grading completions: right, wrong, or, where it is not the policy's doing that nothing can be
-told, invalid (``valid`` False, never a silent 0). No JAX here."""
+"""Grading completions: right, wrong or invalid. Invalid (``valid`` False) means that nothing can be
+said about the completion for a reason that the policy has no part in; it is never counted as 0
+without notice. No JAX here."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +13,8 @@ VERIFIERS = ("exact", "math", "math_strict", "gym")
 
 
 class ExactVerifier(Verifier):
-    """Right when the whole completion, spaces around it aside, is the answer; several that are all
-    wanted stand in it in any order, with commas between them."""
+    """Right if the whole completion is the answer, apart from spaces around it. Several answers
+    that are all wanted may come in any order, separated by commas."""
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         return any_of(self.grade_single, completions, answers)

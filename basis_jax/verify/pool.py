@@ -158,7 +158,8 @@ class Pool:
         return Worker(command, environment)
 
     def _heard(self) -> list[tuple[Worker, bool]]:
-        """Waits for the first workers to speak or end (True), or to overstay in silence (False)."""
+        """Wait for the first workers to answer or end (True), or to exceed their time without an
+        answer (False)."""
         active = [w for w in self.workers if w.job is not None or not w.ready]
         if not active:
             return []

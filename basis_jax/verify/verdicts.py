@@ -20,8 +20,9 @@ INVALID = ("gold", "failure")
 
 @dataclass(frozen=True)
 class Verdict:
-    """``reward`` 1 or 0; ``valid`` False where nothing could be told, for reasons that the policy
-    has no part in; ``reason`` for a reader; ``kind`` for counting, one of ``KINDS``."""
+    """The grade of one completion. ``reward``: 1 or 0. ``valid``: False if it could not be graded,
+    for a reason that the policy has no part in. ``reason``: for a reader. ``kind``: for counting,
+    one of ``KINDS``."""
 
     reward: float
     valid: bool

@@ -4,8 +4,8 @@ It is started with ``python -m basis_jax.verify.worker KIND SECONDS MEGABYTES`` 
 killed from outside. What it reads was written by a model, so it is confined once it has started up
 (``confinement``), and each job may compute for SECONDS, after which the process dies of SIGPROF.
 
-A verdict must not depend on the jobs before it: caches are emptied and random numbers start anew
-with each job, and after anything but a plain verdict, or with memory used up, the process ends.
+A verdict must not depend on earlier jobs. So caches are emptied and random numbers are seeded again
+for each job, and the process ends after anything but a plain verdict, or when memory is used up.
 """
 
 import functools
@@ -146,8 +146,8 @@ KINDS = {"math": mathematics, "gym": gym}
 
 
 def limit_cpu(seconds: float) -> None:
-    """Die by signal after ``seconds`` of computing from now; 0: not any more. Time of the clock
-    would make the verdict one on what else runs on the machine."""
+    """End this process by a signal after ``seconds`` more of CPU time; 0 lifts the limit. CPU time,
+    because with clock time a verdict would depend on what else the machine is doing."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 

@@ -139,10 +139,10 @@ class Parameter:
 
 
 def check_finite(value: np.ndarray, name: str) -> None:
-    """Raise ValueError where the values hold NaN or infinity.
+    """Raise ValueError if the values hold NaN or infinity.
 
-    Their sum, one pass without a copy, is not finite then; only where it is not are they looked at
-    one by one, as a sum of finite numbers may overflow too.
+    First their sum is checked, in one pass without a copy. Only if it is not finite are the values
+    checked one by one, because a sum of finite numbers can overflow too.
     """
     with np.errstate(all="ignore"):
         finite = np.isfinite(np.sum(value)) or np.isfinite(value).all()
@@ -282,9 +282,9 @@ def write_folder(
 ) -> Path:
     """Write named tensors as safetensors (with an index where there are several) and other files.
 
-    All goes to ``<folder>.partial``, which is renamed when complete: a crash leaves no half-made
-    folder. Raises ValueError where the folder has contents, unless ``overwrite``; then the old
-    folder stands until the new one is complete.
+    Everything is written to ``<folder>.partial``, which is renamed when it is complete, so a crash
+    leaves no half-written folder. Raises ValueError if the folder is not empty, unless
+    ``overwrite``; the old folder then stays until the new one is complete.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
