@@ -156,7 +156,7 @@ def test_before_and_after_use_the_same_noise_and_greedy_uses_none(setup, problem
     assert len(problems.problems) == SIZE
 
 
-class Mixed:
+class Mixed(Verifier):
     """In turn: right, too late, no answer, and a right answer that cannot be read."""
 
     def grade(self, completions, answers):
