@@ -17,6 +17,9 @@ from typing import Any
 from basis_jax.config import Config
 
 LONGEST = 400  # characters of a library's message that are shown
+BY_NAME = ("estimator.options", "data.chat_template_options", "data.rewards", "data.more_sets")
+BY_NAME += ("eval.set_samples", "eval.set_temperatures", "eval.set_verifiers")
+"""Fields that hold values by name: their names and values follow the field."""
 DEBUG = "--debug shows the traceback of an error."
 
 
@@ -89,7 +92,7 @@ def check_names(arguments: Sequence[str], config: Config) -> None:
             continue
         name = argument[2:].split("=")[0].replace("-", "_")
         section, _, option = name.rpartition(".")
-        if section in ("estimator.options", "data.chat_template_options"):
+        if section in BY_NAME:
             raise ValueError(
                 f"{argument} is not how such an option is given; write "
                 f"--{section.replace('_', '-')} {option} VALUE"

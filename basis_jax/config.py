@@ -184,6 +184,9 @@ class TrainSection:
     """Rollouts decoded at once; where there are more, they take the places of those that end."""
     log_samples: int = 8
     """Completions written to samples.jsonl each step."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl: ``tensorboard``, ``wandb``, ``trackio``, ``mlflow``,
+    your own (``FILE.py:NAME`` or ``package.module:NAME``); several at once, or none."""
     patience: int = 20
     """Steps in a row whose rewards are all equal, so that the policy is not updated, after which
     the run ends: as failed where no completion was right, as solved where all were."""

@@ -453,6 +453,6 @@ def test_a_reference_table_is_of_one_version_of_a_reward(own):
 
 
 def test_a_verifier_for_a_set_that_is_not_evaluated_is_refused():
-    section = EvalSection(sets=("AIME24",), set_verifiers={"AIME25": "math"})
-    with pytest.raises(ValueError, match="eval.set_verifiers names 'AIME25', which is not among"):
+    section = EvalSection(sets=("AIME24",), set_verifiers={"AIME-25": "math"})
+    with pytest.raises(ValueError, match="eval.set_verifiers names 'AIME-25', which is neither"):
         check_sets(Config(run_dir="r", eval=section))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from jax.sharding import Mesh
 
 from basis_jax.config import Config, DataSection, LossSection, SamplingSection, WatchSection
+from basis_jax.data.benchmarks import BENCHMARKS
 from basis_jax.data.encoding import FORMATS
 from basis_jax.data.tasks import GYM
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
@@ -117,14 +118,16 @@ def check_scorers(verifier: str, paths: Sequence[str]) -> None:
 
 
 def check_sets(config: Config) -> None:
-    """Raise a ValueError where something is said of a set that is not evaluated, or cannot be."""
+    """Raise a ValueError where something is said of an unknown set, or a set cannot be graded.
+    Benchmarks that are not evaluated may be named: a command leaves out sets of a config."""
     section = config.eval
     for field in ("set_samples", "set_temperatures", "set_verifiers"):
         for name in getattr(section, field):
-            if name not in section.sets:
+            if name not in section.sets and name not in BENCHMARKS:
                 raise ValueError(
-                    f"eval.{field} names {name!r}, which is not among eval.sets "
-                    f"({', '.join(section.sets) or 'none'}); add it there or leave it out"
+                    f"eval.{field} names {name!r}, which is neither among eval.sets "
+                    f"({', '.join(section.sets) or 'none'}) nor a benchmark "
+                    f"({', '.join(BENCHMARKS)}); give the name of a set"
                 )
     for name in section.sets:
         check_scorers(config.held_out_data(name).verifier, (name,))

@@ -19,6 +19,7 @@ MAY_DIFFER = (
     "model.remat",
     "loss.logprob_chunk",
     "train.log_samples",
+    "train.loggers",
     "train.microbatch_rollouts",
     "train.sample_rollouts",
     "train.patience",

@@ -18,6 +18,7 @@ from basis_jax.runs import checkpoint
 from basis_jax.runs.compiles import count_compiles
 from basis_jax.runs.identity import lock_run, open_run
 from basis_jax.runs.log import errors_logged, log_line
+from basis_jax.runs.loggers import check_loggers
 from basis_jax.runs.metrics import Records
 from basis_jax.runs.stopping import Stopper, StopRequested
 from basis_jax.sampling.rollouts import Graded, roll_out
@@ -78,6 +79,7 @@ def train(
         report(line)
         opening.append(line)
 
+    check_loggers(config.train.loggers)
     opened = open_session(config, report_and_keep, training=True)
     with opened as session, lock_run(config.run_dir) as run_dir, errors_logged(run_dir):
         log_line(run_dir, "\n".join(opening))
@@ -114,7 +116,14 @@ def run_steps(
         with stopper.droppable():
             state = first_state(session, run_dir, report) if restored is None else restored
         resume_step = -1 if restored is None else int(state.step)
-        with Records(run_dir, session.config.train.steps, resume_step) as records:
+        config = session.config
+        with Records(
+            run_dir,
+            config.train.steps,
+            resume_step,
+            loggers=config.train.loggers,
+            config=dataclasses.asdict(config),
+        ) as records:
             take_steps(session, state, records, checkpoints, stopper=stopper, callbacks=callbacks)
     except StopRequested:
         raise stopper.stopped_after(checkpoints.latest_step()) from None
