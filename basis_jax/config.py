@@ -30,6 +30,10 @@ class DataSection:
     path: str = "task:number_words"
     """``task:<name>`` (made here; ``task:gym/<name>?size=1000``: by reasoning-gym), a file (.json,
     .jsonl, .csv or .parquet, also compressed by gzip), a folder, or a hub id."""
+    more_sets: dict[str, float] = field(default_factory=dict)
+    """Further training sets: path, and weight beside ``data.path``, whose weight is 1. A step has
+    prompts of each set in proportion. Columns are as in ``data.path`` where they are there, and are
+    recognised otherwise; ``size`` holds for each set, ``problem_wrapper`` for the first."""
     split: str = "train"
     """Split of a hub data set or folder."""
     problem_field: str = ""

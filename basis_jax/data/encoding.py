@@ -21,12 +21,19 @@ FORMATS = ("chat", "text")
 
 @dataclass(frozen=True)
 class EncodedProblems:
-    """M problems in the order of their uids, with their prompts as right-padded rows."""
+    """M problems in the order of their uids, with their prompts as right-padded rows. Where there
+    are several sets, this order is that within a set."""
 
     problems: tuple[Problem, ...]
     tokens: Int32[np.ndarray, "M P"]
     lengths: Int32[np.ndarray, " M"]
     counts: dict[str, int]  # read, duplicate, too long, not asked for, used
+    set_sizes: tuple[int, ...] = ()  # of several sets, one after the other
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Problems of each set; there is one unless ``joined`` made several."""
+        return self.set_sizes or (len(self.problems),)
 
     def fingerprint(self) -> str:
         """sha256 (hex) of the problems, their answers, columns and tokens, in order."""
@@ -91,6 +98,34 @@ def encode_and_report(
             f"{shown(other.answer)}"
         )
     return encoded
+
+
+def joined(sets: Sequence[EncodedProblems]) -> EncodedProblems:
+    """Several sets as one, without problems that an earlier set has. Raises ValueError where
+    nothing is left of a set."""
+    seen: set[int] = set()
+    kept: list[np.ndarray] = []
+    for number, part in enumerate(sets):
+        new = [p.uid not in seen for p in part.problems]
+        if not any(new):
+            raise ValueError(
+                f"every problem of training set {number + 1} is also in one before it; leave it "
+                "out of data.more_sets"
+            )
+        seen |= {p.uid for p in part.problems}
+        kept.append(np.flatnonzero(new))
+    width = max(part.tokens.shape[1] for part in sets)
+    pairs = [*zip(sets, kept, strict=True)]
+    tokens = [np.pad(s.tokens[rows], ((0, 0), (0, width - s.tokens.shape[1]))) for s, rows in pairs]
+    counts = {key: sum(part.counts[key] for part in sets) for key in sets[0].counts}
+    repeated = counts["used"] - sum(map(len, kept))
+    return EncodedProblems(
+        tuple(part.problems[i] for part, rows in pairs for i in rows),
+        np.concatenate(tokens),
+        np.concatenate([part.lengths[rows] for part, rows in pairs]),
+        counts | {"duplicate": counts["duplicate"] + repeated, "used": counts["used"] - repeated},
+        tuple(map(len, kept)),
+    )
 
 
 def encode_prompts(

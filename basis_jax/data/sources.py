@@ -49,6 +49,22 @@ def load_training(section: DataSection, verifier: Verifier | None = None) -> lis
     return load(read_for(source, section, verifier), held_out=False)
 
 
+def load_more(path: str, section: DataSection, verifier: Verifier | None = None) -> list[Problem]:
+    """The problems of a further training set, of ``data.more_sets``. Raises ValueError as
+    ``load``."""
+    named = (section.problem_field, section.answer_field)
+    source = Source(
+        path=path,
+        split=section.split,
+        problem_field=section.problem_field,
+        answer_field=section.answer_field,
+        wanted=section.answers_wanted,
+        otherwise=((named[0], ""), ("", named[1]), ("", "")),
+        option="--data.more-sets",
+    )
+    return load(read_for(source, section, verifier), held_out=False)
+
+
 def answers_needed(section: DataSection) -> bool:
     """Whether some verifier or reward of the section cannot grade a problem without an answer."""
     return any(needs_answers(name) for name in (section.verifier, *section.rewards))

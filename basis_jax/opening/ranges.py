@@ -49,7 +49,7 @@ RANGES = {
     "seed": Range(0, 2**32 - 1),  # the random keys have 32 bits of it
     "data.size": COUNT_OR_NONE,
     "data.max_prompt_tokens": COUNT,
-    "data.verifier_weight": ANY,
+    "data.verifier_weight": NOT_NEGATIVE,
     "data.reward_workers": COUNT_OR_NONE,
     "data.reward_seconds": NOT_NEGATIVE,
     "data.overlong_limit": COUNT_OR_NONE,
@@ -121,8 +121,12 @@ def check_ranges(config: Config) -> None:
     ):
         for of_set, value in values.items():
             check_number(f"{name} of {of_set}", value, kind, RANGES[name])
-    for reward, weight in config.data.rewards.items():
-        check_number(f"the weight of {reward} in data.rewards", weight, float, ANY)
+    for field, weights, allowed in (
+        ("data.rewards", config.data.rewards, ANY),
+        ("data.more_sets", config.data.more_sets, POSITIVE),
+    ):
+        for name, weight in weights.items():
+            check_number(f"the weight of {name} in {field}", weight, float, allowed)
 
 
 def check_number(name: str, value: Any, kind: type, allowed: Range) -> None:

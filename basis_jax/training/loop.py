@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from basis_jax.config import Config
-from basis_jax.data.order import batch_indices
+from basis_jax.data.order import prompts_by_set
 from basis_jax.evaluation.evaluate import evaluate, invalid_warning
 from basis_jax.runs import checkpoint
 from basis_jax.runs.compiles import count_compiles
@@ -26,6 +26,7 @@ from basis_jax.training.microbatches import make_batches
 from basis_jax.training.session import (
     Session,
     open_session,
+    problems_of_step,
 )
 from basis_jax.training.start import (
     first_state,
@@ -259,20 +260,16 @@ def make_step(
 
 
 def epochs(session: Session, steps: int) -> float:
-    """How often the problems have been visited after so many steps."""
-    size, per_step = len(session.train_set.problems), session.config.train.prompts_per_step
-    return steps / (size // per_step)
+    """How often the problems of ``data.path`` have been visited after so many steps."""
+    config, size = session.config, session.train_set.sizes[0]
+    weights = (1.0, *config.data.more_sets.values())
+    return steps / (size // prompts_by_set(weights, config.train.prompts_per_step)[0])
 
 
 def sample_and_verify(params: PyTree, session: Session, number: int) -> Graded:
     """The rollouts of step ``number``: ``sampling.group_size`` adjacent ones of each problem."""
     config, group_size = session.config, session.config.sampling.group_size
-    problems = batch_indices(
-        config.seed,
-        number,
-        batch_size=config.train.prompts_per_step,
-        size=len(session.train_set.problems),
-    )
+    problems = problems_of_step(config, session.train_set, number)
     return roll_out(
         params,
         session.setup,

@@ -13,10 +13,10 @@ from jaxtyping import PyTree
 
 from basis_jax import estimators
 from basis_jax.config import Config, EstimatorSection
-from basis_jax.data.encoding import EncodedProblems, encode_and_report
-from basis_jax.data.order import batch_indices
+from basis_jax.data.encoding import EncodedProblems, encode_and_report, joined
+from basis_jax.data.order import step_problems
 from basis_jax.data.overlap import OVERLAP, overlapping
-from basis_jax.data.sources import load_training
+from basis_jax.data.sources import load_more, load_training
 from basis_jax.evaluation.evaluate import load_held_out_set
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.opening.checks import check, check_features, check_memory
@@ -80,7 +80,7 @@ def check_problems(
 ) -> None:
     """Raise a ValueError where a step, a rollout or the features do not fit the problems."""
     size = len(train_set.problems)
-    batch_indices(config.seed, 0, batch_size=config.train.prompts_per_step, size=size)  # fits?
+    problems_of_step(config, train_set, 0)  # fits?
     check_memory(
         config,
         model_config,
@@ -91,6 +91,17 @@ def check_problems(
     )
     if config.estimator.features:
         check_features(config.estimator.features, size, model_config.embed)
+
+
+def problems_of_step(config: Config, train_set: EncodedProblems, number: int) -> np.ndarray:
+    """Rows of the problems of step ``number``. Raises ValueError where there are too few."""
+    return step_problems(
+        config.seed,
+        number,
+        batch_size=config.train.prompts_per_step,
+        sizes=train_set.sizes,
+        weights=(1.0, *config.data.more_sets.values()),
+    )
 
 
 def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Estimator:
@@ -152,14 +163,16 @@ def load_sets(
     config: Config, tokenizer: Any, verifiers: Verifiers, report: Callable[[str], None]
 ) -> tuple[EncodedProblems, dict[str, EncodedProblems]]:
     """Training problems and the held-out sets by name, as tokens; what was left out is reported."""
-    train_set = encode_and_report(
-        "training",
-        load_training(config.data, verifiers.training),
-        config.data,
-        tokenizer,
-        size=config.data.size,
-        report=report,
-    )
+    loaded = {"training": load_training(config.data, verifiers.training)}
+    for path in config.data.more_sets:
+        loaded[f"training ({path})"] = load_more(path, config.data, verifiers.training)
+    encoded = [
+        encode_and_report(
+            name, problems, config.data, tokenizer, size=config.data.size, report=report
+        )
+        for name, problems in loaded.items()
+    ]
+    train_set = encoded[0] if len(encoded) == 1 else joined(encoded)
     held_out = {
         name: load_held_out_set(name, config, tokenizer, verifiers.held_out[name], report)
         for name in config.eval.sets
