@@ -17,8 +17,10 @@ from typing import Any
 from basis_jax.config import Config
 
 LONGEST = 400  # characters of a library's message that are shown
-BY_NAME = ("estimator.options", "data.chat_template_options", "data.rewards", "data.more_sets")
-BY_NAME += ("eval.set_samples", "eval.set_temperatures", "eval.set_verifiers")
+BY_NAME = (
+    *("estimator.options", "data.chat_template_options", "data.rewards", "data.more_sets"),
+    *("eval.set_samples", "eval.set_temperatures", "eval.set_verifiers"),
+)
 """Fields that hold values by name: their names and values follow the field."""
 DEBUG = "--debug shows the traceback of an error."
 

@@ -83,7 +83,8 @@ def run(
 
 def open_repository(name: str, *, private: bool) -> Callable[[Path, str], str]:
     """Find or make the repository on the Hugging Face Hub; returns what uploads to it: (folder,
-    message) -> its address. Raises ValueError, before anything is converted, where it cannot be had."""
+    message) -> its address. Called before anything is converted; raises ValueError where it cannot
+    be had."""
     from huggingface_hub import HfApi
 
     api = HfApi()

@@ -20,7 +20,7 @@ from numbers import Real
 from typing import Any
 
 from basis_jax import references
-from basis_jax.verify.pool import Pool, Stopped
+from basis_jax.verify.pool import OWN, Pool, Stopped
 from basis_jax.verify.verdicts import RIGHT_ABOVE, Submission, Verdict, Verifier, verdict_of
 
 WHAT = "reward function"
@@ -169,8 +169,9 @@ class OwnReward(Verifier):
         self.required_columns = self.function.required_columns
         self.seconds = seconds or (WORKER_SECONDS if workers else SECONDS)
         self.stopped = threading.Event()
+        self.absolute = references.absolute(reference, WHAT)
         self.pool = workers and Pool(
-            kind=f"own:{references.absolute(reference, WHAT)}",
+            kind=f"{OWN}{self.absolute}",
             package="what its module imports",
             workers=workers,
             seconds=self.seconds,
@@ -235,7 +236,7 @@ class OwnReward(Verifier):
         replies = self.pool.run([(self._written(row), row.completion) for row in rows])
         for kind, reason in replies:
             if kind == "broken":
-                raise ValueError(reason)
+                raise ValueError(reason.replace(self.absolute, self.name, 1))
         self.answered = self.answered or any(kind == "scored" for kind, _ in replies)
         if not self.answered:
             raise ValueError(
