@@ -1,6 +1,6 @@
 """A logger of your own: rewards as a table that a spreadsheet opens.
 
-    basis-jax train --config quickstart --train.loggers tensorboard examples/own_logger.py:Table
+basis-jax train --config quickstart --train.loggers tensorboard examples/own_logger.py:Table
 """
 
 

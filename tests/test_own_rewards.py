@@ -17,6 +17,7 @@ from basis_jax.opening.checks import check_rewards, check_sets
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.training import reference_table
 from basis_jax.training.session import check_normalised, make_estimator
+from basis_jax.training.watch import Watch
 from basis_jax.verify import make_verifier, rewards
 from basis_jax.verify.pool import Stopped
 from basis_jax.verify.verdicts import Submission, Verdict
@@ -440,6 +441,21 @@ def test_normalised_rewards_are_refused_where_an_estimator_remembers(name, remem
         return
     with pytest.raises(ValueError, match=f"{name} remembers rewards of earlier steps"):
         check_normalised(made, estimator)
+
+
+def test_rewards_that_the_estimator_would_clip_are_warned_about_once():
+    """Those with a range, which is 0 to 1 where none is given."""
+    rewards = np.float32([-1, 0.5])
+    for name, options, warned in (
+        ("spo", {}, True),
+        ("spo", {"low": -1.0, "high": 1.0}, False),
+        ("grpo", {}, False),
+    ):
+        watch = Watch(Config(run_dir="r", estimator=EstimatorSection(name=name, options=options)))
+        first, second = ([*watch._range_warning(rewards)] for _ in range(2))
+        assert len(first) == warned and not second
+        if warned:
+            assert first[0].startswith("warning: rewards of this step go from -1 to 0.5 and spo ta")
 
 
 def test_a_reference_table_is_of_one_version_of_a_reward(own):

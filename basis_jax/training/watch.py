@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from basis_jax import estimators
 from basis_jax.config import Config, WatchSection
 from basis_jax.sampling.rollouts import Graded
 
@@ -131,6 +132,7 @@ class Watch:
         ``train.patience`` steps in a row without a right completion.
         """
         yield from self._signal_warnings(graded)
+        yield from self._range_warning(graded.rewards[graded.valid])
         for name, sentence in findings(metrics, self._first, self._config.watch).items():
             if name in self._config.train.abort_on:
                 raise ValueError(f"the run ends as train.abort_on has {name}: {sentence}")
@@ -157,6 +159,19 @@ class Watch:
                     "few to say that there is no signal, so the policy is updated; raise "
                     "train.prompts_per_step"
                 )
+
+    def _range_warning(self, rewards: np.ndarray) -> Iterator[str]:
+        section = self._config.estimator
+        if "range" in self._given or not {"low", "high"} <= estimators.option_names(section.name):
+            return
+        low, high = (float(section.options.get(*end)) for end in (("low", 0.0), ("high", 1.0)))
+        if np.any(rewards < low) or np.any(rewards > high):
+            self._given.add("range")
+            yield (
+                f"warning: rewards of this step go from {rewards.min():g} to {rewards.max():g} and "
+                f"{section.name} takes those beyond {low:g} to {high:g} as the nearer end; give "
+                "the range as --estimator.options low LOW high HIGH"
+            )
 
     def _nothing_to_learn(self, graded: Graded, answers: Sequence[str]) -> str:
         shown = "; ".join(

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from basis_jax.verify.verdicts import Submission, Verdict, Verifier
@@ -105,7 +106,8 @@ class SeveralRewards(Verifier):
         )
 
     def judge(self, rows: Sequence[Submission]) -> list[Verdict]:
-        graded = [reward.judge(rows) for reward in self.rewards]
+        with ThreadPoolExecutor(len(self.rewards)) as threads:  # slow ones wait together
+            graded = [*threads.map(lambda reward: reward.judge(rows), self.rewards)]
         return [self._sum(of_row) for of_row in zip(*graded, strict=True)]
 
     def _sum(self, verdicts: Sequence[Verdict]) -> Verdict:
