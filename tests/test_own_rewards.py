@@ -9,15 +9,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 
+from basis_jax import estimators
 from basis_jax.config import Config, DataSection, EstimatorSection, EvalSection, SamplingSection
 from basis_jax.data import encoding, sources
+from basis_jax.data.problem import Problem
+from basis_jax.model.sharding import make_mesh
 from basis_jax.opening import rollout_setup
 from basis_jax.opening.checks import check_rewards, check_sets
 from basis_jax.opening.ranges import check_ranges
+from basis_jax.sampling.rollouts import BackgroundGrader, Graded, RolloutSetup, parts_of
 from basis_jax.training import reference_table
 from basis_jax.training.session import check_normalised, make_estimator
+from basis_jax.training.update import reward_metrics
 from basis_jax.training.watch import Watch
+from basis_jax.types import Rollouts
 from basis_jax.verify import make_verifier, rewards
 from basis_jax.verify.pool import Stopped
 from basis_jax.verify.verdicts import Submission, Verdict
@@ -220,9 +227,10 @@ def test_in_a_worker_only_the_completion_that_takes_too_long_is_wrong(own):
 
 def test_in_a_worker_one_that_hangs_on_everything_is_named(own):
     text = "def reward(completions):\n    while True: pass\n"
-    with own(text, workers=1, seconds=0.3) as verifier:
-        with pytest.raises(ValueError, match="gave no reward in a worker process .*too long"):
-            verifier.judge(ROWS)
+    with own(text, workers=2, seconds=0.2) as verifier:
+        assert [v.reward for v in verifier.judge(ROWS)] == [0.0] * 3  # it may be theirs
+        with pytest.raises(ValueError, match="reward gave no reward in a worker process .*correct"):
+            verifier.judge(ROWS * 100)
 
 
 def test_a_worker_is_confined_and_says_so(own, tmp_path):
@@ -233,8 +241,9 @@ def test_a_worker_is_confined_and_says_so(own, tmp_path):
         "    return [1.0]\n"
     )
     with own(text, workers=1) as verifier:
+        assert [v.kind for v in verifier.judge(ROWS)] == ["refused"] * 3
         with pytest.raises(ValueError, match="gave no reward in a worker process .*needed open"):
-            verifier.judge(ROWS)
+            verifier.judge(ROWS * 3)
 
 
 def test_a_column_that_a_worker_cannot_get_is_named(own):
@@ -393,6 +402,85 @@ def test_the_leak_of_the_own_reward_into_the_scale_is_as_small_as_the_docstring_
         without = np.delete(random, i).std() / random.std()
         second_order = ((1 + z[i] ** 2) / 400) ** 2
         assert math.isclose(without, 1 + (1 - z[i] ** 2) / 800, abs_tol=second_order)
+
+
+class Letters:
+    """A tokenizer whose tokens are code points."""
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return ["".join(map(chr, row)) for row in rows]
+
+
+def rollouts_of(completions):
+    """Rollouts after prompts of two tokens; the second is cut."""
+    rows, width = len(completions), 2 + max(map(len, completions))
+    tokens = np.zeros((rows, width), np.int32)
+    for row, text in enumerate(completions):
+        tokens[row, 2 : 2 + len(text)] = [ord(c) for c in text]
+    return Rollouts(
+        tokens=tokens,
+        prompt_lengths=np.full(rows, 2, np.int32),
+        completion_lengths=np.array([*map(len, completions)], np.int32),
+        sampler_logprobs=np.zeros((rows, width), np.float32),
+        score_norms=np.zeros(rows, np.float32),
+        terminated=np.arange(rows) != 1,
+        problem_ids=np.arange(rows, dtype=np.int32),
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_step_is_one_call_in_this_process_and_every_part_at_once_in_workers(
+    own, monkeypatch, workers
+):
+    """Rows end in parts, the last ones first."""
+    verifier = own(
+        "def reward(completions, level, tokens, terminated):\n"
+        "    rows = zip(completions, level, tokens, terminated)\n"
+        "    return [float(c) + 10 * l + 100 * n + 1000 * t for c, l, n, t in rows]\n",
+        workers=workers,
+    )
+    sizes, judge = [], verifier.judge
+    monkeypatch.setattr(verifier, "judge", lambda rows: sizes.append(len(rows)) or judge(rows))
+    problems = [Problem(prompt="p", answer="", columns={"level": i}) for i in range(4)]
+    setup = RolloutSetup(
+        model_config=tiny.TINY,
+        mesh=make_mesh(),
+        tokenizer=Letters(),
+        eos_ids=(),
+        verifier=verifier,
+        seed=0,
+        rows_at_once=4,
+    )
+    rollouts = rollouts_of(["1", "22", "3", "4"])
+    with verifier, BackgroundGrader(setup, problems) as grader:
+        for part in ([3, 2], [1], [0]):
+            grader.submit(rollouts, np.array(part))
+        grader.wait()
+    assert sizes == ([2, 1, 1] if workers else [4])
+    assert [v.reward for v in grader.verdicts] == [1101, 232, 1123, 1134]
+
+
+def test_single_rewards_become_metrics_and_accuracy_is_the_verifiers():
+    """Sum .5 on average, but half of the completions are right; invalid rows are left out."""
+    several = rewards.SeveralRewards(
+        {"math": Fixed([1.0, 0.0, None]), "overlong": Fixed([-1.0, 0.0, 0.0])}, [1.0, 0.5]
+    )
+    verdicts = several.judge(ROWS)
+    graded = Graded(
+        rollouts=rollouts_of(["1", "22", "3"]),
+        completions=["1", "22", "3"],
+        rewards=np.float32([v.reward for v in verdicts]),
+        valid=np.array([v.valid for v in verdicts]),
+        reasons=[v.reason for v in verdicts],
+        kinds=[v.kind for v in verdicts],
+        sample_seconds=1.0,
+        verify_seconds=0.0,
+        parts=parts_of(verdicts, several.part_names),
+    )
+    metrics = reward_metrics(graded, estimators.reinforce(graded.rewards, valid=graded.valid))
+    assert (metrics["rewards/math"], metrics["rewards/overlong"]) == (0.5, -0.5)
+    assert metrics["reward/mean"] == 0.25 and metrics["reward/accuracy"] == 0.5
+    assert metrics["verify/failure"] == pytest.approx(1 / 3)
 
 
 def config(**changes):

@@ -13,6 +13,7 @@ import numpy as np
 from basis_jax import estimators
 from basis_jax.config import Config, WatchSection
 from basis_jax.sampling.rollouts import Graded
+from basis_jax.verify.verdicts import RIGHT_ABOVE
 
 MIN_REWARDS = 32
 """So many equal rewards are no accident: with a pass rate of .2 or .8 it happens once in a thousand
@@ -96,6 +97,7 @@ class Watch:
         self._given: set[str] = set()
         self._first: Mapping[str, float] = {}
         self._alike: list[float] = []  # mean rewards of the latest steps, all without signal
+        self._right: list[float] = []  # the share of right completions of these
         for metrics in history:
             self.count(metrics)
 
@@ -105,13 +107,15 @@ class Watch:
             self._first = {k: float(v) for k, v in metrics.items() if v is not None}
         if metrics.get("estimate/no_signal"):
             self._alike.append(metrics["reward/mean"])
+            self._right.append(metrics.get("reward/accuracy", metrics["reward/mean"]))
         else:
             self._alike.clear()
+            self._right.clear()
 
     @property
     def solved(self) -> bool:
         """Whether every completion of the last ``train.patience`` steps was right."""
-        return self._out_of_patience and min(self._alike) > 0.5
+        return self._out_of_patience and min(self._right) > RIGHT_ABOVE
 
     @property
     def _out_of_patience(self) -> bool:

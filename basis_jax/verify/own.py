@@ -33,6 +33,9 @@ SECONDS, WORKER_SECONDS = 600.0, 10.0
 """Limits of a call where none is set: in this process; of CPU time, in a worker process."""
 LOOK_EVERY_S = 0.5  # whether the run has been stopped
 SHOWN = 60  # characters of a text in an error
+TRIED = 8
+"""So many completions without a reward, the first ones, are the function's doing."""
+SEARCH_SECONDS = 10.0  # for the row of a batch on which a function fails
 
 Rewards = list[float | None]
 Await = Callable[[Awaitable], Any]
@@ -177,7 +180,7 @@ class OwnReward(Verifier):
             seconds=self.seconds,
             memory_mb=memory_mb,
         )
-        self.answered = False
+        self.answered, self.silent = False, 0
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         pairs = zip(completions, answers, strict=True)
@@ -188,7 +191,7 @@ class OwnReward(Verifier):
         if not rows:
             return []
         if self.pool:
-            first = 0 if self.answered else self.pool.size  # never sent on to a function that hangs
+            first = 0 if self.answered else TRIED  # never all to a function that hangs
             return self._in_workers(rows[:first]) + self._in_workers(rows[first:])
         return [scored(value) for value in self._in_time(rows)]
 
@@ -226,8 +229,10 @@ class OwnReward(Verifier):
         try:
             return self.function(rows, _run)
         except ValueError:
+            stop = time.monotonic() + SEARCH_SECONDS
             for row in rows if len(rows) > 1 else ():
-                self.function([row], _run)
+                if time.monotonic() < stop:
+                    self.function([row], _run)
             raise
 
     def _in_workers(self, rows: Sequence[Submission]) -> list[Verdict]:
@@ -238,7 +243,8 @@ class OwnReward(Verifier):
             if kind == "broken":
                 raise ValueError(reason.replace(self.absolute, self.name, 1))
         self.answered = self.answered or any(kind == "scored" for kind, _ in replies)
-        if not self.answered:
+        self.silent += len(replies)
+        if not self.answered and self.silent >= TRIED:
             raise ValueError(
                 f"{self.name} gave no reward in a worker process ({replies[0][1]}), for "
                 f"{_about(rows)}; correct it, raise data.reward_seconds (now {self.seconds:g}), or "
