@@ -9,7 +9,7 @@ import signal
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,26 @@ def parse(
     default = load_config(known.config or "quickstart")
     check_names(rest, default)
     described = f"{description}\n\n{DEBUG}"
-    return tyro.cli(Config, default=default, args=rest, description=described), known
+    given = {a[2:].split("=")[0].replace("-", "_") for a in rest if a.startswith("--")}
+    kept = {name: field_of(default, name) for name in BY_NAME if name not in given}
+    empty = with_fields(default, {} if "help" in given else dict.fromkeys(BY_NAME, {}))
+    made = tyro.cli(Config, default=empty, args=rest, description=described)
+    return with_fields(made, kept), known
+
+
+def field_of(config: Config, name: str) -> Any:
+    section, _, field = name.partition(".")
+    return getattr(getattr(config, section), field)
+
+
+def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with other values of ``section.field``. Given on the command line, values by name
+    stand in place of all that the config has there: tyro would offer its names alone."""
+    for name, value in values.items():
+        section, _, field = name.partition(".")
+        changed = dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{section: changed})
+    return config
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:

@@ -242,12 +242,13 @@ class EvalSection:
     set_samples: dict[str, int] = field(default_factory=dict)
     """Sets with another number of completions, as in ``AIME24 32``."""
     set_temperatures: dict[str, float] = field(default_factory=dict)
-    """Sets with another temperature."""
+    """Sets with another temperature; one at 0 has one completion a problem."""
     set_verifiers: dict[str, str] = field(default_factory=dict)
     """Sets with another verifier than ``data.verifier``."""
 
     def samples_of(self, name: str) -> int:
-        return self.set_samples.get(name, self.samples)
+        greedy = self.set_temperatures.get(name) == 0
+        return self.set_samples.get(name, 1 if greedy else self.samples)
 
     def temperature_of(self, name: str) -> float:
         return self.set_temperatures.get(name, self.temperature)

@@ -593,6 +593,7 @@ def arguments(folder, held_out, out, *more):
     return [
         *("--model.path", folder, "--model.compute-dtype", "float32", "--out", out),
         *("--eval.folder", held_out, "--eval.sets", "MATH-500", "AIME25", "--eval.samples", 8),
+        *("--eval.set-samples", "--eval.set-temperatures"),  # none of the config's
         *("--sampling.max-new-tokens", 12, "--data.max-prompt-tokens", 220, *more),
         *("--train.sample-rollouts", 8, "--mesh.fsdp", 1, "--mesh.data", 1),
     ]

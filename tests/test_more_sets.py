@@ -138,7 +138,7 @@ def calls(monkeypatch):
 def test_each_set_is_completed_by_its_own_protocol_and_greedy_ones_once(calls):
     sets = {name: named(name, size) for name, size in (("a", 3), ("b", 5))}
     section = EvalSection(
-        samples=2, set_samples={"a": 4, "b": 1}, set_temperatures={"b": 0.0}, temperature=0.5
+        samples=2, set_samples={"a": 4}, set_temperatures={"b": 0.0}, temperature=0.5
     )
     metrics = evaluation.evaluate(
         None, made_setup(b="own"), sets, section=section, sampling=SamplingSection()
@@ -163,6 +163,17 @@ def test_the_flagship_is_evaluated_as_in_the_paper(calls):
         **dict.fromkeys(("AIME24", "AIME25", "AMC23", "HMMT25"), (32, 1.0)),
         **dict.fromkeys(("MATH-500", "Minerva", "OlympiadBench"), (1, 0.0)),
     }
+
+
+def test_values_by_name_stand_in_place_of_the_configs():
+    def parse(*arguments):
+        return command_line.parse("", argv=["--config", "qwen_math", *arguments])[0].eval
+
+    assert parse("--eval.set-samples", "AIME24", "4").set_samples == {"AIME24": 4}
+    assert parse("--eval.set-samples").set_samples == {}
+    assert parse("--eval.size", "3").set_samples["HMMT25"] == 32
+    with pytest.raises(ValueError, match="write --eval.set-samples aime24 VALUE"):
+        parse("--eval.set-samples.aime24", "4")
 
 
 def test_what_is_said_of_a_set_is_part_of_its_protocol_and_of_no_other():
