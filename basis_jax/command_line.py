@@ -135,6 +135,7 @@ def parse(
         )
     default = load_config(known.config or "quickstart")
     check_names(rest, default)
+    rest = with_auto(rest)
     described = f"{description}\n\n{DEBUG}"
     given = {a[2:].split("=")[0].replace("-", "_") for a in rest if a.startswith("--")}
     kept = {name: field_of(default, name) for name in BY_NAME if name not in given}
@@ -156,6 +157,25 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
         changed = dataclasses.replace(getattr(config, section), **{field: value})
         config = dataclasses.replace(config, **{section: changed})
     return config
+
+
+AUTO = ("--train.microbatch_rollouts", "--train.sample_rollouts")
+"""Fields whose 0 is written ``auto``."""
+
+
+def with_auto(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the number for ``auto``."""
+    words = [word for argument in arguments for word in _value_apart(argument)]
+    pairs = zip(["", *words], words, strict=False)
+    return ["0" if word == "auto" and _field(name) in AUTO else word for name, word in pairs]
+
+
+def _value_apart(argument: str) -> list[str]:
+    return argument.split("=") if _field(argument.split("=")[0]) in AUTO else [argument]
+
+
+def _field(name: str) -> str:
+    return "--" + name[2:].replace("-", "_")
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:

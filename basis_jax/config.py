@@ -20,9 +20,14 @@ class ModelSection:
     """What the backward pass computes again of a layer: ``none``, ``dots`` (all but the products
     with weights: attention and elementwise work) or ``full`` (everything: the least memory, about
     1.3x the time)."""
-    attention: str = "plain"
-    """``plain`` (all scores of a row at once: T x T) or ``cudnn`` (NVIDIA's kernel, for long rows
-    on GPUs in bfloat16)."""
+    attention: str = "auto"
+    """``plain`` (all scores of a row at once: T x T), or a kernel that never holds them:
+    ``splash`` (TPUs), ``cudnn`` (NVIDIA GPUs, in bfloat16, heads of up to 128). ``auto``: the
+    kernel where there is one."""
+    decode_layers: str = "auto"
+    """The layers of a decode step: ``scanned`` (a loop: programs compile in a time that does not
+    grow with the layers, and prefills read the sampler's weights) or ``unrolled`` (faster on CPUs).
+    ``auto``: scanned on TPUs, unrolled elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,8 @@ class LossSection:
     aggregation: str = "token_mean"
     """``token_mean`` (DAPO), ``sequence_mean`` (GRPO), ``constant_length`` (Dr. GRPO)."""
     logprob_chunk: int = 512
-    """Positions whose logits exist at once, of ``train.microbatch_rollouts`` rows; memory is
-    rows x chunk x vocabulary, also where a microbatch has more and shorter rows."""
+    """Positions whose logits exist at once, of ``train.microbatch_rollouts`` rows a device; memory
+    is rows x chunk x vocabulary, also where a microbatch has more and shorter rows."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,12 @@ class OptimSection:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    moments_dtype: str = "float32"
+    """What AdamW's two moments are kept in: ``float32``, or ``bfloat16`` in half the memory. They
+    are computed in float32 and rounded at random (up with the probability that keeps the
+    mean): rounded to nearest, the second one would not move, as its changes of (1 - b2) are below
+    half of bfloat16's last place. The rounding's noise is at most 2^-8 / sqrt(1 - b^2) of a moment:
+    0.9 % of the first at b1 = 0.9, 8.7 % of the second at b2 = 0.999."""
     max_grad_norm: float = 1.0
     """Global-norm gradient clipping (0: off)."""
 
@@ -187,10 +198,13 @@ class TrainSection:
     minibatch_rollouts: int = 512
     """Rollouts per optimizer update; updates a step = rollouts / this."""
     microbatch_rollouts: int = 64
-    """Rollouts per forward and backward pass at full width; a pass over shorter ones takes a power
-    of two times as many. Gradients are summed over the passes."""
+    """Rollouts per forward and backward pass at full width, on each of the devices that the batch
+    is split over (``mesh.data`` x ``mesh.fsdp``); a pass over shorter ones takes a power of two
+    times as many. Gradients are summed over the passes. ``auto`` (or 0): the most that fit the
+    devices' memory, printed and kept in the run folder."""
     sample_rollouts: int = 512
-    """Rollouts decoded at once; where there are more, they take the places of those that end."""
+    """Rollouts decoded at once, on all devices together; where there are more, they take the places
+    of those that end. ``auto`` (or 0): the most that fit, as above."""
     log_samples: int = 8
     """Completions written to samples.jsonl each step."""
     loggers: tuple[str, ...] = ("tensorboard",)
@@ -262,6 +276,9 @@ class MeshSection:
     """Devices that share parameters and batch."""
     tensor: int = 1
     """Devices that share heads, feed-forward and vocabulary."""
+    sample_tensor: int = 0
+    """As ``tensor``, while sampling (0: the same): the sampler's copy of the weights, which is not
+    split over ``fsdp``, is split over so many of the devices, and rows over the others."""
 
 
 @dataclass(frozen=True)

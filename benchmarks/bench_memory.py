@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from basis_jax import command_line
 from basis_jax.config import LossSection, OptimSection
 from basis_jax.model import costs
-from basis_jax.model.decoder import ATTENTION, REMAT, ModelConfig
+from basis_jax.model.attention import KINDS
+from basis_jax.model.decoder import REMAT, ModelConfig
 from basis_jax.model.sharding import make_mesh
 from basis_jax.training.update import abstract_state, make_optimizer, make_update
 from basis_jax.types import Batch
@@ -27,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--model", default="embedded:quickstart", help=bench_models.MODEL_HELP)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--attention", default="plain", choices=ATTENTION)
+    parser.add_argument("--attention", default="plain", choices=KINDS)
     parser.add_argument("--rows", type=int, nargs="+", default=[8])
     parser.add_argument("--width", type=int, nargs="+", default=[128])
     parser.add_argument("--remat", nargs="+", default=list(REMAT), choices=list(REMAT))

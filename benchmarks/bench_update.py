@@ -29,7 +29,8 @@ import numpy as np
 from basis_jax import command_line
 from basis_jax.config import Config, OptimSection, SamplingSection, TrainSection
 from basis_jax.model import costs
-from basis_jax.model.decoder import ATTENTION, REMAT, ModelConfig
+from basis_jax.model.attention import KINDS
+from basis_jax.model.decoder import REMAT, ModelConfig
 from basis_jax.model.sharding import make_mesh
 from basis_jax.sampling.rollouts import Graded
 from basis_jax.training.microbatches import make_batches
@@ -66,7 +67,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--model", default="embedded:quickstart", help=bench_models.MODEL_HELP)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--attention", default="plain", choices=ATTENTION, help="ours")
+    parser.add_argument("--attention", default="plain", choices=KINDS, help="ours")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--width", type=int, default=128, help="positions of the longest row")
     parser.add_argument("--microbatch", type=int, default=8, help="rows of a pass at full width")

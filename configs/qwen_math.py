@@ -55,7 +55,7 @@ def config() -> Config:
             steps=150,
             prompts_per_step=512,
             minibatch_rollouts=256,
-            microbatch_rollouts=8,
+            microbatch_rollouts=2,  # on each device: 8 on the paper's 4
             sample_rollouts=128,
         ),
         eval=EvalSection(

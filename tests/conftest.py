@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("BASIS_JAX_KEEP_COMPILED", "no")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

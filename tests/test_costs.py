@@ -14,6 +14,7 @@ import tiny
 from basis_jax.config import (
     Config,
     LossSection,
+    MeshSection,
     OptimSection,
     SamplingSection,
     TrainSection,
@@ -178,7 +179,7 @@ def test_a_decode_step_moves_weights_and_cache_once():
     [("none", 4, 4, 128, BAND[0]), ("dots", 16, 4, 128, BAND[0]), ("full", 4, 8, 16, 0.9)],
 )
 def test_an_updates_memory_is_what_xla_plans(remat, layers, rows, width, least):
-    """In one microbatch and in two: beside the gradients of one is the sum of all."""
+    """In one microbatch and in two: there is one gradient, the sum."""
     model_config = dataclasses.replace(SMALL, remat=remat, layers=layers)
     compiled = compiled_update(model_config, rows, width, 4)
     parts = costs.update_memory(model_config, one_device(), rows=4, width=width, chunk=512)
@@ -204,6 +205,38 @@ def test_what_a_mesh_splits_is_divided():
     ).params
     shares = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(shardings)]
     assert at_four["weights"] == sum(4 * math.prod(share) for share in shares)
+
+
+def test_a_sampler_that_splits_the_weights_has_them_in_parts():
+    """Four ways instead of one: a quarter of the copy and, of twice the rows, of all else."""
+    mesh, sizes = make_mesh(data=1, fsdp=4), {"slots": 64, "length": 128, "width": 32}
+    model_config = dataclasses.replace(SMALL, kv_heads=4)
+    before = costs.sampling_memory(model_config, mesh, **sizes)
+    after = costs.sampling_memory(model_config, mesh, **sizes, sample_tensor=4)
+    copy = "weights laid out for decoding"
+    assert after["weights"] == before["weights"]
+    norms = 4 * 64 * 2 + 64 + 4 * 16 * 2  # of every device
+    assert after[copy] - 4 * norms == (before[copy] - 4 * norms) / 4
+    assert after["key-value cache"] == before["key-value cache"]
+    assert after["logits"] == before["logits"]
+
+
+@pytest.mark.parametrize(
+    ("ways", "sentence"),
+    [
+        (3, "mesh.sample_tensor = 3 does not divide the 4 devices"),
+        (4, r"key heads = 2 does not divide over 4 devices \(mesh.sample_tensor\)"),
+    ],
+)
+def test_a_sampler_that_cannot_be_split_so_is_refused(ways, sentence):
+    config = Config(run_dir="", mesh=MeshSection(fsdp=4, sample_tensor=ways))
+    with pytest.raises(ValueError, match=sentence):
+        checks.check_fit(config, tiny.TINY, make_mesh(data=1, fsdp=4))
+    checks.check_fit(
+        dataclasses.replace(config, mesh=MeshSection(fsdp=4, sample_tensor=2)),
+        tiny.TINY,
+        make_mesh(data=1, fsdp=4),
+    )
 
 
 LARGE = Config(

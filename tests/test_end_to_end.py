@@ -234,7 +234,7 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
         (["--seed", "-1"], "seed is -1; give 0 to 4294967295"),
         (["--checkpoint.keep", "0"], "checkpoint.keep is 0; give 1 or more"),
         (["--loss.logprob-chunk", "0"], "loss.logprob_chunk is 0"),
-        (["--train.sample-rollouts", "0"], "train.sample_rollouts is 0"),
+        (["--train.sample-rollouts=-1"], "train.sample_rollouts is -1"),
         (["--eval.samples", "0"], "eval.samples is 0"),
         (["--sampling.max-new-tokens", "0"], "sampling.max_new_tokens is 0"),
         (["--optim.lr", "-1e-3"], "optim.lr is -0.001"),

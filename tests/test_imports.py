@@ -41,7 +41,7 @@ ROOMS["commands"] = {*ROOMS} - {"commands"}
 
 ONLY = {
     "flax": {"model.decoder"},
-    "optax": {"training.update", "training.start", "training.measure"},
+    "optax": {"training.measure", "training.moments", "training.start", "training.update"},
     "orbax": {"runs.checkpoint", "weights.trained"},
     "transformers": {"weights.huggingface"},
     "matplotlib": {"runs.plots"},

@@ -12,7 +12,6 @@ from tiny import EVERYTHING, assert_same_gradient, gradient, random_params, scor
 
 from basis_jax.model import decoder, logprobs
 from basis_jax.model.logprobs import score_targets, token_logprobs
-from basis_jax.model.sharding import make_mesh
 
 
 @pytest.mark.parametrize(
@@ -199,13 +198,9 @@ def test_the_tokens_in_the_mask_come_first_so_that_chunks_behind_them_are_skippe
     assert seen[0].tolist() == [[True] * 2 + [False] * 10] * 2
 
 
-def test_one_chunk_is_cut_where_the_batch_is_on_one_device():
+def test_one_chunk_is_cut():
     assert logprobs.chunk_count(512, 512) == logprobs.PIECES == 4
-    with jax.set_mesh(make_mesh(tensor=2, devices=jax.devices()[:2])):
-        assert logprobs.chunk_count(512, 512) == 4
-    with jax.set_mesh(make_mesh(data=2, devices=jax.devices()[:2])):
-        assert logprobs.chunk_count(512, 512) == 1
-        assert logprobs.chunk_count(513, 512) == 2
+    assert logprobs.chunk_count(513, 512) == 2
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """``train`` is ``make_step`` called step after step, with records and checkpoints around it."""
 
 import dataclasses
+import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +33,7 @@ STEPS = 2
 def config(tiny_folder, dapo_file, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("loop") / "run"
     changes = {"train.steps": STEPS, "checkpoint.every": 5, "train.minibatch-rollouts": 4}
-    changes |= {"eval.every": 1}
+    changes |= {"eval.every": 1, "train.microbatch-rollouts": "auto"}
     arguments = small(tiny_folder, dapo_file, run_dir, **changes)
     return command_line.parse("", argv=["--config", "quickstart", *arguments])[0]
 
@@ -54,6 +56,12 @@ def test_callbacks_see_every_step_with_the_metrics_that_were_logged(config, run)
     assert all(np.isfinite(metrics["policy/grad_norm"]) for _, _, metrics in run)
     for step, _, metrics in run:
         assert metrics.items() <= logged[step].items()
+
+
+def test_a_size_that_is_chosen_stands_in_the_run_folder(config, run):
+    assert config.train.microbatch_rollouts == 0
+    record = json.loads((Path(config.run_dir) / "config.json").read_text())
+    assert record["config"]["train"]["microbatch_rollouts"] == 4  # of 4 an update: they fit
 
 
 def test_steps_taken_by_hand_give_the_same_policy(config, run, tmp_path):
@@ -132,6 +140,62 @@ def test_a_checkpoint_with_numbers_that_are_not_finite_is_refused_by_their_name(
         assert int(checkpoint.restore(checkpoints, whole).step) == 4
 
 
+def many_numbers(step):
+    params = {"weights": jnp.arange(4_000_000, dtype=jnp.float32)}
+    return TrainState(step=jnp.int32(step), params=params, opt_state=(), estimator_state=())
+
+
+def test_a_state_may_be_donated_while_it_is_saved(tmp_path):
+    state = many_numbers(1)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
+    with checkpoint.open_checkpoints(tmp_path, CheckpointSection()) as checkpoints:
+        checkpoint.save(checkpoints, state, {})
+        state = overwrite(state)
+        assert checkpoint.finish(checkpoints) == 1
+        restored = checkpoint.restore(checkpoints, many_numbers(1))
+    np.testing.assert_array_equal(restored.params["weights"], np.arange(4_000_000))
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_loop import CheckpointSection, checkpoint, many_numbers
+with checkpoint.open_checkpoints(Path(sys.argv[1]), CheckpointSection()) as checkpoints:
+    checkpoint.save(checkpoints, many_numbers(1), {})
+    checkpoint.save(checkpoints, many_numbers(2), {})
+    os._exit(9)
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_a_kill_interrupts_is_never_the_newest(tmp_path):
+    """The one before it is complete; what was begun is complete or gone."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parent.parent
+    )
+    assert done.returncode == 9
+    with checkpoint.open_checkpoints(tmp_path, CheckpointSection()) as checkpoints:
+        restored = checkpoint.restore(checkpoints, many_numbers(1))
+        assert int(restored.step) == checkpoints.latest_step() in (1, 2)
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left in ({"1"}, {"1", "2"})
+    np.testing.assert_array_equal(restored.params["weights"], np.arange(4_000_000))
+
+
+def test_what_fails_in_the_background_is_told_by_the_next_who_waits():
+    def failed():
+        raise OSError(28, "No space left on device")
+
+    checkpoints = SimpleNamespace(
+        latest_step=lambda: 4, wait_until_finished=failed, directory=Path("/x")
+    )
+    with pytest.raises(ValueError, match="checkpoint /x/4 could not be written .*No space left"):
+        checkpoint.save(checkpoints, many_numbers(5), {})
+    with pytest.raises(ValueError, match="checkpoint /x/4 could not be written"):
+        checkpoint.finish(checkpoints)
+
+
 def test_a_checkpoint_that_cannot_be_written_is_one_sentence(monkeypatch):
     """What tensorstore says of a full disk, shortened to the system's words, without the tracebacks
     of its threads; those of others are shown."""
@@ -147,7 +211,8 @@ def test_a_checkpoint_that_cannot_be_written_is_one_sentence(monkeypatch):
             "Failed to write 2641920 bytes to file 23: No space left on device [os_error_code='28']"
         )
 
-    checkpoints = SimpleNamespace(save=full, directory=Path("/x"))
+    nothing = {"latest_step": lambda: None, "wait_until_finished": lambda: None}
+    checkpoints = SimpleNamespace(save=full, directory=Path("/x"), **nothing)
     state = TrainState(step=jnp.int32(3), params={}, opt_state=(), estimator_state=())
     with pytest.raises(ValueError, match=r"checkpoint /x/3 .* \(No space left on device\)"):
         checkpoint.save(checkpoints, state, {})

@@ -138,11 +138,13 @@ def test_the_baseline_stays_inside_the_range_of_the_rewards():
     assert estimator.update(high, signals)[1].baselines.tolist() == [1, 1]
 
 
-def test_other_ranges_start_at_their_end_nearest_to_zero():
-    estimator = estimators.make("measured_mean", low=0.5, high=2.0)
-    signals = tiny.signals([1, 2], [0, 2])
-    found = estimator.update(estimator.init(np.zeros(3), np.zeros(3)), signals)[1]
-    assert found.baselines.tolist() == [0.5, 0.5]
+def test_rewards_of_another_range_are_measured_on_their_own_scale():
+    """In [-1, 3]: first b = -1; then b* = -1 + <G, B> / <B, B>."""
+    estimator = estimators.make("measured_mean", low=-1.0, high=3.0)
+    state, signals = estimator.init(np.zeros(3), np.zeros(3)), tiny.signals([3, -1], [0, 2])
+    assert estimator.update(state, signals)[1].baselines.tolist() == [-1, -1]
+    state = estimator.learn(state, measurement(3, 2))
+    assert estimator.update(state, signals)[1].baselines.tolist() == [0.5, 0.5]
 
 
 def test_rare_coordinates_do_not_depend_on_which_completions_were_right():

@@ -21,7 +21,8 @@ decode_step = jax.jit(decoding.decode_step, static_argnums=1)
 
 
 @CONFIGS
-def test_prefill_and_decode_equal_the_full_pass(model_config):
+@pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
+def test_prefill_and_decode_equal_the_full_pass(model_config, scanned):
     """Right-padded prompts of different lengths, every row extended at its own position."""
     params, tokens = random_params(model_config), tokens_of((4, 12))
     lengths = np.array([5, 1, 3, 2], np.int32)
@@ -31,11 +32,13 @@ def test_prefill_and_decode_equal_the_full_pass(model_config):
     hidden, kept = forward(params, model_config, prompts, keep=True)
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(np.asarray(hidden)[row, :length], full[row, :length], atol=1e-5)
-    weights, cache = decoding.decode_weights(params, model_config), decoding.filled_cache(kept, 12)
+    cache = decoding.filled_cache(kept, 12, scanned=scanned)
+    sampler = dataclasses.replace(model_config, scan_decode=scanned)
+    weights = decoding.decode_weights(params, sampler)
     expected = np.asarray(decoder.logits(params, model_config, jnp.asarray(full)))
     for step in range(7):
         at = lengths + step
-        logits, cache = decode_step(weights, model_config, tokens[rows, at], at, cache)
+        logits, cache = decode_step(weights, sampler, tokens[rows, at], at, cache)
         np.testing.assert_allclose(np.asarray(logits).T, expected[rows, at], atol=1e-5)
 
 

@@ -14,10 +14,10 @@ from basis_jax.config import SamplingSection
 from basis_jax.masked import completion_mask
 from basis_jax.model import decoder
 from basis_jax.model.decoding import decode_weights
-from basis_jax.model.sharding import make_mesh, named_tree, put_rows
+from basis_jax.model.sharding import make_mesh, named, named_tree, put_rows, regrouped
 from basis_jax.opening.checks import check_trainable
 from basis_jax.runs.compiles import count_compiles
-from basis_jax.sampling import refill
+from basis_jax.sampling import places, refill
 from basis_jax.sampling.decode import sample
 from basis_jax.sampling.draw import draw, pick, row_keys, truncate
 from basis_jax.sampling.refill import sample_rows
@@ -128,6 +128,75 @@ def test_a_vocabulary_of_several_blocks_is_drawn_from_as_it_says():
     assert np.sum((counts - expected) ** 2 / expected) < 310 and 80 < large.sum() < 200
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+@pytest.mark.parametrize("sizes", [(1, 1, 4), (2, 1, 2)])
+def test_devices_that_share_the_vocabulary_draw_what_one_draws(sizes, temperature):
+    """4,096 rows of 1,000 tokens, which are no whole blocks on each device: every token equal."""
+    sampling = dataclasses.replace(SAMPLING, temperature=temperature)
+    logits = np.random.default_rng(0).normal(0, 2, (1000, 4096)).astype(np.float32)
+    logits[[3, 700]] = logits.max(axis=0) + 1  # two likeliest tokens, on two devices
+    keys = jax.random.split(jax.random.key(0), 4096)
+    one = jax.jit(draw, static_argnums=2)(logits, keys, sampling)
+    mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    with jax.set_mesh(mesh):
+        split = jax.device_put(logits, named(mesh, ("vocab", "batch")))
+        shared = jax.jit(draw, static_argnums=2)(split, keys, sampling)
+    np.testing.assert_array_equal(shared.tokens, one.tokens)
+    found = set(np.asarray(one.tokens).tolist())
+    assert found == {3} if temperature == 0 else len(found) > 500
+    np.testing.assert_allclose(shared.logprobs, one.logprobs, atol=1e-5)
+    np.testing.assert_allclose(shared.score_norms, one.score_norms, atol=1e-5)
+
+
+def test_no_token_moves_the_logits_of_a_vocabulary():
+    """Devices exchange one block of logits a row at a token: less than a third of what one has."""
+    model_config = dataclasses.replace(tiny.TINY, vocab_size=1000)
+    mesh = make_mesh(data=2, tensor=2)
+    axes = named_tree(mesh, decoder.param_axes(model_config))
+    with jax.set_mesh(mesh):
+        weights = decode_weights(jax.device_put(tiny.params(model_config), axes), model_config)
+        assert weights.output.shape == (1024, 32)
+        slots = refill.empty_slots(model_config, rows=64, length=96, cache_length=64)
+        fixed = {"model_config": model_config, "sampling": SAMPLING, "eos_ids": (1,)}
+        text = refill.advance.lower(weights, slots, np.int32(0), **fixed).compile().as_text()
+    moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-|collective-|reduce-)[\w-]+\(", text)
+    sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in moved]
+    assert sizes and max(sizes) <= 32 * 128 < 32 * 512 / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("new", "scanned"), [(9, False), (40, False), (9, True), (40, True)])
+def test_the_sampler_may_split_the_weights_otherwise_than_the_trainer(new, scanned):
+    """Parameters over four devices, decoded over two pairs: the same tokens, batch by batch and in
+    refilled slots; layers unrolled and scanned."""
+    model_config = dataclasses.replace(tiny.TINY, scan_decode=scanned)
+    prompts, limit = long_prompts(rows=12), SamplingSection(max_new_tokens=new)
+    expected = run(prompts, sampling=limit)
+    mesh = make_mesh(data=1, fsdp=4)
+    axes = named_tree(mesh, decoder.param_axes(tiny.TINY))
+    pairs = regrouped(mesh, 2)
+    assert dict(pairs.shape) == {"data": 2, "fsdp": 1, "tensor": 2}
+    assert regrouped(mesh, 1) is mesh is regrouped(mesh, 0)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(tiny.params(), axes)
+        rollouts = sample_rows(
+            params,
+            model_config,
+            prompts,
+            sampling=limit,
+            eos_ids=(1, 2),
+            keys=keys_for(prompts),
+            mesh=pairs,
+            rows_at_once=8,
+        )
+    with jax.set_mesh(pairs):
+        layers = decode_weights(params, model_config).layers
+    part = (layers if scanned else layers[0])["down_proj"].addressable_shards[0].data
+    assert part.shape == ((2, 24, 32) if scanned else (32, 24))
+    np.testing.assert_array_equal(rollouts.tokens, expected.tokens)
+    np.testing.assert_allclose(rollouts.sampler_logprobs, expected.sampler_logprobs, atol=1e-5)
+
+
 def test_what_has_no_weight_is_not_picked_at_either_end():
     weights = jnp.array([[0.0, 2.0, 0.0, 6.0, 0.0]] * 4)
     noise = jnp.array([0.0, 0.2499, 0.25, 1 - 2.0**-24], jnp.float32)
@@ -234,11 +303,11 @@ def test_slots_of_a_mesh_that_rows_do_not_divide_into(prompts):
 
 def test_every_device_prefills_and_halves_its_own_slots():
     """Free slots are taken device by device in turn, a quarter of all at once, a row once."""
-    free = refill.round_robin(np.array([0, 1, 2, 5, 64, 70, 127]), 64)
+    free = places.round_robin(np.array([0, 1, 2, 5, 64, 70, 127]), 64)
     assert free.tolist() == [0, 64, 1, 70, 2, 127, 5]
     rows = np.arange(100, 100 + free.size)
     placed = {}
-    for index, into in refill.prefill_groups(rows, free, 128, 2):
+    for index, into in places.prefill_groups(rows, free, 128, 2):
         assert into.shape in ((2, 8), (2, 16)) and index.shape == (into.size,)
         for device, local, row in zip(
             np.repeat([0, 1], into.shape[1]), into.ravel(), index, strict=True
@@ -248,9 +317,9 @@ def test_every_device_prefills_and_halves_its_own_slots():
                 placed[int(row)] = int(device * 64 + local)
     assert placed == dict(zip(rows.tolist(), free.tolist(), strict=True))
     everything = np.arange(128)
-    calls = list(refill.prefill_groups(everything, refill.round_robin(everything, 64), 128, 2))
+    calls = list(places.prefill_groups(everything, places.round_robin(everything, 64), 128, 2))
     assert [into.shape for _, into in calls] == [(2, 16)] * 4
-    assert not list(refill.prefill_groups(everything[:0], free[:0], 128, 2))
+    assert not list(places.prefill_groups(everything[:0], free[:0], 128, 2))
 
 
 @pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 1, 2)])
@@ -265,12 +334,12 @@ def test_caches_stay_where_they_are(sizes):
         prompts = put_rows(mesh, jax.tree.map(np.asarray, tiny.prompts(rows=16)))
         into = np.arange(16, dtype=np.int32).reshape(sizes[0], -1)
         fixed = {"model_config": tiny.TINY, "sampling": SAMPLING}
-        keys = keys_for(tiny.prompts(rows=16))
+        keys, weights = keys_for(tiny.prompts(rows=16)), decode_weights(params, tiny.TINY)
         programs = [
-            refill.admit.lower(params, slots, prompts, keys, into=into, prefix=None, **fixed),
-            refill.advance.lower(
-                decode_weights(params, tiny.TINY), slots, np.int32(0), eos_ids=(1,), **fixed
+            refill.admit.lower(
+                params, weights, slots, prompts, keys, into=into, prefix=None, **fixed
             ),
+            refill.advance.lower(weights, slots, np.int32(0), eos_ids=(1,), **fixed),
             refill.select_slots.lower(slots, np.zeros((sizes[0], 32 // sizes[0]), np.int32)),
         ]
         for program in programs:

@@ -85,7 +85,8 @@ def one_update(*, sizes=(1, 1, 1), microbatch=8, config=CONFIG, data=None, learn
         params = jax.device_put(tiny.params(), named_tree(mesh, decoder.param_axes(tiny.TINY)))
         params = jax.tree.map(jnp.copy, params)  # the update donates them
         state = make_state(params, optimizer, (), model_config=tiny.TINY, mesh=mesh)
-        train = dataclasses.replace(config.train, microbatch_rollouts=microbatch)
+        each = microbatch // (sizes[0] * sizes[1])  # of the devices that the batch is split over
+        train = dataclasses.replace(config.train, microbatch_rollouts=each)
         config = dataclasses.replace(config, train=train)
         options = {"loss": config.loss, "temperature": 1.0, "microbatch": microbatch}
         _, estimate = make_estimate(estimators.make("reinforce"))((), data)
@@ -380,8 +381,8 @@ def test_a_time_out_is_wrong_and_not_invalid_and_every_kind_has_its_share():
     ("change", "sentence"),
     [
         ({"minibatch_rollouts": 3}, "rollouts per step = 8 is not a multiple of"),
-        ({"microbatch_rollouts": 3}, "minibatch_rollouts = 8 is not a multiple of"),
-        ({"minibatch_rollouts": 2, "microbatch_rollouts": 2}, "is not a multiple of the batch"),
+        ({"prompts_per_step": 24, "minibatch_rollouts": 24, "microbatch_rollouts": 4}, "16;"),
+        ({"minibatch_rollouts": 2, "microbatch_rollouts": 2}, "2 is not a multiple of the batch"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(change, sentence):
@@ -398,7 +399,8 @@ def test_sizes_that_do_not_divide_are_refused(change, sentence):
             {"attention": "cudnn", "compute_dtype": "bfloat16"},
             "NVIDIA GPUs, .* this is cpu with",
         ),
-        ("model", {"attention": "flash"}, "model.attention is 'flash'; allowed are plain, cudnn"),
+        ("model", {"attention": "flash"}, "model.attention is 'flash'; allowed are auto, plain"),
+        ("model", {"attention": "splash"}, "model.attention splash needs TPUs and this is cpu"),
         (
             "data",
             {"verifier": "math", "answer_mode": "box"},

@@ -25,6 +25,7 @@ from basis_jax.data.problem import Problem
 from basis_jax.data.sources import load_held_out, load_training
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup
+from basis_jax.opening.sizes import with_sizes
 from basis_jax.sampling.rollouts import Graded, roll_out
 from basis_jax.training import reference_table
 from basis_jax.weights import huggingface, trained
@@ -108,6 +109,8 @@ def generate(
     config = dataclasses.replace(config, data=data, eval=EvalSection(sets=()))
     tokenizer = huggingface.load_tokenizer(folder)
     encoded = encode_prompts([problem], data, tokenizer)
+    sizes = {"prompt_width": encoded.tokens.shape[1], "rows": options.samples}
+    config = with_sizes(config, model_config, mesh, **sizes, report=lambda line: None)
     with (
         open_setup(config, folder, model_config, mesh, tokenizer) as setup,
         jax.set_mesh(mesh),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from basis_jax import command_line
 from basis_jax.runs import plots
+from basis_jax.runs.compiles import keep_compiled
 from basis_jax.runs.metrics import read_metrics
 from basis_jax.runs.stopping import StopRequested
 from basis_jax.training.loop import train
@@ -19,6 +20,7 @@ from basis_jax.training.loop import train
 
 def main() -> None:
     config, _ = command_line.parse(__doc__)
+    keep_compiled()
     try:
         run_dir = train(config)
     except StopRequested as stopped:

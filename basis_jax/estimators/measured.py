@@ -21,7 +21,15 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 
 from basis_jax.estimators.ranges import FINITE, Options, Rewards
-from basis_jax.estimators.rows import divide, estimate, nan_reported, others_sum, read
+from basis_jax.estimators.rows import (
+    divide,
+    estimate,
+    from_unit,
+    nan_reported,
+    others_sum,
+    read,
+    to_unit,
+)
 from basis_jax.estimators.weighted import MEMORY
 from basis_jax.pytree import pytree
 from basis_jax.types import Estimate, Measurement, Signals
@@ -36,7 +44,7 @@ class MeasuredMean:
     3.0
     """
 
-    baseline: Float[Array, ""]
+    baseline: Float[Array, ""]  # 0: the least reward, 1: the largest
     measurements: Float[Array, ""]  # discounted
 
 
@@ -62,7 +70,7 @@ def measured_mean_update(
     high: float = 1.0,
 ) -> tuple[MeasuredMean, Estimate]:
     """A = r - b with the b that earlier steps measured (``measured_mean_learn``), inside
-    [``low``, ``high``]; before the first measurement b is 0, or the end of the range nearest to 0.
+    [``low``, ``high``]; before the first measurement b is ``low``.
 
     ``values`` are the plain means of the other rows. ``memory`` belongs to the measurements. Info:
     ``measurements``, the discounted number of them. ValueError for rewards outside the range.
@@ -76,8 +84,10 @@ def measured_mean_update(
     """
     Rewards(low, high).check("measured_mean", signals.rewards, signals.valid)
     rewards, valid = read(signals.rewards, signals.valid)
-    values = divide(others_sum(rewards), others_sum(valid.astype(jnp.float32)))
-    baselines = jnp.full_like(rewards, 1) * used_baseline(state, low, high)
+    y = jnp.where(valid, to_unit(rewards, low, high), 0)
+    mean = divide(others_sum(y), others_sum(valid.astype(jnp.float32)))
+    values = from_unit(mean, low, high)
+    baselines = from_unit(jnp.ones_like(rewards) * used_baseline(state), low, high)
     return state, estimate(
         rewards - baselines, values, valid, baselines=baselines, measurements=state.measurements
     )
@@ -102,7 +112,8 @@ def measured_mean_learn(
     >>> print(estimators.measured_mean_learn(state, found).baseline)
     0.25
     """
-    found = used_baseline(state, low, high) + divide(measurement.product, measurement.square)
+    moved = divide(measurement.product, measurement.square) / (high - low)
+    found = used_baseline(state) + moved
     older = memory * state.measurements
     mean = (older * state.baseline + found) / (older + 1)
     square = measurement.square
@@ -113,6 +124,6 @@ def measured_mean_learn(
     )
 
 
-def used_baseline(state: MeasuredMean, low: float, high: float) -> Float[Array, ""]:
-    """What is subtracted: the measured baseline inside the range of the rewards."""
-    return jnp.clip(state.baseline, low, high)
+def used_baseline(state: MeasuredMean) -> Float[Array, ""]:
+    """What is subtracted: the measured baseline inside the range of the rewards, as [0, 1]."""
+    return jnp.clip(state.baseline, 0, 1)

@@ -27,6 +27,7 @@ from basis_jax.model.decoder import ModelConfig, computed_in
 from basis_jax.opening.checks import check_evaluation, check_memory
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import locate_model, open_setup, open_verifiers
+from basis_jax.opening.sizes import with_sizes
 from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
 from basis_jax.verify.verdicts import Verifier, shares
 from basis_jax.weights import huggingface, layout
@@ -154,12 +155,7 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print) -> It
     check_evaluation(config, model_config, mesh)
     tokenizer = huggingface.load_tokenizer(folder)
     sets, failed = {}, {}
-    with (
-        open_verifiers(config) as verifiers,
-        open_setup(
-            config, folder, model_config, mesh, tokenizer, verifiers=verifiers, report=report
-        ) as setup,
-    ):
+    with open_verifiers(config) as verifiers:
         for name in config.eval.sets:
             try:
                 verifier = verifiers.held_out[name]
@@ -177,7 +173,18 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print) -> It
                 if len(failed) == len(set(config.eval.sets)):
                     raise
                 report(f"warning: {name} is left out: {error}")
-        yield Evaluation(config, folder, setup, sets, failed)
+        config = with_sizes(
+            config,
+            model_config,
+            mesh,
+            prompt_width=max(problems.tokens.shape[1] for problems in sets.values()),
+            rows=max(len(p.problems) * config.eval.samples_of(name) for name, p in sets.items()),
+            report=report,
+        )
+        with open_setup(
+            config, folder, model_config, mesh, tokenizer, verifiers=verifiers, report=report
+        ) as setup:
+            yield Evaluation(config, folder, setup, sets, failed)
 
 
 def load_held_out_set(
@@ -206,7 +213,9 @@ def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
     """
     config, setup, sampling = evaluation.config, evaluation.setup, evaluation.config.sampling
     described = dataclasses.asdict(computed_in(setup.model_config, sampling.dtype))
-    described = {k: v for k, v in described.items() if k not in ("remat", "attention")}
+    described = {
+        k: v for k, v in described.items() if k not in ("remat", "attention", "scan_decode")
+    }
     return {
         "sets": {
             name: {

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from basis_jax.model import decoder
+from basis_jax.model.attention import holds_scores
 from basis_jax.model.decoder import ModelConfig
-from basis_jax.model.sharding import shards
+from basis_jax.model.sharding import regrouped, shards
 
 
 @dataclass(frozen=True)
@@ -149,15 +150,15 @@ def activation_bytes(
     A token of a layer, without recomputation: six vectors of the stream (two norms: input and
     normed input in float32, scaled in the compute dtype), six of the feed-forward (gate, up and
     their products), queries, mixed values, keys and values, and a float32 and a rounded row of
-    attention weights for each head; with query and key norms these four once more. With
-    recomputation: the layer's input, with ``dots`` the products of weights that the backward pass
-    needs (queries, keys, values, attention's output, gate and up), and all of the above for one
-    layer at a time.
+    attention weights for each head unless a kernel holds none; with query and key norms these four
+    once more. With recomputation: the layer's input, with ``dots`` the products of weights that the
+    backward pass needs (queries, keys, values, attention's output, gate and up), and all of the
+    above for one layer at a time.
     """
     c, size, tensor = model_config, compute_bytes(model_config), shards(mesh, "heads")
     stream = c.embed * (4 * 4 + 2 * size)
     split = 6 * c.mlp * size + 2 * (c.heads + c.kv_heads) * c.head_dim * size
-    if c.attention == "plain":
+    if holds_scores(c.attention, width):
         split += c.heads * width * (4 + size)
     split += c.qk_norm * 2 * (c.heads + c.kv_heads) * c.head_dim * 4
     layer = stream + split / tensor
@@ -173,23 +174,35 @@ def activation_bytes(
 
 
 def sampling_memory(
-    model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, slots: int, length: int, width: int
+    model_config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    *,
+    slots: int,
+    length: int,
+    width: int,
+    sample_tensor: int = 0,
 ) -> dict[str, int]:
     """Bytes on one device while ``slots`` rows of ``length`` positions decode, by part.
 
     Prompts have ``width`` tokens and share no prefix; a quarter of them is prefilled at once
-    (``refill.prefill_groups``). While the cache grows, the part in use is held twice.
+    (``places.prefill_groups``). While the cache grows, the part in use is held twice. All but the
+    trainer's weights lie as on the mesh ``sharding.regrouped`` by ``sample_tensor``; the parameters
+    are laid out for it once more where prefills do not read the decode weights.
     """
-    size, rows = compute_bytes(model_config), slots / shards(mesh, "batch")
+    size, weights = compute_bytes(model_config), parameter_bytes(model_config, mesh)
+    trainer, mesh = mesh, regrouped(mesh, sample_tensor)
+    moved = mesh is not trainer and not model_config.scan_decode
+    rows = slots / shards(mesh, "batch")
     cache = cache_numbers(model_config, slots=slots, length=length) * size
     heads, mlp = model_config.heads / shards(mesh, "heads"), model_config.mlp / shards(mesh, "mlp")
-    scores = heads * width * 8 if model_config.attention == "plain" else 0
+    scores = heads * width * 8 if holds_scores(model_config.attention, width) else 0
     layer = 3 * model_config.embed * 4 + 2 * mlp * size + scores
     return {
-        "weights": parameter_bytes(model_config, mesh),
+        "weights": weights,
         "weights laid out for decoding": parameter_bytes(
             model_config, mesh, itemsize=size, gathered=True
         ),
+        "weights for prefills": parameter_bytes(model_config, mesh, gathered=True) if moved else 0,
         "key-value cache": int(cache / shards(mesh, "batch") / shards(mesh, "kv_heads")),
         "logits": int(2 * rows * model_config.vocab_size * 4 / shards(mesh, "vocab")),
         "prefill": int(-(-rows // 4) * width * layer),
@@ -197,22 +210,31 @@ def sampling_memory(
 
 
 def update_memory(
-    model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, rows: int, width: int, chunk: int
+    model_config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    *,
+    rows: int,
+    width: int,
+    chunk: int,
+    moment: int = 4,
 ) -> dict[str, int]:
     """Bytes on one device during an update over microbatches of ``rows`` x ``width`` tokens, by
-    part; the gradients are those of one microbatch and the sum so far.
+    part; ``moment``: bytes of a number of the optimizer's moments.
 
-    The backward pass keeps the layers' weights in the compute dtype too, unless it recomputes.
+    There is one gradient, the sum so far: each layer's is added to it as soon as it is known. The
+    output layer's is known after all chunks, and its weight is gathered over ``fsdp`` for them. The
+    backward pass keeps the layers' weights in the compute dtype too, unless it recomputes.
     """
-    weights = parameter_bytes(model_config, mesh)
-    logits = rows * min(chunk, width) * model_config.vocab_size * 4 * 2
+    c, size, tensor = model_config, compute_bytes(model_config), shards(mesh, "vocab")
+    weights = parameter_bytes(c, mesh)
+    gathered = size if size < 4 or shards(mesh, "embed") > 1 else 0
+    logits = rows * min(chunk, width) * c.vocab_size * 4 * 2
     return {
         "weights": weights,
-        f"weights in {model_config.compute_dtype}": 0
-        if recomputes(model_config)
-        else copy_bytes(model_config, mesh),
-        "moments": 2 * weights,
-        "gradients": 2 * weights,
-        "activations": activation_bytes(model_config, mesh, rows=rows, width=width),
-        "logits": int(logits / shards(mesh, "batch") / shards(mesh, "vocab")),
+        f"weights in {c.compute_dtype}": 0 if recomputes(c) else copy_bytes(c, mesh),
+        "moments": weights * moment // 2,
+        "gradients": weights + 4 * layer_products(c) // shards(mesh, "mlp"),
+        "output layer and its gradient": output_products(c) * (gathered + 4) // tensor,
+        "activations": activation_bytes(c, mesh, rows=rows, width=width),
+        "logits": int(logits / shards(mesh, "batch") / tensor),
     }

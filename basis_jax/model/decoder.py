@@ -6,7 +6,6 @@ the right, so the causal mask is the only mask: what stands behind a row's end i
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from basis_jax.model.attention import attend, fits_cudnn
 from basis_jax.model.rope import LinearScaling, RopeScaling, YarnScaling
 from basis_jax.model.sharding import constrain
 from basis_jax.pytree import pytree
@@ -44,7 +44,15 @@ class ModelConfig:
     qk_norm: bool = False  # Qwen3
     compute_dtype: str = "float32"
     remat: str = "none"  # of a layer: a key of REMAT
-    attention: str = "plain"  # one of ATTENTION
+    attention: str = "plain"  # one of attention.KINDS
+    scan_decode: bool = False  # layers of a decode step as one loop: see decoding.py
+
+
+def as_described(model_config: ModelConfig) -> ModelConfig:
+    """The model that ``config.json`` describes, which says nothing of how it is computed."""
+    return replace(
+        model_config, compute_dtype="float32", remat="none", attention="plain", scan_decode=False
+    )
 
 
 REMAT = {
@@ -57,14 +65,12 @@ but the layer's input."""
 
 
 def computed_in(model_config: ModelConfig, dtype: str) -> ModelConfig:
-    """The model in another compute dtype (empty: its own); NVIDIA's kernel knows bfloat16 only."""
-    dtype = dtype or model_config.compute_dtype
-    attention = model_config.attention if dtype == "bfloat16" else "plain"
-    return replace(model_config, compute_dtype=dtype, attention=attention)
-
-
-ATTENTION = ("plain", "cudnn")
-"""All scores of a row at once, or NVIDIA's kernel, which never holds them (bfloat16 on GPUs)."""
+    """The model in another compute dtype (empty: its own); plain where NVIDIA's kernel knows it
+    not."""
+    dtype, kind = dtype or model_config.compute_dtype, model_config.attention
+    if kind == "cudnn" and not fits_cudnn(dtype, model_config.head_dim):
+        kind = "plain"
+    return replace(model_config, compute_dtype=dtype, attention=kind)
 
 
 @pytree
@@ -152,16 +158,11 @@ class Block(nn.Module):
         queries = rotate(self.project("q", x, c.heads, "heads"), positions, c)
         keys = rotate(self.project("k", x, c.kv_heads, "kv_heads"), positions, c)
         values = self.project("v", x, c.kv_heads, "kv_heads")
+        all_keys, all_values = keys, values
         if prefix is not None:
             all_keys = prepend_prefix(prefix.keys, keys)
             all_values = prepend_prefix(prefix.values, values)
-            mixed = attend(queries, all_keys, all_values)
-        elif c.attention == "cudnn":
-            mixed = jax.nn.dot_product_attention(
-                queries, keys, values, is_causal=True, implementation="cudnn"
-            )
-        else:
-            mixed = attend(queries, keys, values)
+        mixed = attend(c.attention, queries, all_keys, all_values)
         out = self.weight("o_proj", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"))
         mixed = jnp.einsum("nthk,hkd->ntd", mixed, out)
         if c.output_bias:
@@ -183,25 +184,6 @@ class Block(nn.Module):
         up = dense("up", flat, (c.embed, c.mlp), ("embed", "mlp"))
         down = dense("down", jax.nn.silu(gate) * up, (c.mlp, c.embed), ("mlp", "embed"))
         return down.reshape(x.shape)
-
-
-def attend(
-    queries: Float[Array, "N T H Dh"],
-    keys: Float[Array, "N S K Dh"],
-    values: Float[Array, "N S K Dh"],
-) -> Float[Array, "N T H Dh"]:
-    """softmax(q k / sqrt(Dh)) v over the positions up to the query's own, queries being the last T
-    of the S positions; H/K query heads share a key head."""
-    rows, steps, heads, size = queries.shape
-    prefix_length = keys.shape[1] - steps
-    mask = jnp.arange(prefix_length + steps)[None] <= prefix_length + jnp.arange(steps)[:, None]
-    grouped = queries.reshape(rows, steps, keys.shape[2], -1, size)
-    scores = jnp.einsum(
-        "ntkgd,nskd->nkgts", grouped, keys, preferred_element_type=jnp.float32
-    ) / math.sqrt(size)
-    scores = jnp.where(mask[None, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("nkgts,nskd->ntkgd", weights, values).reshape(rows, steps, heads, size)
 
 
 def prepend_prefix(
@@ -245,8 +227,9 @@ class Decoder(nn.Module):
 
 def _init_boxed(model_config: ModelConfig, key: Key[Array, ""]) -> PyTree:
     tokens = jnp.zeros((1, 2), jnp.int32)
+    plain = replace(model_config, attention="plain")  # which every platform has
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # too small to split
-        return Decoder(model_config).init(key, tokens, jnp.zeros_like(tokens), None)["params"]
+        return Decoder(plain).init(key, tokens, jnp.zeros_like(tokens), None)["params"]
 
 
 def init(model_config: ModelConfig, key: Key[Array, ""]) -> PyTree:

@@ -1,28 +1,39 @@
 """One more token a row: the model of ``decoder.py`` for a single position, laid out for speed.
 
 The mathematics is that of ``decoder.Block``; only the order of axes differs. Features come before
-rows, and weights are [out, in], so that every product is weight @ x. Each layer has arrays of its
-own, and keys have the positions as their last axis. XLA's CPU backend copies a stacked layer before
-using it, repacks a right-hand weight for every product and transposes keys at every step; the order
-makes no difference to other backends. ``decode_weights`` is called once for many steps.
+rows, and every product is weight @ x with weights [out, in]. ``decode_weights`` is called once for
+many steps and makes one of two layouts.
+
+Unrolled, for CPUs: each layer has arrays of its own, weights are stored [out, in], and keys have
+the positions as their last axis. XLA's CPU backend copies a stacked layer before using it, repacks
+a right-hand weight for every product and transposes keys at every step.
+Scanned (``ModelConfig.scan_decode``), for TPUs: the layers are a loop over stacked arrays, so that
+a program compiles in a time that does not grow with them; the cache is written after the loop.
+Weights are shaped as parameters are, and prefills read them too, without gathering parameters.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int, PyTree
 
-from basis_jax.model.decoder import KeyValues, ModelConfig, rms_norm, rotate
-from basis_jax.model.sharding import constrain
+from basis_jax.model.decoder import KeyValues, ModelConfig, param_axes, rms_norm, rotate
+from basis_jax.model.sharding import by_shard, constrain, split_over
 from basis_jax.pytree import pytree
 
 KEY_AXES = ("batch", "kv_heads", "head_dim", "time")
 VALUE_AXES = ("batch", "kv_heads", "time", "head_dim")
+VOCAB_BLOCK = 128
 CACHE_AXES = {"keys": KEY_AXES, "values": VALUE_AXES}
-OUT_FIRST = {  # logical axes of the weights here; "embed" of a parameter is split, here it is not
+STACKED_AXES = ("layers", *VALUE_AXES)
+UNSPLIT = {"embed": "activation_embed"}  # axes of parameters that weights are gathered over
+OUT_FIRST = {
     "q_proj": ("heads", "activation_embed"),
     "k_proj": ("kv_heads", "activation_embed"),
     "v_proj": ("kv_heads", "activation_embed"),
@@ -33,103 +44,157 @@ OUT_FIRST = {  # logical axes of the weights here; "embed" of a parameter is spl
 }
 
 
+Layers = tuple[dict[str, Array], ...] | dict[str, Array]
+"""Unrolled: projections [out, in], biases [out]. Scanned: as the stacked parameters."""
+
+
 @pytree
 class DecodeWeights:
-    """The model's weights in the compute dtype, layer by layer; split over ``tensor`` alone."""
+    """The model's weights in the compute dtype, split over ``tensor`` alone. Tables are filled up
+    to ``whole_blocks``."""
 
     embedding: Float[Array, "V D"]
     output: Float[Array, "V D"]  # the same array where it is tied
     norm: Float[Array, " D"]
-    layers: tuple[dict[str, Array], ...]  # projections [out, in], biases [out]
+    layers: Layers
 
 
 @pytree
 class Cache:
-    """Keys and values, one array a layer. Slot s of a row holds its token at position s."""
+    """Keys and values, one array a layer, or stacked. Slot s of a row holds its token at position
+    s."""
 
-    keys: tuple[Float[Array, "N K Dh S"], ...]
-    values: tuple[Float[Array, "N K S Dh"], ...]
+    keys: tuple[Float[Array, "N K Dh S"], ...] | Float[Array, "L N K S Dh"]
+    values: tuple[Float[Array, "N K S Dh"], ...] | Float[Array, "L N K S Dh"]
 
     @property
     def length(self) -> int:
-        return self.keys[0].shape[-1]
+        return jax.tree.leaves(self.values)[0].shape[-2]
 
 
 def decode_weights(params: PyTree, model_config: ModelConfig) -> DecodeWeights:
     """The parameters as ``decode_step`` takes them: a copy in the compute dtype, gathered over
     ``fsdp`` once instead of at every token. Memory a device: parameters / ``tensor``."""
     embedding = table_weights(params["embedding"], model_config)
-    layers = [
-        layer_weights(params["layers"], np.int32(i), model_config)
-        for i in range(model_config.layers)
-    ]
+    layers: Layers
+    if model_config.scan_decode:
+        layers = stacked_weights(params["layers"], model_config)
+    else:
+        layers = tuple(
+            layer_weights(params["layers"], np.int32(i), model_config)
+            for i in range(model_config.layers)
+        )
     return DecodeWeights(
         embedding=embedding,
         output=embedding if model_config.tied else table_weights(params["output"], model_config),
         norm=params["norm"],
-        layers=tuple(layers),
+        layers=layers,
     )
 
 
 @functools.partial(jax.jit, static_argnames="model_config")
 def table_weights(table, model_config):
-    return constrain(table.astype(model_config.compute_dtype), ("vocab", "activation_embed"))
+    missing = whole_blocks(table.shape[0]) - table.shape[0]
+    table = jnp.pad(table.astype(model_config.compute_dtype), ((0, missing), (0, 0)))
+    return constrain(table, ("vocab", "activation_embed"))
 
 
 @functools.partial(jax.jit, static_argnames="model_config")
 def layer_weights(stacked, index, model_config):
     """One layer of the stacked parameters; one program serves all layers."""
+    layer = in_compute_dtype({name: value[index] for name, value in stacked.items()}, model_config)
+    return out_first(layer)
+
+
+@functools.partial(jax.jit, static_argnames="model_config")
+def stacked_weights(stacked, model_config):
+    """The stacked parameters, gathered over ``fsdp``."""
+    axes = param_axes(model_config)["layers"]
+    return {
+        name: constrain(value, tuple(UNSPLIT.get(axis, axis) for axis in axes[name]))
+        for name, value in in_compute_dtype(stacked, model_config).items()
+    }
+
+
+def in_compute_dtype(layer: dict[str, Array], model_config: ModelConfig) -> dict[str, Array]:
+    """All but the scales of norms."""
+    dtype = model_config.compute_dtype
+    return {name: x if "norm" in name else x.astype(dtype) for name, x in layer.items()}
+
+
+def out_first(layer: dict[str, Array]) -> dict[str, Array]:
+    """A layer's parameters as matrices [out, in] and vectors [out]."""
 
     def lay_out(name, value):
         if "norm" in name:
             return value
-        value = value.astype(model_config.compute_dtype)
         if name.endswith("_bias"):
             return value.reshape(-1)
         if name == "o_proj":  # [heads, Dh, D]; the others [D, heads, Dh] or [in, out]
             value = value.reshape(-1, value.shape[-1])
         return constrain(value.reshape(value.shape[0], -1).T, OUT_FIRST[name])
 
-    return {name: lay_out(name, value[index]) for name, value in stacked.items()}
+    return {name: lay_out(name, value) for name, value in layer.items()}
+
+
+def prompt_params(
+    params: PyTree, weights: DecodeWeights, model_config: ModelConfig
+) -> tuple[PyTree, ModelConfig]:
+    """What ``decoder.forward`` reads prompts with: the weights themselves where they are scanned,
+    and ``params`` are not needed; otherwise ``params``."""
+    if not model_config.scan_decode:
+        return params, model_config
+    same = {"embedding": weights.embedding, "norm": weights.norm, "layers": weights.layers}
+    if not model_config.tied:
+        same["output"] = weights.output
+    return same, dataclasses.replace(model_config, vocab_size=weights.embedding.shape[0])
+
+
+def whole_blocks(vocab_size: int) -> int:
+    """Rows of the output layer: where the vocabulary is split, every device has whole blocks of
+    ``VOCAB_BLOCK`` tokens, the last ones filled with rows that stand for no token."""
+    shards = split_over("vocab")
+    unit = VOCAB_BLOCK * shards if shards > 1 else 1
+    return -(-vocab_size // unit) * unit
+
+
+def cache_axes(name: str, x: Array) -> tuple[str | None, ...]:
+    """Logical axes of the cache's ``keys`` or ``values`` x, of one layer or stacked."""
+    return CACHE_AXES[name] if x.ndim == 4 else STACKED_AXES
 
 
 def empty_cache(model_config: ModelConfig, rows: int, length: int) -> Cache:
     """A cache of ``length`` positions a row, in the compute dtype."""
-    heads = (rows, model_config.kv_heads)
-    keys = jnp.zeros((*heads, model_config.head_dim, length), model_config.compute_dtype)
-    values = jnp.zeros((*heads, length, model_config.head_dim), model_config.compute_dtype)
-    return Cache(
-        keys=(constrain(keys, KEY_AXES),) * model_config.layers,
-        values=(constrain(values, VALUE_AXES),) * model_config.layers,
-    )
+    c = model_config
+    zeros = jnp.zeros((c.layers, rows, length, c.kv_heads, c.head_dim), c.compute_dtype)
+    return filled_cache(KeyValues(keys=zeros, values=zeros), length, scanned=c.scan_decode)
 
 
-def filled_cache(kept: KeyValues, length: int) -> Cache:
+def filled_cache(kept: KeyValues, length: int, *, scanned: bool = False) -> Cache:
     """What a prefill kept, as a cache of ``length`` positions."""
     padding = length - kept.keys.shape[2]
 
-    def lay_out(stacked, order, axes):  # [L N S K Dh]
+    def lay_out(name, stacked):  # [L N S K Dh]
         padded = jnp.pad(stacked, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
-        return tuple(constrain(x, axes) for x in padded.transpose(order))
+        if scanned:
+            return constrain(padded.transpose(0, 1, 3, 2, 4), STACKED_AXES)
+        order = (0, 1, 3, 4, 2) if name == "keys" else (0, 1, 3, 2, 4)
+        return tuple(constrain(x, CACHE_AXES[name]) for x in padded.transpose(order))
 
-    return Cache(
-        keys=lay_out(kept.keys, (0, 1, 3, 4, 2), KEY_AXES),
-        values=lay_out(kept.values, (0, 1, 3, 2, 4), VALUE_AXES),
-    )
+    return Cache(keys=lay_out("keys", kept.keys), values=lay_out("values", kept.values))
 
 
 def resized(cache: Cache, length: int) -> Cache:
     """The cache with this many positions: cut behind, or zeros added."""
 
-    def fit(x, axis):
+    def fit(path, x):
+        axis = cache_axes(path[0].name, x).index("time")
         if length <= x.shape[axis]:
             return jax.lax.slice_in_dim(x, 0, length, axis=axis)
         padding = [(0, length - size if i == axis else 0) for i, size in enumerate(x.shape)]
         return jnp.pad(x, padding)
 
-    return Cache(
-        keys=tuple(fit(x, 3) for x in cache.keys), values=tuple(fit(x, 2) for x in cache.values)
-    )
+    return jax.tree.map_with_path(fit, cache)
 
 
 def decode_step(
@@ -139,52 +204,87 @@ def decode_step(
     positions: Int[Array, " N"],
     cache: Cache,
 ) -> tuple[Float[Array, "V N"], Cache]:
-    """Write each row's token at its own position; the logits of the next token, float32."""
+    """Write each row's token at its own position; ``output_logits`` of the next token."""
     x = weights.embedding[tokens].T  # [D N]
-    visible = jnp.arange(cache.length, dtype=jnp.int32)[None] <= positions[:, None]
-    keys, values = [], []
-    for layer, old_keys, old_values in zip(weights.layers, cache.keys, cache.values, strict=True):
-        mixed, new_keys, new_values = attention(
-            layer,
-            model_config,
-            norm(x, layer["attention_norm"], model_config),
-            positions=positions,
-            visible=visible,
-            keys=old_keys,
-            values=old_values,
-        )
-        x = constrain(x + mixed, ("activation_embed", "batch"))
+    places = jnp.arange(cache.length, dtype=jnp.int32)[None]
+
+    def block(x, layer, attend):
+        normed = norm(x, layer["attention_norm"], model_config)
+        mixed, kept = attend(*projections(layer, model_config, normed, positions))
+        x = constrain(x + dense(layer, "o", mixed.T), ("activation_embed", "batch"))
         x = x + feed_forward(layer, norm(x, layer["mlp_norm"], model_config))
-        x = constrain(x, ("activation_embed", "batch"))
-        keys.append(new_keys)
-        values.append(new_values)
-    x = norm(x, weights.norm, model_config)
+        return constrain(x, ("activation_embed", "batch")), kept
+
+    def scanned(x, stores):
+        layer, keys, values = stores
+        attend = functools.partial(attend_apart, keys, values, places < positions[:, None])
+        return block(x, out_first(layer), attend)
+
+    keys: Any = cache.keys
+    values: Any = cache.values
+    if isinstance(weights.layers, dict):
+        x, (new_keys, new_values) = jax.lax.scan(scanned, x, (weights.layers, keys, values))
+        keys = write_all(keys, new_keys, positions)
+        values = write_all(values, new_values, positions)
+    else:
+        visible, written = places <= positions[:, None], []
+        for layer, old_keys, old_values in zip(weights.layers, keys, values, strict=True):
+            attend = functools.partial(attend_written, old_keys, old_values, visible, positions)
+            x, stores = block(x, layer, attend)
+            written.append(stores)
+        keys, values = zip(*written, strict=True)
+    cache = Cache(keys=keys, values=values)
+    return output_logits(weights, model_config, norm(x, weights.norm, model_config)), cache
+
+
+def output_logits(
+    weights: DecodeWeights, model_config: ModelConfig, x: Float[Array, "D N"]
+) -> Float[Array, "V N"]:
+    """The output layer, float32; -inf for its rows that stand for no token."""
     logits = jnp.matmul(weights.output, x, preferred_element_type=jnp.float32)
-    return logits, Cache(keys=tuple(keys), values=tuple(values))
+    if logits.shape[0] > model_config.vocab_size:
+        token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+        logits = jnp.where(token < model_config.vocab_size, logits, -jnp.inf)
+    return constrain(logits, ("vocab", "batch"))
 
 
-def attention(
-    layer: dict[str, Array],
-    model_config: ModelConfig,
-    x: Float[Array, "D N"],
-    *,
-    positions: Int[Array, " N"],
-    visible: Bool[Array, "N S"],
-    keys: Float[Array, "N K Dh S"],
-    values: Float[Array, "N K S Dh"],
-) -> tuple[Float[Array, "D N"], Float[Array, "N K Dh S"], Float[Array, "N K S Dh"]]:
-    """Attend from one position a row to the positions in ``visible`` [N S], the new one among
-    them; the mixed values [D N] and the cache of this layer."""
+def projections(
+    layer: dict[str, Array], model_config: ModelConfig, x: Float[Array, "D N"], positions: Array
+) -> tuple[Float[Array, "N K G Dh"], Float[Array, "N K Dh"], Float[Array, "N K Dh"]]:
+    """Queries, grouped by key head, and the new keys and values."""
     c = model_config
     queries = heads_of(layer, c, "q", x, positions)
-    keys = write(keys, heads_of(layer, c, "k", x, positions), positions, axis=3)
-    values = write(values, heads_of(layer, c, "v", x, None), positions, axis=2)
     grouped = queries.reshape(-1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
-    scores = jnp.einsum("nkgd,nkds->nkgs", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores / math.sqrt(c.head_dim), -jnp.inf)
+    new_keys = heads_of(layer, c, "k", x, positions)
+    return grouped, new_keys, heads_of(layer, c, "v", x, None)
+
+
+def attend_written(keys, values, visible, positions, queries, new_keys, new_values):
+    """Write the new entries into a layer's cache, then attend to the positions in ``visible``
+    [N S]; the mixed values [N, H Dh], and the cache."""
+    keys = write(keys, new_keys, positions, axis=3)
+    values = write(values, new_values, positions, axis=2)
+    scores = jnp.einsum("nkgd,nkds->nkgs", queries, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores / math.sqrt(queries.shape[-1]), -jnp.inf)
     shares = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("nkgs,nksd->nkgd", shares, values).reshape(-1, c.heads * c.head_dim)
-    return dense(layer, "o", mixed.T), keys, values
+    mixed = jnp.einsum("nkgs,nksd->nkgd", shares, values)
+    return mixed.reshape(mixed.shape[0], -1), (keys, values)
+
+
+def attend_apart(keys, values, before, queries, new_keys, new_values):
+    """Attend to the positions ``before`` [N S] in a layer's cache and to the new entries, which are
+    not written yet; the mixed values [N, H Dh], and the new entries."""
+    scale, entries = 1 / math.sqrt(queries.shape[-1]), (new_keys, new_values)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = product("nkgd,nksd->nkgs", queries, keys) * scale
+    scores = jnp.where(before[:, None, None], scores, -jnp.inf)
+    own = product("nkgd,nkd->nkg", queries, new_keys)[..., None] * scale
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)
+    powers, own = jnp.exp(scores - top), jnp.exp(own - top)
+    mixed = product("nkgs,nksd->nkgd", powers.astype(values.dtype), values)
+    mixed = mixed + own * new_values[:, :, None].astype(jnp.float32)
+    mixed = mixed / (jnp.sum(powers, axis=-1, keepdims=True) + own)
+    return mixed.astype(values.dtype).reshape(mixed.shape[0], -1), entries
 
 
 def heads_of(
@@ -233,3 +333,29 @@ def write(
         return jax.lax.dynamic_update_index_in_dim(row, entry, at, axis - 1)
 
     return jax.vmap(write_row)(store, new.astype(store.dtype), positions)
+
+
+def write_all(
+    store: Float[Array, "L N K S Dh"], new: Float[Array, "L N K Dh"], positions: Int[Array, " N"]
+) -> Float[Array, "L N K S Dh"]:
+    """The entries of all layers at once. TPUs write row after row; in every layer that would take
+    about as long as attention does."""
+
+    def one_by_one(store, new, positions):
+        def write_row(row, store):
+            entry = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=1)[:, :, :, None]
+            store = jax.lax.dynamic_update_slice(store, entry, (0, row, 0, positions[row], 0))
+            # Another layout would suit the write, for the price of copying the cache to it.
+            return with_layout_constraint(store, Layout(major_to_minor=tuple(range(store.ndim))))
+
+        return jax.lax.fori_loop(0, positions.size, write_row, store)
+
+    def at_once(store, new, positions):
+        write_row = lambda row, entry, at: row.at[:, :, at].set(entry)  # noqa: E731
+        return jax.vmap(write_row, (1, 1, 0), 1)(store, new, positions)
+
+    def on_device(*operands):
+        return jax.lax.platform_dependent(*operands, tpu=one_by_one, default=at_once)
+
+    inputs = STACKED_AXES, ("layers", "batch", "kv_heads", "head_dim"), ("batch",)
+    return by_shard(on_device, inputs, STACKED_AXES)(store, new.astype(store.dtype), positions)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
-from basis_jax.model.sharding import batch_shards, constrain
+from basis_jax.model.sharding import constrain, over_batch
 
 PIECES = 4  # of a single chunk
 
@@ -71,22 +71,36 @@ def score_targets(
 def _scores(temperature, chunk, hidden, weight, targets, counts):
     """(log-probabilities, entropies, log sum exp of the scaled logits), each [N T], and the scaled
     logits [chunks N C V] where one chunk would hold them."""
-    weight, steps = weight.astype(hidden.dtype), targets.shape[1]
+    steps = targets.shape[1]
 
-    def score(part, target):
+    def score(part, target, weight):
         scaled = _scaled_logits(part, weight, temperature)
         return _statistics(scaled, target), scaled if steps <= chunk else None
 
-    def score_chunk(_, parts):
-        *operands, count = parts
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, *operands)
-        )
-        return None, jax.lax.cond(jnp.any(count), score, lambda *_: zeros, *operands)
+    def score_rows(hidden, weight, targets, live):
+        def score_chunk(_, parts):
+            part, target, alive = parts
+            shapes = jax.eval_shape(score, part, target, weight)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            return None, jax.lax.cond(alive, score, lambda *_: zeros, part, target, weight)
 
-    parts = [_split(x, chunk) for x in (hidden, targets, counts)]
-    statistics, scaled = jax.lax.scan(score_chunk, None, parts)[1]
-    return tuple(_join(x, steps) for x in statistics), scaled
+        parts = (_split(hidden, chunk), _split(targets, chunk), live)
+        statistics, scaled = jax.lax.scan(score_chunk, None, parts)[1]
+        return tuple(_join(x, steps) for x in statistics), scaled
+
+    operands = (hidden, _gathered(weight, hidden.dtype), targets, _live(counts, chunk))
+    results = ((0, 0, 0), 1 if steps <= chunk else None)
+    return over_batch(score_rows, operands, (0, None, 0, None), results)
+
+
+def _gathered(weight, dtype):
+    """The weight in the compute dtype, whole but for ``tensor``: gathered before any loop."""
+    return constrain(jnp.asarray(weight, dtype), ("vocab", "activation_embed"))
+
+
+def _live(counts, chunk):
+    """[chunks]: whether a row has a position in the chunk that counts; the same on every device."""
+    return jnp.any(_split(counts, chunk), axis=(1, 2))
 
 
 def _statistics(scaled, targets):
@@ -112,45 +126,54 @@ def _scores_forward(temperature, chunk, hidden, weight, targets, counts):
 
 
 def _scores_backward(temperature, chunk, kept, slopes):
+    """d weight is summed over the chunks by each group of devices, then once over the groups."""
     hidden, weight, targets, counts, entropy, lse, scaled = kept
     slope, entropy_slope = (None if isinstance(x, SymbolicZero) else x for x in slopes)
-    low = weight.astype(hidden.dtype)
 
-    def chunk_gradients(part, target, lse, entropy, slope, entropy_slope, scaled):
-        """d hidden [N C D] and d weight [V D] of one chunk."""
-        if scaled is None:
-            scaled = _scaled_logits(part, low, temperature)
-        logp = scaled - lse[..., None]
-        back = jnp.zeros_like(lse)[..., None]
-        if slope is not None:
-            back = back - slope[..., None]
-        if entropy_slope is not None:
-            back = back - entropy_slope[..., None] * (logp + entropy[..., None])
-        back = back * jnp.exp(logp)
-        if slope is not None:
-            words = jax.lax.broadcasted_iota(target.dtype, scaled.shape, scaled.ndim - 1)
-            back = back + jnp.where(words == target[..., None], slope[..., None], 0.0)
-        back = (back / temperature).astype(part.dtype)
-        of_hidden = jnp.einsum("ncv,vd->ncd", back, low, preferred_element_type=jnp.float32)
-        of_weight = jnp.einsum("ncv,ncd->vd", back, part, preferred_element_type=jnp.float32)
-        return of_hidden.astype(part.dtype), of_weight
+    def rows_gradients(low, live, scaled, *operands):
+        def add_chunk(total, parts):
+            part, *others, scaled, alive = parts
 
-    def add_chunk(total, parts):
-        *operands, count = parts
+            def add(total):
+                made = _scaled_logits(part, low, temperature) if scaled is None else scaled
+                back = _slopes(temperature, made, *others).astype(part.dtype)
+                products = {"preferred_element_type": jnp.float32}
+                of_hidden = jnp.einsum("ncv,vd->ncd", back, low, **products)
+                of_weight = jnp.einsum("ncv,ncd->vd", back, part, **products)
+                total = constrain(total + of_weight, ("vocab", "activation_embed"))
+                return total, of_hidden.astype(part.dtype)
 
-        def add(total):
-            of_hidden, of_weight = chunk_gradients(*operands)
-            return constrain(total + of_weight, ("vocab", "embed")), of_hidden
+            skip = lambda total: (total, jnp.zeros_like(part))  # noqa: E731
+            return jax.lax.cond(alive, add, skip, total)
 
-        skip = lambda total: (total, jnp.zeros_like(operands[0]))  # noqa: E731
-        return jax.lax.cond(jnp.any(count), add, skip, total)
+        parts = [None if x is None else _split(x, chunk) for x in operands]
+        total = constrain(jnp.zeros(low.shape, jnp.float32), ("vocab", "activation_embed"))
+        total, of_hidden = jax.lax.scan(add_chunk, total, (*parts, scaled, live))
+        return total[None], _join(of_hidden, targets.shape[1])
 
-    operands = (hidden, targets, lse, entropy, slope, entropy_slope)
-    parts = jax.tree.map(lambda x: _split(x, chunk), operands)
-    total = constrain(jnp.zeros(weight.shape, jnp.float32), ("vocab", "embed"))
-    of_weight, of_hidden = jax.lax.scan(add_chunk, total, (*parts, scaled, _split(counts, chunk)))
-    of_hidden = _join(of_hidden, targets.shape[1])
+    operands = (
+        *(_gathered(weight, hidden.dtype), _live(counts, chunk), scaled),
+        *(hidden, targets, lse, entropy, slope, entropy_slope),
+    )
+    axes = (None, None, 1) + (0,) * 6
+    of_weight, of_hidden = over_batch(rows_gradients, operands, axes, (0, 0))
+    of_weight = constrain(jnp.sum(of_weight, axis=0), ("vocab", "embed"))
     return of_hidden, of_weight.astype(weight.dtype), None, None
+
+
+def _slopes(temperature, scaled, targets, lse, entropy, slope, entropy_slope):
+    """d logits [N C V] of one chunk, from its scaled logits and the slopes of its scores."""
+    logp = scaled - lse[..., None]
+    back = jnp.zeros_like(lse)[..., None]
+    if slope is not None:
+        back = back - slope[..., None]
+    if entropy_slope is not None:
+        back = back - entropy_slope[..., None] * (logp + entropy[..., None])
+    back = back * jnp.exp(logp)
+    if slope is not None:
+        words = jax.lax.broadcasted_iota(targets.dtype, scaled.shape, scaled.ndim - 1)
+        back = back + jnp.where(words == targets[..., None], slope[..., None], 0.0)
+    return back / temperature
 
 
 score_targets.defvjp(_scores_forward, _scores_backward, symbolic_zeros=True)
@@ -162,11 +185,8 @@ def _scaled_logits(hidden, weight, temperature):
 
 
 def chunk_count(steps: int, chunk: int) -> int:
-    """Chunks of at most ``chunk`` positions; where one would do, ``PIECES`` if the batch is on one
-    device. On several, each chunk's weight gradient is summed over them: one is enough."""
-    mesh = jax.sharding.get_abstract_mesh()
-    minimum = PIECES if mesh.empty or batch_shards(mesh) == 1 else 1
-    return minimum if steps <= chunk else -(-steps // chunk)
+    """Chunks of at most ``chunk`` positions; ``PIECES`` where one would do."""
+    return PIECES if steps <= chunk else -(-steps // chunk)
 
 
 def _split(x, chunk):

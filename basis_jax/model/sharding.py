@@ -5,13 +5,15 @@ feed-forward and vocabulary. Only this module knows mesh axes; the model names m
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
+
+AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -35,22 +37,36 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh over all devices; one size may be -1: what the others leave.
+    """A mesh over all devices, neighbours in it being near each other, or over ``devices`` in their
+    order; one size may be -1: what the others leave.
 
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    count = jax.device_count() if devices is None else len(devices)
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1 and math.prod(sizes) < 0:
-        sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        sizes[sizes.index(-1)] = max(1, count // -math.prod(sizes))
+    if min(sizes) < 1 or math.prod(sizes) != count:
         raise ValueError(
             f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} does not make the "
-            f"{len(devices)} devices present; choose sizes whose product is that number (one may "
+            f"{count} devices present; choose sizes whose product is that number (one may "
             "be -1: the rest)"
         )
+    if devices is None:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
     grid = np.asarray(devices).reshape(sizes)
-    return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def regrouped(mesh: Mesh | AbstractMesh, tensor: int) -> Any:
+    """The same devices in the same order, neighbours sharing the tensors ``tensor`` ways and all
+    others the batch; 0: the mesh as it is. Arrays laid out on the one serve on the other."""
+    if tensor in (0, mesh.shape["tensor"]):
+        return mesh
+    sizes = (mesh.size // tensor, 1, tensor)
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -70,9 +86,83 @@ def named_tree(mesh: Mesh, axes: Any) -> Any:
 
 def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
     """Pin x's layout inside jit under ``jax.set_mesh``; without a mesh, x unchanged."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if _unsplit():
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def by_shard(
+    function: Callable[..., Any],
+    inputs: Sequence[tuple[str | None, ...]],
+    outputs: Any,
+) -> Callable[..., Any]:
+    """``function`` on every device's part of its operands, whose logical axes are ``inputs``;
+    without a mesh, ``function`` itself. ``outputs``: a tree of logical axes, one leaf a result."""
+    if _unsplit():
+        return function
+    out_specs = jax.tree.map(spec, outputs, is_leaf=_is_axes)
+    in_specs = tuple(spec(axes) for axes in inputs)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def highest(x: Array, axis: str) -> Array:
+    """Inside ``by_shard``: the largest over the devices that ``axis`` is split over."""
+    return x if _unsplit() else jax.lax.pmax(x, mesh_axes(axis))
+
+
+def summed(x: Array, axis: str) -> Array:
+    """Inside ``by_shard``: the sum over the devices that ``axis`` is split over."""
+    return x if _unsplit() else jax.lax.psum(x, mesh_axes(axis))
+
+
+def gathered(x: Array, axis: str) -> Array:
+    """Inside ``by_shard``: the parts that these devices have of x's first axis, in order."""
+    return x if _unsplit() else jax.lax.all_gather(x, mesh_axes(axis), tiled=True)
+
+
+def first_index(size: int, axis: str) -> Array | int:
+    """Inside ``by_shard``: where this device's part of ``axis``, which has ``size``, begins."""
+    return 0 if _unsplit() else size * jax.lax.axis_index(mesh_axes(axis))
+
+
+def _unsplit() -> bool:
+    return jax.sharding.get_abstract_mesh().empty
+
+
+def split_over(axis: str) -> int:
+    """Devices of the mesh in use that an axis of this meaning is split over."""
+    return 1 if _unsplit() else shards(jax.sharding.get_abstract_mesh(), axis)
+
+
+def _is_axes(x: Any) -> bool:
+    return type(x) is tuple and all(name is None or isinstance(name, str) for name in x)
+
+
+def over_batch(
+    function: Callable[..., Any], arguments: Any, axes: tuple[int | None, ...], results: Any
+) -> Any:
+    """``function(*arguments)`` by each group of the batch's devices on its own rows.
+
+    ``axes`` has the place of the batch axis of every argument, ``results`` (a tuple, or trees of
+    them) that of every result. An argument without one (None) is whole in every group: parameters
+    are gathered. Nothing is exchanged between groups inside: what each makes of a shared argument
+    needs a first axis of groups. ``tensor`` goes on splitting what it splits.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or batch_shards(mesh) == 1:
+        return function(*arguments)
+
+    def layout(axis):
+        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, RULES["batch"])
+
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        axis_names=set(mesh_axes("batch")),
+        in_specs=tuple(map(layout, axes)),
+        out_specs=jax.tree.map(layout, results),
+        check_vma=False,
+    )(*arguments)
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
@@ -97,13 +187,17 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     return shards(mesh, "batch")
 
 
-def check_divides(mesh: Mesh, sizes: dict[str, tuple[int, str]]) -> None:
-    """Raise a ValueError for the first of ``{name: (size, axis)}`` that does not divide."""
+def check_divides(
+    mesh: Mesh | AbstractMesh, sizes: dict[str, tuple[int, str]], *, tensor: str = "tensor"
+) -> None:
+    """Raise a ValueError for the first of ``{name: (size, axis)}`` that does not divide; in it, the
+    axis ``tensor`` has the name of the field that gave its size."""
+    fields = {name: f"mesh.{tensor if name == 'tensor' else name}" for name in AXES}
     for name, (size, axis) in sizes.items():
         count = shards(mesh, axis)
         if size % count:
             raise ValueError(
                 f"{name} = {size} does not divide over {count} devices "
-                f"({' x '.join(f'mesh.{name}' for name in mesh_axes(axis))}); give a multiple of "
+                f"({' x '.join(fields[name] for name in mesh_axes(axis))}); give a multiple of "
                 f"{count} or a smaller mesh"
             )

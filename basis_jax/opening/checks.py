@@ -6,16 +6,25 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from basis_jax.config import Config, DataSection, LossSection, SamplingSection, WatchSection
+from basis_jax.config import (
+    Config,
+    DataSection,
+    LossSection,
+    SamplingSection,
+    TrainSection,
+    WatchSection,
+)
 from basis_jax.data.benchmarks import BENCHMARKS
 from basis_jax.data.encoding import FORMATS
 from basis_jax.data.tasks import GYM
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
 from basis_jax.model import costs
-from basis_jax.model.decoder import ATTENTION, REMAT, ModelConfig, computed_in
-from basis_jax.model.sharding import batch_shards, check_divides
+from basis_jax.model.attention import KINDS, fits_cudnn
+from basis_jax.model.decoder import REMAT, ModelConfig, computed_in
+from basis_jax.model.sharding import batch_shards, check_divides, regrouped
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.references import FORMS
 from basis_jax.verify import VERIFIERS, extraction_mode, is_own
@@ -44,6 +53,7 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     check_data(config.data)
     check_words(
         ("optim.schedule", config.optim.schedule, SCHEDULES),
+        ("optim.moments_dtype", config.optim.moments_dtype, COMPUTE_DTYPES),
         ("estimator.score_norms", config.estimator.score_norms, SCORE_NORMS),
         ("loss.aggregation", config.loss.aggregation, AGGREGATIONS),
         ("loss.objective", config.loss.objective, OBJECTIVES),
@@ -56,7 +66,7 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     check_fit(config, model_config, mesh)
     rollouts = train.prompts_per_step * group
     shards = batch_shards(mesh)
-    for larger, smaller, sizes in (
+    for larger, smaller, given in (
         (
             "train.prompts_per_step x sampling.group_size: rollouts per step",
             "train.minibatch_rollouts",
@@ -64,20 +74,27 @@ def check(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
         ),
         (
             "train.minibatch_rollouts",
-            "train.microbatch_rollouts",
-            (train.minibatch_rollouts, train.microbatch_rollouts),
+            "the batch's devices, mesh.data x mesh.fsdp",
+            (train.minibatch_rollouts, shards),
         ),
         (
-            "train.microbatch_rollouts",
-            "the batch's devices, mesh.data x mesh.fsdp",
-            (train.microbatch_rollouts, shards),
+            "train.minibatch_rollouts",
+            "train.microbatch_rollouts" + (" x mesh.data x mesh.fsdp" if shards > 1 else ""),
+            (train.minibatch_rollouts, rollouts_per_pass(train, shards) or shards),
         ),
     ):
-        if min(sizes) < 1 or sizes[0] % sizes[1]:
+        larger_mesh = ", or raise mesh.tensor, which does not split the batch" * ("mesh" in smaller)
+        if min(given) < 1 or given[0] % given[1]:
             raise ValueError(
-                f"{larger} = {sizes[0]} is not a multiple of {smaller} = {sizes[1]}; "
-                f"choose sizes that divide"
+                f"{larger} = {given[0]} is not a multiple of {smaller} = {given[1]}; "
+                f"choose sizes that divide{larger_mesh}"
             )
+
+
+def rollouts_per_pass(train: TrainSection, shards: int) -> int:
+    """Rollouts of a pass over all devices: ``train.microbatch_rollouts`` on each of the ``shards``
+    that the batch is split over, and at most those of an update."""
+    return min(train.microbatch_rollouts * shards, train.minibatch_rollouts)
 
 
 def check_words(*fields: tuple[str, str, Sequence[str]]) -> None:
@@ -93,17 +110,20 @@ def check_model(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     check_words(
         ("model.compute_dtype", section.compute_dtype, COMPUTE_DTYPES),
         ("sampling.dtype", config.sampling.dtype or COMPUTE_DTYPES[0], COMPUTE_DTYPES),
+        ("model.decode_layers", section.decode_layers, ("auto", "scanned", "unrolled")),
         ("model.remat", section.remat, tuple(REMAT)),
-        ("model.attention", section.attention, ATTENTION),
+        ("model.attention", section.attention, ("auto", *KINDS)),
     )
     platform, size = mesh.devices.ravel()[0].platform, model_config.head_dim
-    fits = platform == "gpu" and section.compute_dtype == "bfloat16"
-    if section.attention == "cudnn" and not (fits and size % 8 == 0 and size <= 128):
+    fits = platform == "gpu" and fits_cudnn(section.compute_dtype, size)
+    if section.attention == "cudnn" and not fits:
         raise ValueError(
             "model.attention cudnn needs NVIDIA GPUs, model.compute_dtype bfloat16 and heads of up "
             f"to 128 in eights, and this is {platform} with {section.compute_dtype} and heads of "
-            f"{size}; use plain"
+            f"{size}; use auto"
         )
+    if section.attention == "splash" and platform != "tpu":
+        raise ValueError(f"model.attention splash needs TPUs and this is {platform}; use auto")
 
 
 def check_scorers(verifier: str, paths: Sequence[str]) -> None:
@@ -162,16 +182,20 @@ def check_fit(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
             f"data.max_prompt_tokens + sampling.max_new_tokens is {longest} but the model has "
             f"{model_config.max_positions} positions; lower one of them"
         )
-    check_divides(
-        mesh,
-        {
-            "the model's key heads": (model_config.kv_heads, "kv_heads"),
-            "the model's heads": (model_config.heads, "heads"),
-            "the model's feed-forward width": (model_config.mlp, "mlp"),
-            "the model's vocabulary": (model_config.vocab_size, "vocab"),
-            "the model's embedding width": (model_config.embed, "embed"),
-        },
-    )
+    split = {
+        "the model's key heads": (model_config.kv_heads, "kv_heads"),
+        "the model's heads": (model_config.heads, "heads"),
+        "the model's feed-forward width": (model_config.mlp, "mlp"),
+        "the model's vocabulary": (model_config.vocab_size, "vocab"),
+    }
+    check_divides(mesh, split | {"the model's embedding width": (model_config.embed, "embed")})
+    ways = config.mesh.sample_tensor
+    if ways and mesh.size % ways:
+        raise ValueError(
+            f"mesh.sample_tensor = {ways} does not divide the {mesh.size} devices; give a divisor "
+            "of their number, or 0 for mesh.tensor"
+        )
+    check_divides(regrouped(mesh, ways), split, tensor="sample_tensor")
 
 
 def check_memory(
@@ -191,29 +215,44 @@ def check_memory(
     train, length = config.train, prompt_width + config.sampling.max_new_tokens
     devices = list(mesh.devices.ravel())
     weights = costs.parameter_bytes(model_config, mesh)
-    moments = {"moments": 2 * weights} if training else {}
+    moment = jnp.dtype(config.optim.moments_dtype).itemsize
+    moments = {"moments": weights * moment // 2} if training else {}
     reference = {"a KL term's reference": weights} if training and config.loss.kl_coef else {}
     slots = min(train.sample_rollouts, rows)
     sampler = computed_in(model_config, config.sampling.dtype)
-    parts = costs.sampling_memory(sampler, mesh, slots=slots, length=length, width=prompt_width)
+    parts = costs.sampling_memory(
+        sampler,
+        mesh,
+        slots=slots,
+        length=length,
+        width=prompt_width,
+        sample_tensor=config.mesh.sample_tensor,
+    )
     _check_fits(
         f"sampling {slots} rollouts of {length} tokens at once",
         parts | moments | reference,
         devices,
-        "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.fsdp",
+        "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.tensor, mesh.fsdp "
+        "or mesh.sample_tensor",
     )
     if training:
-        count = train.microbatch_rollouts
+        count = rollouts_per_pass(train, batch_shards(mesh))
         parts = costs.update_memory(
-            model_config, mesh, rows=count, width=length, chunk=config.loss.logprob_chunk
+            model_config,
+            mesh,
+            rows=count,
+            width=length,
+            chunk=config.loss.logprob_chunk,
+            moment=moment,
         )
+        fewer = "train.microbatch_rollouts, " if train.microbatch_rollouts > 1 else ""
         remat = "" if model_config.remat == "full" else "set model.remat to full, "
         _check_fits(
             f"an update over microbatches of {count} rollouts of {length} tokens",
             parts | reference,
             devices,
-            "lower train.microbatch_rollouts, loss.logprob_chunk or sampling.max_new_tokens, "
-            f"{remat}or raise mesh.fsdp",
+            f"lower {fewer}loss.logprob_chunk or sampling.max_new_tokens, {remat}or raise "
+            "mesh.fsdp or mesh.tensor",
         )
 
 

@@ -78,8 +78,8 @@ RANGES = {
     "train.steps": COUNT,
     "train.prompts_per_step": COUNT,
     "train.minibatch_rollouts": COUNT,
-    "train.microbatch_rollouts": COUNT,
-    "train.sample_rollouts": COUNT,
+    "train.microbatch_rollouts": COUNT_OR_NONE,  # 0: auto
+    "train.sample_rollouts": COUNT_OR_NONE,
     "train.log_samples": COUNT_OR_NONE,
     "train.patience": COUNT,
     "watch.zero_share": SHARE,
@@ -96,6 +96,7 @@ RANGES = {
     "mesh.data": Range(1, or_else=-1),
     "mesh.fsdp": Range(1, or_else=-1),
     "mesh.tensor": Range(1, or_else=-1),
+    "mesh.sample_tensor": COUNT_OR_NONE,
     "checkpoint.every": COUNT,
     "checkpoint.keep": COUNT,
 }

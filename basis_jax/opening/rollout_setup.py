@@ -10,10 +10,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from basis_jax.config import Config, DataSection
+from basis_jax.config import Config, DataSection, ModelSection
 from basis_jax.data.templates import turn_end
+from basis_jax.model import attention
 from basis_jax.model.decoder import ModelConfig
-from basis_jax.model.sharding import make_mesh
+from basis_jax.model.sharding import AXES, make_mesh
 from basis_jax.opening.checks import COMPUTE_DTYPES, check_words
 from basis_jax.sampling.rollouts import RolloutSetup
 from basis_jax.verify import is_own, make_verifier
@@ -26,15 +27,31 @@ def locate_model(config: Config) -> tuple[Path, ModelConfig, Mesh]:
     """The model's folder, its shape and the mesh of devices; no weights are read. Raises
     ValueError where one of them cannot be had."""
     check_words(("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES))
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    mesh = make_mesh(**{axis: getattr(config.mesh, axis) for axis in AXES})
     folder = huggingface.resolve_folder(config.model.path)
     model_config = huggingface.read_model_config(
-        folder,
-        compute_dtype=config.model.compute_dtype,
-        remat=config.model.remat,
-        attention=config.model.attention,
+        folder, compute_dtype=config.model.compute_dtype, remat=config.model.remat
     )
-    return folder, model_config, mesh
+    device = mesh.devices.ravel()[0]
+    kind = attention_for(config.model, device, model_config.head_dim)
+    layers = config.model.decode_layers
+    scanned = layers == "scanned" or (layers == "auto" and device.platform == "tpu")
+    return folder, dataclasses.replace(model_config, attention=kind, scan_decode=scanned), mesh
+
+
+def attention_for(section: ModelSection, device: Any, head_dim: int) -> str:
+    """``model.attention``, and for ``auto`` the kind that suits this device."""
+    if section.attention != "auto":
+        return section.attention
+    if device.platform == "gpu" and not has_cudnn_attention(device):
+        return "plain"
+    return attention.kernel_of(device.platform, section.compute_dtype, head_dim)
+
+
+def has_cudnn_attention(device: Any) -> bool:
+    """NVIDIA's GPUs from Ampere on; AMD's have no number as compute capability."""
+    capability = str(getattr(device, "compute_capability", ""))
+    return capability[:1].isdigit() and float(capability) >= 8
 
 
 @contextmanager
@@ -57,6 +74,7 @@ def open_setup(
         yield RolloutSetup(
             model_config=model_config,
             mesh=mesh,
+            sample_tensor=config.mesh.sample_tensor,
             tokenizer=tokenizer,
             eos_ids=ends,
             verifier=verifiers.training,

@@ -1,7 +1,8 @@
 """Checkpoints through orbax: the whole train state and the config that made it.
 
-A checkpoint appears by one rename when it is complete, so a run killed while saving resumes from
-the one before. Restoring lays the arrays out for the mesh of today, whatever the old one was.
+A checkpoint is written in the background, and appears by one rename when it is complete, so a run
+killed while saving resumes from the one before. Restoring lays the arrays out for the mesh of
+today, whatever the old one was.
 """
 
 import logging
@@ -20,29 +21,47 @@ from basis_jax.config import CheckpointSection
 from basis_jax.types import TrainState
 
 
-def open_checkpoints(run_dir: Path, section: CheckpointSection) -> ocp.CheckpointManager:
-    """The manager of ``run_dir/checkpoints``; use it as a context manager."""
+@contextmanager
+def open_checkpoints(run_dir: Path, section: CheckpointSection) -> Iterator[ocp.CheckpointManager]:
+    """The manager of ``run_dir/checkpoints``; leaving the block waits for what is being saved."""
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=section.keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        max_to_keep=section.keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
     )
-    return ocp.CheckpointManager(
-        (run_dir / "checkpoints").absolute(), options=options, item_names=("state", "config")
-    )
+    folder = (run_dir / "checkpoints").absolute()
+    names = ("state", "config")
+    with _quiet(), ocp.CheckpointManager(folder, options=options, item_names=names) as checkpoints:
+        yield checkpoints
 
 
 def save(checkpoints: Any, state: TrainState, config: dict) -> None:
-    """Write the state as checkpoint ``state.step``. Raises ValueError where that fails; the
-    checkpoints before it are kept."""
+    """Begin to write the state as checkpoint ``state.step``; returns when it is copied from the
+    devices, so that it may be donated. The one before is complete then. Raises ValueError where
+    that one or this cannot be written; those before are kept."""
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(_as_dict(state)), config=ocp.args.JsonSave(config)
     )
+    finish(checkpoints)
+    with _failure_named(checkpoints, int(state.step)):
+        checkpoints.save(int(state.step), args=items)
+
+
+def finish(checkpoints: Any) -> int | None:
+    """Wait for the checkpoint that is being written. The step of the newest one; None without one.
+    Raises ValueError where it could not be written."""
+    newest = checkpoints.latest_step()
+    with _failure_named(checkpoints, newest):
+        checkpoints.wait_until_finished()
+    return newest
+
+
+@contextmanager
+def _failure_named(checkpoints: Any, step: int | None) -> Iterator[None]:
     with _quiet():
         try:
-            checkpoints.save(int(state.step), args=items)
-            checkpoints.wait_until_finished()
+            yield
         except Exception as error:  # orbax's, tensorstore's and the system's own
             raise ValueError(
-                f"checkpoint {checkpoints.directory / str(int(state.step))} could not be written "
+                f"checkpoint {checkpoints.directory / str(step)} could not be written "
                 f"({_reason(error)}); mend that and give the same command again: it goes on from "
                 "the checkpoint before"
             ) from error
@@ -80,7 +99,7 @@ def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState 
     """The newest complete checkpoint, laid out as ``like`` (arrays or their shapes); None without
     one. Raises ValueError where it cannot be read, and for parameters or moments that are not
     finite."""
-    step = checkpoints.latest_step()
+    step = finish(checkpoints)
     if step is None:
         return None
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))

@@ -1,10 +1,16 @@
-"""How many programs XLA compiled and the seconds that took: what a step that should have been quick
-spent its time on."""
+"""Programs that XLA compiled: how many and the seconds that took, which explain a slow step; and
+the folder that keeps them for the next start."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import jax
 import jax.monitoring
+
+SWITCH = "BASIS_JAX_KEEP_COMPILED"
+KEPT = "~/.cache/basis_jax/compiled"
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 """JAX records it once a program, also where a persistent cache already has it."""
@@ -35,3 +41,20 @@ def count_compiles() -> Iterator[Compiles]:
         yield compiles
     finally:
         jax.monitoring.unregister_event_duration_listener(compiles.add)
+
+
+def keep_compiled(report: Callable[[str], None] = print) -> None:
+    """Keep programs that took a second or more to compile, in JAX_COMPILATION_CACHE_DIR or else
+    ``KEPT``, so that the next start reads them. ``BASIS_JAX_KEEP_COMPILED=no`` keeps none."""
+    if os.environ.get(SWITCH, "").lower() in ("no", "off", "0", "false"):
+        return
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or KEPT).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        report(
+            f"warning: compiled programs are not kept: {folder} cannot be made ({error.strerror})"
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    report(f"compiled programs are kept in {folder} ({SWITCH}=no keeps none)")

@@ -17,6 +17,8 @@ MAY_DIFFER = (
     "data.reward_workers",
     "data.reward_seconds",
     "model.remat",
+    "model.attention",
+    "model.decode_layers",
     "loss.logprob_chunk",
     "train.log_samples",
     "train.loggers",

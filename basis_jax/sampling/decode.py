@@ -10,7 +10,15 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from basis_jax.config import SamplingSection
 from basis_jax.model import decoder
 from basis_jax.model.decoder import KeyValues, ModelConfig
-from basis_jax.model.decoding import Cache, DecodeWeights, decode_step, decode_weights, filled_cache
+from basis_jax.model.decoding import (
+    Cache,
+    DecodeWeights,
+    decode_step,
+    decode_weights,
+    filled_cache,
+    output_logits,
+    prompt_params,
+)
 from basis_jax.pytree import pytree
 from basis_jax.sampling.draw import draw, is_in, token_keys
 from basis_jax.types import Prompts, Rollouts
@@ -36,6 +44,7 @@ class Slots:
 
 def prefill(
     params: PyTree,
+    weights: DecodeWeights,
     model_config: ModelConfig,
     prompts: Prompts,
     keys: Key[Array, " N"],
@@ -44,14 +53,14 @@ def prefill(
     length: int,
     prefix: KeyValues | None = None,
 ) -> Slots:
-    """Prompts as rows of ``length`` positions, ready to decode. ``prefix``: keys and values of the
+    """Prompts as rows of ``length`` positions, ready to decode. ``params``: see
+    ``decoding.prompt_params``. ``prefix``: keys and values of the
     tokens that all prompts begin with, which are then not computed again."""
     tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
     rows, width = tokens.shape
     shared = 0 if prefix is None else prefix.keys.shape[2]
-    hidden, kept = decoder.forward(
-        params, model_config, tokens[:, shared:], prefix=prefix, keep=True
-    )
+    params, reader = prompt_params(params, weights, model_config)
+    hidden, kept = decoder.forward(params, reader, tokens[:, shared:], prefix=prefix, keep=True)
     assert kept is not None  # as keep is True
     if prefix is not None:
         kept = jax.tree.map(jax.vmap(decoder.prepend_prefix), prefix, kept)
@@ -60,7 +69,8 @@ def prefill(
     inside = jnp.arange(length, dtype=jnp.int32)[None] < lengths[:, None]
     tokens = jnp.pad(tokens, ((0, 0), (0, length - width)))
     zeros = jnp.zeros(rows, jnp.int32)
-    first = draw(decoder.logits(params, model_config, last).T, token_keys(keys, zeros), sampling)
+    logits = output_logits(weights, model_config, last.T)
+    first = draw(logits, token_keys(keys, zeros), sampling)
     return Slots(
         tokens=jnp.where(inside, tokens, 0),
         logprobs=jnp.zeros((rows, length), jnp.float32),
@@ -73,7 +83,7 @@ def prefill(
         next_score_norm=first.score_norms,
         score_norms=jnp.zeros(rows, jnp.float32),
         keys=keys,
-        cache=filled_cache(kept, length),
+        cache=filled_cache(kept, length, scanned=model_config.scan_decode),
     )
 
 
@@ -138,7 +148,7 @@ def sample(
     """
     weights = decode_weights(params, model_config)
     return sample_with(
-        params,
+        None if model_config.scan_decode else params,
         weights,
         prompts,
         keys,
@@ -160,7 +170,7 @@ def sample_with(
     eos_ids: tuple[int, ...],
 ) -> Rollouts:
     length = prompts.tokens.shape[1] + sampling.max_new_tokens
-    slots = prefill(params, model_config, prompts, keys, sampling=sampling, length=length)
+    slots = prefill(params, weights, model_config, prompts, keys, sampling=sampling, length=length)
     slots = decode_rows(
         weights, model_config, slots, sampling=sampling, eos_ids=eos_ids, stop_at_alive=0
     )

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from basis_jax.config import SamplingSection
+from basis_jax.model.decoding import VOCAB_BLOCK
+from basis_jax.model.sharding import by_shard, first_index, gathered, highest, split_over, summed
 
 STREAMS = ("train", "reference", "evaluate")
 
@@ -45,9 +47,6 @@ def truncate(logits: Float[Array, "N V"], *, top_k: int, top_p: float) -> Float[
     return logits
 
 
-BLOCK = 128  # tokens whose probability is summed before one of them is looked for
-
-
 class Drawn(NamedTuple):
     """A token a row, its log-probability, and the squared norm of its score in the logits:
     |onehot - p|^2 = 1 - 2 p(token) + sum_v p(v)^2 with p the distribution it was drawn from."""
@@ -62,30 +61,55 @@ def draw(logits: Float[Array, "V N"], keys: Key[Array, " N"], sampling: Sampling
     those of temperature 1).
 
     The distribution function is inverted twice, with a uniform number each: for a block of
-    ``BLOCK`` tokens, then for a token of it. That costs one exponential a token; noise of its own
-    for every token (Gumbel) took more time than the output layer on a CPU.
+    ``VOCAB_BLOCK`` tokens, then for a token of it. That costs one exponential a token; noise of its
+    own for every token (Gumbel) took more time than the output layer on a CPU. Where devices share
+    the vocabulary, they exchange the probabilities of blocks and the logits of one block a row; the
+    numbers that decide are those of a single device. ``top_k`` and ``top_p`` gather all logits.
     """
     logits = logits / (sampling.temperature or 1.0)
     if sampling.temperature and (sampling.top_k > 0 or sampling.top_p < 1):
         logits = truncate(logits.T, top_k=sampling.top_k, top_p=sampling.top_p).T
-    rows = logits.shape[1]
-    logits = jnp.pad(logits, ((0, -logits.shape[0] % BLOCK), (0, 0)), constant_values=-jnp.inf)
-    blocks = logits.reshape(-1, BLOCK, rows)
-    top = jnp.max(logits, axis=0, keepdims=True)
-    powers = jnp.exp(blocks - top[None])
-    mass = jnp.sum(powers, axis=1)  # [blocks N]
-    total = jnp.sum(mass, axis=0)
-    collision = jnp.sum(powers**2, axis=(0, 1)) / total**2  # sum_v p(v)^2
-    if sampling.temperature == 0:
-        tokens = jnp.argmax(logits, axis=0).astype(jnp.int32)
-        return Drawn(tokens, -jnp.log(total), 1 - 2 / total + collision)
+    padding = -logits.shape[0] % (VOCAB_BLOCK * split_over("vocab"))
+    logits = jnp.pad(logits, ((0, padding), (0, 0)), constant_values=-jnp.inf)
     noise = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    method = take_likeliest if sampling.temperature == 0 else draw_from_shard
+    inputs, outputs = (("vocab", "batch"), ("batch", None)), (("batch",),) * 3
+    return Drawn(*by_shard(method, inputs, outputs)(logits, noise))
+
+
+def draw_from_shard(logits: Float[Array, "v N"], noise: Float[Array, "N 2"]) -> tuple[Array, ...]:
+    """``Drawn`` out of the vocabulary that all devices share, this one having v tokens."""
+    blocks = logits.reshape(-1, VOCAB_BLOCK, logits.shape[1])
+    top, mass, total, collision = masses(blocks)
     block = pick(mass.T, noise[:, 0])
-    block_logits = jnp.take_along_axis(blocks, block[None, None], axis=0)[0].T - top.T
+    own = block - first_index(blocks.shape[0], "vocab")
+    at = jnp.clip(own, 0, blocks.shape[0] - 1)
+    block_logits = jnp.take_along_axis(blocks, at[None, None], axis=0)[0].T - top[:, None]
+    block_logits = summed(jnp.where((own == at)[:, None], block_logits, 0), "vocab")
     within = pick(jnp.exp(block_logits), noise[:, 1])
     logprobs = jnp.take_along_axis(block_logits, within[:, None], axis=1)[:, 0] - jnp.log(total)
     score_norms = jnp.maximum(0, 1 - 2 * jnp.exp(logprobs) + collision)
-    return Drawn(block * BLOCK + within, logprobs, score_norms)
+    return block * VOCAB_BLOCK + within, logprobs, score_norms
+
+
+def take_likeliest(logits: Float[Array, "v N"], _: Float[Array, "N 2"]) -> tuple[Array, ...]:
+    """``Drawn`` of the first of the likeliest tokens."""
+    top, _, total, collision = masses(logits.reshape(-1, VOCAB_BLOCK, logits.shape[1]))
+    token = jnp.argmax(logits, axis=0).astype(jnp.int32) + first_index(logits.shape[0], "vocab")
+    token = jnp.where(jnp.max(logits, axis=0) == top, token, jnp.iinfo(jnp.int32).max)
+    return -highest(-token, "vocab"), -jnp.log(total), 1 - 2 / total + collision
+
+
+def masses(
+    blocks: Float[Array, "B b N"],
+) -> tuple[Float[Array, " N"], Float[Array, "A N"], Float[Array, " N"], Float[Array, " N"]]:
+    """The largest logit, the sum of exp(logit - largest) over each block of the whole vocabulary
+    and over all of it, and the sum of squared probabilities."""
+    top = highest(jnp.max(blocks, axis=(0, 1)), "vocab")
+    powers = jnp.exp(blocks - top[None, None])
+    mass = gathered(jnp.sum(powers, axis=1), "vocab")
+    total = jnp.sum(mass, axis=0)
+    return top, mass, total, summed(jnp.sum(powers**2, axis=(0, 1)), "vocab") / total**2
 
 
 def pick(weights: Float[Array, "N B"], noise: Float[Array, " N"]) -> Int[Array, " N"]:

@@ -7,21 +7,29 @@ back to it. No order depends on time: the same rows give the same calls.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, Key, PyTree
 
 from basis_jax.config import SamplingSection
 from basis_jax.model import decoder
 from basis_jax.model.decoder import KeyValues, ModelConfig
-from basis_jax.model.decoding import CACHE_AXES, DecodeWeights, decode_weights, empty_cache, resized
-from basis_jax.model.sharding import batch_shards, constrain, put_rows
+from basis_jax.model.decoding import (
+    DecodeWeights,
+    cache_axes,
+    decode_weights,
+    empty_cache,
+    prompt_params,
+    resized,
+)
+from basis_jax.model.sharding import batch_shards, constrain, named_tree, put_rows
 from basis_jax.sampling.decode import Slots, decode_rows, prefill, sample_with
+from basis_jax.sampling.places import prefill_groups, round_robin
 from basis_jax.types import Prompts, Rollouts
 
 MIN_SLOTS = 16  # slots are not halved below this number
@@ -56,6 +64,7 @@ def empty_slots(model_config: ModelConfig, *, rows: int, length: int, cache_leng
 @functools.partial(jax.jit, static_argnames=("model_config", "sampling"), donate_argnames="slots")
 def admit(
     params: PyTree,
+    weights: DecodeWeights,
     slots: Slots,
     prompts: Prompts,
     keys: Key[Array, " P"],
@@ -72,7 +81,14 @@ def admit(
     """
     width = prompts.tokens.shape[1]
     new = prefill(
-        params, model_config, prompts, keys, sampling=sampling, length=width, prefix=prefix
+        params,
+        weights,
+        model_config,
+        prompts,
+        keys,
+        sampling=sampling,
+        length=width,
+        prefix=prefix,
     )
 
     def put(old, row):
@@ -88,7 +104,7 @@ def admit(
     new = dataclasses.replace(
         new, tokens=jnp.pad(new.tokens, padding), logprobs=jnp.pad(new.logprobs, padding)
     )
-    return constrain_slots(jax.tree.map(put, slots, new))
+    return constrain_slots(map_rows(put, slots, new))
 
 
 @functools.partial(
@@ -128,7 +144,7 @@ def select_slots(slots: Slots, index: Int[Array, "shards each"]) -> Slots:
         taken = jax.vmap(lambda rows, at: rows[at])(by_device(x, index.shape[0]), index)
         return taken.reshape((index.size, *x.shape[1:]))
 
-    return constrain_slots(jax.tree.map(take, slots))
+    return constrain_slots(map_rows(take, slots))
 
 
 def by_device(x: ArrayT, shards: int) -> ArrayT:
@@ -136,12 +152,23 @@ def by_device(x: ArrayT, shards: int) -> ArrayT:
     return x.reshape((shards, x.shape[0] // shards, *x.shape[1:]))
 
 
+def map_rows(function: Callable[..., Array], *slots: Slots) -> Slots:
+    """``function`` of each array of the slots, whose first axis is the rows: a stacked cache is
+    taken layer by layer."""
+
+    def apply(path, *arrays):
+        stacked = path[0].name == "cache" and len(path) == 2
+        return (jax.vmap(function) if stacked else function)(*arrays)
+
+    return jax.tree.map_with_path(apply, *slots)
+
+
 def constrain_slots(slots: Slots) -> Slots:
     """Pin the slots' layout on the mesh, so that one program serves the slots of every call."""
 
     def pin(path, x):
         of_cache = path[0].name == "cache"
-        axes = CACHE_AXES[path[1].name] if of_cache else ("batch",) + (None,) * (x.ndim - 1)
+        axes = cache_axes(path[1].name, x) if of_cache else ("batch",) + (None,) * (x.ndim - 1)
         return constrain(x, axes)
 
     return jax.tree.map_with_path(pin, slots)
@@ -149,10 +176,11 @@ def constrain_slots(slots: Slots) -> Slots:
 
 @functools.partial(jax.jit, static_argnames="model_config")
 def read_prefix(
-    params: PyTree, tokens: Int[Array, "N P"], *, model_config: ModelConfig
+    params: PyTree, weights: DecodeWeights, tokens: Int[Array, "N P"], *, model_config: ModelConfig
 ) -> KeyValues:
     """Keys and values of the first row."""
-    _, kept = decoder.forward(params, model_config, tokens, keep=True)
+    params, reader = prompt_params(params, weights, model_config)
+    _, kept = decoder.forward(params, reader, tokens, keep=True)
     return jax.tree.map(lambda x: x[:, :1], kept)
 
 
@@ -176,7 +204,8 @@ def sample_rows(
     rows_at_once: int,
     on_ended: Callable[[Rollouts, np.ndarray], None] | None = None,
 ) -> Rollouts:
-    """A completion for any number of prompts, as host arrays.
+    """A completion for any number of prompts, as host arrays, made on ``mesh``; the parameters may
+    lie on another mesh of the same devices.
 
     At most ``rows_at_once`` rows (rounded up to the batch's devices) are decoded at once, in slots
     that are refilled as rows end. Completions shorter than ``MIN_REFILL_TOKENS`` tokens are made by
@@ -190,17 +219,32 @@ def sample_rows(
     rollouts = empty_rollouts(prompts, prompts.tokens.shape[1] + sampling.max_new_tokens)
     common = {"sampling": sampling, "eos_ids": eos_ids, "keys": keys, "mesh": mesh, "size": size}
     method = refill if sampling.max_new_tokens >= MIN_REFILL_TOKENS else by_batches
-    for rows in method(params, model_config, prompts, rollouts, **common):
-        if on_ended is not None:
-            on_ended(rollouts, rows)
+    with jax.set_mesh(mesh):
+        weights = decode_weights(params, model_config)
+        params = params_on(mesh, params, model_config)
+        for rows in method(params, weights, model_config, prompts, rollouts, **common):
+            if on_ended is not None:
+                on_ended(rollouts, rows)
     return rollouts
 
 
-def by_batches(params, model_config, prompts, rollouts, *, sampling, eos_ids, keys, mesh, size):
+def params_on(mesh: Mesh, params: PyTree, model_config: ModelConfig) -> PyTree:
+    """The parameters for prefills, moved where they lie on another mesh; None where these read the
+    decode weights alone."""
+    if model_config.scan_decode:
+        return None
+    lying = params["embedding"].sharding
+    if isinstance(lying, NamedSharding) and lying.mesh.shape != mesh.shape:
+        return jax.device_put(params, named_tree(mesh, decoder.param_axes(model_config)))
+    return params
+
+
+def by_batches(
+    params, weights, model_config, prompts, rollouts, *, sampling, eos_ids, keys, mesh, size
+):
     """``sample`` for ``size`` rows at a time; yields the rows that have been written into
     ``rollouts``."""
     rows, under_way = len(prompts.lengths), []
-    weights = decode_weights(params, model_config)
     fixed = {"model_config": model_config, "sampling": sampling, "eos_ids": eos_ids}
     for start in range(0, rows, size):
         index = np.arange(start, start + size)
@@ -223,7 +267,9 @@ def store_batch(rollouts: Rollouts, rows: np.ndarray, part: Rollouts) -> np.ndar
     return rows
 
 
-def refill(params, model_config, prompts, rollouts, *, sampling, eos_ids, keys, mesh, size):
+def refill(
+    params, weights, model_config, prompts, rollouts, *, sampling, eos_ids, keys, mesh, size
+):
     """``sample`` in ``size`` slots: rows that ended leave, and waiting prompts take their places.
     Yields the rows that have been written into ``rollouts``.
 
@@ -241,8 +287,7 @@ def refill(params, model_config, prompts, rollouts, *, sampling, eos_ids, keys, 
     """
     shards, waiting = batch_shards(mesh), 0  # the first row that has had no slot yet
     rows, length = rollouts.tokens.shape
-    weights = decode_weights(params, model_config)
-    prefix = common_prefix(params, model_config, prompts, mesh)
+    prefix = common_prefix(params, weights, model_config, prompts, mesh)
     slots = empty_slots(model_config, rows=size, length=length, cache_length=min(length, MIN_CACHE))
     fixed = {"model_config": model_config, "sampling": sampling}
     owner = np.full(size, -1)  # the row in each slot; -1: free
@@ -256,7 +301,9 @@ def refill(params, model_config, prompts, rollouts, *, sampling, eos_ids, keys, 
             slots = resize_cache(slots, cache_length=cache_length)
         for index, into in prefill_groups(new, free, size, shards):
             part = put_rows(mesh, take_prompts(prompts, index, slots.cache.length))
-            slots = admit(params, slots, part, keys[index], into=into, prefix=prefix, **fixed)
+            slots = admit(
+                params, weights, slots, part, keys[index], into=into, prefix=prefix, **fixed
+            )
         halves = waiting == rows and size // 2 >= MIN_SLOTS and size // 2 % shards == 0
         stop_at_alive = size - -(-size // 8) if waiting < rows else size // 2 if halves else 0
         stop_at_alive = np.int32(min(stop_at_alive, reached.size - 1))
@@ -271,15 +318,15 @@ def refill(params, model_config, prompts, rollouts, *, sampling, eos_ids, keys, 
 
 
 def common_prefix(
-    params: PyTree, model_config: ModelConfig, prompts: Prompts, mesh: Mesh
+    params: PyTree, weights: DecodeWeights, model_config: ModelConfig, prompts: Prompts, mesh: Mesh
 ) -> KeyValues | None:
     """Keys and values of what all prompts begin with, read once; None where that is too short or
     the attention is NVIDIA's kernel, which takes no prefix."""
-    shared = shared_prefix(prompts) if model_config.attention == "plain" else 0
+    shared = shared_prefix(prompts) if model_config.attention != "cudnn" else 0
     if not shared:
         return None
     tokens = np.repeat(prompts.tokens[:1, :shared], batch_shards(mesh), axis=0)
-    return read_prefix(params, put_rows(mesh, tokens), model_config=model_config)
+    return read_prefix(params, weights, put_rows(mesh, tokens), model_config=model_config)
 
 
 def halve_slots(slots: Slots, owner: np.ndarray, shards: int) -> tuple[Slots, np.ndarray]:
@@ -304,43 +351,6 @@ def empty_rollouts(prompts: Prompts, length: int) -> Rollouts:
         terminated=np.zeros(rows, bool),
         problem_ids=prompts.problem_ids.copy(),
     )
-
-
-def round_robin(free: np.ndarray, per_device: int) -> np.ndarray:
-    """Free slots, one of each device after the other; a device has ``per_device`` slots."""
-    device = free // per_device
-    return free[np.lexsort((device, rank_on_device(device)))]
-
-
-def rank_on_device(device: np.ndarray) -> np.ndarray:
-    """Rank of each slot among the slots of its device."""
-    order = np.argsort(device, kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(order.size) - np.searchsorted(device[order], device[order])
-    return rank
-
-
-def prefill_groups(
-    new: np.ndarray, free: np.ndarray, size: int, shards: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (rows to prefill [shards x count], their slots on each device [shards, count]).
-
-    A prefill has an eighth or a quarter of the slots: its memory is bounded, and a prefill for a
-    few free slots stays small. It is filled up with copies of a row whose slot is beyond the last.
-    """
-    per_device = size // shards
-    max_rows = -(-per_device // 4)
-    device, within = free // per_device, free % per_device
-    rank = rank_on_device(device)
-    for start in range(0, int(rank.max(initial=-1)) + 1, max_rows):
-        in_group = (rank >= start) & (rank < start + max_rows)
-        needed = int(rank[in_group].max()) + 1 - start
-        count = max_rows if needed > -(-max_rows // 2) else -(-max_rows // 2)
-        index = np.full((shards, count), new[in_group][0])
-        into = np.full((shards, count), per_device)
-        index[device[in_group], rank[in_group] - start] = new[in_group]
-        into[device[in_group], rank[in_group] - start] = within[in_group]
-        yield index.ravel(), into.astype(np.int32)
 
 
 def take_prompts(prompts: Prompts, index: np.ndarray, cache_length: int) -> Prompts:

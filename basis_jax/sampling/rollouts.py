@@ -16,6 +16,7 @@ from basis_jax.config import SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.data.problem import Problem
 from basis_jax.model.decoder import ModelConfig
+from basis_jax.model.sharding import regrouped
 from basis_jax.sampling.draw import row_keys
 from basis_jax.sampling.refill import sample_rows
 from basis_jax.types import Prompts, Rollouts
@@ -36,6 +37,7 @@ class RolloutSetup:
     verifier: Any
     seed: int
     rows_at_once: int
+    sample_tensor: int = 0  # the mesh of the sampler is regrouped by it
     held_out_verifiers: Mapping[str, Any] = field(default_factory=dict)
 
     def for_set(self, name: str) -> "RolloutSetup":
@@ -158,7 +160,7 @@ def roll_out(
             sampling=sampling,
             eos_ids=setup.eos_ids,
             keys=keys,
-            mesh=setup.mesh,
+            mesh=regrouped(setup.mesh, setup.sample_tensor),
             rows_at_once=setup.rows_at_once,
             on_ended=grader.submit,
         )

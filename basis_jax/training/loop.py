@@ -86,7 +86,7 @@ def train(
     with opened as session, lock_run(config.run_dir) as run_dir, errors_logged(run_dir):
         log_line(run_dir, "\n".join(opening))
         devices = [str(device) for device in jax.devices()]
-        open_run(config, devices=devices, identity=identity_of(session))
+        open_run(session.config, devices=devices, identity=identity_of(session))
         with (
             jax.set_mesh(session.setup.mesh),
             checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints,
@@ -127,8 +127,9 @@ def run_steps(
             config=dataclasses.asdict(config),
         ) as records:
             take_steps(session, state, records, checkpoints, stopper=stopper, callbacks=callbacks)
+        checkpoint.finish(checkpoints)
     except StopRequested:
-        raise stopper.stopped_after(checkpoints.latest_step()) from None
+        raise stopper.stopped_after(checkpoint.finish(checkpoints)) from None
 
 
 def take_steps(
@@ -239,7 +240,7 @@ def make_step(
         session.setup.model_config,
         optimizer_of(session.config),
         optim=session.config.optim,
-        **objective_of(session.config),
+        **objective_of(session),
     )
     learn = make_learn(session.estimator)
 
@@ -300,7 +301,7 @@ def sample_and_verify(params: PyTree, session: Session, number: int) -> Graded:
 def microbatch_maker(session: Session) -> Callable[..., list[list[Batch]]]:
     """(graded, estimate, params) -> the microbatches of every update of a step."""
     config = session.config
-    score = make_score(session.setup.model_config, **objective_of(config))
+    score = make_score(session.setup.model_config, **objective_of(session))
     reference = start_params(session) if config.loss.kl_coef else None
 
     def make(graded: Graded, estimate: Estimate, *, params: PyTree) -> list[list[Batch]]:

@@ -12,7 +12,8 @@ from jaxtyping import Array, PyTree
 from basis_jax.config import Config
 from basis_jax.losses import loss_weights
 from basis_jax.masked import completion_mask
-from basis_jax.model.sharding import put_rows
+from basis_jax.model.sharding import batch_shards, put_rows
+from basis_jax.opening.checks import rollouts_per_pass
 from basis_jax.sampling.refill import round_up
 from basis_jax.sampling.rollouts import Graded
 from basis_jax.types import Batch, Estimate
@@ -68,7 +69,7 @@ def make_batches(
         micros = []
         for index, width in cut_rows(
             lengths[start : start + rows],
-            rows=config.train.microbatch_rollouts,
+            rows=rollouts_per_pass(config.train, batch_shards(mesh)),
             max_width=max_width,
         ):
             part = put_rows(mesh, take_rows(minibatch, index, width))

@@ -22,6 +22,7 @@ from basis_jax.model.decoder import ModelConfig
 from basis_jax.opening.checks import check, check_features, check_memory
 from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import Verifiers, locate_model, open_setup, open_verifiers
+from basis_jax.opening.sizes import with_sizes
 from basis_jax.sampling.rollouts import RolloutSetup
 from basis_jax.training.reference_table import (
     ReferenceTable,
@@ -59,38 +60,38 @@ def open_session(
     check(config, model_config, mesh)
     check_normalised(config, estimator)
     tokenizer = huggingface.load_tokenizer(folder)
-    with (
-        open_verifiers(config) as verifiers,
-        open_setup(
-            config, folder, model_config, mesh, tokenizer, verifiers=verifiers, report=report
-        ) as setup,
-    ):
+    with open_verifiers(config) as verifiers:
         train_set, held_out = load_sets(config, tokenizer, verifiers, report)
-        check_problems(config, model_config, mesh, train_set, training=training)
-        yield Session(config, folder, setup, estimator, train_set, held_out)
+        config = sized(config, model_config, mesh, train_set, training=training, report=report)
+        with open_setup(
+            config, folder, model_config, mesh, tokenizer, verifiers=verifiers, report=report
+        ) as setup:
+            yield Session(config, folder, setup, estimator, train_set, held_out)
 
 
-def check_problems(
+def sized(
     config: Config,
     model_config: ModelConfig,
     mesh: Mesh,
     train_set: EncodedProblems,
     *,
     training: bool,
-) -> None:
-    """Raise a ValueError where a step, a rollout or the features do not fit the problems."""
+    report: Callable[[str], None],
+) -> Config:
+    """The config with the sizes of ``with_sizes``. Raises ValueError where a step, a rollout or the
+    features do not fit the problems."""
     size = len(train_set.problems)
     problems_of_step(config, train_set, 0)  # fits?
-    check_memory(
-        config,
-        model_config,
-        mesh,
-        prompt_width=train_set.tokens.shape[1],
-        rows=config.train.prompts_per_step * config.sampling.group_size,
-        training=training,
-    )
+    wanted = {
+        "prompt_width": train_set.tokens.shape[1],
+        "rows": config.train.prompts_per_step * config.sampling.group_size,
+        "training": training,
+    }
+    config = with_sizes(config, model_config, mesh, **wanted, report=report)
+    check_memory(config, model_config, mesh, **wanted)
     if config.estimator.features:
         check_features(config.estimator.features, size, model_config.embed)
+    return config
 
 
 def problems_of_step(config: Config, train_set: EncodedProblems, number: int) -> np.ndarray:

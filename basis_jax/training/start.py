@@ -9,6 +9,8 @@ from jaxtyping import PyTree
 
 from basis_jax import estimators
 from basis_jax.config import Config
+from basis_jax.model.sharding import batch_shards
+from basis_jax.opening.checks import rollouts_per_pass
 from basis_jax.training.microbatches import updates_per_step
 from basis_jax.training.session import (
     Session,
@@ -42,12 +44,13 @@ def identity_of(session: Session) -> dict[str, str]:
     }
 
 
-def objective_of(config: Config) -> dict[str, Any]:
+def objective_of(session: Session) -> dict[str, Any]:
     """What update and scoring of log-probabilities share."""
+    config, shards = session.config, batch_shards(session.setup.mesh)
     return {
         "loss": config.loss,
         "temperature": config.sampling.temperature,
-        "microbatch": config.train.microbatch_rollouts,
+        "microbatch": rollouts_per_pass(config.train, shards),
     }
 
 

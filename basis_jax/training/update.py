@@ -19,9 +19,11 @@ from basis_jax.masked import masked_max, masked_sum
 from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.logprobs import token_logprobs
-from basis_jax.model.sharding import constrain, named_tree
+from basis_jax.model.sharding import named_tree
 from basis_jax.sampling.rollouts import Graded
+from basis_jax.training.gradient_sum import make_gradient_sum
 from basis_jax.training.measure import make_measure
+from basis_jax.training.moments import kept_in_bfloat16
 from basis_jax.types import Batch, Estimate, Measurement, Signals, TrainState
 from basis_jax.verify.verdicts import RIGHT_ABOVE, shares
 
@@ -42,11 +44,14 @@ def learning_rate(section: OptimSection, *, updates: int) -> optax.Schedule:
 
 
 def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW under ``learning_rate``."""
+    """Global-norm clipping, then AdamW under ``learning_rate``, its moments kept in
+    ``optim.moments_dtype``."""
     schedule = learning_rate(section, updates=updates)
     adamw = optax.adamw(
         schedule, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay
     )
+    if section.moments_dtype == "bfloat16":
+        adamw = kept_in_bfloat16(adamw)
     if section.max_grad_norm > 0:
         return optax.chain(optax.clip_by_global_norm(section.max_grad_norm), adamw)
     return adamw
@@ -296,10 +301,9 @@ def make_update(
     ``measured=True`` the metrics hold a ``Measurement``, too (AdamW's settings are ``optim``'s).
 
     The microbatches' ``loss_weights`` hold the global denominators, so the summed gradients are the
-    gradient of the whole update whatever the split. Each shape of microbatch is a program; the
-    sum stays in one donated buffer, laid out as the parameters, and nothing comes back to the host
-    until the metrics are read. Parameters and moments are donated; ``step`` and the estimator's
-    state pass through.
+    gradient of the whole update whatever the split; nothing comes back to the host until the
+    metrics are read. Parameters and moments are donated; ``step`` and the estimator's state pass
+    through.
     """
     objective = functools.partial(
         policy_objective,
@@ -308,22 +312,7 @@ def make_update(
         temperature=temperature,
         microbatch=microbatch,
     )
-    axes = decoder.param_axes(model_config)
-
-    @jax.jit
-    def gradient(params, micro):
-        gradients, aux = jax.grad(objective, has_aux=True)(params, micro)
-        return jax.tree.map(constrain, gradients, axes), aux
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def add(total, new):
-        (gradients, (sums, gap)), (more, (more_sums, more_gap)) = total, new
-        gradients, sums = jax.tree.map(jnp.add, (gradients, sums), (more, more_sums))
-        return gradients, (sums, jnp.maximum(gap, more_gap))
-
-    def gradient_sum(params: PyTree, micros: list[Batch]) -> tuple[PyTree, PyTree]:
-        return functools.reduce(add, (gradient(params, micro) for micro in micros))
-
+    gradient_sum = make_gradient_sum(objective, decoder.param_axes(model_config))
     measure = make_measure(gradient_sum, optim)
     apply = jax.jit(functools.partial(apply_gradients, optimizer), donate_argnums=(0, 1))
 

@@ -203,9 +203,7 @@ def save_params(
     else:
         names = [n for n in ("dtype", "torch_dtype") if n in raw] or ["torch_dtype"]
         raw |= dict.fromkeys(names, dtype or "float32")
-    if parse(raw) != replace(
-        model_config, compute_dtype="float32", remat="none", attention="plain"
-    ):
+    if parse(raw) != decoder.as_described(model_config):
         raise ValueError(
             f"config.json of {source or model_config.architecture} cannot stand for {model_config}"
             "; give as source the folder that the parameters were loaded from"
