@@ -35,6 +35,10 @@ class DataSection:
     path: str = "task:number_words"
     """``task:<name>`` (made here; ``task:gym/<name>?size=1000``: by reasoning-gym), a file (.json,
     .jsonl, .csv or .parquet, also compressed by gzip), a folder, or a hub id."""
+    more_sets: dict[str, float] = field(default_factory=dict)
+    """Further training sets: path, and weight beside ``data.path``, whose weight is 1. A step has
+    prompts of each set in proportion. Columns are as in ``data.path`` where they are there, and are
+    recognised otherwise; ``size`` holds for each set, ``problem_wrapper`` for the first."""
     split: str = "train"
     """Split of a hub data set or folder."""
     problem_field: str = ""
@@ -66,13 +70,34 @@ class DataSection:
     """Longer prompts are left out and counted, never cut."""
     verifier: str = "exact"
     """``exact`` (the completion is the answer), ``math`` (equivalent answers, in a box, after
-    ``####`` or in a sentence), ``math_strict`` (not in a sentence) or ``gym`` (the scorer of a
-    ``task:gym/...``)."""
+    ``####`` or in a sentence), ``math_strict`` (not in a sentence), ``gym`` (the scorer of a
+    ``task:gym/...``), or your own reward function: ``FILE.py:NAME`` (a path relative to the current
+    directory) or ``package.module:NAME``. A reward above 0.5 counts as right."""
     answer_mode: str = ""
     """Where the verifier ``math`` looks for the answer, by what the prompt asks for: ``boxed``,
     ``hashes`` (GSM8K's ``#### x``), ``answer_line`` (DAPO's ``Answer: x``), ``answer_tags`` (R1's
     ``<answer>``), ``strict`` (boxed or hashes), ``lenient`` (all of them, else a sentence). Empty:
     ``lenient``, and ``strict`` for ``math_strict``."""
+    verifier_weight: float = 1.0
+    """Weight of the verifier's reward in training."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Rewards added to the verifier's in training, with weights: ``format``, ``overlong``, other
+    verifiers, own functions. Held-out sets are graded by the verifier alone."""
+    normalise_rewards: bool = False
+    """Divide each reward by its standard deviation over the step before they are added, for
+    estimators without a memory."""
+    reward_workers: int = 0
+    """Confined processes in which own reward functions are called, with one completion at a time
+    (0: in this process, with all completions of a step)."""
+    reward_seconds: float = 0.0
+    """Limit of a call of an own reward function (0: 600 s, or 10 s of CPU time in a worker)."""
+    format_pattern: str = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"
+    """Regular expression for the whole completion: the reward ``format`` is 1 where it fits."""
+    overlong_limit: int = 0
+    """Tokens at which the reward ``overlong`` has fallen to its floor of -1 (0:
+    ``sampling.max_new_tokens``)."""
+    overlong_buffer: int = 0
+    """Tokens before that limit over which it falls from 0 (0: a fifth of the limit)."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +215,9 @@ class TrainSection:
     of those that end. ``auto`` (or 0): the most that fit, as above."""
     log_samples: int = 8
     """Completions written to samples.jsonl each step."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl: ``tensorboard``, ``wandb``, ``trackio``, ``mlflow``,
+    your own (``FILE.py:NAME`` or ``package.module:NAME``); several at once, or none."""
     patience: int = 20
     """Steps in a row whose rewards are all equal, so that the policy is not updated, after which
     the run ends: as failed where no completion was right, as solved where all were."""
@@ -233,6 +261,19 @@ class EvalSection:
     """Completions per held-out problem."""
     temperature: float = 1.0
     """0: greedy."""
+    set_samples: dict[str, int] = field(default_factory=dict)
+    """Sets with another number of completions, as in ``AIME24 32``."""
+    set_temperatures: dict[str, float] = field(default_factory=dict)
+    """Sets with another temperature; one at 0 has one completion a problem."""
+    set_verifiers: dict[str, str] = field(default_factory=dict)
+    """Sets with another verifier than ``data.verifier``."""
+
+    def samples_of(self, name: str) -> int:
+        greedy = self.set_temperatures.get(name) == 0
+        return self.set_samples.get(name, 1 if greedy else self.samples)
+
+    def temperature_of(self, name: str) -> float:
+        return self.set_temperatures.get(name, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -273,6 +314,12 @@ class Config:
     eval: EvalSection = EvalSection()
     mesh: MeshSection = MeshSection()
     checkpoint: CheckpointSection = CheckpointSection()
+
+    def held_out_data(self, name: str) -> DataSection:
+        """How the problems of a set of ``eval.sets`` are read and graded."""
+        verifier = self.eval.set_verifiers.get(name, self.data.verifier)
+        mode = self.data.answer_mode if verifier == self.data.verifier else ""
+        return replace(self.data, verifier=verifier, answer_mode=mode, rewards={})
 
 
 def config_from(values: Mapping[str, Any]) -> Config:

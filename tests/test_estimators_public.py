@@ -57,7 +57,7 @@ def test_the_package_shows_the_types_the_table_and_the_module_that_have_no_examp
     assert re.search("module ``rows``", estimators.__doc__)
 
 
-INSIDE = {"by_reference.load", "by_reference.fingerprint", "declare.declared_by", "declare.near"}
+INSIDE = {"by_reference.load", "by_reference.fingerprint", "declare.declared_by"}
 INSIDE |= {"weighted.usable", "weighted.effective", "measured.used_baseline"}
 INSIDE |= {
     f"value_filter.{name}"

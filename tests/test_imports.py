@@ -13,7 +13,7 @@ PACKAGE = ROOT / "basis_jax"
 FOLDERS = ("basis_jax", "scripts", "studies", "benchmarks", "configs")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
-WORDS = {"config", "types", "pytree", "masked", "losses", "files"}
+WORDS = {"config", "types", "pytree", "masked", "losses", "files", "references"}
 """Modules that stand alone: what everybody speaks."""
 
 ROOMS = {
@@ -21,15 +21,16 @@ ROOMS = {
     "masked": set(),
     "config": set(),
     "files": set(),
+    "references": set(),
     "types": {"pytree"},
     "losses": {"types"},
-    "estimators": {"types", "pytree", "masked"},
-    "verify": set(),
+    "estimators": {"types", "pytree", "masked", "references"},
+    "verify": {"references"},
     "model": {"pytree"},
     "weights": {"files", "model"},
     "data": {"config", "files", "verify"},
     "sampling": {"config", "types", "pytree", "model", "data"},
-    "runs": {"config", "files", "types"},
+    "runs": {"config", "files", "types", "references"},
     "opening": WORDS | {"estimators", "verify", "model", "weights", "data", "sampling"},
     "evaluation": WORDS | {"verify", "model", "weights", "data", "sampling", "runs", "opening"},
 }

@@ -1,9 +1,9 @@
 """Sample completions and grade them: what training, evaluation and the reference table share."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from basis_jax.config import SamplingSection
 from basis_jax.data.encoding import EncodedProblems
+from basis_jax.data.problem import Problem
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import regrouped
 from basis_jax.sampling.draw import row_keys
@@ -37,6 +38,11 @@ class RolloutSetup:
     seed: int
     rows_at_once: int
     sample_tensor: int = 0  # the mesh of the sampler is regrouped by it
+    held_out_verifiers: Mapping[str, Any] = field(default_factory=dict)
+
+    def for_set(self, name: str) -> "RolloutSetup":
+        """The setup with the verifier of a held-out set."""
+        return replace(self, verifier=self.held_out_verifiers.get(name, self.verifier))
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Graded:
     kinds: list[str]  # of verdicts: verify.verdicts.KINDS
     sample_seconds: float
     verify_seconds: float  # that grading took beyond sampling
+    parts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """The single rewards by name, [N] each, where there are several; 0 where invalid."""
 
     def __post_init__(self) -> None:
         failed = self.valid & ~np.isfinite(self.rewards)
@@ -76,10 +84,11 @@ class BackgroundGrader:
     stops what has.
     """
 
-    def __init__(self, setup: RolloutSetup, answers: Sequence[str]):
-        self._setup, self._answers = setup, answers
-        self.completions: list[str] = [""] * len(answers)
-        self.verdicts: list[Any] = [None] * len(answers)
+    def __init__(self, setup: RolloutSetup, problems: Sequence[Problem]):
+        self._setup, self._problems = setup, problems
+        self.completions: list[str] = [""] * len(problems)
+        self.verdicts: list[Any] = [None] * len(problems)
+        self._submissions: list[Any] = [None] * len(problems)
         self._parts: list[Future] = []
         self._thread = ThreadPoolExecutor(1)
 
@@ -102,12 +111,27 @@ class BackgroundGrader:
         """Wait until all rows are graded."""
         for part in self._parts:
             part.result()
+        if self._setup.verifier.whole_batches:
+            every = np.arange(len(self._problems))
+            self._thread.submit(self._judge, every).result()
+        self.verdicts = self._setup.verifier.settle(self.verdicts)
 
     def _grade(self, rollouts: Rollouts, rows: np.ndarray) -> None:
         texts = completion_texts(jax.tree.map(lambda x: x[rows], rollouts), self._setup.tokenizer)
-        verdicts = self._setup.verifier.grade(texts, [self._answers[row] for row in rows])
-        for row, text, verdict in zip(rows, texts, verdicts, strict=True):
-            self.completions[row], self.verdicts[row] = text, verdict
+        for row, text in zip(rows, texts, strict=True):
+            self.completions[row] = text
+            self._submissions[row] = self._problems[row].submission(
+                text,
+                tokens=int(rollouts.completion_lengths[row]),
+                terminated=bool(rollouts.terminated[row]),
+            )
+        if not self._setup.verifier.whole_batches:
+            self._judge(rows)
+
+    def _judge(self, rows: np.ndarray) -> None:
+        verdicts = self._setup.verifier.judge([self._submissions[row] for row in rows])
+        for row, verdict in zip(rows, verdicts, strict=True):
+            self.verdicts[row] = verdict
 
 
 def roll_out(
@@ -128,7 +152,7 @@ def roll_out(
     keys = row_keys(
         setup.seed, stream, step, problem_ids=jnp.asarray(ids), samples=jnp.asarray(samples)
     )
-    with BackgroundGrader(setup, [problems.problems[i].answer for i in ids]) as grader:
+    with BackgroundGrader(setup, [problems.problems[i] for i in ids]) as grader:
         rollouts = sample_rows(
             params,
             setup.model_config,
@@ -154,7 +178,14 @@ def roll_out(
         kinds=[v.kind for v in verdicts],
         sample_seconds=sampled - started,
         verify_seconds=time.perf_counter() - sampled,
+        parts=parts_of(verdicts, setup.verifier.part_names),
     )
+
+
+def parts_of(verdicts: Sequence[Any], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The single rewards by name, where there are several."""
+    rows = [v.parts if v.valid else (0.0,) * len(names) for v in verdicts] if names else []
+    return {name: np.array([row[k] for row in rows], np.float32) for k, name in enumerate(names)}
 
 
 def completion_texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:

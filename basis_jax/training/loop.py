@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import PyTree
 
 from basis_jax.config import Config
-from basis_jax.data.order import batch_indices
+from basis_jax.data.order import prompts_by_set
 from basis_jax.evaluation.evaluate import evaluate, invalid_warning
 from basis_jax.runs import checkpoint
 from basis_jax.runs.compiles import count_compiles
 from basis_jax.runs.identity import lock_run, open_run
 from basis_jax.runs.log import errors_logged, log_line
+from basis_jax.runs.loggers import check_loggers
 from basis_jax.runs.metrics import Records
 from basis_jax.runs.stopping import Stopper, StopRequested
 from basis_jax.sampling.rollouts import Graded, roll_out
@@ -25,6 +26,7 @@ from basis_jax.training.microbatches import make_batches
 from basis_jax.training.session import (
     Session,
     open_session,
+    problems_of_step,
 )
 from basis_jax.training.start import (
     first_state,
@@ -79,6 +81,7 @@ def train(
         report(line)
         opening.append(line)
 
+    check_loggers(config.train.loggers)
     opened = open_session(config, report_and_keep, training=True)
     with opened as session, lock_run(config.run_dir) as run_dir, errors_logged(run_dir):
         log_line(run_dir, "\n".join(opening))
@@ -115,7 +118,14 @@ def run_steps(
         with stopper.droppable():
             state = first_state(session, run_dir, report) if restored is None else restored
         resume_step = -1 if restored is None else int(state.step)
-        with Records(run_dir, session.config.train.steps, resume_step) as records:
+        config = session.config
+        with Records(
+            run_dir,
+            config.train.steps,
+            resume_step,
+            loggers=config.train.loggers,
+            config=dataclasses.asdict(config),
+        ) as records:
             take_steps(session, state, records, checkpoints, stopper=stopper, callbacks=callbacks)
         checkpoint.finish(checkpoints)
     except StopRequested:
@@ -266,20 +276,16 @@ def measuring(session: Session, number: int) -> bool:
 
 
 def epochs(session: Session, steps: int) -> float:
-    """How often the problems have been visited after so many steps."""
-    size, per_step = len(session.train_set.problems), session.config.train.prompts_per_step
-    return steps / (size // per_step)
+    """How often the problems of ``data.path`` have been visited after so many steps."""
+    config, size = session.config, session.train_set.sizes[0]
+    weights = (1.0, *config.data.more_sets.values())
+    return steps / (size // prompts_by_set(weights, config.train.prompts_per_step)[0])
 
 
 def sample_and_verify(params: PyTree, session: Session, number: int) -> Graded:
     """The rollouts of step ``number``: ``sampling.group_size`` adjacent ones of each problem."""
     config, group_size = session.config, session.config.sampling.group_size
-    problems = batch_indices(
-        config.seed,
-        number,
-        batch_size=config.train.prompts_per_step,
-        size=len(session.train_set.problems),
-    )
+    problems = problems_of_step(config, session.train_set, number)
     return roll_out(
         params,
         session.setup,

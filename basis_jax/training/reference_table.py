@@ -26,6 +26,7 @@ from basis_jax.data.encoding import EncodedProblems
 from basis_jax.files import replace_file
 from basis_jax.sampling.rollouts import ROWS_PER_SLOT, RolloutSetup, roll_out
 from basis_jax.training.prompt_features import prompt_features
+from basis_jax.verify import source_fingerprint
 
 SAVE_EVERY_S = 10.0
 FIELDS = {
@@ -63,13 +64,27 @@ def table_origin(
     are decoded in aside."""
     return {
         "model": model_fingerprint,
-        "verifier": f"{data.verifier} {data.answer_mode}".strip(),
+        "verifier": described_rewards(data),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "max_new_tokens": sampling.max_new_tokens,
         "eos_ids": list(setup.eos_ids),
     }
+
+
+def described_rewards(data: DataSection) -> str:
+    """What grades training rollouts: names, weights, and hashes of own functions' files."""
+    words = [f"{data.verifier} {data.answer_mode}".strip()]
+    if data.verifier_weight != 1:
+        words.append(f"x {data.verifier_weight:g}")
+    words += [f"+ {name} x {weight:g}" for name, weight in data.rewards.items()]
+    if "format" in data.rewards:
+        words.append(f"(format {data.format_pattern})")
+    if "overlong" in data.rewards:
+        words.append(f"(overlong {data.overlong_limit} {data.overlong_buffer})")
+    hashes = [source_fingerprint(name) for name in (data.verifier, *data.rewards)]
+    return " ".join([*words, *(f"sha256 {found}" for found in hashes if found)])
 
 
 def prompt_hashes(problems: EncodedProblems) -> np.ndarray:

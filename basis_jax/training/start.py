@@ -24,16 +24,23 @@ from basis_jax.training.update import (
     make_state,
 )
 from basis_jax.types import TrainState
+from basis_jax.verify import source_fingerprint
 from basis_jax.weights import huggingface
 
 
 def identity_of(session: Session) -> dict[str, str]:
-    """Hashes of what the config only names: the model, the problems, a user's own estimator."""
-    own_estimator = estimators.source_fingerprint(session.config.estimator.name)
+    """Hashes of what the config only names: the model, the problems, a user's own estimator and
+    reward functions."""
+    config = session.config
+    own = {
+        "estimator.name": estimators.source_fingerprint(config.estimator.name),
+        "data.verifier": source_fingerprint(config.data.verifier),
+        **{f"data.rewards {name}": source_fingerprint(name) for name in config.data.rewards},
+    }
     return {
         "model.path": huggingface.fingerprint(session.folder),
         "data.path": session.train_set.fingerprint(),
-        **({} if own_estimator is None else {"estimator.name": own_estimator}),
+        **{field: found for field, found in own.items() if found is not None},
     }
 
 

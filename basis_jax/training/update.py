@@ -25,7 +25,7 @@ from basis_jax.training.gradient_sum import make_gradient_sum
 from basis_jax.training.measure import make_measure
 from basis_jax.training.moments import kept_in_bfloat16
 from basis_jax.types import Batch, Estimate, Measurement, Signals, TrainState
-from basis_jax.verify.verdicts import shares
+from basis_jax.verify.verdicts import RIGHT_ABOVE, shares
 
 ADAMW = OptimSection()
 
@@ -347,16 +347,20 @@ def apply_gradients(
 def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
     """What a step tells about rewards, verdicts, lengths and the value estimates.
 
-    ``estimate/value_error`` is the mean of (reward - value)^2 over valid rows: the values' own
-    squared error plus the rewards' noise E[V (1 - V)], so only differences between runs count.
+    ``reward/accuracy`` is the share of valid rows with a reward above 1/2: for rewards of 0 and 1
+    those that are right. Where there are several rewards it is the verifier's own that counts, and
+    ``rewards/...`` is the mean of each, unweighted. ``estimate/value_error`` is the mean of
+    (reward - value)^2 over valid rows: the values' own squared error plus the rewards' noise, which
+    is E[V (1 - V)] for rewards of 0 and 1, so only differences between runs count.
     """
     valid, lengths = graded.valid, graded.rollouts.completion_lengths
     rewards = graded.rewards[valid]
+    own = next(iter(graded.parts.values()), graded.rewards)[valid]
     advantages = np.abs(np.asarray(estimate.advantages))[valid]
     errors = (graded.rewards - np.asarray(estimate.values))[valid] ** 2
     metrics = {
         "reward/mean": rewards.mean() if rewards.size else 0.0,
-        "reward/accuracy": (rewards > 0.5).mean() if rewards.size else 0.0,
+        "reward/accuracy": (own > RIGHT_ABOVE).mean() if rewards.size else 0.0,
         "reward/variance": rewards.var() if rewards.size else 0.0,
         "reward/invalid": 1.0 - valid.mean(),
         "estimate/value_error": errors.mean() if rewards.size else 0.0,
@@ -368,6 +372,8 @@ def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
         "throughput/sample_tokens_per_s": graded.tokens / graded.sample_seconds,
     }
     metrics |= shares(graded.kinds)
+    for name, part in graded.parts.items():
+        metrics[f"rewards/{name}"] = part[valid].mean() if rewards.size else 0.0
     for name, value in estimate.info.items():
         if np.ndim(value) == 0:
             metrics[f"estimate/{name}"] = value
