@@ -17,6 +17,8 @@ from typing import Any
 from basis_jax.config import Config
 
 LONGEST = 400  # characters of a library's message that are shown
+PROCESSES = ("processes", "coordinator", "process-id")
+"""Options of the commands that several processes can run: docs/several-processes.md."""
 DEBUG = "--debug shows the traceback of an error."
 
 

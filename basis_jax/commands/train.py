@@ -10,7 +10,7 @@ command again resumes the run in ``--run-dir`` from its newest checkpoint.
 import sys
 from pathlib import Path
 
-from basis_jax import command_line
+from basis_jax import command_line, processes
 from basis_jax.runs import plots
 from basis_jax.runs.metrics import read_metrics
 from basis_jax.runs.stopping import StopRequested
@@ -18,13 +18,15 @@ from basis_jax.training.loop import train
 
 
 def main() -> None:
-    config, _ = command_line.parse(__doc__)
-    try:
-        run_dir = train(config)
-    except StopRequested as stopped:
-        print(f"{stopped}:\n  {command_line.same_command()}")
-        sys.exit(stopped.exit_code)
-    summarise(run_dir)
+    config, options = command_line.parse(__doc__, options=command_line.PROCESSES)
+    with processes.joined(options.processes, options.coordinator, options.process_id):
+        report = processes.spoken(print)
+        try:
+            run_dir = train(config)
+        except StopRequested as stopped:
+            report(f"{stopped}:\n  {command_line.same_command()}")
+            sys.exit(stopped.exit_code)
+        processes.by_first(lambda: summarise(run_dir))
 
 
 def summarise(run_dir: Path) -> None:

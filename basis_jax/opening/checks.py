@@ -165,7 +165,7 @@ def check_memory(
     is refused has no chance.
     """
     train, length = config.train, prompt_width + config.sampling.max_new_tokens
-    devices = list(mesh.devices.ravel())
+    devices = list(mesh.local_devices)
     weights = costs.parameter_bytes(model_config, mesh)
     moments = {"moments": 2 * weights} if training else {}
     reference = {"a KL term's reference": weights} if training and config.loss.kl_coef else {}

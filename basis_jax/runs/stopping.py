@@ -2,7 +2,8 @@
 
 Work that changes nothing yet (sampling, grading, evaluating) is dropped at once; work that has
 begun to change the state is finished first. A step whose evaluation is dropped is kept, and is
-evaluated when the run goes on. A second signal ends the process at once.
+evaluated when the run goes on. A second signal ends the process at once. Of several processes any
+may be given the signal: they agree on it where a block that can be dropped begins and ends.
 """
 
 import signal
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from basis_jax import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -29,6 +32,7 @@ class Stopper:
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         self._droppable = False
+        self._alone = processes.count() == 1
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stopper":
@@ -42,14 +46,23 @@ class Stopper:
     @contextmanager
     def droppable(self) -> Iterator[None]:
         """A block that may be left at any moment. Raises StopRequested at once if the run has been
-        asked to stop, and from inside the block as soon as it is."""
-        if self.requested:
+        asked to stop, and from inside the block as soon as it is; with several processes, at its
+        end in all of them."""
+        if self.agreed():
             raise StopRequested
-        self._droppable = True
+        self._droppable = self._alone
         try:
             yield
         finally:
             self._droppable = False
+        if not self._alone and self.agreed():
+            raise StopRequested
+
+    def agreed(self) -> bool:
+        """Whether any process has been asked to stop; then all have been. Call it in all."""
+        number = processes.largest(self.requested or 0)
+        self.requested = signal.Signals(number) if number else None
+        return number > 0
 
     def stopped_after(self, step: int | None) -> StopRequested:
         """What ``train`` raises when the newest checkpoint is of step ``step``; None: there is

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from basis_jax import processes
 from basis_jax.config import SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.model.decoder import ModelConfig
@@ -68,7 +69,8 @@ class Graded:
 
 
 class BackgroundGrader:
-    """Texts and verdicts of rows, made in a thread of their own while the device works.
+    """Texts and verdicts of rows, made in a thread of their own while the device works. Each row
+    has one owner among the processes, whose text and verdict all of them take.
 
     A context manager: leaving it drops what has not begun, and leaving it by an exception also
     stops what has.
@@ -76,8 +78,7 @@ class BackgroundGrader:
 
     def __init__(self, setup: RolloutSetup, answers: Sequence[str]):
         self._setup, self._answers = setup, answers
-        self.completions: list[str] = [""] * len(answers)
-        self.verdicts: list[Any] = [None] * len(answers)
+        self._graded: dict[int, tuple[str, Any]] = {}  # by row, of the rows owned here
         self._parts: list[Future] = []
         self._thread = ThreadPoolExecutor(1)
 
@@ -90,22 +91,35 @@ class BackgroundGrader:
         self._thread.shutdown(cancel_futures=True)
 
     def submit(self, rollouts: Rollouts, rows: np.ndarray) -> None:
-        """Begin to grade these rows. Raises the error of an earlier part that failed, so that it is
-        known before the rest is sampled."""
-        self._parts.append(self._thread.submit(self._grade, rollouts, rows))
-        for part in filter(Future.done, self._parts):
-            part.result()
+        """Begin to grade those of these rows that this process owns. A single process raises the
+        error of an earlier part that failed, so that it is known before the rest is sampled; one of
+        several has to go on sampling with the others until ``wait``."""
+        self._parts.append(self._thread.submit(self._grade, rollouts, processes.owned(rows)))
+        if processes.count() == 1:
+            for part in filter(Future.done, self._parts):
+                part.result()
 
-    def wait(self) -> None:
-        """Wait until all rows are graded."""
+    def wait(self) -> list[tuple[str, Any]]:
+        """Text and verdict of every row, the same in all processes. Raises an error of one process
+        in all of them."""
+        graded = processes.exchange(self._finish)
+        rows: dict[int, tuple[str, Any]] = {}
+        for part in graded:
+            rows |= part
+        return [rows[row] for row in range(len(self._answers))]
+
+    def _finish(self) -> dict[int, tuple[str, Any]]:
         for part in self._parts:
             part.result()
+        return self._graded
 
     def _grade(self, rollouts: Rollouts, rows: np.ndarray) -> None:
+        if not rows.size:
+            return
         texts = completion_texts(jax.tree.map(lambda x: x[rows], rollouts), self._setup.tokenizer)
         verdicts = self._setup.verifier.grade(texts, [self._answers[row] for row in rows])
         for row, text, verdict in zip(rows, texts, verdicts, strict=True):
-            self.completions[row], self.verdicts[row] = text, verdict
+            self._graded[int(row)] = text, verdict
 
 
 def roll_out(
@@ -139,13 +153,13 @@ def roll_out(
             on_ended=grader.submit,
         )
         sampled = time.perf_counter()
-        grader.wait()
-    verdicts = grader.verdicts
+        graded = grader.wait()
+    verdicts = [verdict for _, verdict in graded]
     with np.errstate(over="ignore"):  # 1e300 is infinite in float32
         rewards = np.array([v.reward if v.valid else 0.0 for v in verdicts]).astype(np.float32)
     return Graded(
         rollouts=rollouts,
-        completions=grader.completions,
+        completions=[text for text, _ in graded],
         rewards=rewards,
         valid=np.array([v.valid for v in verdicts]),
         reasons=[v.reason for v in verdicts],
