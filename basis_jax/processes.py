@@ -106,8 +106,9 @@ def exchange(work: Callable[[], T]) -> list[T]:
     given = [pickle.loads(part[:size].tobytes()) for part, size in zip(parts, sizes, strict=True)]
     for _, sentence in given:
         if sentence is not None:
-            same = failed is not None and _sentence(failed) == sentence
-            raise failed if same else ValueError(sentence)
+            if failed is not None and _sentence(failed) == sentence:
+                raise failed
+            raise ValueError(sentence)
     return [result for result, _ in given]
 
 
@@ -151,6 +152,11 @@ def _padded(content: np.ndarray, size: int) -> np.ndarray:
     return whole
 
 
+def barrier() -> None:
+    """Wait until all processes are here."""
+    largest(0)
+
+
 def largest(number: int) -> int:
     """The largest of the numbers that the processes give."""
     if count() == 1:
@@ -162,17 +168,19 @@ def check_same(what: Mapping[str, Any]) -> None:
     """Raise the same ValueError in all processes where ``what`` differs between them."""
     everyone = exchange(lambda: dict(what))
     for process, other in enumerate(everyone[1:], 1):
-        for name in everyone[0].keys() | other.keys():
+        for name in sorted(everyone[0].keys() | other.keys()):
             here, there = everyone[0].get(name), other.get(name)
             if here != there:
+                shown = [text if len(text := repr(x)) < 70 else text[:70] for x in (here, there)]
                 raise ValueError(
-                    f"{name} is {here!r} in process 0 and {there!r} in process {process}; "
+                    f"{name} is {shown[0]} in process 0 and {shown[1]} in process {process}; "
                     "start all processes by the same command, from the same version and files"
                 )
 
 
 SILENCE_S = 30.0
 """A process that has said nothing for so long has ended, or will not be heard any more."""
+SILENT = "a process ended without a word; its own output may say why"
 BEAT_S = 2.0
 """Between two signs of life."""
 NOT_OURS_S = 50
@@ -181,18 +189,22 @@ one, for what keeps Python's threads from running."""
 
 
 @contextmanager
-def joined(processes: str, coordinator: str, process_id: str) -> Iterator[None]:
+def joined(
+    processes: str, coordinator: str, process_id: str, *, silence_s: float = SILENCE_S
+) -> Iterator[None]:
     """Run the block as one of several processes; as it is where ``processes`` is empty or "1".
 
     "auto" asks the cluster (TPU VMs, Slurm, Open MPI, Kubernetes); with a number, ``coordinator``
     is HOST:PORT of the first process and ``process_id`` the number of this one. An exception that
-    leaves the block ends all processes with its sentence, and so does the death of one. Raises
+    leaves the block ends all processes with its sentence, and so does the death of one, which is
+    noticed when it has been silent for ``silence_s``. Raises
     ValueError for options that do not fit together and where the others cannot be found.
     """
     options = _start_options(processes, coordinator, process_id)
     if options is None:
         yield
         return
+    jax.config.update("jax_enable_preemption_service", False)  # signals are ``runs.stopping``'s
     try:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=NOT_OURS_S)
     except (ValueError, RuntimeError) as error:
@@ -201,7 +213,7 @@ def joined(processes: str, coordinator: str, process_id: str) -> Iterator[None]:
             f"the processes did not find each other ({reason}); check --processes, --coordinator "
             "and --process-id, and that every process was started"
         ) from error
-    watch = _Watch()
+    watch = _Watch(silence_s)
     try:
         yield
     except SystemExit:
@@ -241,10 +253,11 @@ class _Watch:
     """A thread that tells the others that this process lives, and ends it where one of them has
     failed: a device program that waits for a process that is gone may never come back."""
 
-    def __init__(self) -> None:
+    def __init__(self, silence_s: float) -> None:
         from jax._src import distributed  # the only way to its key-value store
 
         self._store: Any = distributed.global_state.client
+        self._silence_s = silence_s
         self._ended = threading.Event()
         self._heard: dict[str, tuple[str, float]] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -260,49 +273,51 @@ class _Watch:
     def fail(self, error: BaseException) -> None:
         """Tell the others why this process ends. An error of a device program may only mean that
         another process has ended: then that one's sentence is waited for, and ends this one."""
-        if isinstance(error, jax.errors.JaxRuntimeError) or isinstance(
-            error.__cause__, jax.errors.JaxRuntimeError
-        ):
-            time.sleep(SILENCE_S + 3 * BEAT_S)
+        if any(isinstance(e, jax.errors.JaxRuntimeError) for e in (error, error.__cause__)):
+            time.sleep(self._silence_s + 5 * BEAT_S)
         self._ended.set()
-        self._tell(_sentence(error))
+        self._tell(_sentence(error), index())
+        if is_first():
+            self._let_others_read()
         # JAX's own way out waits for all processes
         atexit.register(_exit, 130 if isinstance(error, KeyboardInterrupt) else 1)
 
-    def _tell(self, sentence: str) -> None:
-        """Leave a sentence for all unless there is one; the first process, which keeps it, stays
-        until they have read it."""
+    def _tell(self, sentence: str, process: int) -> None:
+        """Leave a sentence for all processes, unless there is one."""
         with suppress(jax.errors.JaxRuntimeError):  # there is one, or the first process is gone
-            self._store.key_value_set("failed/why", f"{sentence} (process {index()})")
-        if is_first():
-            time.sleep(3 * BEAT_S)
+            self._store.key_value_set("failed", f"{sentence} (process {process})")
+
+    def _let_others_read(self) -> None:
+        """The store ends with the first process."""
+        time.sleep(2 * BEAT_S)
 
     def _run(self) -> None:
         beat = 0
-        while not self._ended.wait(BEAT_S):
+        while not self._ended.is_set():
             beat += 1
             try:
                 self._store.key_value_set(f"alive/{index()}", str(beat), allow_overwrite=True)
-                silent = self._silent() if is_first() else ""
-                if silent:
-                    self._tell(f"process {silent} ended without a word; its own output may say why")
-                failed = self._store.key_value_dir_get("failed")
-            except jax.errors.JaxRuntimeError:
-                failed = [("", "process 0 ended without a word; its own output may say why")]
-            if failed and not self._ended.is_set():
-                print(f"error: {failed[0][1]}", file=sys.stderr)
                 if is_first():
-                    time.sleep(3 * BEAT_S)
+                    self._look_for_silence()
+                failed = self._store.blocking_key_value_get("failed", int(1000 * BEAT_S))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" in str(error):
+                    continue
+                failed = f"{SILENT} (process 0)"
+            if not self._ended.is_set():
+                print(f"error: {failed}", file=sys.stderr, flush=True)
+                if is_first():
+                    self._let_others_read()
                 _exit(1)
 
-    def _silent(self) -> str:
-        """A process that has given no sign of life for too long; "" where there is none."""
+    def _look_for_silence(self) -> None:
+        """Tell of a process that has given no sign of life for too long."""
         now = time.monotonic()
         for key, beat in self._store.key_value_dir_get("alive"):
             if self._heard.get(key, ("", now))[0] != beat:
                 self._heard[key] = (beat, now)
-        late = [key for key, (_, heard) in self._heard.items() if now - heard > SILENCE_S]
-        return late[0].rpartition("/")[2] if late else ""
+            elif now - self._heard[key][1] > self._silence_s:
+                self._tell(SILENT, int(key.rpartition("/")[2]))
 
 
 def _exit(code: int) -> None:

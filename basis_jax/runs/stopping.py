@@ -8,12 +8,10 @@ may be given the signal: they agree on it where a block that can be dropped begi
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
-
-from basis_jax import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -27,12 +25,13 @@ class StopRequested(Exception):
 
 class Stopper:
     """While it is entered, the two signals ask the run to stop; a context manager. In a thread
-    other than the main one, where signals cannot be handled, it does nothing."""
+    other than the main one, where signals cannot be handled, it does nothing. ``agree`` gives the
+    largest of the numbers that several processes give (``processes.largest``)."""
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
         self.requested: signal.Signals | None = None
         self._droppable = False
-        self._alone = processes.count() == 1
+        self._agree = agree
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stopper":
@@ -50,19 +49,20 @@ class Stopper:
         end in all of them."""
         if self.agreed():
             raise StopRequested
-        self._droppable = self._alone
+        self._droppable = self._agree is None
         try:
             yield
         finally:
             self._droppable = False
-        if not self._alone and self.agreed():
+        if self._agree is not None and self.agreed():
             raise StopRequested
 
     def agreed(self) -> bool:
         """Whether any process has been asked to stop; then all have been. Call it in all."""
-        number = processes.largest(self.requested or 0)
-        self.requested = signal.Signals(number) if number else None
-        return number > 0
+        if self._agree is not None:
+            number = self._agree(self.requested or 0)
+            self.requested = signal.Signals(number) if number else None
+        return self.requested is not None
 
     def stopped_after(self, step: int | None) -> StopRequested:
         """What ``train`` raises when the newest checkpoint is of step ``step``; None: there is

@@ -28,6 +28,7 @@ from basis_jax.training.session import (
     open_session,
 )
 from basis_jax.training.start import (
+    contents_of,
     first_state,
     identity_of,
     objective_of,
@@ -87,7 +88,7 @@ def train(
         open_folder(session, opening) as run_dir,
         jax.set_mesh(session.setup.mesh),
         checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints,
-        Stopper() as stopper,
+        Stopper(processes.largest if processes.count() > 1 else None) as stopper,
     ):
         run_steps(
             session,
@@ -104,8 +105,7 @@ def train(
 def open_folder(session: Session, opening: Sequence[str]) -> Iterator[Path]:
     """The run's folder, held and written to by the first process alone."""
     config, identity = session.config, identity_of(session)
-    held_out = {f"eval.sets {name}": s.fingerprint() for name, s in session.held_out.items()}
-    processes.check_same({f"contents of {k}": v for k, v in {**identity, **held_out}.items()})
+    processes.check_same(contents_of(session))
     devices = [str(device) for device in jax.devices()]
     with ExitStack() as held:
 

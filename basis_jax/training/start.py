@@ -35,6 +35,12 @@ def identity_of(session: Session) -> dict[str, str]:
     }
 
 
+def contents_of(session: Session) -> dict[str, str]:
+    """Hashes of all that several processes must have read alike."""
+    held_out = {f"eval.sets {name}": s.fingerprint() for name, s in session.held_out.items()}
+    return {f"the hash of {k}": v for k, v in (identity_of(session) | held_out).items()}
+
+
 def objective_of(config: Config) -> dict[str, Any]:
     """What update and scoring of log-probabilities share."""
     return {
