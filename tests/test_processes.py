@@ -2,13 +2,19 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from whole_runs import lines, repeatable, small
+
+from basis_jax import command_line
+from basis_jax.training.loop import train
 
 ROOT = Path(__file__).parents[1]
 SILENT = "error: a process ended without a word; its own output may say why"
@@ -45,7 +51,8 @@ def finish(started, timeout=300):
     finally:
         for process in started:
             process.kill()
-    return [(p.returncode, *text) for p, text in zip(started, texts, strict=True)]
+    said = [["\n".join(x for x in t.splitlines() if "Gloo" not in x) for t in ts] for ts in texts]
+    return [(p.returncode, *text) for p, text in zip(started, said, strict=True)]
 
 
 def worker(what):
@@ -84,10 +91,75 @@ def test_values_of_one_process_reach_all_and_errors_too():
 def test_the_end_of_one_process_ends_the_other_with_one_sentence(how, survivor, sentence):
     began = time.monotonic()
     code, _, errors = worker(how)[survivor]
-    said = [line for line in errors.splitlines() if "Gloo" not in line]
+    said = errors.splitlines()
     if how == "killed_first":  # XLA's client has words of its own for that
         said = said[-1:] if code else []
     else:
         assert code == 1
     assert said == [sentence]
     assert time.monotonic() - began < 45
+
+
+def together(script, arguments, **how):
+    """A command in several processes."""
+
+    def of_one(port, number):
+        options = ["--processes", how.get("number_of", 2), "--coordinator", f"localhost:{port}"]
+        options += ["--process-id", number, "--config", ROOT / "configs" / "quickstart.py"]
+        return [ROOT / "scripts" / script, *options, *arguments]
+
+    return start(of_one, **how)
+
+
+def wait_for_lines(path, count, started):
+    while all(p.poll() is None for p in started):
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.05)
+
+
+FSDP = {"mesh.fsdp": 4, "estimator.name": "value_filter", "estimator.features": 4}
+FSDP |= {"estimator.table-samples": 1}
+TENSOR = {"mesh.tensor": 2, "sampling.max-new-tokens": 33, "train.sample-rollouts": 4}
+TENSOR |= {"estimator.name": "reinforce", "estimator.table-samples": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes, devices", [(FSDP, 2), (TENSOR, 1)], ids=["fsdp", "tensor"])
+def test_two_processes_that_end_and_one_that_goes_on_make_the_run_of_one(
+    tiny_folder, dapo_file, tmp_path, changes, devices
+):
+    """Tokens equal, numbers to 1e-5. fsdp: both are killed; a table with features. tensor, whose
+    slots are refilled: one of them is asked to stop."""
+    changes = changes | {"train.log-samples": 8, "train.steps": 3, "eval.size": 2}
+    whole, parts = (
+        small(tiny_folder, dapo_file, tmp_path / name, **changes) for name in ("whole", "parts")
+    )
+    started = together("train.py", parts, devices=devices)
+    wait_for_lines(tmp_path / "parts" / "metrics.jsonl", 3, started)
+    if "mesh.fsdp" in changes:
+        for process in started:
+            process.send_signal(signal.SIGKILL)
+        assert [code for code, *_ in finish(started)] == [-signal.SIGKILL] * 2
+    else:
+        started[1].send_signal(signal.SIGTERM)
+        (code, output, _), (other_code, other_output, _) = finish(started)
+        assert (code, other_code, other_output) == (143, 143, "")
+        assert "stopped by SIGTERM with everything up to step 2 saved" in output
+    assert sum(1 for _ in (tmp_path / "parts" / "tensorboard").iterdir()) == 1
+    for arguments in (parts, whole):
+        config, _ = command_line.parse("", argv=["--config", "quickstart", *arguments])
+        train(config, report=lambda _: None)
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        rows, expected = (repeatable(lines(tmp_path / n / name)) for n in ("parts", "whole"))
+        assert len(rows) == len(expected)
+        for row, like in zip(rows, expected, strict=True):
+            texts = {k: v for k, v in like.items() if not isinstance(v, float)}
+            assert texts == {k: row[k] for k in texts}
+            numbers = {k: v for k, v in like.items() if k not in texts}
+            assert {k: row[k] for k in numbers} == pytest.approx(numbers, rel=1e-5, abs=1e-5)
+    if changes["estimator.table-samples"]:
+        table, like = (np.load(tmp_path / n / "reference.npz") for n in ("parts", "whole"))
+        with table, like:
+            assert np.array_equal(table["rewards"], like["rewards"])
+            np.testing.assert_allclose(table["features"], like["features"], atol=1e-4)
