@@ -48,6 +48,74 @@ def values():
     return found
 
 
+class OneTimesOut:
+    """A verifier that runs into its limit in process 1 alone; there it ``breaks`` for some."""
+
+    def __init__(self, breaks=False):
+        self.breaks = breaks
+
+    def grade(self, texts, answers):
+        from basis_jax.verify.verdicts import RIGHT, verdict_of
+
+        if processes.is_first():
+            return [RIGHT] * len(texts)
+        if self.breaks:
+            raise RuntimeError("the verifier is gone")
+        return [verdict_of("timeout", "slow machine")] * len(texts)
+
+    def stop(self):
+        pass
+
+
+class Numbers:
+    """A tokenizer."""
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [" ".join(map(str, row)) for row in rows]
+
+
+def verdicts():
+    """What a process makes of rollouts whose verifier does not say the same in both."""
+    import tiny
+
+    from basis_jax import estimators
+    from basis_jax.config import SamplingSection
+    from basis_jax.data.encoding import EncodedProblems
+    from basis_jax.data.problem import Problem
+    from basis_jax.model.sharding import make_mesh
+    from basis_jax.sampling.rollouts import RolloutSetup, roll_out
+    from basis_jax.training.update import make_estimate
+
+    mesh, prompts = make_mesh(), tiny.prompts(6)
+    problems = tuple(Problem(prompt=f"{i}", answer="0") for i in range(6))
+    encoded = EncodedProblems(problems, *map(np.asarray, (prompts.tokens, prompts.lengths)), {})
+    estimator = estimators.make("spo")
+    with jax.set_mesh(mesh):
+        zeros = np.zeros(6, np.int32)
+        state = processes.put_everywhere(mesh, estimator.init(zeros, zeros))
+        params = processes.put_everywhere(mesh, tiny.params())
+
+        def grade(verifier):
+            setup = RolloutSetup(tiny.TINY, mesh, Numbers(), (2,), verifier, 0, 8)
+            every = {"ids": np.arange(6, dtype=np.int32), "samples": np.zeros(6, np.int32)}
+            every |= {"sampling": SamplingSection(max_new_tokens=3), "stream": "train", "step": 0}
+            return roll_out(params, setup, encoded, **every)
+
+        graded = grade(OneTimesOut())
+        state, estimate = processes.on_host(make_estimate(estimator)(state, graded))
+        try:
+            grade(OneTimesOut(breaks=True))
+        except (RuntimeError, ValueError) as error:
+            broken = str(error)
+    return {
+        "kinds": graded.kinds,
+        "completions": graded.completions,
+        "state": [leaf.tolist() for leaf in jax.tree.leaves(state)],
+        "advantages": estimate.advantages.tolist(),
+        "broken": broken.removeprefix("RuntimeError: "),
+    }
+
+
 def failing():
     """Process 1 fails while process 0 waits for it."""
     if processes.index() == 1:

@@ -79,6 +79,16 @@ def test_values_of_one_process_reach_all_and_errors_too():
 
 
 @pytest.mark.slow
+def test_a_verifier_that_times_out_in_one_process_leaves_one_estimator_state():
+    """The owner's verdict holds in both; and an error of one verifier ends the step in both."""
+    first, second = (json.loads(output.splitlines()[-1]) for _, output, _ in worker("verdicts"))
+    assert first == second
+    assert first["kinds"] == ["right", "timeout"] * 3
+    assert len({*first["completions"]}) > 1 and len({*map(str, first["advantages"])}) > 1
+    assert first["broken"] == "the verifier is gone"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how, survivor, sentence",
     [
