@@ -16,7 +16,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from basis_jax import command_line, processes  # noqa: E402
 
-SILENCE_S = 6.0  # in place of 30
+SILENCE_S = 12.0  # in place of 30
 
 
 def values():

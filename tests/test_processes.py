@@ -57,7 +57,7 @@ def finish(started, timeout=300):
 
 def worker(what):
     script = ROOT / "tests" / "one_of_several.py"
-    return finish(start(lambda port, number: [script, what, port, 2, number]), timeout=60)
+    return finish(start(lambda port, number: [script, what, port, 2, number]), timeout=300)
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_the_end_of_one_process_ends_the_other_with_one_sentence(how, survivor, 
     else:
         assert code == 1
     assert said == [sentence]
-    assert time.monotonic() - began < 45
+    assert time.monotonic() - began < 60 + 60  # those of a loaded machine
 
 
 def together(script, arguments, **how):
