@@ -61,6 +61,15 @@ class Estimate:
 
 
 @pytree
+class Measurement:
+    """Inner products in the optimizer's metric: of an update's gradient G, and of B, the gradient
+    that it would have with all advantages 1. See ``estimators.measured``."""
+
+    product: Float[Array, ""]  # <G, B>
+    square: Float[Array, ""]  # <B, B>
+
+
+@pytree
 class Batch:
     """One microbatch. ``loss_weights`` carry every denominator of the loss, those of its update."""
 

@@ -51,7 +51,7 @@ SGD = Method(
     rate=3e3,
     regimes=("free",),
 )
-NATURAL = (("estimator.score-norms", "natural"),)
+NATURAL = Method("", settings=(("estimator.score-norms", "natural"),), regimes=("free",))
 METHODS = {
     "none": Method("reinforce"),
     "batch_mean": Method("batch_mean"),
@@ -60,10 +60,11 @@ METHODS = {
     "basis": Method("basis", table=TABLE_SAMPLES),
     "weighted_mean": Method("weighted_mean"),
     "least_variance": Method("value_filter+least_variance"),
-    "weighted_mean_natural": Method("weighted_mean", settings=NATURAL),
-    "least_variance_natural": Method("value_filter+least_variance", settings=NATURAL),
+    "measured_mean": Method("measured_mean"),
+    "weighted_mean_natural": NATURAL._replace(estimator="weighted_mean"),
+    "least_variance_natural": NATURAL._replace(estimator="value_filter+least_variance"),
     "grpo_8": Method("grpo", group_size=8),
-    "otb_8": Method("otb", group_size=8),
+    "otb_8": Method("otb", group_size=8, regimes=("free",)),
     "batch_mean_sgd": SGD._replace(estimator="batch_mean"),
     "least_variance_sgd": SGD._replace(estimator="value_filter+least_variance"),
 }

@@ -42,7 +42,7 @@ ROOMS["commands"] = {*ROOMS} - {"commands"}
 
 ONLY = {
     "flax": {"model.decoder"},
-    "optax": {"training.update", "training.start"},
+    "optax": {"training.update", "training.start", "training.measure"},
     "orbax": {"runs.checkpoint", "weights.trained"},
     "transformers": {"weights.huggingface"},
     "matplotlib": {"runs.plots"},

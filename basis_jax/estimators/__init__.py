@@ -22,6 +22,9 @@ and the module ``rows`` has what most of them do first and last:
 >>> [name for name, declared in estimators.ESTIMATORS.items() if "table" in declared.needs]
 ['a_star_po', 'basis', 'v05']
 
+``measured_mean`` also learns from what the training step measures in an update,
+``estimators.Measurement(product=..., square=...)``, with ``estimator.learn(state, measurement)``.
+
 The examples in the docstrings begin after these lines:
 
     import jax
@@ -66,6 +69,12 @@ from basis_jax.estimators.history import (
     spo_weights,
 )
 from basis_jax.estimators.kernel import KernelHistory, kae_init, kae_update
+from basis_jax.estimators.measured import (
+    MeasuredMean,
+    measured_mean_init,
+    measured_mean_learn,
+    measured_mean_update,
+)
 from basis_jax.estimators.noise import noise_report
 from basis_jax.estimators.optimal_value import a_star_po, soft_value
 from basis_jax.estimators.registry import (
@@ -86,7 +95,7 @@ from basis_jax.estimators.weighted import (
     weighted_mean_init,
     weighted_mean_update,
 )
-from basis_jax.types import Estimate, Signals
+from basis_jax.types import Estimate, Measurement, Signals
 
 __all__ = [
     "ESTIMATORS",
@@ -97,6 +106,8 @@ __all__ = [
     "FilterState",
     "KernelHistory",
     "MapState",
+    "MeasuredMean",
+    "Measurement",
     "MixtureState",
     "Signals",
     "Table",
@@ -123,6 +134,9 @@ __all__ = [
     "least_variance",
     "length_trace_decay",
     "make",
+    "measured_mean_init",
+    "measured_mean_learn",
+    "measured_mean_update",
     "noise_report",
     "opo",
     "option_names",

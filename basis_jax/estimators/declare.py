@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
-from basis_jax.types import Estimate, Signals
+from basis_jax.types import Estimate, Measurement, Signals
 
 Function = TypeVar("Function", bound=Callable)
 SIGNALS = tuple(field.name for field in dataclasses.fields(Signals))
@@ -75,6 +75,7 @@ class Definition:
     options: Sequence[str] | None = None
     name: str = ""  # in messages; by default that of ``update``
     wrap: Callable[..., "Estimator"] | None = None  # what is made of the Estimator in the end
+    learn: Callable | None = None  # learn(state, measurement), with options of ``update``
 
     def __post_init__(self):
         set_field = object.__setattr__  # the dataclass is frozen
@@ -130,6 +131,7 @@ class Estimator(NamedTuple):
     takes_table: bool  # starts from offline trials where there are any
     group_size: int  # rollouts of a prompt, adjacent rows
     takes_rewards: bool = False  # ``init`` has the keyword ``reference_rewards``
+    learn: Callable[[Any, Measurement], Any] | None = None  # from what training steps measure
 
 
 def stateless(

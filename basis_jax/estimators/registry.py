@@ -34,6 +34,11 @@ from basis_jax.estimators.history import (
     spo_update,
 )
 from basis_jax.estimators.kernel import kae_init, kae_update
+from basis_jax.estimators.measured import (
+    measured_mean_init,
+    measured_mean_learn,
+    measured_mean_update,
+)
 from basis_jax.estimators.optimal_value import a_star_po
 from basis_jax.estimators.ranges import Number, Whole
 from basis_jax.estimators.rows import at, share
@@ -60,6 +65,9 @@ ESTIMATORS = {
     "grpo": Definition(grpo, needs=GROUPS),
     "james_stein": Definition(james_stein, needs=GROUPS),
     "kae": Definition(kae_update, kae_init, needs=HISTORY),
+    "measured_mean": Definition(
+        measured_mean_update, measured_mean_init, needs=ROWS, learn=measured_mean_learn
+    ),
     "opo": Definition(opo, needs=(*GROUPS, "lengths")),
     "otb": Definition(otb, needs=(*GROUPS, "score_norms")),
     "pass_at_k": Definition(pass_at_k, needs=GROUPS),
@@ -193,7 +201,8 @@ def make(estimator: str | Callable | Definition, /, **options: Any) -> Estimator
     takes_rewards = "reference_rewards" in declared.takes
     takes_table = "table" in declared.provided or takes_rewards
     size = options.get("group_size", 1)
-    made = Estimator(init, update, needs_table, takes_table, size, takes_rewards)
+    learn = _bound(declared.learn, options) if declared.learn else None
+    made = Estimator(init, update, needs_table, takes_table, size, takes_rewards, learn)
     _trace(made, declared, options)
     made = made._replace(update=_guarded(update, declared))
     if declared.wrap is None:
@@ -292,12 +301,12 @@ def _lift(declared: Definition, options: dict) -> tuple[Callable, Callable]:
 
 def _bind(declared: Definition, options: dict) -> tuple[Callable, Callable]:
     """(init, update), each with those of the options that it takes."""
+    return _bound(cast(Callable, declared.init), options), _bound(declared.update, options)
 
-    def bound(function: Callable) -> Callable:
-        taken = {n: x for n, x in options.items() if n in signature(function).parameters}
-        return partial(function, **taken)
 
-    return bound(cast(Callable, declared.init)), bound(declared.update)
+def _bound(function: Callable, options: dict) -> Callable:
+    taken = {n: x for n, x in options.items() if n in signature(function).parameters}
+    return partial(function, **taken)
 
 
 def _trace(estimator: Estimator, declared: Definition, options: dict) -> None:

@@ -55,6 +55,7 @@ RANGES = {
     "sampling.group_size": COUNT,
     "estimator.table_samples": COUNT_OR_NONE,
     "estimator.features": COUNT_OR_NONE,
+    "estimator.measure_every": COUNT,
     "loss.clip_low": SHARE,
     "loss.clip_high": NOT_NEGATIVE,
     "loss.dual_clip": Range(1, without=("low",), or_else=0),

@@ -40,6 +40,7 @@ from basis_jax.training.start import (
 from basis_jax.training.update import (
     finish_step,
     make_estimate,
+    make_learn,
     make_score,
     make_update,
     merge_updates,
@@ -252,8 +253,12 @@ def make_step(
     make_microbatches = microbatch_maker(session)
     schedule = schedule_of(session.config)
     update = make_update(
-        session.setup.model_config, optimizer_of(session.config), **objective_of(session.config)
+        session.setup.model_config,
+        optimizer_of(session.config),
+        optim=session.config.optim,
+        **objective_of(session.config),
     )
+    learn = make_learn(session.estimator)
 
     def step(state: TrainState, number: int) -> Step:
         with droppable():
@@ -263,8 +268,12 @@ def make_step(
         estimate = processes.on_host(estimate)
         outcomes = []
         if has_signal(graded):
+            measured = measuring(session, number)
             for microbatches in make_microbatches(graded, estimate, params=state.params):
-                state, outcome = update(state, microbatches)
+                state, outcome = update(state, microbatches, measured=measured)
+                if measured:
+                    estimator_state = learn(estimator_state, outcome.pop("measurement"))
+                    measured = False  # later updates of a step are off-policy
                 outcomes.append(outcome)
         state = finish_step(state, estimator_state)
         metrics = reward_metrics(graded, estimate) | merge_updates(outcomes)
@@ -275,6 +284,12 @@ def make_step(
         return Step(state, metrics, graded, estimate)
 
     return step
+
+
+def measuring(session: Session, number: int) -> bool:
+    """Whether the estimator wants a measurement in step ``number``, the first being 0."""
+    every = session.config.estimator.measure_every
+    return session.estimator.learn is not None and number % every == 0
 
 
 def epochs(session: Session, steps: int) -> float:

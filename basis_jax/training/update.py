@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,11 @@ from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.logprobs import token_logprobs
 from basis_jax.model.sharding import constrain, named_tree
 from basis_jax.sampling.rollouts import Graded
-from basis_jax.types import Batch, Estimate, Signals, TrainState
+from basis_jax.training.measure import make_measure
+from basis_jax.types import Batch, Estimate, Measurement, Signals, TrainState
 from basis_jax.verify.verdicts import shares
+
+ADAMW = OptimSection()
 
 
 def learning_rate(section: OptimSection, *, updates: int) -> optax.Schedule:
@@ -130,6 +134,11 @@ def make_estimate(
         return update(state, make_signals(graded, aggregation=aggregation, score_norms=score_norms))
 
     return estimate
+
+
+def make_learn(estimator: Estimator) -> Callable[[PyTree, Measurement], PyTree]:
+    """(estimator state, measurement) -> estimator state, jitted; the state is donated."""
+    return jax.jit(estimator.learn or (lambda state, measurement: state), donate_argnums=0)
 
 
 def make_signals(graded: Graded, *, aggregation: str, score_norms: str) -> Signals:
@@ -279,11 +288,13 @@ def make_update(
     model_config: ModelConfig,
     optimizer: optax.GradientTransformation,
     *,
+    optim: OptimSection = ADAMW,
     loss: LossSection,
     temperature: float,
     microbatch: int,
-) -> Callable[[TrainState, list[Batch]], tuple[TrainState, dict[str, Array]]]:
-    """(state, microbatches) -> state, metrics: gradients added up, then one optimizer update.
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """(state, microbatches) -> state, metrics: gradients added up, then one optimizer update. With
+    ``measured=True`` the metrics hold a ``Measurement``, too (AdamW's settings are ``optim``'s).
 
     The microbatches' ``loss_weights`` hold the global denominators, so the summed gradients are the
     gradient of the whole update whatever the split. Each shape of microbatch is a program; the
@@ -311,12 +322,20 @@ def make_update(
         gradients, sums = jax.tree.map(jnp.add, (gradients, sums), (more, more_sums))
         return gradients, (sums, jnp.maximum(gap, more_gap))
 
+    def gradient_sum(params: PyTree, micros: list[Batch]) -> tuple[PyTree, PyTree]:
+        return functools.reduce(add, (gradient(params, micro) for micro in micros))
+
+    measure = make_measure(gradient_sum, optim)
     apply = jax.jit(functools.partial(apply_gradients, optimizer), donate_argnums=(0, 1))
 
-    def update(state: TrainState, micros: list[Batch]) -> tuple[TrainState, dict[str, Array]]:
-        total = functools.reduce(add, (gradient(state.params, micro) for micro in micros))
-        params, opt_state, metrics = apply(state.params, state.opt_state, total)
-        return replace(state, params=params, opt_state=opt_state), metrics
+    def update(
+        state: TrainState, micros: list[Batch], *, measured: bool = False
+    ) -> tuple[TrainState, dict[str, Any]]:
+        total = gradient_sum(state.params, micros)
+        before = (state.params, state.opt_state)
+        found = {"measurement": measure(*before, micros, total[0])} if measured else {}
+        params, opt_state, metrics = apply(*before, total)
+        return replace(state, params=params, opt_state=opt_state), metrics | found
 
     return update
 

@@ -1,0 +1,129 @@
+"""A baseline measured with the gradients themselves, in the metric of the optimizer.
+
+With one baseline b for all prompts the gradient of an update is G = A - b B, where A = sum r_i g_i,
+B = sum g_i and g_i is the gradient of the log-probability of completion i (its loss weights
+included). B has the mean 0: it is noise alone. The noise that b leaves in G is least at
+
+    b* = E <A, B> / E <B, B>,
+
+with whatever inner product the optimizer makes of it: for AdamW <x, y> = sum x y / v, since AdamW
+divides every coordinate of both by sqrt(v). Stand-ins such as ``score_norms`` know nothing of v:
+in AdamW's metric b* is far from what they say. A training step can measure it, because <A, B> =
+<G, B> + b <B, B>, and G is the gradient that the update takes anyway. So one more backward pass
+measures b* in a batch. It is close to that of the next batches: the policy changes slowly.
+
+The baseline of a step comes from earlier steps alone, so not one bit of it depends on any
+completion of the step. The result is our own; ``docs/baselines.md`` has the derivation and figures.
+"""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Num
+
+from basis_jax.estimators.ranges import FINITE, Options, Rewards
+from basis_jax.estimators.rows import (
+    divide,
+    estimate,
+    from_unit,
+    nan_reported,
+    others_sum,
+    read,
+    to_unit,
+)
+from basis_jax.estimators.weighted import MEMORY
+from basis_jax.pytree import pytree
+from basis_jax.types import Estimate, Measurement, Signals
+
+
+@pytree
+class MeasuredMean:
+    """The baseline that earlier measurements give, and how many of them it rests on.
+
+    >>> state = estimators.MeasuredMean(baseline=jnp.float32(.25), measurements=jnp.float32(3))
+    >>> float(state.measurements)
+    3.0
+    """
+
+    baseline: Float[Array, ""]  # 0: the least reward, 1: the largest
+    measurements: Float[Array, ""]  # discounted
+
+
+def measured_mean_init(
+    successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]
+) -> MeasuredMean:
+    """Nothing measured yet; counts say nothing about this baseline.
+
+    >>> float(estimators.measured_mean_init(np.full(9, 4), np.full(9, 8)).baseline)
+    0.0
+    """
+    return MeasuredMean(baseline=jnp.float32(0), measurements=jnp.float32(0))
+
+
+@nan_reported
+@Options(memory=MEMORY, low=FINITE, high=FINITE)
+def measured_mean_update(
+    state: MeasuredMean,
+    signals: Signals,
+    *,
+    memory: float = 0.8,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> tuple[MeasuredMean, Estimate]:
+    """A = r - b with the b that earlier steps measured (``measured_mean_learn``), inside
+    [``low``, ``high``]; before the first measurement b is ``low``.
+
+    ``values`` are the plain means of the other rows. ``memory`` belongs to the measurements. Info:
+    ``measurements``, the discounted number of them. ValueError for rewards outside the range.
+
+    >>> state = estimators.MeasuredMean(baseline=jnp.float32(.25), measurements=jnp.float32(3))
+    >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.ones(2, bool),
+    ...                              problem_ids=jnp.array([3, 7]), lengths=jnp.array([5, 6]))
+    >>> state, estimate = estimators.measured_mean_update(state, signals)
+    >>> print(estimate.baselines, estimate.advantages)
+    [0.25 0.25] [ 0.75 -0.25]
+    """
+    Rewards(low, high).check("measured_mean", signals.rewards, signals.valid)
+    rewards, valid = read(signals.rewards, signals.valid)
+    y = jnp.where(valid, to_unit(rewards, low, high), 0)
+    mean = divide(others_sum(y), others_sum(valid.astype(jnp.float32)))
+    values = from_unit(mean, low, high)
+    baselines = from_unit(jnp.ones_like(rewards) * used_baseline(state), low, high)
+    return state, estimate(
+        rewards - baselines, values, valid, baselines=baselines, measurements=state.measurements
+    )
+
+
+def measured_mean_learn(
+    state: MeasuredMean,
+    measurement: Measurement,
+    *,
+    memory: float = 0.8,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> MeasuredMean:
+    """The state after a measurement in an update whose baseline came from ``state``.
+
+    The measured b* is b + <G, B> / <B, B>. The new baseline is the mean of all measured ones; a
+    measurement loses the share 1 - ``memory`` of its weight with every later one. A measurement
+    that is not finite, or without noise (<B, B> = 0), changes nothing.
+
+    >>> state = estimators.measured_mean_init(np.zeros(9), np.zeros(9))
+    >>> found = estimators.Measurement(product=jnp.float32(2), square=jnp.float32(8))
+    >>> print(estimators.measured_mean_learn(state, found).baseline)
+    0.25
+    """
+    moved = divide(measurement.product, measurement.square) / (high - low)
+    found = used_baseline(state) + moved
+    older = memory * state.measurements
+    mean = (older * state.baseline + found) / (older + 1)
+    square = measurement.square
+    counts = jnp.isfinite(found) & jnp.isfinite(square) & (square > 0)
+    return MeasuredMean(
+        baseline=jnp.where(counts, mean, state.baseline),
+        measurements=jnp.where(counts, older + 1, state.measurements),
+    )
+
+
+def used_baseline(state: MeasuredMean) -> Float[Array, ""]:
+    """What is subtracted: the measured baseline inside the range of the rewards, as [0, 1]."""
+    return jnp.clip(state.baseline, 0, 1)

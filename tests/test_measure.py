@@ -1,0 +1,158 @@
+"""measured_mean and training/measure.py: the baseline that the optimizer's own metric wants."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.flatten_util import ravel_pytree
+
+from basis_jax import estimators
+from basis_jax.config import LossSection, OptimSection
+from basis_jax.model.logprobs import token_logprobs
+from basis_jax.training.measure import inner_products
+from basis_jax.training.update import make_optimizer, make_update
+from basis_jax.types import Batch, TrainState
+
+OPTIM = OptimSection(lr=1e-3, b2=0.9, max_grad_norm=0.5)
+REWARDS = np.float32([1, 0, 0, 1])
+
+
+def batch(rng, advantages, weights):
+    tokens = rng.integers(0, tiny.TINY.vocab_size, (4, 12)).astype(np.int32)
+    mask = np.arange(12)[None] >= np.array([4, 6, 3, 8])[:, None]
+    return Batch(
+        tokens=tokens,
+        completion_mask=mask,
+        loss_weights=np.where(mask, weights, 0).astype(np.float32),
+        advantages=np.float32(advantages),
+        old_logprobs=None,
+        sampler_logprobs=np.zeros(tokens.shape, np.float32),
+    )
+
+
+def sums_of_gradients(params, micro):
+    """A row's gradient of its weighted log-probability, by plain differentiation: [4, D]."""
+
+    def row(p, i):
+        found, _ = token_logprobs(p, tiny.TINY, jnp.asarray(micro.tokens))
+        return jnp.sum(found[i] * micro.loss_weights[i])
+
+    return np.stack([ravel_pytree(jax.grad(row)(params, i))[0] for i in range(4)], dtype=np.float64)
+
+
+def test_a_measurement_is_what_single_gradients_say_in_the_metric_of_adamw():
+    """Two updates, so that the moments are not those of the measured batch alone; the baseline of
+    the second is .3. Oracle: all row gradients and all sums by hand, in float64."""
+    rng, params = np.random.default_rng(0), tiny.params()
+    optimizer = make_optimizer(OPTIM, updates=9)
+    update = make_update(
+        tiny.TINY, optimizer, optim=OPTIM, loss=LossSection(), temperature=1.0, microbatch=4
+    )
+    state = TrainState(
+        step=jnp.int32(0),
+        params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        estimator_state=(),
+    )
+    state, _ = update(state, [batch(rng, REWARDS, 0.1)])
+    before = jax.tree.map(jnp.copy, state.params)
+    micro = batch(rng, REWARDS - 0.3, 0.1)
+    nu = np.asarray(ravel_pytree(state.opt_state[1][0].nu)[0], np.float64)
+    _, found = update(state, [micro], measured=True)
+
+    rows = sums_of_gradients(before, micro)
+    g, b = (REWARDS - 0.3) @ rows, rows.sum(0)
+    assert g @ g > OPTIM.max_grad_norm**2  # it is clipped
+    v = OPTIM.b2 * nu + (1 - OPTIM.b2) * OPTIM.max_grad_norm**2 / (b @ b) * b**2
+    scale = 1 / (np.sqrt(v / (1 - OPTIM.b2**2)) + OPTIM.eps) ** 2
+    measurement = found["measurement"]
+    np.testing.assert_allclose(measurement.product, np.sum(scale * g * b), rtol=2e-3)
+    np.testing.assert_allclose(measurement.square, np.sum(scale * b**2), rtol=2e-3)
+
+
+def test_measuring_changes_nothing_of_the_update():
+    rng, params = np.random.default_rng(1), tiny.params()
+    optimizer = make_optimizer(OPTIM, updates=9)
+    update = make_update(
+        tiny.TINY, optimizer, optim=OPTIM, loss=LossSection(), temperature=1.0, microbatch=4
+    )
+    micro = batch(rng, REWARDS, 0.1)
+    after = []
+    for measured in (False, True):
+        copied = jax.tree.map(jnp.copy, params)
+        state = TrainState(
+            step=jnp.int32(0),
+            params=copied,
+            opt_state=optimizer.init(copied),
+            estimator_state=(),
+        )
+        after.append(update(state, [micro], measured=measured)[0].params)
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool(jnp.all(x == y)), *after))
+
+
+def measurement(product, square):
+    return estimators.Measurement(product=jnp.float32(product), square=jnp.float32(square))
+
+
+def test_the_baseline_that_was_measured_leaves_no_product():
+    """G = A - b B with b* = .4: <G, B> = (.4 - b) <B, B>. From any baseline one measurement finds
+    b*, and at b* nothing moves."""
+    for b, count in ((0.0, 0.0), (0.9, 1e9), (0.4, 3.0)):
+        state = estimators.MeasuredMean(baseline=jnp.float32(b), measurements=jnp.float32(count))
+        found = estimators.measured_mean_learn(state, measurement((0.4 - b) * 7, 7), memory=0.0)
+        np.testing.assert_allclose(found.baseline, 0.4, rtol=1e-6)
+        assert found.measurements == 1
+
+
+def test_measurements_are_averaged_with_discount():
+    """Memory .5: weights 1/4, 1/2, 1 of b* = 0, .2, .6."""
+    state = estimators.measured_mean_init(np.zeros(3), np.zeros(3))
+    for target in (0.0, 0.2, 0.6):
+        product = (target - state.baseline) * 5
+        state = estimators.measured_mean_learn(state, measurement(product, 5), memory=0.5)
+    np.testing.assert_allclose(state.baseline, (0.2 / 2 + 0.6) / 1.75, rtol=1e-6)
+
+
+NOTHING = [(np.nan, 1), (np.inf, 2), (1, np.inf), (0, 0), (1, -1)]
+
+
+@pytest.mark.parametrize("product, square", NOTHING)
+def test_a_measurement_of_nothing_changes_nothing(product, square):
+    state = estimators.MeasuredMean(baseline=jnp.float32(0.3), measurements=jnp.float32(2))
+    found = estimators.measured_mean_learn(state, measurement(product, square))
+    assert (found.baseline, found.measurements) == (state.baseline, state.measurements)
+
+
+def test_the_baseline_stays_inside_the_range_of_the_rewards():
+    """A measured b* of -.2 and of 1.5 in [0, 1]; the average itself is not cut."""
+    estimator = estimators.make("measured_mean")
+    state = estimator.init(np.zeros(3), np.zeros(3))
+    signals = tiny.signals([1, 0], [0, 2])
+    low = estimator.learn(state, measurement(-0.2, 1))
+    assert low.baseline == np.float32(-0.2)
+    assert estimator.update(low, signals)[1].baselines.tolist() == [0, 0]
+    high = estimator.learn(state, measurement(1.5, 1))
+    assert estimator.update(high, signals)[1].baselines.tolist() == [1, 1]
+
+
+def test_rewards_of_another_range_are_measured_on_their_own_scale():
+    """In [-1, 3]: first b = -1; then b* = -1 + <G, B> / <B, B>."""
+    estimator = estimators.make("measured_mean", low=-1.0, high=3.0)
+    state, signals = estimator.init(np.zeros(3), np.zeros(3)), tiny.signals([3, -1], [0, 2])
+    assert estimator.update(state, signals)[1].baselines.tolist() == [-1, -1]
+    state = estimator.learn(state, measurement(3, 2))
+    assert estimator.update(state, signals)[1].baselines.tolist() == [0.5, 0.5]
+
+
+def test_rare_coordinates_do_not_depend_on_which_completions_were_right():
+    """A coordinate that only one row moves, and that was never moved before: its weight is that of
+    any such coordinate, whatever the row's advantage."""
+    nu, count = {"w": jnp.zeros(2)}, jnp.int32(5)
+    noise = {"w": jnp.float32([2, 2])}
+    section = dataclasses.replace(OPTIM, eps=0.0)
+    gradient = {"w": jnp.float32([0.2, 1.8])}  # advantages .1 and .9
+    found = inner_products(gradient, noise, nu, count, section)
+    assert found.product / found.square == pytest.approx((0.1 + 0.9) / 2)
