@@ -164,9 +164,11 @@ def largest(number: int) -> int:
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
-def check_same(what: Mapping[str, Any]) -> None:
-    """Raise the same ValueError in all processes where ``what`` differs between them."""
-    everyone = exchange(lambda: dict(what))
+def check_same(what: Callable[[], Mapping[str, Any]]) -> None:
+    """Raise the same ValueError in all processes where ``what()`` differs between them."""
+    if count() == 1:
+        return
+    everyone = exchange(lambda: dict(what()))
     for process, other in enumerate(everyone[1:], 1):
         for name in sorted(everyone[0].keys() | other.keys()):
             here, there = everyone[0].get(name), other.get(name)

@@ -37,7 +37,7 @@ def values():
     for name, work in {
         "raised": lambda: processes.exchange(lambda: 1 // (1 - me)),
         "refused": lambda: processes.by_first(lambda: int("no number")),
-        "differs": lambda: processes.check_same({"b": me, "a": 7, "c": [me]}),
+        "differs": lambda: processes.check_same(lambda: {"b": me, "a": 7, "c": [me]}),
     }.items():
         try:
             work()
@@ -114,6 +114,10 @@ def verdicts():
         "advantages": estimate.advantages.tolist(),
         "broken": broken.removeprefix("RuntimeError: "),
     }
+
+
+def barrier_only():
+    processes.barrier()
 
 
 def failing():

@@ -136,11 +136,11 @@ TENSOR |= {"estimator.name": "reinforce", "estimator.table-samples": 0}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes, devices", [(FSDP, 2), (TENSOR, 1)], ids=["fsdp", "tensor"])
-def test_two_processes_that_end_and_one_that_goes_on_make_the_run_of_one(
+def test_a_run_of_two_processes_that_is_stopped_and_goes_on_is_the_run_of_one(
     tiny_folder, dapo_file, tmp_path, changes, devices
 ):
-    """Tokens equal, numbers to 1e-5. fsdp: both are killed; a table with features. tensor, whose
-    slots are refilled: one of them is asked to stop."""
+    """Tokens equal, numbers to 1e-5. fsdp, with a table and features: both are killed, and one with
+    four devices goes on. tensor, whose slots are refilled: one is asked to stop, and both go on."""
     changes = changes | {"train.log-samples": 8, "train.steps": 3, "eval.size": 2}
     whole, parts = (
         small(tiny_folder, dapo_file, tmp_path / name, **changes) for name in ("whole", "parts")
@@ -156,8 +156,9 @@ def test_two_processes_that_end_and_one_that_goes_on_make_the_run_of_one(
         (code, output, _), (other_code, other_output, _) = finish(started)
         assert (code, other_code, other_output) == (143, 143, "")
         assert "stopped by SIGTERM with everything up to step 2 saved" in output
-    assert sum(1 for _ in (tmp_path / "parts" / "tensorboard").iterdir()) == 1
-    for arguments in (parts, whole):
+        assert sum(1 for _ in (tmp_path / "parts" / "tensorboard").iterdir()) == 1
+        assert [code for code, *_ in finish(together("train.py", parts, devices=devices))] == [0, 0]
+    for arguments in (parts, whole):  # a finished run started again changes nothing
         config, _ = command_line.parse("", argv=["--config", "quickstart", *arguments])
         train(config, report=lambda _: None)
     for name in ("samples.jsonl", "metrics.jsonl"):
@@ -173,3 +174,35 @@ def test_two_processes_that_end_and_one_that_goes_on_make_the_run_of_one(
         with table, like:
             assert np.array_equal(table["rewards"], like["rewards"])
             np.testing.assert_allclose(table["features"], like["features"], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_a_checkpoint_and_make_a_table_as_one_does(
+    tiny_folder, dapo_file, tmp_path
+):
+    """The same completions, counts and features; every file by the first alone, once."""
+    changes = {"estimator.name": "value_filter", "estimator.features": 3, "eval.samples": 2}
+    changes |= {"data.size": 9, "estimator.table-samples": 2, "mesh.fsdp": 2, "train.steps": 1}
+    arguments = small(tiny_folder, dapo_file, tmp_path / "run", **changes)
+    config, _ = command_line.parse("", argv=["--config", "quickstart", *arguments])
+    train(config, report=lambda _: None)
+    outputs = {}
+    for number_of in (2, 1):
+        out = tmp_path / str(number_of)
+        options = ["--checkpoint", tmp_path / "run", "--out", out]
+        how = {"number_of": number_of, "devices": 2 // number_of}
+        for script, own in (
+            ("evaluate.py", options),
+            ("reference_stats.py", ["--out", out / "table.npz"]),
+        ):
+            ended = finish(together(script, [*own, *arguments], **how))
+            assert [code for code, *_ in ended] == [0] * number_of, ended
+            assert not any(output for _, output, _ in ended[1:])
+        outputs[number_of] = lines(out / "completions.jsonl")
+        outputs[-number_of] = json.loads((out / "protocol.json").read_text())
+    assert outputs[1] == outputs[2] and len(outputs[1]) == 16
+    assert outputs[-1] == outputs[-2]
+    table, like = (np.load(tmp_path / n / "table.npz") for n in ("2", "1"))
+    with table, like:
+        assert np.array_equal(table["rewards"], like["rewards"])
+        np.testing.assert_allclose(table["features"], like["features"], atol=1e-4)

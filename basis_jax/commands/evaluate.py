@@ -40,7 +40,7 @@ def main() -> None:
     out = check_out(options.out)
     with processes.joined(options.processes, options.coordinator, options.process_id):
         given = {"--checkpoint": options.checkpoint, "--out": options.out}
-        processes.check_same(given | start_facts(config))
+        processes.check_same(lambda: given | start_facts(config))
         failed = evaluate(config, options.checkpoint, out)
     if failed:
         sys.exit(f"error: no result for {', '.join(failed)}; the reason stands above")
@@ -53,7 +53,7 @@ def evaluate(config: Config, checkpoint: str, out: Path) -> list[str]:
         params, source = load(evaluation, checkpoint, say)
         say(f"evaluating {source}")
         fixed = protocol(evaluation, params)
-        processes.check_same({**fixed, "failed sets": evaluation.failed})
+        processes.check_same(lambda: {**fixed, "failed sets": evaluation.failed})
         path = write_completions(params, evaluation, out, fixed, say)
         found = processes.by_first(lambda: results(path, evaluation))
     devices = [str(device) for device in jax.devices()]

@@ -20,7 +20,7 @@ from basis_jax.config import Config
 from basis_jax.runs.identity import start_facts
 from basis_jax.training.reference_table import ReferenceTable
 from basis_jax.training.session import open_session, reference_table
-from basis_jax.training.start import contents_of
+from basis_jax.training.start import contents_of, identity_of
 from basis_jax.weights import huggingface
 
 
@@ -40,9 +40,9 @@ def main() -> None:
 
 def make_table(config: Config, path: Path) -> ReferenceTable:
     report = processes.spoken(print)
-    processes.check_same({"--out": str(path), **start_facts(config)})
+    processes.check_same(lambda: {"--out": str(path), **start_facts(config)})
     with open_session(config, report) as session, jax.set_mesh(session.setup.mesh):
-        processes.check_same(contents_of(session))
+        processes.check_same(lambda: contents_of(session, identity_of(session)))
         params = huggingface.load_params(
             session.folder, session.setup.model_config, session.setup.mesh
         )

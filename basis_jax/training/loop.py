@@ -82,7 +82,7 @@ def train(
         report(line)
         opening.append(line)
 
-    processes.check_same(start_facts(config))
+    processes.check_same(lambda: start_facts(config))
     opened = open_session(config, report_and_keep, training=True)
     with (
         opened as session,
@@ -106,7 +106,7 @@ def train(
 def open_folder(session: Session, opening: Sequence[str]) -> Iterator[Path]:
     """The run's folder, held and written to by the first process alone."""
     config, identity = session.config, identity_of(session)
-    processes.check_same(contents_of(session))
+    processes.check_same(lambda: contents_of(session, identity))
     devices = [str(device) for device in jax.devices()]
     with ExitStack() as held:
 

@@ -1,6 +1,6 @@
 """What a run starts from: weights, optimizer, estimator state, and hashes of all of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,10 @@ def identity_of(session: Session) -> dict[str, str]:
     }
 
 
-def contents_of(session: Session) -> dict[str, str]:
-    """Hashes of all that several processes must have read alike."""
+def contents_of(session: Session, identity: Mapping[str, str]) -> dict[str, str]:
+    """Hashes of all that several processes must have read alike; ``identity`` is the run's."""
     held_out = {f"eval.sets {name}": s.fingerprint() for name, s in session.held_out.items()}
-    return {f"the hash of {k}": v for k, v in (identity_of(session) | held_out).items()}
+    return {f"the hash of {k}": v for k, v in ({**identity, **held_out}).items()}
 
 
 def objective_of(config: Config) -> dict[str, Any]:
