@@ -8,6 +8,7 @@ process all functions are trivial and run nothing on a device.
 """
 
 import atexit
+import collections
 import os
 import pickle
 import sys
@@ -199,8 +200,8 @@ def joined(
     "auto" asks the cluster (TPU VMs, Slurm, Open MPI, Kubernetes); with a number, ``coordinator``
     is HOST:PORT of the first process and ``process_id`` the number of this one. An exception that
     leaves the block ends all processes with its sentence, and so does the death of one, which is
-    noticed when it has been silent for ``silence_s``. Raises
-    ValueError for options that do not fit together and where the others cannot be found.
+    noticed when it has been silent for ``silence_s``. Raises ValueError for options that do not fit
+    together, where the others cannot be found, and where the processes have different devices.
     """
     options = _start_options(processes, coordinator, process_id)
     if options is None:
@@ -217,6 +218,7 @@ def joined(
         ) from error
     watch = _Watch(silence_s)
     try:
+        _check_devices()
         yield
     except SystemExit:
         watch.leave()
@@ -251,6 +253,16 @@ def _start_options(processes: str, coordinator: str, process_id: str) -> dict[st
     }
 
 
+def _check_devices() -> None:
+    owned_by = collections.Counter((d.process_index, d.device_kind) for d in jax.devices())
+    numbers, kinds = sorted({*owned_by.values()}), sorted({kind for _, kind in owned_by})
+    if len(numbers) > 1 or len(kinds) > 1:
+        raise ValueError(
+            f"the processes have {' or '.join(map(str, numbers))} devices of the kinds "
+            f"{', '.join(kinds)}; give each the same number of one kind"
+        )
+
+
 class _Watch:
     """A thread that tells the others that this process lives, and ends it where one of them has
     failed: a device program that waits for a process that is gone may never come back."""
@@ -273,9 +285,12 @@ class _Watch:
         jax.distributed.shutdown()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others why this process ends. An error of a device program may only mean that
-        another process has ended: then that one's sentence is waited for, and ends this one."""
-        if any(isinstance(e, jax.errors.JaxRuntimeError) for e in (error, error.__cause__)):
+        """Tell the others why this process ends. An error of a device program, unless it is about
+        memory, may only mean that another process has ended: then that one's sentence is waited
+        for, and ends this one."""
+        causes = (error, error.__cause__)
+        of_program = any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in causes)
+        if of_program and "RESOURCE_EXHAUSTED" not in str(error):
             time.sleep(self._silence_s + 5 * BEAT_S)
         self._ended.set()
         self._tell(_sentence(error), index())

@@ -116,10 +116,6 @@ def verdicts():
     }
 
 
-def barrier_only():
-    processes.barrier()
-
-
 def failing():
     """Process 1 fails while process 0 waits for it."""
     if processes.index() == 1:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from whole_runs import lines, repeatable, small
 
 from basis_jax import command_line
+from basis_jax.processes import by_first, count, exchange, is_first, joined
 from basis_jax.training.loop import train
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +60,28 @@ def finish(started, timeout=300):
 def worker(what):
     script = ROOT / "tests" / "one_of_several.py"
     return finish(start(lambda port, number: [script, what, port, 2, number]), timeout=300)
+
+
+@pytest.mark.parametrize(
+    "options, given",
+    [
+        (("2", "", "0"), "--coordinator (missing)"),
+        (("2", "host:1", "2"), "--process-id 2"),
+        (("two", "host:1", "0"), "--processes is two"),
+        (("2", "host", "0"), "--coordinator host"),
+        (("", "host:1", ""), "--processes is (missing)"),
+    ],
+)
+def test_options_that_name_no_process_are_refused(options, given):
+    with pytest.raises(ValueError, match=re.escape(given)), joined(*options):
+        pass
+
+
+def test_without_options_there_is_one_process():
+    with joined("", "", ""), joined("1", "", "0"):
+        assert (count(), is_first(), exchange(lambda: 3)) == (1, True, [3])
+    with pytest.raises(ValueError, match="no number"):
+        by_first(lambda: int("no number"))
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ problem and temperature are ``--eval.sets``, ``--eval.samples``, ``--eval.temper
 the length limit is ``--sampling.max-new-tokens``. The same command again goes on where a killed
 one stopped. A set that cannot be loaded or graded is named at the end, with exit code 1; the others
 have their results. OUT holds completions.jsonl (every rollout), protocol.json, results.json (all
-metrics with 95 % intervals) and report.html (problem by problem, to be looked at).
+metrics with 95 % intervals) and report.html (problem by problem, to be looked at). On several
+machines: ``--processes`` and its companions, as in basis-jax train.
 """
 
 import json

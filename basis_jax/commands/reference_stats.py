@@ -7,7 +7,8 @@ The reference policy is the config's model. The same command again goes on where
 stopped. Every field of the config can be overridden as in basis-jax train:
 ``--estimator.table-samples`` sets the rollouts a problem, ``--estimator.features 32`` adds the
 prompt features that value_filter can start from (one prefill a problem). With
-``--estimator.table-samples 0`` the table holds features alone and nothing is generated.
+``--estimator.table-samples 0`` the table holds features alone and nothing is generated. On several
+machines: ``--processes`` and its companions, as in basis-jax train.
 """
 
 from pathlib import Path

@@ -4,7 +4,9 @@
     basis-jax train --config configs/qwen_math.py --model.path /models/Qwen3-4B
 
 Any field of the config can be overridden (``--optim.lr 3e-6``; ``--help`` lists all). The same
-command again resumes the run in ``--run-dir`` from its newest checkpoint.
+command again resumes the run in ``--run-dir`` from its newest checkpoint. On several machines,
+start it on each with ``--processes auto``, or with ``--processes N --coordinator HOST:PORT
+--process-id K`` (docs/several-processes.md).
 """
 
 import sys
