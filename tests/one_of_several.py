@@ -9,12 +9,10 @@ import signal
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
-from basis_jax import command_line, processes  # noqa: E402
+from basis_jax import command_line, processes
 
 SILENCE_S = 12.0  # in place of 30
 
@@ -46,6 +44,40 @@ def values():
         except ArithmeticError as error:
             found[name] = f"ZeroDivisionError: {error}"
     return found
+
+
+def sampled():
+    """Completions through slots that are refilled, with parameters split over all devices."""
+    import tiny
+
+    from basis_jax.config import SamplingSection
+    from basis_jax.model import decoder
+    from basis_jax.model.sharding import make_mesh, named_tree
+    from basis_jax.sampling.draw import row_keys
+    from basis_jax.sampling.refill import sample_rows
+
+    mesh, prompts = make_mesh(data=1, fsdp=2, tensor=2), tiny.prompts(7)
+    layout = named_tree(mesh, decoder.param_axes(tiny.TINY))
+
+    def put(x, sharding):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+
+    with jax.set_mesh(mesh):
+        ids = jnp.arange(7, dtype=jnp.int32)
+        rollouts = sample_rows(
+            jax.tree.map(put, tiny.params(), layout),
+            tiny.TINY,
+            jax.tree.map(np.asarray, prompts),
+            sampling=SamplingSection(max_new_tokens=40),
+            eos_ids=(2, 3),
+            keys=row_keys(0, "train", 0, problem_ids=ids, samples=ids),
+            mesh=mesh,
+            rows_at_once=4,
+        )
+    fields = ("tokens", "completion_lengths", "terminated")
+    found = {field: getattr(rollouts, field).tolist() for field in fields}
+    return found | {"logprobs": rollouts.sampler_logprobs.tolist()}
 
 
 class OneTimesOut:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import one_of_several
 import pytest
 from whole_runs import lines, repeatable, small
 
@@ -103,6 +104,17 @@ def test_values_of_one_process_reach_all_and_errors_too():
 
 
 @pytest.mark.slow
+def test_refilled_slots_give_the_same_tokens_in_two_processes_as_in_one():
+    first, second = (json.loads(output.splitlines()[-1]) for _, output, _ in worker("sampled"))
+    assert first == second
+    alone = one_of_several.sampled()
+    assert len({*alone["completion_lengths"]}) > 3
+    logprobs = (found.pop("logprobs") for found in (first, alone))
+    np.testing.assert_allclose(*logprobs, atol=1e-5)
+    assert first == alone
+
+
+@pytest.mark.slow
 def test_a_verifier_that_times_out_in_one_process_leaves_one_estimator_state():
     """The owner's verdict holds in both; and an error of one verifier ends the step in both."""
     first, second = (json.loads(output.splitlines()[-1]) for _, output, _ in worker("verdicts"))
@@ -158,8 +170,13 @@ TENSOR = {"mesh.tensor": 2, "sampling.max-new-tokens": 33, "train.sample-rollout
 TENSOR |= {"estimator.name": "reinforce", "estimator.table-samples": 0}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes, devices", [(FSDP, 2), (TENSOR, 1)], ids=["fsdp", "tensor"])
+@pytest.mark.parametrize(
+    "changes, devices",
+    [
+        pytest.param(FSDP, 2, marks=pytest.mark.slow, id="fsdp"),
+        pytest.param(TENSOR, 1, marks=pytest.mark.nightly, id="tensor"),
+    ],
+)
 def test_a_run_of_two_processes_that_is_stopped_and_goes_on_is_the_run_of_one(
     tiny_folder, dapo_file, tmp_path, changes, devices
 ):
@@ -200,7 +217,7 @@ def test_a_run_of_two_processes_that_is_stopped_and_goes_on_is_the_run_of_one(
             np.testing.assert_allclose(table["features"], like["features"], atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_evaluate_a_checkpoint_and_make_a_table_as_one_does(
     tiny_folder, dapo_file, tmp_path
 ):
