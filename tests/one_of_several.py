@@ -46,27 +46,46 @@ def values():
     return found
 
 
-def sampled():
-    """Completions through slots that are refilled, with parameters split over all devices."""
+def split_params(mesh):
     import tiny
 
-    from basis_jax.config import SamplingSection
     from basis_jax.model import decoder
-    from basis_jax.model.sharding import make_mesh, named_tree
-    from basis_jax.sampling.draw import row_keys
-    from basis_jax.sampling.refill import sample_rows
-
-    mesh, prompts = make_mesh(data=1, fsdp=2, tensor=2), tiny.prompts(7)
-    layout = named_tree(mesh, decoder.param_axes(tiny.TINY))
+    from basis_jax.model.sharding import named_tree
 
     def put(x, sharding):
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
+    layout = named_tree(mesh, decoder.param_axes(tiny.TINY))
+    return jax.tree.map(put, tiny.params(), layout)
+
+
+def exported():
+    """Parameters that are split over both processes, written to the folder that is named."""
+    import tiny
+
+    from basis_jax.model.sharding import make_mesh
+    from basis_jax.weights import huggingface
+
+    params = split_params(make_mesh(data=1, fsdp=2, tensor=2))
+    folder = huggingface.save_params(params, tiny.TINY, sys.argv[5])
+    return sorted(path.name for path in folder.iterdir())
+
+
+def sampled():
+    """Completions through slots that are refilled, with parameters split over all devices."""
+    import tiny
+
+    from basis_jax.config import SamplingSection
+    from basis_jax.model.sharding import make_mesh
+    from basis_jax.sampling.draw import row_keys
+    from basis_jax.sampling.refill import sample_rows
+
+    mesh, prompts = make_mesh(data=1, fsdp=2, tensor=2), tiny.prompts(7)
     with jax.set_mesh(mesh):
         ids = jnp.arange(7, dtype=jnp.int32)
         rollouts = sample_rows(
-            jax.tree.map(put, tiny.params(), layout),
+            split_params(mesh),
             tiny.TINY,
             jax.tree.map(np.asarray, prompts),
             sampling=SamplingSection(max_new_tokens=40),

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import one_of_several
 import pytest
+import tiny
 from whole_runs import lines, repeatable, small
 
 from basis_jax import command_line
 from basis_jax.processes import by_first, count, exchange, is_first, joined
 from basis_jax.training.loop import train
+from basis_jax.weights import huggingface
 
 ROOT = Path(__file__).parents[1]
 SILENT = "error: a process ended without a word; its own output may say why"
@@ -58,9 +60,9 @@ def finish(started, timeout=300):
     return [(p.returncode, *text) for p, text in zip(started, said, strict=True)]
 
 
-def worker(what):
+def worker(what, *more):
     script = ROOT / "tests" / "one_of_several.py"
-    return finish(start(lambda port, number: [script, what, port, 2, number]), timeout=300)
+    return finish(start(lambda port, number: [script, what, port, 2, number, *more]), timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +114,16 @@ def test_refilled_slots_give_the_same_tokens_in_two_processes_as_in_one():
     logprobs = (found.pop("logprobs") for found in (first, alone))
     np.testing.assert_allclose(*logprobs, atol=1e-5)
     assert first == alone
+
+
+@pytest.mark.slow
+def test_two_processes_export_split_parameters_bit_for_bit(tmp_path):
+    outputs = [output for _, output, _ in worker("exported", tmp_path / "made")]
+    alone = huggingface.save_params(tiny.params(), tiny.TINY, tmp_path / "alone")
+    files = sorted(path.name for path in alone.iterdir())
+    assert [json.loads(output) for output in outputs] == [files, files]
+    for name in files:
+        assert (alone / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
 
 
 @pytest.mark.slow
