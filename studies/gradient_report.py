@@ -1,19 +1,13 @@
-"""The gradient study's tables, JSON and picture, all from the same rows."""
+"""The gradient study's rows and tables: a row a method, with what ``gradient_measures`` tells."""
 
-import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from basis_jax.runs.plots import COLORS
+from studies.gradient_measured import MEASURED, run_measured
 from studies.gradient_measures import (
     Geometry,
     interval,
@@ -25,6 +19,7 @@ from studies.gradient_measures import (
 )
 from studies.gradient_methods import (
     WEIGHTS,
+    Draws,
     Method,
     Moments,
     draw_batches,
@@ -69,13 +64,14 @@ def make_part(
 ) -> Part:
     found = run_methods(pool, measured["first"], batch=about["batch"], told=WEIGHTS, seed=seed)
     sampled = resamples(len(pool.problems), seed)
-    rows: list[dict] = [{} for _ in (*found, *oracles(pool, measured["first"].norms[..., 0]))]
-    for update, gradients in measured.items():
-        for m, metric in enumerate(METRICS):
-            norms, sketches = gradients.norms[..., m], gradients.sketches[:, :, m]
-            geometry = make_geometry(norms, sketches, pool, seed)
+    draws = draw_batches(seed, len(pool.problems), batch=about["batch"], group_size=1)
+    rows: list[dict] = [{} for _ in (*found, 0, *oracles(pool, measured["first"].norms[..., 0]))]
+    for m, metric in enumerate(METRICS):
+        own = with_measured(found, draws, pool, measured["first"], m)
+        for update, gradients in measured.items():
+            geometry = make_geometry(*of_metric(gradients, m), pool, seed)
             known = oracles(pool, measured["first"].norms[..., m])
-            every = found + [
+            every = own + [
                 Found(Method(k, single_methods()[0].estimator), "", fixed(b, pool))
                 for k, b in known.items()
             ]
@@ -99,6 +95,19 @@ def run_methods(
             norms = weights(pool, gradients.norms, kind)
             found.append(Found(method, kind, run(method, draws[size], pool, norms)))
     return found
+
+
+def with_measured(
+    found: Sequence[Found], draws: Draws, pool: Pool, gradients: Gradients, metric: int
+) -> list[Found]:
+    """And measured_mean, which measures in one of the metrics."""
+    measured = run_measured(draws, pool, *of_metric(gradients, metric))
+    return [*found, Found(MEASURED, WEIGHTS[0], measured)]
+
+
+def of_metric(gradients: Gradients, metric: int) -> tuple[np.ndarray, np.ndarray]:
+    """Squared norms and sketches in one of the metrics."""
+    return gradients.norms[..., metric], gradients.sketches[:, :, metric]
 
 
 def add_statistics(
@@ -145,12 +154,13 @@ def with_lost(
         left = pool.unreachable(lost)
         gradients = measured["first"]
         found = run_methods(left, gradients, batch=about["batch"], told=WEIGHTS[:1], seed=seed)
-        rows: list[dict] = [{} for _ in found]
+        draws = draw_batches(seed, len(left.problems), batch=about["batch"], group_size=1)
+        rows: list[dict] = [{} for _ in (*found, 0)]
         for m, metric in enumerate(METRICS):
-            norms, sketches = gradients.norms[..., m], gradients.sketches[:, :, m]
-            geometry = make_geometry(norms, sketches, left, seed)
-            add_statistics(rows, found, geometry, sampled, f"first {metric}")
-            for row, one in zip(rows, found, strict=True):
+            geometry = make_geometry(*of_metric(gradients, m), left, seed)
+            every = with_measured(found, draws, left, gradients, m)
+            add_statistics(rows, every, geometry, sampled, f"first {metric}")
+            for row, one in zip(rows, every, strict=True):
                 length = np.einsum("pij,pij->p", one.moments.products, geometry.products)
                 row[f"first {metric}"]["lost_share"] = float(length[lost].sum() / length.sum())
         result[f"{share:g}"] = rows
@@ -254,127 +264,3 @@ def short(x: Any) -> str:
     if isinstance(x, list):
         return "/".join(short(v) for v in x)
     return f"{x:.3g}" if isinstance(x, float) else str(x)
-
-
-# ------------------------------------------------------------------------------------------ file
-def write(out: Path, parts: Sequence[Part], provenance: Mapping) -> None:
-    """``out``.json, a line a method, and ``out``.png."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "-m", "studies.gradient_study", *sys.argv[1:]])
-    head = {"command": command, **provenance}
-    texts = []
-    for part in parts:
-        about = json.dumps({"name": part.name, "about": part.about})[:-1]
-        tables = {"rows": part.rows} | {f"unreachable {k}": v for k, v in part.lost.items()}
-        body = ", ".join(f'"{k}": [\n  {as_lines(rows)}]' for k, rows in tables.items())
-        texts.append(f"{about}, {body}}}")
-    text = f'{json.dumps(head, indent=1)[:-2]},\n "parts": [\n {", ".join(texts)}\n]}}\n'
-    Path(f"{out}.json").write_text(text)
-    draw(parts, Path(f"{out}.png"))
-
-
-def as_lines(rows: Sequence[dict]) -> str:
-    return ",\n  ".join(json.dumps(rounded(row)) for row in rows)
-
-
-def rounded(x: Any) -> Any:
-    """Floats with 4 digits; None for what is not a number."""
-    if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [rounded(v) for v in x]
-    if not isinstance(x, float):
-        return x
-    return float(f"{x:.4g}") if np.isfinite(x) else None
-
-
-# --------------------------------------------------------------------------------------- picture
-def draw(parts: Sequence[Part], path: Path) -> None:
-    """A line of panels a checkpoint: rollouts needed, squared cosines, unreachable problems."""
-    figure = Figure(figsize=(17, 5.4 * len(parts)), dpi=90, layout="constrained")
-    grid = figure.subplots(len(parts), 3, squeeze=False, width_ratios=(1.5, 1, 1))
-    for panels, part in zip(grid, parts, strict=True):
-        rows = [row for row in part.rows if row["told"] in ("", WEIGHTS[0])]
-        draw_needed(panels[0], part, rows)
-        draw_cosines(panels[1], rows)
-        draw_lost(panels[2], part)
-    figure.savefig(path)
-
-
-def color(row: dict) -> str:
-    """By family: ours, weighted, values, groups, plain, oracles."""
-    families = ("least_variance", ("weighted", "otb"), ("value", "basis", "spo"), ("grpo", "rloo"))
-    if not is_real(row):
-        return "grey"
-    for family, names in enumerate(families):
-        if row["method"].startswith(names):
-            return COLORS[(5, 3, 0, 4)[family]]
-    return COLORS[6]
-
-
-def draw_needed(axes: Axes, part: Part, rows: Sequence[dict]) -> None:
-    for y, row in enumerate(rows):
-        for metric, marker, shift in zip(METRICS, "os", (-0.14, 0.14), strict=True):
-            value, low, high = row[f"first {metric}"]["to_best"]
-            axes.errorbar(
-                value,
-                y + shift,
-                xerr=[[max(0, value - low)], [max(0, high - value)]],
-                color=color(row),
-                marker=marker,
-                markersize=5,
-                markerfacecolor=color(row) if metric == "sgd" else "white",
-                capsize=2,
-                label=f"metric of {metric}" if y == 0 else None,
-            )
-    axes.axvspan(0.95, 1.05, color="black", alpha=0.08, linewidth=0)
-    axes.set_yticks(range(len(rows)), [title(row) for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlim(0.6, min(20, axes.get_xlim()[1]))
-    ticks = [t for t in (0.7, 1, 1.5, 2, 3, 5, 10, 20) if t < axes.get_xlim()[1]]
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axes.set_xticks([], minor=True)
-    axes.legend(fontsize=8, frameon=False)
-    value, ratio = part.about["mean_value"], part.about.get("m0/m1 sgd", np.nan)
-    finish(
-        axes, f"{part.name} (mean reward {value:.2f}, m0/m1 {ratio:.1f}): rollouts needed, best = 1"
-    )
-
-
-def draw_cosines(axes: Axes, rows: Sequence[dict]) -> None:
-    for y, row in enumerate(rows):
-        for update, marker in (("first", "s"), ("second", "x")):
-            value, low, high = row[f"{update} adamw"]["cosine2_512"]
-            axes.plot([low, high], [y, y], color=color(row), linewidth=0.8)
-            axes.plot(value, y, marker, color=color(row), markersize=5,
-                      label=f"{update} update" if y == 0 else None)  # fmt: skip
-    axes.set_yticks(range(len(rows)), [])
-    axes.invert_yaxis()
-    axes.legend(fontsize=8, frameon=False)
-    finish(axes, "cosine^2 to the true gradient, N = 512, AdamW")
-
-
-def draw_lost(axes: Axes, part: Part) -> None:
-    whole = {title(row): row for row in part.rows if row["told"] == WEIGHTS[0]}
-    shares = [0.0, *map(float, part.lost)]
-    for name, row in whole.items():
-        if not name.startswith(("none", "batch mean", "value_filter", "LV value_filter", "grpo")):
-            continue
-        lines = [row] + [next(r for r in rows if title(r) == name) for rows in part.lost.values()]
-        needed = [r["first adamw"]["to_best"][0] for r in lines]
-        style = "--" if row["n"] else "-"
-        axes.plot(shares, needed, style, marker="o", markersize=3, color=color(row), label=name)
-    axes.set_yscale("log")
-    axes.set_ylim(0.9, 8)
-    axes.set_yticks([1, 1.5, 2, 3, 5], ["1", "1.5", "2", "3", "5"])
-    axes.set_yticks([], minor=True)
-    axes.set_xlabel("share of unreachable problems")
-    axes.legend(fontsize=8, frameon=False)
-    finish(axes, "rollouts needed, best = 1, AdamW")
-
-
-def finish(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=10, fontweight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)

@@ -37,7 +37,7 @@ from basis_jax.model.decoder import ModelConfig
 from basis_jax.runs.provenance import provenance
 from basis_jax.training.session import open_session
 from basis_jax.weights import huggingface, trained
-from studies import gradient_pool, gradient_report
+from studies import gradient_files, gradient_pool, gradient_report
 from studies.gradient_pool import Pool
 from studies.gradient_sketch import (
     BUCKETS,
@@ -82,7 +82,7 @@ def compare(arguments: list[str]) -> None:
         about, pool, measured = load(folder)
         parts.append(gradient_report.make_part(folder.name, about, pool, measured))
         print(gradient_report.table(parts[-1]), flush=True)
-    gradient_report.write(given.out, parts, made_with)
+    gradient_files.write(given.out, parts, made_with)
     print(f"\n{given.out}.json, {given.out}.png")
 
 
