@@ -22,6 +22,8 @@ BY_NAME = (
     *("eval.set_samples", "eval.set_temperatures", "eval.set_verifiers"),
 )
 """Fields that hold values by name: their names and values follow the field."""
+PROCESSES = ("processes", "coordinator", "process-id")
+"""Options of the commands that several processes can run: docs/several-processes.md."""
 DEBUG = "--debug shows the traceback of an error."
 
 

@@ -4,15 +4,18 @@ One line a rollout, in the order of the plan: sets as configured, problems by ui
 samples adjacent. All results are computed from these lines, so anybody can do it again.
 """
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
 
+from basis_jax import processes
 from basis_jax.config import DataSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.evaluation import scores
@@ -62,20 +65,26 @@ def write_completions(
     same bit for bit. Call under ``jax.set_mesh``. Raises ValueError where the folder is of another
     protocol than this one or another process writes there.
     """
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "completions.jsonl"
-    with path.open("a+b") as file:
-        lock(file, str(out), "--out")
-        settle_protocol(out, protocol)
-        ends = [end for _, end in whole_lines(file)]
-        file.truncate(ends[-1] if ends else 0)
-        done = len(ends)
-        rollouts_before = 0
+    file: Any = None  # open in the first process
+    with ExitStack() as held:
+
+        def begin() -> int:
+            nonlocal file
+            out.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(path.open("a+b"))
+            lock(file, str(out), "--out")
+            settle_protocol(out, protocol)
+            ends = [end for _, end in whole_lines(file)]
+            file.truncate(ends[-1] if ends else 0)
+            return len(ends)
+
+        done, rollouts_before = processes.by_first(begin), 0
         for name, problems in evaluation.sets.items():
             left = done - rollouts_before
             for start, rows in chunks(params, evaluation, name, done=left, report=report):
                 missing = rows[max(0, left - start) :]
-                append_json_lines(file, missing)
+                processes.by_first(functools.partial(append_json_lines, file, missing))
             rollouts_before += len(problems.problems) * evaluation.config.eval.samples_of(name)
     return path
 

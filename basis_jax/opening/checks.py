@@ -210,13 +210,12 @@ def check_memory(
 ) -> None:
     """Raise a ValueError where ``plan.memory_needs`` does not fit the devices: the bytes by part,
     and the nearest plan that fits."""
-    devices = list(mesh.devices.ravel())
     request = plan.Request(
         config,
         model_config,
         prompt_width=prompt_width,
         rows=rows,
-        available=device_memory(devices),
+        available=device_memory(list(mesh.local_devices)),
         training=training,
     )
     share = f" for JAX ({share_advice(os.environ)})" if platform_of(mesh) == "gpu" else ""

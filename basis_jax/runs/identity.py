@@ -89,6 +89,12 @@ def open_run(
     replace_file(path, json.dumps(record, indent=2) + "\n")
 
 
+def start_facts(config: Config) -> dict[str, Any]:
+    """What all processes of a run must agree on before they begin."""
+    about = provenance()
+    return {**dict(_leaves(asdict(config))), **about.pop("versions"), **about}
+
+
 def _check_steps(config: Config, done: int) -> None:
     if config.train.steps < done:
         raise ValueError(

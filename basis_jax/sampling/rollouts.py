@@ -1,5 +1,6 @@
 """Sample completions and grade them: what training, evaluation and the reference table share."""
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from basis_jax import processes
 from basis_jax.config import SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.data.problem import Problem
@@ -77,8 +79,13 @@ class Graded:
         return int(self.rollouts.completion_lengths.sum())
 
 
+Row = tuple[str, Any, Any]
+"""Text, submission and verdict of a completion; no verdict yet where all are judged at once."""
+
+
 class BackgroundGrader:
-    """Texts and verdicts of rows, made in a thread of their own while the device works.
+    """Texts and verdicts of rows, made in a thread of their own while the device works. Each row
+    has one owner among the processes, whose text and verdict all of them take.
 
     A context manager: leaving it drops what has not begun, and leaving it by an exception also
     stops what has.
@@ -86,9 +93,7 @@ class BackgroundGrader:
 
     def __init__(self, setup: RolloutSetup, problems: Sequence[Problem]):
         self._setup, self._problems = setup, problems
-        self.completions: list[str] = [""] * len(problems)
-        self.verdicts: list[Any] = [None] * len(problems)
-        self._submissions: list[Any] = [None] * len(problems)
+        self._graded: dict[int, Row] = {}  # by row, of the rows owned here
         self._parts: list[Future] = []
         self._thread = ThreadPoolExecutor(1)
 
@@ -101,37 +106,50 @@ class BackgroundGrader:
         self._thread.shutdown(cancel_futures=True)
 
     def submit(self, rollouts: Rollouts, rows: np.ndarray) -> None:
-        """Begin to grade these rows. Raises the error of an earlier part that failed, so that it is
-        known before the rest is sampled."""
-        self._parts.append(self._thread.submit(self._grade, rollouts, rows))
-        for part in filter(Future.done, self._parts):
-            part.result()
+        """Begin to grade those of these rows that this process owns. A single process raises the
+        error of an earlier part that failed, so that it is known before the rest is sampled; one of
+        several has to go on sampling with the others until ``wait``."""
+        self._parts.append(self._thread.submit(self._grade, rollouts, processes.owned(rows)))
+        if processes.count() == 1:
+            for part in filter(Future.done, self._parts):
+                part.result()
 
-    def wait(self) -> None:
-        """Wait until all rows are graded."""
+    def wait(self) -> list[tuple[str, Any]]:
+        """Text and verdict of every row, the same in all processes. Raises an error of one process
+        in all of them."""
+        rows: dict[int, Row] = {}
+        for part in processes.exchange(self._finish):
+            rows |= part
+        texts, submissions, verdicts = zip(
+            *(rows[row] for row in range(len(self._problems))), strict=True
+        )
+        verifier = self._setup.verifier
+        if verifier.whole_batches:  # one call with all rows
+            judge = functools.partial(verifier.judge, submissions)
+            verdicts = processes.by_first(lambda: self._thread.submit(judge).result())
+        return [*zip(texts, verifier.settle([*verdicts]), strict=True)]
+
+    def _finish(self) -> dict[int, Row]:
         for part in self._parts:
             part.result()
-        if self._setup.verifier.whole_batches:
-            every = np.arange(len(self._problems))
-            self._thread.submit(self._judge, every).result()
-        self.verdicts = self._setup.verifier.settle(self.verdicts)
+        return self._graded
 
     def _grade(self, rollouts: Rollouts, rows: np.ndarray) -> None:
+        if not rows.size:
+            return
         texts = completion_texts(jax.tree.map(lambda x: x[rows], rollouts), self._setup.tokenizer)
-        for row, text in zip(rows, texts, strict=True):
-            self.completions[row] = text
-            self._submissions[row] = self._problems[row].submission(
+        submissions = [
+            self._problems[row].submission(
                 text,
                 tokens=int(rollouts.completion_lengths[row]),
                 terminated=bool(rollouts.terminated[row]),
             )
-        if not self._setup.verifier.whole_batches:
-            self._judge(rows)
-
-    def _judge(self, rows: np.ndarray) -> None:
-        verdicts = self._setup.verifier.judge([self._submissions[row] for row in rows])
-        for row, verdict in zip(rows, verdicts, strict=True):
-            self.verdicts[row] = verdict
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        whole = self._setup.verifier.whole_batches
+        verdicts = [None] * len(rows) if whole else self._setup.verifier.judge(submissions)
+        for row, *found in zip(rows, texts, submissions, verdicts, strict=True):
+            self._graded[int(row)] = tuple(found)
 
 
 def roll_out(
@@ -165,13 +183,13 @@ def roll_out(
             on_ended=grader.submit,
         )
         sampled = time.perf_counter()
-        grader.wait()
-    verdicts = grader.verdicts
+        graded = grader.wait()
+    verdicts = [verdict for _, verdict in graded]
     with np.errstate(over="ignore"):  # 1e300 is infinite in float32
         rewards = np.array([v.reward if v.valid else 0.0 for v in verdicts]).astype(np.float32)
     return Graded(
         rollouts=rollouts,
-        completions=grader.completions,
+        completions=[text for text, _ in graded],
         rewards=rewards,
         valid=np.array([v.valid for v in verdicts]),
         reasons=[v.reason for v in verdicts],

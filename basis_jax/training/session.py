@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from basis_jax import estimators
+from basis_jax import estimators, processes
 from basis_jax.config import Config, EstimatorSection
 from basis_jax.data.encoding import EncodedProblems, encode_and_report, joined
 from basis_jax.data.order import step_problems
@@ -227,7 +227,9 @@ def reference_table(
         table_path = Path(section.table)
         if section.features:
             origin["features"] = section.features
-        table = rows_for(load(table_path), session.train_set, origin, table_path)
+        table = processes.by_first(
+            lambda: rows_for(load(table_path), session.train_set, origin, table_path)
+        )
     else:
         table = build(
             params,
@@ -250,7 +252,7 @@ def estimator_state_shapes(session: Session) -> PyTree:
     size, features = len(session.train_set.problems), session.config.estimator.features
     counts = jax.ShapeDtypeStruct((size,), np.int32)
     options = {"features": jax.ShapeDtypeStruct((size, features), np.float32)} if features else {}
-    samples = _rewards_on_disk(session)
+    samples = processes.by_first(lambda: _rewards_on_disk(session))
     if samples:
         options["reference_rewards"] = jax.ShapeDtypeStruct((size, samples), np.float32)
     return jax.eval_shape(session.estimator.init, counts, counts, **options)

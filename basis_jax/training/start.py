@@ -1,6 +1,6 @@
 """What a run starts from: weights, optimizer, estimator state, and hashes of all of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ def identity_of(session: Session) -> dict[str, str]:
         "data.path": session.train_set.fingerprint(),
         **{field: found for field, found in own.items() if found is not None},
     }
+
+
+def contents_of(session: Session, identity: Mapping[str, str]) -> dict[str, str]:
+    """Hashes of all that several processes must have read alike; ``identity`` is the run's."""
+    held_out = {f"eval.sets {name}": s.fingerprint() for name, s in session.held_out.items()}
+    return {f"the hash of {k}": v for k, v in ({**identity, **held_out}).items()}
 
 
 def objective_of(session: Session) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from basis_jax import processes
 from basis_jax.config import LossSection, OptimSection
 from basis_jax.estimators import Estimator, noise_report
 from basis_jax.losses import kl_loss, policy_loss, sampler_weights
@@ -72,10 +73,10 @@ def make_state(
         return jax.tree.map(lambda x: x.sharding, tree)
 
     return TrainState(
-        step=jax.device_put(jnp.int32(0), like.step.sharding),
+        step=processes.put_everywhere(mesh, np.int32(0)),
         params=params,
         opt_state=jax.jit(optimizer.init, out_shardings=layout(like.opt_state))(params),
-        estimator_state=jax.device_put(estimator_state, layout(like.estimator_state)),
+        estimator_state=processes.put_everywhere(mesh, estimator_state),
     )
 
 

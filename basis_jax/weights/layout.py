@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from basis_jax import processes
 from basis_jax.files import read_json
 from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
@@ -249,13 +250,14 @@ def _check_tied(tensors: Mapping[str, Any], folder: str | Path, rows: int = 4096
 
 
 def stored_tensors(params: PyTree, model_config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) in the files' names and layouts, one parameter on the host at a time."""
+    """(name, tensor) in the files' names and layouts, one parameter on the host at a time. Every
+    process has them whole, and takes all of them."""
     for parameter, leaf in zip(parameters(model_config), jax.tree.leaves(params), strict=True):
         if leaf.shape != parameter.shape:
             raise ValueError(
                 f"parameter {parameter.path} is {leaf.shape}; its config says {parameter.shape}"
             )
-        value = np.asarray(leaf)
+        value = processes.on_host(leaf)
         layers = value if parameter.stacked else [value]
         for name, layer in zip(parameter.names, layers, strict=True):
             yield name, parameter.layout.to_stored(layer)
@@ -284,11 +286,31 @@ def write_folder(
 
     Everything is written to ``<folder>.partial``, which is renamed when it is complete, so a crash
     leaves no half-written folder. Raises ValueError if the folder is not empty, unless
-    ``overwrite``; the old folder then stays until the new one is complete.
+    ``overwrite``; the old folder then stays until the new one is complete. The first of several
+    processes writes.
     """
     folder = Path(folder).absolute()
+    processes.by_first(lambda: _check_free(folder, overwrite))
+    if processes.is_first():
+        _write_and_rename(folder, tensors, files, max_shard_bytes)
+    else:
+        for _ in tensors:  # gathering them takes all processes
+            pass
+    processes.barrier()
+    return folder
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; remove it or give another name")
+
+
+def _write_and_rename(
+    folder: Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    files: Mapping[str, bytes],
+    max_shard_bytes: int,
+) -> None:
     partial, old = (folder.with_name(folder.name + end) for end in (".partial", ".old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -303,7 +325,6 @@ def write_folder(
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], limit: int) -> None:
