@@ -2,7 +2,7 @@
 PYTHON ?= python3
 EXTRAS ?= llm,test
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast nightly lint format clean
+.PHONY: help setup quickstart test test-fast nightly lint format docs clean
 export PYTHONUNBUFFERED = 1
 
 PY := .venv/bin/python
@@ -18,6 +18,7 @@ help:
 	@echo "make nightly      what takes longer: studies in small, the wheel in an empty folder"
 	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make format       sort imports and format"
+	@echo "make docs         the documentation as a site in build/site"
 	@echo "make clean        remove .venv and caches, keep runs/"
 	@echo "PYTHON=python3.12 chooses the interpreter of .venv, EXTRAS=llm,test,cuda the extras"
 
@@ -50,6 +51,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+docs: $(STAMP)
+	@$(PY) -m mkdocs --version >/dev/null 2>&1 || $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -1,3 +1,3 @@
 """BASIS in JAX: reinforcement learning for language models with one rollout per prompt."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

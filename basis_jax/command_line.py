@@ -9,7 +9,7 @@ import signal
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,13 @@ from typing import Any
 from basis_jax.config import Config
 
 LONGEST = 400  # characters of a library's message that are shown
+BY_NAME = (
+    *("estimator.options", "data.chat_template_options", "data.rewards", "data.more_sets"),
+    *("eval.set_samples", "eval.set_temperatures", "eval.set_verifiers"),
+)
+"""Fields that hold values by name: their names and values follow the field."""
+PROCESSES = ("processes", "coordinator", "process-id")
+"""Options of the commands that several processes can run: docs/several-processes.md."""
 DEBUG = "--debug shows the traceback of an error."
 
 
@@ -89,7 +96,7 @@ def check_names(arguments: Sequence[str], config: Config) -> None:
             continue
         name = argument[2:].split("=")[0].replace("-", "_")
         section, _, option = name.rpartition(".")
-        if section in ("estimator.options", "data.chat_template_options"):
+        if section in BY_NAME:
             raise ValueError(
                 f"{argument} is not how such an option is given; write "
                 f"--{section.replace('_', '-')} {option} VALUE"
@@ -139,7 +146,26 @@ def parse(
     check_names(rest, default)
     rest = with_auto(rest)
     described = f"{description}\n\n{DEBUG}"
-    return tyro.cli(Config, default=default, args=rest, description=described), known
+    given = {a[2:].split("=")[0].replace("-", "_") for a in rest if a.startswith("--")}
+    kept = {name: field_of(default, name) for name in BY_NAME if name not in given}
+    empty = with_fields(default, {} if "help" in given else dict.fromkeys(BY_NAME, {}))
+    made = tyro.cli(Config, default=empty, args=rest, description=described)
+    return with_fields(made, kept), known
+
+
+def field_of(config: Config, name: str) -> Any:
+    section, _, field = name.partition(".")
+    return getattr(getattr(config, section), field)
+
+
+def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with other values of ``section.field``. Given on the command line, values by name
+    stand in place of all that the config has there: tyro would offer its names alone."""
+    for name, value in values.items():
+        section, _, field = name.partition(".")
+        changed = dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{section: changed})
+    return config
 
 
 AUTO = ("--train.microbatch_rollouts", "--train.sample_rollouts")

@@ -51,6 +51,10 @@ class DataSection:
     path: str = "task:number_words"
     """``task:<name>`` (made here; ``task:gym/<name>?size=1000``: by reasoning-gym), a file (.json,
     .jsonl, .csv or .parquet, also compressed by gzip), a folder, or a hub id."""
+    more_sets: dict[str, float] = field(default_factory=dict)
+    """Further training sets: path, and weight beside ``data.path``, whose weight is 1. A step has
+    prompts of each set in proportion. Columns are as in ``data.path`` where they are there, and are
+    recognised otherwise; ``size`` holds for each set, ``problem_wrapper`` for the first."""
     split: str = "train"
     """Split of a hub data set or folder."""
     problem_field: str = ""
@@ -82,13 +86,34 @@ class DataSection:
     """Longer prompts are left out and counted, never cut."""
     verifier: str = "exact"
     """``exact`` (the completion is the answer), ``math`` (equivalent answers, in a box, after
-    ``####`` or in a sentence), ``math_strict`` (not in a sentence) or ``gym`` (the scorer of a
-    ``task:gym/...``)."""
+    ``####`` or in a sentence), ``math_strict`` (not in a sentence), ``gym`` (the scorer of a
+    ``task:gym/...``), or your own reward function: ``FILE.py:NAME`` (a path relative to the current
+    directory) or ``package.module:NAME``. A reward above 0.5 counts as right."""
     answer_mode: str = ""
     """Where the verifier ``math`` looks for the answer, by what the prompt asks for: ``boxed``,
     ``hashes`` (GSM8K's ``#### x``), ``answer_line`` (DAPO's ``Answer: x``), ``answer_tags`` (R1's
     ``<answer>``), ``strict`` (boxed or hashes), ``lenient`` (all of them, else a sentence). Empty:
     ``lenient``, and ``strict`` for ``math_strict``."""
+    verifier_weight: float = 1.0
+    """Weight of the verifier's reward in training."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Rewards added to the verifier's in training, with weights: ``format``, ``overlong``, other
+    verifiers, own functions. Held-out sets are graded by the verifier alone."""
+    normalise_rewards: bool = False
+    """Divide each reward by its standard deviation over the step before they are added, for
+    estimators without a memory."""
+    reward_workers: int = 0
+    """Confined processes in which own reward functions are called, with one completion at a time
+    (0: in this process, with all completions of a step)."""
+    reward_seconds: float = 0.0
+    """Limit of a call of an own reward function (0: 600 s, or 10 s of CPU time in a worker)."""
+    format_pattern: str = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"
+    """Regular expression for the whole completion: the reward ``format`` is 1 where it fits."""
+    overlong_limit: int = 0
+    """Tokens at which the reward ``overlong`` has fallen to its floor of -1 (0:
+    ``sampling.max_new_tokens``)."""
+    overlong_buffer: int = 0
+    """Tokens before that limit over which it falls from 0 (0: a fifth of the limit)."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +169,7 @@ class LossSection:
     clip_low: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]; DAPO's clip-higher: 0.2, 0.28."""
     clip_high: float = 0.2
+    """The upper end of that range."""
     dual_clip: float = 0.0
     """Bound on the ratio where the advantage is negative, above 1 (0: off; often 3)."""
     tis_cap: float = 0.0
@@ -164,14 +190,19 @@ class LossSection:
 @dataclass(frozen=True)
 class OptimSection:
     lr: float = 1e-6
+    """AdamW's learning rate, after warm-up and before decay."""
     schedule: str = "constant"
     """``constant``, ``linear`` or ``cosine`` decay to zero over the run, after warm-up."""
     warmup_steps: int = 0
     """Optimizer updates of linear warm-up."""
     b1: float = 0.9
+    """AdamW's decay of the mean of gradients."""
     b2: float = 0.999
+    """AdamW's decay of the mean of squared gradients."""
     eps: float = 1e-8
+    """Added to the root of the mean square in AdamW's division."""
     weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
     moments_dtype: str = "float32"
     """What AdamW's two moments are kept in: ``float32``, or ``bfloat16`` in half the memory. They
     are computed in float32 and rounded at random (up with the probability that keeps the
@@ -185,7 +216,9 @@ class OptimSection:
 @dataclass(frozen=True)
 class TrainSection:
     steps: int = 100
+    """Training steps of the whole run, those done before a resume included."""
     prompts_per_step: int = 512
+    """Problems of a step, all different; times ``sampling.group_size`` rollouts."""
     minibatch_rollouts: int = 512
     """Rollouts per optimizer update; updates a step = rollouts / this."""
     microbatch_rollouts: int = 64
@@ -198,6 +231,9 @@ class TrainSection:
     of those that end. ``auto`` (or 0): the most that fit, as above."""
     log_samples: int = 8
     """Completions written to samples.jsonl each step."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl: ``tensorboard``, ``wandb``, ``trackio``, ``mlflow``,
+    your own (``FILE.py:NAME`` or ``package.module:NAME``); several at once, or none."""
     patience: int = 20
     """Steps in a row whose rewards are all equal, so that the policy is not updated, after which
     the run ends: as failed where no completion was right, as solved where all were."""
@@ -241,6 +277,19 @@ class EvalSection:
     """Completions per held-out problem."""
     temperature: float = 1.0
     """0: greedy."""
+    set_samples: dict[str, int] = field(default_factory=dict)
+    """Sets with another number of completions, as in ``AIME24 32``."""
+    set_temperatures: dict[str, float] = field(default_factory=dict)
+    """Sets with another temperature; one at 0 has one completion a problem."""
+    set_verifiers: dict[str, str] = field(default_factory=dict)
+    """Sets with another verifier than ``data.verifier``."""
+
+    def samples_of(self, name: str) -> int:
+        greedy = self.set_temperatures.get(name) == 0
+        return self.set_samples.get(name, 1 if greedy else self.samples)
+
+    def temperature_of(self, name: str) -> float:
+        return self.set_temperatures.get(name, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -269,6 +318,7 @@ class Config:
     run_dir: str
     """Folder for everything the run writes; starting again with it resumes."""
     seed: int = 0
+    """Sampling and the order of problems follow from it; the same seed gives the same run."""
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     sampling: SamplingSection = SamplingSection()
@@ -280,6 +330,12 @@ class Config:
     eval: EvalSection = EvalSection()
     mesh: MeshSection = MeshSection()
     checkpoint: CheckpointSection = CheckpointSection()
+
+    def held_out_data(self, name: str) -> DataSection:
+        """How the problems of a set of ``eval.sets`` are read and graded."""
+        verifier = self.eval.set_verifiers.get(name, self.data.verifier)
+        mode = self.data.answer_mode if verifier == self.data.verifier else ""
+        return replace(self.data, verifier=verifier, answer_mode=mode, rewards={})
 
 
 def config_from(values: Mapping[str, Any]) -> Config:

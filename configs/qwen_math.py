@@ -8,6 +8,10 @@ Expected:  average over the seven sets .473 after 150 steps (published; GRPO wit
 Offline: 17,398 problems x 64 reference rollouts = 1.11 M completions, 14.5 times the 76,800 of the
 run itself; make the table once with scripts/reference_stats.py and give it as --estimator.table.
 
+Held-out sets as in the paper: avg@32 on AIME24, AIME25, AMC23 and HMMT25, at the training
+temperature, and one greedy completion a problem on MATH-500, Minerva and OlympiadBench. That is
+5,606 completions, as many as 11 steps sample (and 130 greedy ones for eval/greedy_accuracy).
+
 DAPO's own prompt, which asks for a last line "Answer: x", is taken off, and a box is asked for as
 in the held-out sets; so data.answer_mode stays empty. Where the prompt is kept, set answer_line.
 """
@@ -56,7 +60,9 @@ def config() -> Config:
         ),
         eval=EvalSection(
             sets=("AIME24", "AIME25", "AMC23", "HMMT25", "MATH-500", "Minerva", "OlympiadBench"),
-            every=25,
+            every=50,
+            set_samples={"AIME24": 32, "AIME25": 32, "AMC23": 32, "HMMT25": 32},
+            set_temperatures={"MATH-500": 0.0, "Minerva": 0.0, "OlympiadBench": 0.0},
         ),
         mesh=MeshSection(data=1, fsdp=-1),
         checkpoint=CheckpointSection(every=10),

@@ -1,24 +1,72 @@
-"""The README says what is there: its example runs, its tree and its paths are those on disk."""
+"""The documents say what is there: examples run, commands parse, links and names exist, and pages
+made from the code are current."""
 
+import functools
+import json
 import re
+import shlex
+import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from whole_runs import documented_metrics
+
+from basis_jax import command_line, estimators
+from basis_jax.commands import COMMANDS
+from basis_jax.estimators.registry import LIBRARY_ONLY
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
+PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
+DOCUMENTS = {"README.md": README, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text()} | {
+    f"docs/{name}.md": text for name, text in PAGES.items()
+}
 
 
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+# ------------------------------------------------------------------------------------- README
 def test_the_estimator_example_runs_and_its_values_are_better_than_the_batch_mean(capsys):
-    example = README.split("```python\n")[1].split("```")[0]
     scope = {}
-    exec(example, scope)
+    exec(blocks(README, "python")[0], scope)
     error = float(capsys.readouterr().out.split()[0])
     assert 0 < error < 0.3 * float(scope["values"].var())
 
 
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150 and len(README.split()) <= 1200
+    assert max(map(len, README.splitlines())) <= 120
+
+
+QUESTIONS = {  # what a stranger asks: the page with the answer, and words of the answer
+    "my CSV with the columns question and gold": ("your-own-task", "--data.answer-field gold"),
+    "which estimator without a table": ("choosing-an-estimator", "--estimator.table-samples 0"),
+    "where the baseline is computed": ("how-it-works", "basis_jax/estimators/batchwise.py"),
+    "what fits on 24 GB": ("memory", "On 24 GB"),
+    "my reward is a Python function": ("your-own-task", "(own-reward.md)"),
+    "why did it stop": ("faq", "## My run stopped"),
+    "why does it not rise": ("faq", "## My reward does not rise"),
+    "how to resume": ("resume", "The same command again resumes the run"),
+    "what must not change": ("resume", "## What must not change"),
+    "what was measured on what": ("results", "What was measured, on what"),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_answer_is_one_click_from_the_readme(question):
+    page, words = QUESTIONS[question]
+    assert f"](docs/{page}.md)" in README and words in PAGES[page]
+
+
+# ------------------------------------------------------------------------------------- paths
 def test_the_tree_names_every_room_and_every_module_once():
-    tree = README.split("```\nbasis_jax/\n")[1].split("\nconfigs/")[0]
+    tree = DOCUMENTS["CONTRIBUTING.md"].split("```\nbasis_jax/\n")[1].split("\nconfigs/")[0]
     named, room = [], ""
     for line in tree.splitlines():
         if started := re.match(r"  (\w+/) ", line):
@@ -37,12 +85,135 @@ def test_the_tree_names_every_room_and_every_module_once():
     assert set(named) == modules | rooms | models | {"data/tasks/"}
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+PATH = r"(?:configs|scripts|studies|benchmarks|tests|results|examples|docs|basis_jax)/[\w/-]+\.\w+"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_path_in_the_text_exists(document):
-    text = (ROOT / document).read_text()
-    paths = re.findall(
-        r"(?:configs|scripts|studies|benchmarks|tests|results|basis_jax)/[\w/]+\.(?:py|png|md)",
-        text,
+    paths = re.findall(rf"(?<![\w/-]){PATH}", DOCUMENTS[document])
+    missing = {path for path in paths if not (ROOT / path).exists()}
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_somewhere(document):
+    folder = (ROOT / document).parent
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", DOCUMENTS[document])
+    missing = {link for link in links if not (folder / link).exists()}
+    assert not missing
+
+
+def test_the_site_shows_every_page():
+    shown = set(re.findall(r"([\w-]+)\.md\n", (ROOT / "mkdocs.yml").read_text()))
+    assert PAGES.keys() <= shown
+
+
+@pytest.mark.parametrize("name", ["estimators", "train_tiny"])
+def test_the_notebooks_show_what_they_draw(name):
+    """Every cell was run, in order, and each picture is there."""
+    cells = json.loads((ROOT / "examples" / f"{name}.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    for cell in code:
+        drawn = any("image/png" in output.get("data", {}) for output in cell["outputs"])
+        assert drawn == ("plt.subplots" in "".join(cell["source"]))
+
+
+# ------------------------------------------------------------------------------------- commands
+def commands(text):
+    """The lines of the shell blocks, those that a backslash continues joined."""
+    for block in blocks(text, "bash"):
+        yield from re.sub(r"\\\n\s*", "", block).splitlines()
+
+
+COMMAND_LINES = sorted(
+    {
+        line
+        for text in DOCUMENTS.values()
+        for line in commands(text)
+        if line.startswith(("basis-jax train", "basis-jax eval", "basis-jax reference-stats"))
+    }
+)
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_every_command_of_the_pages_is_accepted(line, tmp_path, monkeypatch):
+    """Its configuration exists, its fields do, and its values have their types."""
+    monkeypatch.chdir(tmp_path)
+    (example,) = [b for b in blocks(PAGES["getting-started"], "python") if "def config" in b]
+    Path("gsm8k.py").write_text(example)
+    _, command, *arguments = shlex.split(line, comments=True)
+    arguments = ["0" if argument == "S" else argument for argument in arguments]  # a seed
+    assert command in COMMANDS
+    options = {"evaluate": ("checkpoint", "out"), "reference-stats": ("out",)}.get(command, ())
+    command_line.parse("", options=options, argv=arguments)
+
+
+def test_the_configurations_of_the_pages_are_built(tmp_path):
+    found = [b for text in PAGES.values() for b in blocks(text, "python") if "def config" in b]
+    assert len(found) == 2
+    for number, text in enumerate(found):
+        path = tmp_path / f"config_{number}.py"
+        path.write_text(text)
+        command_line.load_config(path)
+
+
+def test_modules_that_are_run_exist():
+    for name in re.findall(
+        r"python -m ((?:studies|benchmarks)\.[a-z_]+)", "".join(DOCUMENTS.values())
+    ):
+        assert (ROOT / name.replace(".", "/")).with_suffix(".py").exists(), name
+
+
+# ------------------------------------------------------------------------------------- from code
+def test_the_page_of_the_configuration_is_current(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    import make_configuration
+
+    made, there = make_configuration.page(), PAGES["configuration"]
+    assert made == there, "run python docs/make_configuration.py"
+    assert "|  |\n" not in made  # every field says what it means
+    sys.modules.pop("make_configuration")
+
+
+def test_the_page_of_the_estimators_documents_every_public_name_once():
+    named = re.findall(r"^::: basis_jax\.estimators\.(\w+)$", PAGES["estimators"], re.MULTILINE)
+    assert sorted(named) == sorted(estimators.__all__)
+
+
+def test_the_choice_is_among_all_estimators_and_says_which_need_a_table():
+    page = PAGES["choosing-an-estimator"].split("## Options worth knowing")[0]
+    rows = {}
+    for line in page.splitlines():
+        if re.match(r"\| `", line):
+            cells = line.strip("|").split("|")
+            rows |= {name: cells[1] for name in re.findall(r"`(\w+)`", cells[0])}
+    assert rows.keys() >= estimators.ESTIMATORS.keys() | LIBRARY_ONLY.keys()
+    for name, declared in estimators.ESTIMATORS.items():
+        assert ("offline table" in rows[name]) == ("table" in declared.needs), name
+        assert ("score norms" in rows[name]) == ("score_norms" in declared.needs), name
+
+
+@functools.cache
+def infos(name):
+    """The scalars that an estimator reports; nothing is compiled for it."""
+    declared = estimators.definition(name)
+    group = {"group_size": 4} if "group_size" in declared.needs else {}
+    tries = {"k": 2} if name == "pass_at_k" else {}
+    estimator = estimators.make(name, **group, **tries)
+    signals = estimators.Signals(
+        rewards=jnp.zeros(8),
+        valid=jnp.ones(8, bool),
+        problem_ids=jnp.arange(8),
+        lengths=jnp.ones(8, jnp.int32),
+        score_norms=jnp.ones(8),
+        logprob_sum=jnp.zeros(8),
     )
-    missing = [path for path in paths if not (ROOT / path).exists()]
-    assert paths and not missing
+    state = estimator.init(np.zeros(9, np.int32), np.full(9, 8, np.int32))
+    _, estimate = jax.eval_shape(estimator.update, state, signals)
+    return {key for key, value in estimate.info.items() if value.ndim == 0}
+
+
+@pytest.mark.parametrize("name", [*estimators.ESTIMATORS, "spo+least_variance"])
+def test_every_number_that_an_estimator_reports_is_among_the_metrics(name):
+    assert {f"estimate/{key}" for key in infos(name)} <= documented_metrics()

@@ -156,7 +156,7 @@ def test_before_and_after_use_the_same_noise_and_greedy_uses_none(setup, problem
     assert len(problems.problems) == SIZE
 
 
-class Mixed:
+class Mixed(Verifier):
     """In turn: right, too late, no answer, and a right answer that cannot be read."""
 
     def grade(self, completions, answers):
@@ -593,6 +593,7 @@ def arguments(folder, held_out, out, *more):
     return [
         *("--model.path", folder, "--model.compute-dtype", "float32", "--out", out),
         *("--eval.folder", held_out, "--eval.sets", "MATH-500", "AIME25", "--eval.samples", 8),
+        *("--eval.set-samples", "--eval.set-temperatures"),  # none of the config's
         *("--sampling.max-new-tokens", 12, "--data.max-prompt-tokens", 220, *more),
         *("--train.sample-rollouts", 8, "--mesh.fsdp", 1, "--mesh.data", 1),
     ]

@@ -274,3 +274,58 @@ def test_transformers_continues_the_export_greedily_with_the_same_tokens(
         length = int(ours.completion_lengths[i])
         assert np.asarray(ours.tokens[i, len(row) : len(row) + length]).tolist() == made
     assert len({tuple(row) for row in np.asarray(ours.tokens[:, tokens.shape[1] :]).tolist()}) > 5
+
+
+class Hub:
+    """What ``convert`` uses of huggingface_hub: an account that may be logged out or cut off."""
+
+    def __init__(self, fails=""):
+        self.fails, self.calls = fails, []
+
+    def create_repo(self, name, *, private, exist_ok):
+        if self.fails == "create":
+            raise ConnectionError("no\nlogin")
+        self.calls.append(("create", name, private, exist_ok))
+
+        class Address(str):
+            repo_id = f"me/{name}"
+
+        return Address(f"https://hub/me/{name}")
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        if self.fails == "upload":
+            raise OSError("cut off")
+        files = {path.name for path in folder_path.iterdir()}
+        self.calls.append(("upload", repo_id, files, commit_message))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    import huggingface_hub
+
+    made = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
+    return made
+
+
+def test_a_converted_run_is_pushed_to_a_repository_that_is_made_for_it(run, hub, tmp_path, capsys):
+    convert.run(run[0], to=tmp_path / "out", push_to_hub="model", private=True)
+    made, uploaded = hub.calls
+    assert made == ("create", "model", True, True)
+    assert uploaded[:2] == ("upload", "me/model") and uploaded[3] == "Step 10 of run"
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= uploaded[2]
+    assert capsys.readouterr().out.endswith("pushed it to https://hub/me/model\n")
+
+
+def test_without_a_login_nothing_is_converted(run, hub, tmp_path):
+    hub.fails = "create"
+    with pytest.raises(ValueError, match=r"model cannot be opened \(no login\); give OWNER/NAME"):
+        convert.run(run[0], to=tmp_path / "out", push_to_hub="model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_could_not_be_pushed_is_kept(run, hub, tmp_path):
+    hub.fails = "upload"
+    with pytest.raises(ValueError, match=r"could not be pushed to model \(cut off\); it is whole"):
+        convert.run(run[0], to=tmp_path / "out", push_to_hub="model")
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -139,4 +139,5 @@ def test_the_flagship_from_the_table_to_the_export(folder, dapo, benchmarks, tmp
     assert again.returncode == 0, again.stderr
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     for name, of_set in results["sets"].items():
-        assert of_set["metrics"]["avg@1"]["value"] == rows[-1][f"eval/{name}/accuracy"]
+        own = f"avg@{32 if name == 'AIME24' else 1}"  # one greedy completion of MATH-500
+        assert of_set["metrics"][own]["value"] == rows[-1][f"eval/{name}/accuracy"]

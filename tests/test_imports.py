@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ PACKAGE = ROOT / "basis_jax"
 FOLDERS = ("basis_jax", "scripts", "studies", "benchmarks", "configs")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
-WORDS = {"config", "types", "pytree", "masked", "losses", "files"}
+WORDS = {"config", "types", "pytree", "masked", "losses", "files", "references", "processes"}
 """Modules that stand alone: what everybody speaks."""
 
 ROOMS = {
@@ -21,15 +22,17 @@ ROOMS = {
     "masked": set(),
     "config": set(),
     "files": set(),
+    "references": set(),
+    "processes": set(),
     "types": {"pytree"},
     "losses": {"types"},
-    "estimators": {"types", "pytree", "masked"},
-    "verify": set(),
+    "estimators": {"types", "pytree", "masked", "references"},
+    "verify": {"references"},
     "model": {"pytree"},
-    "weights": {"files", "model"},
+    "weights": {"files", "model", "processes"},
     "data": {"config", "files", "verify"},
-    "sampling": {"config", "types", "pytree", "model", "data"},
-    "runs": {"config", "files", "types"},
+    "sampling": {"config", "types", "pytree", "model", "data", "processes"},
+    "runs": {"config", "files", "types", "references", "processes"},
     "opening": WORDS | {"estimators", "verify", "model", "weights", "data", "sampling"},
     "evaluation": WORDS | {"verify", "model", "weights", "data", "sampling", "runs", "opening"},
 }
@@ -172,6 +175,12 @@ def test_importing_starts_no_device_and_prints_nothing():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_one_module_alone_knows_that_there_are_several_processes():
+    known = r"jax\.distributed|multihost_utils|\bprocess_(index|count|allgather)\b"
+    knowing = {module_of(p) for p in PACKAGE.rglob("*.py") if re.search(known, p.read_text())}
+    assert knowing == {"processes"}
 
 
 def test_no_module_is_a_drawer_for_anything():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from whole_runs import repeatable, small
+from whole_runs import documented_metrics, repeatable, small
 
 from basis_jax import command_line
 from basis_jax.config import CheckpointSection
@@ -56,6 +56,11 @@ def test_callbacks_see_every_step_with_the_metrics_that_were_logged(config, run)
     assert all(np.isfinite(metrics["policy/grad_norm"]) for _, _, metrics in run)
     for step, _, metrics in run:
         assert metrics.items() <= logged[step].items()
+
+
+def test_every_metric_is_explained_in_the_documentation(config, run):
+    keys = {key for line in read_metrics(config.run_dir) for key in line}
+    assert keys - documented_metrics() == {"step"}
 
 
 def test_a_size_that_is_chosen_stands_in_the_run_folder(config, run):

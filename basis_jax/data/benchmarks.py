@@ -1,5 +1,6 @@
 """Where a data set lies, and the benchmark sets that are known by name."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from basis_jax.verify.criteria import EXACT, MINERVA, Tolerance
@@ -18,6 +19,9 @@ class Source:
     wanted: str = "any"  # of several accepted answers
     tolerance: Tolerance = EXACT  # of numbers
     otherwise: tuple[tuple[str, str], ...] = ()  # column names to try where those are not there
+    columns: Collection[str] | None = None  # that travel with a problem; None: all
+    required: Collection[str] = ()  # columns without which rewards cannot be given
+    needs_answers: bool = True  # a row without one is of no use
     option: str = "--eval.sets"  # what a user changes when it cannot be read
 
 

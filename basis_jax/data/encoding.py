@@ -1,6 +1,7 @@
 """Problems as rows of tokens, in the order of their uids."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from jaxtyping import Int32
 from basis_jax.config import DataSection
 from basis_jax.data.overlap import contradictions
 from basis_jax.data.problem import Problem
+from basis_jax.data.sources import answers_needed
 from basis_jax.data.templates import chat_text, token_rows
 from basis_jax.data.values import shown
 
@@ -19,17 +21,27 @@ FORMATS = ("chat", "text")
 
 @dataclass(frozen=True)
 class EncodedProblems:
-    """M problems in the order of their uids, with their prompts as right-padded rows."""
+    """M problems in the order of their uids, with their prompts as right-padded rows. Where there
+    are several sets, this order is that within a set."""
 
     problems: tuple[Problem, ...]
     tokens: Int32[np.ndarray, "M P"]
     lengths: Int32[np.ndarray, " M"]
     counts: dict[str, int]  # read, duplicate, too long, not asked for, used
+    set_sizes: tuple[int, ...] = ()  # of several sets, one after the other
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Problems of each set; there is one unless ``joined`` made several."""
+        return self.set_sizes or (len(self.problems),)
 
     def fingerprint(self) -> str:
-        """sha256 (hex) of the problems, their answers and their tokens, in order."""
+        """sha256 (hex) of the problems, their answers, columns and tokens, in order."""
         digest = hashlib.sha256(self.tokens.tobytes() + self.lengths.tobytes())
         digest.update(",".join(str(p.uid) for p in self.problems).encode())
+        for problem in self.problems:
+            if problem.columns:  # those that a reward function reads; others were not kept
+                digest.update(json.dumps(problem.columns, sort_keys=True, default=repr).encode())
         return digest.hexdigest()
 
 
@@ -69,6 +81,13 @@ def encode_and_report(
     except ValueError as error:
         raise ValueError(f"{name} problems: {error}") from error
     report(f"{name} problems: {', '.join(f'{v} {k}' for k, v in encoded.counts.items() if v)}")
+    first = {problem.uid: problem.columns for problem in encoded.problems}
+    other_columns = sum(first.get(p.uid, p.columns) != p.columns for p in problems if p.columns)
+    if other_columns:
+        report(
+            f"warning: {other_columns} rows of the {name} problems repeat a problem and its answer "
+            "with other columns; the first of each is used"
+        )
     different = contradictions(encoded.problems)
     if different:
         one, other = different[0]
@@ -81,17 +100,50 @@ def encode_and_report(
     return encoded
 
 
+def joined(sets: Sequence[EncodedProblems]) -> EncodedProblems:
+    """Several sets as one, without problems that an earlier set has. Raises ValueError where
+    nothing is left of a set."""
+    seen: set[int] = set()
+    kept: list[np.ndarray] = []
+    for number, part in enumerate(sets):
+        new = [p.uid not in seen for p in part.problems]
+        if not any(new):
+            raise ValueError(
+                f"every problem of training set {number + 1} is also in one before it; leave it "
+                "out of data.more_sets"
+            )
+        seen |= {p.uid for p in part.problems}
+        kept.append(np.flatnonzero(new))
+    width = max(part.tokens.shape[1] for part in sets)
+    pairs = [*zip(sets, kept, strict=True)]
+    tokens = [np.pad(s.tokens[rows], ((0, 0), (0, width - s.tokens.shape[1]))) for s, rows in pairs]
+    counts = {key: sum(part.counts[key] for part in sets) for key in sets[0].counts}
+    repeated = counts["used"] - sum(map(len, kept))
+    return EncodedProblems(
+        tuple(part.problems[i] for part, rows in pairs for i in rows),
+        np.concatenate(tokens),
+        np.concatenate([part.lengths[rows] for part, rows in pairs]),
+        counts | {"duplicate": counts["duplicate"] + repeated, "used": counts["used"] - repeated},
+        tuple(map(len, kept)),
+    )
+
+
 def encode_prompts(
     problems: Sequence[Problem], section: DataSection, tokenizer: Any, *, size: int = 0
 ) -> EncodedProblems:
     """Problems as token rows in the order of their uids. Left out and counted: repeated ones, those
-    without text or answer, prompts too long.
+    without text or (where the section's verifier needs one) answer, prompts too long.
 
     ``size`` > 0 keeps the first so many in that order, which is a random subset. Raises ValueError
     where nothing is left.
     """
     unique = {p.uid: p for p in dict.fromkeys(problems)}
-    complete = [unique[uid] for uid in sorted(unique) if unique[uid].prompt and unique[uid].answer]
+    needed = answers_needed(section)
+    complete = [
+        unique[uid]
+        for uid in sorted(unique)
+        if unique[uid].prompt and (unique[uid].answer or not needed)
+    ]
     texts = [as_text(p, section, tokenizer) for p in complete]
     rows = token_rows(texts, section, tokenizer)
     fitting = [

@@ -1,6 +1,6 @@
 """Problem sets from files, folders, the hub and tasks: rows into Problems."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from basis_jax.data.hub import hub_rows
 from basis_jax.data.problem import Problem
 from basis_jax.data.tables import CSV, JSON, READABLE, Rows, file_kind, read_table
 from basis_jax.data.values import held_in, is_missing, listing
+from basis_jax.verify import needs_answers
 from basis_jax.verify.criteria import Tolerance, olympiad_tolerance
 from basis_jax.verify.gym import check_scorer
+from basis_jax.verify.verdicts import Verifier
 
 SCORERS_TRIED = 3  # problems of reasoning-gym whose scorer is tried before a run
 COLUMN_LAYOUTS = (
@@ -32,8 +34,9 @@ COLUMN_LAYOUTS = (
 ADVICE = "name the right one with --data.problem-field, --data.answer-field"
 
 
-def load_training(section: DataSection) -> list[Problem]:
-    """The training problems. Raises ValueError as ``load``."""
+def load_training(section: DataSection, verifier: Verifier | None = None) -> list[Problem]:
+    """The training problems, with the columns of their rows that the verifier reads (None: all).
+    Raises ValueError as ``load``."""
     source = Source(
         path=section.path,
         split=section.split,
@@ -43,10 +46,44 @@ def load_training(section: DataSection) -> list[Problem]:
         wanted=section.answers_wanted,
         option="--data.path",
     )
-    return load(source, held_out=False)
+    return load(read_for(source, section, verifier), held_out=False)
 
 
-def load_held_out(name: str, folder: str = "", section: DataSection | None = None) -> list[Problem]:
+def load_more(path: str, section: DataSection, verifier: Verifier | None = None) -> list[Problem]:
+    """The problems of a further training set, of ``data.more_sets``. Raises ValueError as
+    ``load``."""
+    named = (section.problem_field, section.answer_field)
+    source = Source(
+        path=path,
+        split=section.split,
+        problem_field=section.problem_field,
+        answer_field=section.answer_field,
+        wanted=section.answers_wanted,
+        otherwise=((named[0], ""), ("", named[1]), ("", "")),
+        option="--data.more-sets",
+    )
+    return load(read_for(source, section, verifier), held_out=False)
+
+
+def answers_needed(section: DataSection) -> bool:
+    """Whether some verifier or reward of the section cannot grade a problem without an answer."""
+    return any(needs_answers(name) for name in (section.verifier, *section.rewards))
+
+
+def read_for(source: Source, section: DataSection, verifier: Verifier | None) -> Source:
+    """The source, read as its problems are graded."""
+    source = replace(source, needs_answers=answers_needed(section))
+    if verifier is None:
+        return source
+    return replace(source, columns=verifier.columns, required=verifier.required_columns)
+
+
+def load_held_out(
+    name: str,
+    folder: str = "",
+    section: DataSection | None = None,
+    verifier: Verifier | None = None,
+) -> list[Problem]:
     """A benchmark by name (from ``folder/<name>.jsonl``, or any other file of that name that can be
     read, where there is one), or a set by path.
 
@@ -68,6 +105,7 @@ def load_held_out(name: str, folder: str = "", section: DataSection | None = Non
         )
     else:
         source = replace(BENCHMARKS[name], otherwise=(named, unnamed))
+    source = read_for(source, section, verifier)
     if local := stand_in(name, folder):
         source = replace(source, path=str(local))
     return load(source, held_out=True)
@@ -99,6 +137,7 @@ def load(source: Source, *, held_out: bool) -> list[Problem]:
             raise ValueError(f"{error}; give another with {source.option}") from error
         if source.path.startswith("task:" + tasks.GYM):
             check_scorer(source.path, [problem.answer for problem in made[:SCORERS_TRIED]])
+        check_required(source, ())
         return made
     if source.wanted not in WANTED:
         raise ValueError(
@@ -115,17 +154,21 @@ def load(source: Source, *, held_out: bool) -> list[Problem]:
 
 
 def problems_of(source: Source) -> Iterator[Problem]:
-    """Rows as Problems, equal ones the same object. Raises ValueError as ``load``."""
+    """Rows as Problems, equal ones with the same columns the same object. Raises ValueError as
+    ``load``."""
     unit, rows = read_rows(source)
     columns = None
     seen: dict[Problem, Problem] = {}
     for number, row in rows:
         try:
-            columns = columns or choose_columns(row, source)
+            if columns is None:
+                columns = choose_columns(row, source)
+                check_required(source, row)
             problem = as_problem(row, columns, source)
         except ValueError as error:
             raise ValueError(f"{source.path}, {unit} {number}: {error}") from error
-        yield seen.setdefault(problem, problem)
+        known = seen.setdefault(problem, problem)
+        yield known if known.columns == problem.columns else problem
 
 
 def read_rows(source: Source) -> tuple[str, Rows]:
@@ -164,10 +207,24 @@ def choose_columns(row: Mapping[str, Any], source: Source) -> tuple[str, str]:
             columns = (choice[0] or layout[0], choice[1] or layout[1])
             if all(has_column(row, name) for name in columns):
                 return columns
+    if not source.needs_answers and not source.answer_field:
+        for column in (source.problem_field, *(layout[0] for layout in COLUMN_LAYOUTS)):
+            if column and has_column(row, column):
+                return column, ""
     raise ValueError(
         f"the row has the columns {listing(row)}; name those with the problem and the answer by "
         "--data.problem-field and --data.answer-field"
     )
+
+
+def check_required(source: Source, names: Collection[str]) -> None:
+    """Raise a ValueError for a column that a reward function asks for and that is not there."""
+    for name in source.required:
+        if name not in names:
+            raise ValueError(
+                f"the reward function asks for {name!r}, and the columns of {source.path} are "
+                f"{listing(names) or 'none'}; rename the parameter or give it a default"
+            )
 
 
 def has_column(row: Mapping[str, Any], name: str) -> bool:
@@ -208,20 +265,36 @@ def as_problem(row: Mapping[str, Any], columns: tuple[str, str], source: Source)
     with neither is no answer. Several answers are all wanted where ``source.wanted`` says so, or
     the row itself: ``answers_wanted``, or OlympiadBench's ``is_multiple_answer``. The tolerance of
     numbers is the source's, or that of OlympiadBench's ``error``. Raises ValueError for what is no
-    problem or no answer.
+    problem or no answer. Its columns are those that the source keeps, without the problem's.
     """
-    answer = value_at(row, columns[1])
-    one_text = isinstance(answer, str) and answer[:1] not in ("[", "{")
     return Problem(
         prompt=read_prompt(value_at(row, columns[0]), source.wrapper),
-        answer=read_answer(
-            answer,
-            worked=columns[1].endswith("solution"),
-            wanted=source.wanted if one_text else wanted_in(row, source.wanted),
-            tolerance=tolerance_in(row, columns[1], source.tolerance),
-        ),
+        answer=answer_in(row, columns[1], source),
         kind=kind_of(row["kind"]) if "kind" in row else "",
+        columns={
+            name: value
+            for name, value in row.items()
+            if name != columns[0] and (source.columns is None or name in source.columns)
+        },
     )
+
+
+def answer_in(row: Mapping[str, Any], column: str, source: Source) -> str:
+    """The answer of a row. Where none is needed and the source names no column for it, what cannot
+    be understood is none: it travels among the columns."""
+    try:
+        answer = value_at(row, column) if column else ""
+        one_text = isinstance(answer, str) and answer[:1] not in ("[", "{")
+        return read_answer(
+            answer,
+            worked=column.endswith("solution"),
+            wanted=source.wanted if one_text else wanted_in(row, source.wanted),
+            tolerance=tolerance_in(row, column, source.tolerance),
+        )
+    except ValueError:
+        if source.needs_answers or source.answer_field:
+            raise
+        return ""
 
 
 def kind_of(value: Any) -> str:

@@ -12,21 +12,30 @@ With odds o = V / (1 - V), for 0/1 rewards k / (n - k) exp(1 / beta), and q = 1 
 the weights are rank one, so that all b cost O(N) a beta (O(N n) with the reference rewards):
 b_i = V_i (sum q r - q_i r_i) / (sum o - o_i).
 
-``rule="published"`` follows the paper exactly. beta minimises eq. 6 over all grid points with
-an active prompt, on this very batch, so that b_i depends on r_i through beta; prompts outside
-the active set (p in {0, 1}, trials 0) and a sole active prompt have b = 0; b may exceed 1.
+``rule="published"`` follows the paper exactly:
 
-``rule="robust"``, the default: (1) for a fold, only a beta with at least max(2, m / 2) active
-prompts counts, where m is the number of prompts with 0 < p < 1; both numbers are taken over the
-rows of the other folds; (2) a prompt outside the active set, or alone in it, has the baseline
-b = sigmoid(logit p' + 1/beta) with Jeffreys' p' = (k + 1/2) / (n + 1), and every beta is scored on
-these prompts too: on all valid rows of the other folds (reference rewards: eq. 5 with half a
-completion of reward 0 and half a one of reward 1 added, which is the same for 0/1); (3) beta is
-cross-fitted: the j-th valid row is in fold j mod ``folds`` (3 or more), and the beta of fold f is
-scored on the other folds' rewards alone, those of fold g predicted from the folds that are neither
-f nor g, so that b_i is exactly independent of r_i (fewer rows than folds: folds of one); the b_i
-itself combines all other valid rows, those of its fold included; (4) b is clipped to [low, high].
-Where no beta counts, or fewer than 3 rows are valid, it is the largest.
+- beta minimises eq. 6 over all grid points with an active prompt. The same batch chooses beta and
+  uses it, so b_i depends on r_i through beta.
+- Prompts outside the active set (p in {0, 1}, or no trials) have b = 0. So has a prompt that is
+  active alone.
+- b may exceed 1.
+
+``rule="robust"``, the default, differs in four points:
+
+1. A beta is considered only if at least max(2, m / 2) prompts are active under it, where m is the
+   number of prompts with 0 < p < 1. For the beta of a fold, both numbers are counted over the
+   rows of the other folds.
+2. A prompt outside the active set, or alone in it, has the baseline b = sigmoid(logit p' + 1/beta)
+   with Jeffreys' p' = (k + 1/2) / (n + 1). Every beta is scored on these prompts too. (With
+   reference rewards: eq. 5 with half a completion of reward 0 and half a completion of reward 1
+   added; for rewards of 0 and 1 that is the same.)
+3. beta is cross-fitted. The j-th valid row is in fold j mod ``folds`` (3 or more). The beta of fold
+   f is scored on the rewards of the other folds, and those of fold g are predicted from the folds
+   that are neither f nor g. So b_i is exactly independent of r_i. With fewer rows than folds each
+   row is a fold. b_i itself combines all other valid rows, those of its own fold included.
+4. b is clipped to [low, high].
+
+If no beta can be considered, or fewer than 3 rows are valid, the largest beta is used.
 """
 
 from collections.abc import Callable
@@ -120,23 +129,26 @@ def basis(
     low: float = 0.0,
     high: float = 1.0,
 ) -> Estimate:
-    """A_i = r_i - b_i with the baseline of this module's docstring; no scaling, no whitening.
+    """BASIS: A_i = r_i - b_i. The baseline b is explained at the top of this module's file, also
+    what the two rules do; nothing is scaled or whitened.
 
-    ``rewards`` in [``low``, ``high``] of N prompts, one rollout each; ``successes`` of ``trials``
-    reference completions of the same prompts, which had the rewards low and high (successes
-    outside [0, trials] are clipped into it). Where reference rewards lie between, give them as
-    ``reference_rewards``, NaN where there is no completion: V is then eq. 5 of these, k stands for
-    their sum and n for their number; counts are not needed, and only a row whose count is NaN
-    (an unknown problem) has the value NaN. All formulas are those of (r - low) / (high - low), beta
-    included; the variance s = V (1 - V) is the largest that rewards in [0, 1] of mean V can have.
+    - ``rewards``: in [``low``, ``high``], one rollout for each of N prompts.
+    - ``successes``, ``trials``: counts of reference completions of the same prompts, whose rewards
+      were low or high. Successes outside [0, trials] are clipped into it.
+    - ``reference_rewards``: instead of counts, if rewards between low and high occur; NaN where
+      there is no completion. V is then eq. 5 of these rewards, k their sum and n their number.
 
-    ``rule``: "published" or "robust", which the module's docstring describes.
+    A row whose count is NaN (an unknown problem) has the value NaN. Rewards are first mapped to
+    (r - low) / (high - low), and beta refers to that scale. The variance s = V (1 - V) is the
+    largest that rewards in [0, 1] with mean V can have.
 
     Info: ``beta`` (mean over rows), ``active_fraction``, ``fallback_share`` (rows whose baseline
-    is the Jeffreys value, or the published 0), ``zero_share`` (rows with advantage 0). ValueError
-    for another ``variant`` or ``rule``, ``folds`` < 3, ``betas`` that are empty or not above 0,
-    unless low < high, for rewards outside [low, high] (while tracing they count as the nearest in
-    it; A keeps the reward), arrays of unequal length, and neither counts nor reference rewards.
+    is the Jeffreys value, or the published 0), ``zero_share`` (rows with advantage 0).
+
+    Raises ValueError for another ``variant`` or ``rule``, ``folds`` below 3, ``betas`` that are
+    empty or not above 0, low >= high, rewards outside [low, high] (under jit they are clipped for
+    the baseline, while A keeps the reward), arrays of unequal length, and if neither counts nor
+    reference rewards are given.
 
     >>> rewards, successes = np.float32([1, 0, 1, 0]), np.array([6, 2, 7, 1])
     >>> estimate = estimators.basis(rewards, successes, np.full(4, 8))  # of 8 reference completions

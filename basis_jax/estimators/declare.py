@@ -30,12 +30,12 @@ All other keyword-only parameters are the estimator's options.
 """
 
 import dataclasses
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
+from basis_jax.references import near
 from basis_jax.types import Estimate, Measurement, Signals
 
 Function = TypeVar("Function", bound=Callable)
@@ -202,14 +202,6 @@ def declared_by(found: Any) -> Definition | None:
     """The Definition that something is or carries, or None."""
     carried = found if isinstance(found, Definition) else getattr(found, "definition", None)
     return carried if isinstance(carried, Definition) else None
-
-
-def near(word: str, allowed: Iterable[str]) -> str:
-    """The end of a message about an unknown word: those like it, and all that are allowed."""
-    allowed = sorted(allowed)
-    close = difflib.get_close_matches(word, allowed, n=3, cutoff=0.5)
-    meant = f"; did you mean {' or '.join(close)}?" if close else ""
-    return f"{meant} (allowed: {', '.join(allowed) or 'none'})"
 
 
 def _words(name: str, field: str, words: Sequence[str]) -> tuple[str, ...]:

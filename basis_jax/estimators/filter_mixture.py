@@ -1,14 +1,15 @@
 """``value_filter``: filters of the module ``value_filter`` side by side, so that drift is learned.
 
-How fast a problem's own difficulty drifts (q, ``own_drift``) and whether the offline table still
-holds are not known. Every problem therefore has one belief N(m, v) about its own difficulty for
-each q of ``OWN_DRIFTS`` in each of two families: ``TABLE`` starts from the offline counts,
-``BLIND`` as if there were none. The filters of a family share one fit of w, made with the mean and
-the variance of their mixture, because the batch as a whole determines w and their beliefs about it
-hardly differ. That makes eight filters cost little more than one. The policy has jumped where the
-batch's mean residual is beyond ``LATER_SURPRISE`` standard deviations. Then the single filter
-widens w by the whole square of the residual less its variance, and these filters by what exceeds
-the threshold alone, so that a false alarm does little.
+Two things are not known: how fast a problem's own difficulty drifts (q, ``own_drift``), and whether
+the offline table still holds. So several filters run side by side. Every problem has one belief
+N(m, v) about its own difficulty for each q of ``OWN_DRIFTS``, in each of two families: ``TABLE``
+starts from the offline counts, ``BLIND`` as if there were none. The filters of a family share one
+fit of w, made with the mean and the variance of their mixture: the batch as a whole determines w,
+and their beliefs about it hardly differ. Eight filters therefore cost little more than one.
+
+If the batch's mean residual is beyond ``LATER_SURPRISE`` standard deviations, the policy has
+jumped. The single filter then widens w by the square of the residual minus its variance. These
+filters widen it only by what exceeds the threshold, so that a false alarm does little harm.
 
 With p_ik the value of row i under filter k, read before the rewards of step t enter,
 
@@ -110,12 +111,12 @@ def value_filter_init(
 ) -> MixtureState | FilterState:
     """Empirical Bayes on the offline counts: z_i ~ N(phi_i . w, t), w and t by EM.
 
-    Trials may be 0, everywhere or for some problems: without any, w ~ N(0, ``shared_variance``)
-    and t = ``own_variance``. Features are centred and scaled to a mean squared norm of 1, so that
-    either variance says how far it may move a logit; fixed at the start (prompt states of the
-    reference policy, a few dozen principal or random directions). Successes may be fractional.
-    ``own_drift``: None to learn it, or a number of at least 0, the same as in the update.
-    ValueError for a variance that is not above 0 and for features that are not finite.
+    Trials may be 0 for some problems or for all. Without any trials w ~ N(0, ``shared_variance``)
+    and t = ``own_variance``. Features are fixed at the start, such as a few dozen directions of the
+    reference policy's prompt states. They are centred and scaled to a mean squared norm of 1, so
+    each variance says how far its part may move a logit. Successes may be fractional.
+    ``own_drift``: None to learn it, or a number of at least 0; the update needs the same.
+    Raises ValueError for a variance that is not above 0 and for features that are not finite.
 
     >>> successes, trials = np.array([4, 0, 8]), np.array([8, 0, 8])  # of three problems
     >>> state = estimators.value_filter_init(successes, trials, own_drift=0.02)
@@ -170,18 +171,21 @@ def value_filter_update(
     low: float = 0.0,
     high: float = 1.0,
 ) -> tuple[MixtureState | FilterState, Estimate]:
-    """One step of this module's filters (of the single one where ``own_drift`` is a number);
-    A = r - value.
+    """One step of the value filter: A = r - value. If ``own_drift`` is a number, one filter with
+    that drift; otherwise the mixture that learns it.
 
-    The j-th valid row is in fold j mod ``folds`` (ValueError for folds < 2, for a drift below 0,
-    and for a state that was made with another kind of ``own_drift``: learned or fixed). Several
-    rows of one problem share its old value; their updates add up as natural parameters, in any
-    order. Invalid rows change no belief; an id outside 0..M-1 reads NaN and writes nothing. The
-    step reads and writes the rows' problems alone: with a donated state its cost does not grow with
-    M. Info: ``own_drift`` (mean of q under the weights), ``table_trust`` (weight of the filters
-    that started from the table), ``mixture`` (the weights themselves [F D]), ``shared`` (w's
-    intercept), ``table_weight`` (t's; 0 at the start), ``own_sd`` (mean sd of u_i). A single filter
-    reports the last three.
+    For cross-fitting the j-th valid row is in fold j mod ``folds``. Several rows of one problem
+    share its old value, and their updates add up in any order. Invalid rows change no belief. A
+    problem id outside 0..M-1 reads NaN and writes nothing. Only the problems of the batch are read
+    and written, so with a donated state the cost does not grow with M.
+
+    Info: ``own_drift`` (mean under the weights of the filters), ``table_trust`` (weight of the
+    filters that started from the table), ``mixture`` (the weights themselves [F D]), ``shared``
+    (w's intercept), ``table_weight`` (that of t; 0 at the start), ``own_sd`` (mean sd of u_i). A
+    single filter reports the last three.
+
+    Raises ValueError for fewer than 2 folds, for a drift below 0, and for a state that was made
+    with the other kind of ``own_drift`` (learned or fixed).
 
     >>> state = estimators.value_filter_init(np.full(9, 4), np.full(9, 8))
     >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),

@@ -1,9 +1,9 @@
 """Estimators that compare the rollouts of one prompt: rows in groups of ``group_size``, adjacent.
 
-All raise ValueError for group_size < 2 (a baseline from a group of one is the own reward or
-nothing) and for rows that do not fill whole groups. Invalid rows leave their group: its statistics
-are those of the rest, and with one rollout left the advantage is 0. ``info["degenerate_share"]``:
-valid rows whose group holds no two different rewards, and so no signal.
+All raise ValueError for group_size < 2, because a group of one has nothing to compare with, and for
+rows that do not fill whole groups. Invalid rows are left out of their group's statistics; if one
+rollout is left, its advantage is 0. ``info["degenerate_share"]`` is the share of valid rows in
+groups whose rewards are all equal, which have no signal.
 """
 
 import jax
@@ -183,9 +183,9 @@ def reinforce_pp_baseline(
     """REINFORCE++-baseline: r - group mean (own reward included), then ``standardise`` over the
     batch. Hu et al. 2025, arXiv 2501.03262; the KL term belongs to the loss.
 
-    A token-weighted mean re-centres: a degenerate group does not end at 0 but at -mean / sd, a
-    push on prompts that say nothing. ``values`` are the group means. Raises ValueError as ``rloo``
-    and ``standardise``.
+    The token-weighted mean over the batch shifts all advantages. So a group with equal rewards does
+    not get 0 but -mean / sd, which pushes prompts that have no signal. ``values`` are the group
+    means. Raises ValueError as ``rloo`` and ``standardise``.
 
     >>> rewards, lengths = np.float32([1, 0, 1, 1]), np.array([7, 5, 9, 3])  # two prompts, two each
     >>> print(estimators.reinforce_pp_baseline(rewards, lengths, group_size=2).advantages)

@@ -1,13 +1,13 @@
 """Single-rollout estimators that remember: a running mean, and evidence per problem.
 
-Every baseline is read *before* this step's rewards enter the state, except where a docstring says
-otherwise. A problem may stand several times in a batch: its rows share the old value, and their
-rewards enter the evidence together, so that the order of rows does not matter. Invalid rows leave
-the state as it is. Problem ids outside 0..M-1 read NaN and write nothing.
+Every baseline is read *before* the rewards of the step enter the state, unless a docstring says
+otherwise. If a problem occurs several times in a batch, its rows share the old value, and their
+rewards enter the evidence together, so the order of rows does not matter. Invalid rows leave the
+state as it is. Problem ids outside 0..M-1 read NaN and write nothing.
 
-The evidence counts rewards in [``low``, ``high``] as (r - low) / (high - low) successes. A reward
-outside is a ValueError; while tracing it counts as the nearest inside, and A keeps the reward. An
-update reads and writes the rows' problems alone: with a donated state its cost does not grow with
+A reward in [``low``, ``high``] counts as (r - low) / (high - low) successes. A reward outside
+raises ValueError; under jit it is clipped for the evidence, while A keeps the reward. An update
+reads and writes only the problems of its rows, so with a donated state its cost does not grow with
 M.
 """
 

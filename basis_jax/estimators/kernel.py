@@ -66,12 +66,11 @@ def kae_update(state: KernelHistory, signals: Signals) -> tuple[KernelHistory, E
     """A = r - V, V = sum K Z / sum K over the problem's earlier rewards Z and the other rollouts of
     the problem in this step (K = 1). K(age) = max(0, 1 - age / window), age in updates.
 
-    The Nadaraya-Watson normaliser is that of the paper's section 5 (its Algorithm 1 prints
-    another); the window of 5 steps is read off its section 5.1. Undefined in the paper: a problem
-    alone in the batch without recent history has the mean of the batch's other rows
-    (``fallback_share``). Any number of rows a problem; the own reward is in no V. Invalid rows are
-    not remembered; an id outside 0..M-1 reads NaN and writes nothing. An update reads and writes
-    the rows' problems alone.
+    The normaliser is the one of the paper's section 5 (its Algorithm 1 prints another), the window
+    of 5 steps that of its section 5.1. The paper does not define the value of a problem that is
+    alone in the batch and has no recent history; here it is the mean of the batch's other rows
+    (``fallback_share``). A problem may have any number of rows, and no V contains the own reward.
+    Invalid rows are not remembered. An id outside 0..M-1 reads NaN and writes nothing.
 
     >>> history = estimators.kae_init(np.zeros(9), np.zeros(9))
     >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),

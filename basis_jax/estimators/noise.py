@@ -1,4 +1,4 @@
-"""How noisy the gradient is under several baselines: a run shows by itself which one it needs."""
+"""How noisy the gradient is under several baselines, so that a run shows which one it needs."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -11,16 +11,17 @@ from basis_jax.types import Estimate, Signals
 def noise_report(signals: Signals, estimate: Estimate) -> dict[str, Float[Array, ""]]:
     """sum w (r - b)^2 / sum w over the valid rows, with score norms w, for several baselines b.
 
-    It stands for the noise of the gradient (module ``weighted``); only ratios of one batch count.
+    This is a measure of the gradient's noise (see the module ``weighted``). Only ratios within one
+    batch mean something.
 
     - ``noise_none``: b = 0; ``noise_mean``: the plain mean of the other rows; ``noise_values``: the
       estimator's values; ``noise_baselines``: what it subtracted;
-    - ``score_ratio``: m0 / m1, the mean w of wrong completions over that of right ones (the least
-      and the largest reward of the batch count as wrong and right; 0 where all are alike). Far
-      above 1 the best baseline is near the least reward, at 1 it is the value;
+    - ``score_ratio``: m0 / m1, the mean w of wrong completions divided by that of right ones. The
+      smallest reward of the batch counts as wrong, the largest as right; 0 if all are equal. At 1
+      the best baseline is the value, far above 1 it is near the smallest reward;
     - ``effective_rows``: (sum w)^2 / sum w^2.
 
-    All are 0 without score norms that count. Raises ValueError where the signals have none at all.
+    All are 0 if no score norm is positive. Raises ValueError if the signals have no score norms.
 
     >>> signals = estimators.Signals(rewards=jnp.float32([1, 0, 1]), valid=jnp.ones(3, bool),
     ...                              problem_ids=jnp.arange(3), lengths=jnp.array([5, 6, 4]),

@@ -1,8 +1,8 @@
-"""What an option may be. ``Options`` above a function checks its options before it is called.
+"""The allowed values of options. The decorator ``Options`` checks them before a function is called.
 
-Each class but that one is a range: its method ``checked(who, option, value)`` gives the value back,
-or raises a ValueError that says what was given and what is allowed. Numbers are looked at as
-float32 has them; a traced number (``jax.vmap`` over an option) cannot be looked at and passes.
+All other classes are ranges. Their method ``checked(who, option, value)`` returns the value, or
+raises a ValueError that says what was given and what is allowed. Numbers are compared as float32. A
+traced number (``jax.vmap`` over an option) cannot be compared and is accepted.
 """
 
 import functools

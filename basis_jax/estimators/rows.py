@@ -1,9 +1,9 @@
 """What every estimator does first and last: read the rows of a batch, return an Estimate.
 
-Invalid rows (the verifier failed) may hold anything, NaN included: their reward is replaced by 0
-here, their weight is 0 everywhere, and their advantage and value are 0. A row whose reward is NaN
-or infinite counts as invalid. A problem id outside 0..M-1 reads NaN and writes nothing: such a row
-has the advantage and value NaN, and for the other rows it counts as invalid.
+Invalid rows are those that could not be graded. They may hold anything, NaN included: their reward
+is replaced by 0 here, their weight is 0 everywhere, and their advantage and value are 0. A row
+whose reward is NaN or infinite counts as invalid. A problem id outside 0..M-1 reads NaN and writes
+nothing: such a row has the advantage and value NaN, and other rows treat it as invalid.
 """
 
 import functools
@@ -194,8 +194,8 @@ def problem_total(
 
 
 def problem_others(x: Float[Array, " N"], ids: Int[Array, " N"]) -> Float[Array, " N"]:
-    """For every row the sum of x over the *other* rows of its problem, of which not one bit depends
-    on the own x: those before it and those behind it, added. O(N log N).
+    """For every row the sum of x over the *other* rows of its problem: those before it plus those
+    after it. The result does not depend on the own x, not even by rounding. O(N log N).
 
     >>> ids = jnp.array([3, 8, 3])
     >>> estimators.rows.problem_others(jnp.float32([1, 2, 3]), ids).tolist()
@@ -276,10 +276,11 @@ def divide(numerator: Float[Array, "*s"], denominator: Float[Array, "*s"]) -> Fl
 
 
 def others_sum(x: Float[Array, " N"], *, block: int = 64) -> Float[Array, " N"]:
-    """Sum over j != i of x_j, of which not one bit depends on x_i; O(N).
+    """Sum over j != i of x_j, in O(N). The result does not depend on x_i, not even by rounding.
 
-    ``sum(x) - x_i`` does not serve: its rounding remembers x_i, and where one entry dwarfs the
-    others it loses every digit of them. Here: the others of the block, and the other blocks.
+    ``sum(x) - x_i`` would: its rounding depends on x_i, and if one entry is much larger than the
+    others, all their digits are lost. Instead, the other entries of the same block are added to the
+    sums of the other blocks.
 
     >>> estimators.rows.others_sum(jnp.float32([1, 2, 3])).tolist()
     [5.0, 4.0, 3.0]

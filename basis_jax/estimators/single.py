@@ -1,7 +1,8 @@
 """Stateless estimators for one rollout a prompt: REINFORCE and batch baselines.
 
-Sequence weighting counts every rollout once, token weighting once per completion token: match it
-to the loss (token mean: token weighting; sequence mean: sequence weighting).
+A mean over rollouts can count each rollout once (sequence weighting) or once per completion token
+(token weighting). Use the one of the loss: token weighting with ``token_mean``, sequence weighting
+with ``sequence_mean``.
 """
 
 import jax.numpy as jnp
@@ -54,8 +55,9 @@ def batch_mean(
 ) -> Estimate:
     """A_i = r_i - mean of the batch, by default of the other rows.
 
-    ``leave_one_out=False`` keeps the own reward in: the gradient shrinks by (N - 1) / N. A row
-    alone in its batch has baseline 0 under ``leave_one_out``, its own reward otherwise.
+    With ``leave_one_out=False`` the own reward is part of the mean, which shrinks the gradient by
+    (N - 1) / N. A row that is alone in its batch has the baseline 0; without ``leave_one_out``, its
+    own reward.
 
     >>> print(estimators.batch_mean(np.float32([1, 0, 0, 0])).values)
     [0.    0.333 0.333 0.333]

@@ -1,5 +1,5 @@
-"""The offline reference table: successes and trials of every problem's reference completions, and
-their rewards where these are other than 0 and 1."""
+"""The offline reference table: for every problem the number of its reference completions and of the
+right ones among them, and their rewards if some are neither 0 nor 1."""
 
 import jax
 import jax.numpy as jnp

@@ -1,11 +1,11 @@
 """A filter of every problem's value over batch, history and prompt features; no paper behind it.
 
-The success rate of problem i is sigmoid(z_i), z_i = u_i + phi_i . w: its own difficulty u_i ~
-N(m_i, v_i), and phi_i = (1, t_i, features_i) times the policy's state w ~ N(mu, S), shared by all
-problems and drifting. t_i is the logit that the offline table gave: its weight starts at 0, falls
-towards minus the scale of t where the table no longer holds, which one number can tell of all
-problems at once, and may rise where differences grow; nothing pulls it back. A step reads the
-values *before* its rewards enter:
+The success rate of problem i is sigmoid(z_i), z_i = u_i + phi_i . w. Here u_i ~ N(m_i, v_i) is the
+problem's own difficulty, and w ~ N(mu, S) is the policy's state, which drifts and is shared by all
+problems; phi_i = (1, t_i, features_i). t_i is the logit that the offline table gave. Its weight
+starts at 0. It falls when the table stops holding, which one number can express for all problems
+at once, and it rises when the differences between problems grow. Nothing pulls it back to 0. A step
+reads the values *before* its rewards enter:
 
 1. widen: v_i by ``own_drift`` per step since the last visit, S by ``drift`` (``table_drift`` for
    t) on its diagonal, and its intercept by more where the batch's mean residual says that the
@@ -17,10 +17,11 @@ values *before* its rewards enter:
 3. update u_i by its reward under that same w (assumed-density step), and w on all rows.
 
 Rewards in [low, high] enter as y = (r - low) / (high - low), through the quasi-likelihood
-y log p + (1 - y) log(1 - p). A reward outside is a ValueError; while tracing y is clipped into
-[0, 1] (only y: A keeps the reward). O(N d^2) a step, four numbers a problem besides its features.
+y log p + (1 - y) log(1 - p). A reward outside raises ValueError; under jit y is clipped into [0, 1]
+instead, while A keeps the reward. A step costs O(N d^2), the state holds four numbers per problem
+besides its features.
 
-``own_drift`` is given here; ``filter_mixture`` learns it and has the functions that users call.
+Here ``own_drift`` is a given number. ``filter_mixture`` learns it, and has the public functions.
 """
 
 import dataclasses
@@ -102,10 +103,10 @@ def single_filter_init(
 ) -> FilterState:
     """Empirical Bayes on the offline counts: z_i ~ N(phi_i . w, t), w and t by EM.
 
-    Trials may be 0, everywhere or for some problems: without any, w ~ N(0, ``shared_variance``)
-    and t = ``own_variance``. Features are centred and scaled to a mean squared norm of 1, so that
-    either variance says how far it may move a logit; fixed at the start (prompt states of the
-    reference policy, a few dozen principal or random directions). Successes may be fractional.
+    Trials may be 0 for some problems or for all. Without any trials w ~ N(0, ``shared_variance``)
+    and t = ``own_variance``. Features are fixed at the start, such as a few dozen directions of the
+    reference policy's prompt states. They are centred and scaled to a mean squared norm of 1, so
+    each variance says how far its part may move a logit. Successes may be fractional.
     """
     table = init_table(successes, trials)
     size = table.trials.size

@@ -10,17 +10,19 @@ tilt = log m1/m0 and slope 1 where wrong completions have a weight m0 and right 
 prompt; slope 0 is the constant of ``weighted_mean``, which is what is best where m0/m1 grows as
 fast as the odds of V. Both numbers maximise the weighted logistic likelihood
 
-    sum_j w_j (y_j log b(V_j) + (1 - y_j) log(1 - b(V_j))) / s,  s = sum w^2 / sum w,
+    sum_j w_j (y_j log b(V_j) + (1 - y_j) log(1 - b(V_j))) / s,  s = sum w^2 / sum w.
 
-whose maximum over all functions b is b*. Divided by s the weights sum to the number of effective
-rows: so much a batch says, against the prior slope ~ N(0, SLOPE_SD^2), tilt ~ N(0, TILT_SD^2),
-which draws to the constant, and against earlier steps, which count as what they said, discounted.
+Among all functions b its maximum is b*. Dividing by s makes the weights sum to the number of
+effective rows, which is how much a batch counts against two other sources: the prior
+slope ~ N(0, SLOPE_SD^2), tilt ~ N(0, TILT_SD^2), which pulls towards a constant baseline, and what
+earlier steps said, discounted.
 
-Independence of completion i, reward, score norm and length, is exact. The rows are in ``folds``;
-the map of a fold is fitted on the rows outside it, at values which the other estimator gives when
-the fold's rows are invalid: they have seen no reward of the fold, and none their own. (A map fitted
-to all rows would read reward i in the values of the others.) Row i then has b(V_i) under the map of
-its fold, with the V_i of the whole batch, which has not seen reward i.
+b_i is exactly independent of completion i: of its reward, its score norm and its length. The rows
+are divided into ``folds``. The map of a fold is fitted on the rows outside it, at the values that
+the other estimator gives when the rows of the fold are marked invalid. These values have seen no
+reward of the fold, and none of their own. (A map fitted to all rows could read reward i from the
+values of the others.) Row i then gets b(V_i) under the map of its fold, with the V_i of the whole
+batch, which has not seen reward i either.
 """
 
 from dataclasses import replace
@@ -78,8 +80,8 @@ def least_variance(
 ) -> Estimator:
     """An estimator with the values of ``estimator``, and baselines of least gradient noise.
 
-    The baseline is a function of the value, fitted as this module's docstring says; A = r - b
-    without scaling. ``memory``: what earlier steps said loses the share 1 - ``memory`` a step.
+    The baseline is a function of the value, fitted as the top of this module's file explains;
+    A = r - b without scaling. What earlier steps said is multiplied by ``memory`` at every step.
     ``low`` and ``high`` are the range of rewards and values. The update calls that of ``estimator``
     ``folds`` + 1 times; its signals need score norms.
 

@@ -95,14 +95,13 @@ def weighted_mean_update(
 
         b_i = (n_i m_i + h m_h) / (n_i + h),  m_i = sum_{j != i} w_j r_j / sum_{j != i} w_j.
 
-    n_i is the effective number of the other rows, m_h the weighted mean of earlier steps and h
-    their effective rows, which lose the share 1 - ``memory`` a step. Where neither has any weight b
-    is the plain mean of the others. Not one bit of b_i depends on completion i: neither on its
-    reward nor on its score norm. ``values`` are the plain means of the others.
+    n_i is the effective number of the other rows, m_h the weighted mean of earlier steps, and h
+    their effective rows, multiplied by ``memory`` at every step. If neither has any weight, b is
+    the plain mean of the others. b_i does not depend on completion i at all, neither on its reward
+    nor on its score norm. ``values`` are the plain means of the others.
 
-    Info: ``effective_rows`` of the batch. ValueError without score norms, for rewards outside
-    [``low``, ``high``] (while tracing they count as the nearest in it) and for ``memory`` outside
-    [0, 1).
+    Info: ``effective_rows`` of the batch. Raises ValueError without score norms, for rewards
+    outside [``low``, ``high``] (under jit they are clipped) and for ``memory`` outside [0, 1).
 
     >>> state = estimators.weighted_mean_init(np.zeros(9), np.zeros(9))
     >>> signals = estimators.Signals(rewards=jnp.float32([1, 0, 1]), valid=jnp.ones(3, bool),

@@ -4,22 +4,25 @@ One line a rollout, in the order of the plan: sets as configured, problems by ui
 samples adjacent. All results are computed from these lines, so anybody can do it again.
 """
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
 
+from basis_jax import processes
 from basis_jax.config import DataSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.evaluation import scores
 from basis_jax.evaluation.evaluate import Evaluation, complete, sha256
 from basis_jax.files import append_json_lines, lock, read_json, replace_file, whole_lines
 from basis_jax.sampling.rollouts import ROWS_PER_SLOT, Graded
-from basis_jax.verify import extraction_mode
+from basis_jax.verify import extraction_mode, is_own
 from basis_jax.verify.compare import simplify, unwrapped, without_name
 from basis_jax.verify.extract import extract_answer
 from basis_jax.verify.gym import submitted_answer
@@ -43,7 +46,8 @@ RULES = {
     "without an answer abstain; ties: the mean over the tied answers; no vote: 0",
     "interval": f"95 % percentile bootstrap over problems, {scores.RESAMPLES} draws, seed 0; a "
     "problem's completions stay together",
-    "average": "every set weighs the same",
+    "average": "every set weighs the same; a metric that not all sets have has none",
+    "accuracy": "avg@k of a set, k being its own number of completions",
 }
 
 
@@ -61,21 +65,27 @@ def write_completions(
     same bit for bit. Call under ``jax.set_mesh``. Raises ValueError where the folder is of another
     protocol than this one or another process writes there.
     """
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "completions.jsonl"
-    with path.open("a+b") as file:
-        lock(file, str(out), "--out")
-        settle_protocol(out, protocol)
-        ends = [end for _, end in whole_lines(file)]
-        file.truncate(ends[-1] if ends else 0)
-        done = len(ends)
-        rollouts_before = 0
+    file: Any = None  # open in the first process
+    with ExitStack() as held:
+
+        def begin() -> int:
+            nonlocal file
+            out.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(path.open("a+b"))
+            lock(file, str(out), "--out")
+            settle_protocol(out, protocol)
+            ends = [end for _, end in whole_lines(file)]
+            file.truncate(ends[-1] if ends else 0)
+            return len(ends)
+
+        done, rollouts_before = processes.by_first(begin), 0
         for name, problems in evaluation.sets.items():
             left = done - rollouts_before
             for start, rows in chunks(params, evaluation, name, done=left, report=report):
                 missing = rows[max(0, left - start) :]
-                append_json_lines(file, missing)
-            rollouts_before += len(problems.problems) * evaluation.config.eval.samples
+                processes.by_first(functools.partial(append_json_lines, file, missing))
+            rollouts_before += len(problems.problems) * evaluation.config.eval.samples_of(name)
     return path
 
 
@@ -89,7 +99,7 @@ def chunks(
 ) -> Iterator[tuple[int, list[dict]]]:
     """(number of the first, rows) of each batch of a set that is not wholly among the first
     ``done`` rollouts. Batches have one shape: the last is filled up with its first rollout."""
-    problems, samples = evaluation.sets[name], evaluation.config.eval.samples
+    problems, samples = evaluation.sets[name], evaluation.config.eval.samples_of(name)
     total = len(problems.problems) * samples
     size = min(ROWS_PER_SLOT * evaluation.setup.rows_at_once, total)
     reported = time.monotonic()
@@ -101,14 +111,15 @@ def chunks(
         units = np.where(units < total, units, start)
         graded = complete(
             params,
-            evaluation.setup,
+            evaluation.setup.for_set(name),
             problems,
             units=units,
             samples=samples,
-            sampling=evaluation.sampling,
+            sampling=evaluation.sampling(name),
         )
         numbers = (units[:count] % samples).tolist()
-        yield start, as_rows(graded, problems, name, numbers=numbers, data=evaluation.config.data)
+        data = evaluation.config.held_out_data(name)
+        yield start, as_rows(graded, problems, name, numbers=numbers, data=data)
         if time.monotonic() - reported > PROGRESS_EVERY_S or start + count == total:
             report(f"{name}: {start + count} of {total} completions")
             reported = time.monotonic()
@@ -151,8 +162,8 @@ def as_rows(
 
 def extracted(completion: str, verifier: str, answer_mode: str = "") -> str | None:
     """The answer that the verifier finds in a completion, where it looks for answers by
-    ``extraction_mode``; None where it finds none."""
-    if verifier == "exact":
+    ``extraction_mode``; None where it finds none. An own reward function's is the whole text."""
+    if verifier == "exact" or is_own(verifier):
         return completion.strip() or None
     if verifier == "gym":
         return submitted_answer(completion) or None
@@ -162,11 +173,13 @@ def extracted(completion: str, verifier: str, answer_mode: str = "") -> str | No
 def vote(answer: str | None, verifier: str) -> str | None:
     """What an answer counts for in a majority: answers with the same normalised text agree.
 
-    ``exact`` and ``gym``: the text. Mathematics: canonical notation without the name of what is
-    computed, plain numbers as exact fractions, so 0.5, 1/2 and x = \\frac12 agree. No algebra is
-    done, and the right answer is not looked at.
+    ``exact``, ``gym`` and own functions: the text. Mathematics: canonical notation without the
+    name of what is computed, plain numbers as exact fractions, so 0.5, 1/2 and x = \\frac12 agree.
+    No algebra is done, and the right answer is not looked at.
     """
-    if answer is None or verifier in ("exact", "gym") or why_not_comparable(answer):
+    if answer is None or verifier in ("exact", "gym") or is_own(verifier):
+        return answer
+    if why_not_comparable(answer):
         return answer
     text = without_name(simplify(canonical(answer)))
     value = number(text)
@@ -205,10 +218,10 @@ def results(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     Raises ValueError where the lines are not those of the evaluation's plan, and where every set
     has failed.
     """
-    samples = evaluation.config.eval.samples
     rows = read_lines(path)
     described, scores_by_set, failed = {}, {}, dict(evaluation.failed)
     for name, problems in evaluation.sets.items():
+        samples = evaluation.config.eval.samples_of(name)
         columns = read_set(rows, name, problems, samples, path)
         try:
             scores.check_graded(columns["valid"], name)

@@ -26,10 +26,10 @@ from basis_jax.evaluation.scores import bootstrap_interval
 from basis_jax.model.decoder import ModelConfig, computed_in
 from basis_jax.opening.checks import check_evaluation, check_memory
 from basis_jax.opening.ranges import check_ranges
-from basis_jax.opening.rollout_setup import locate_model, open_setup
+from basis_jax.opening.rollout_setup import locate_model, open_setup, open_verifiers
 from basis_jax.opening.sizes import with_sizes
 from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
-from basis_jax.verify.verdicts import shares
+from basis_jax.verify.verdicts import Verifier, shares
 from basis_jax.weights import huggingface, layout
 
 
@@ -44,10 +44,12 @@ def invalid_warning(metrics: Mapping[str, float]) -> str:
     """A sentence where some of the completions of an ``evaluate`` could not be graded, else ""."""
     if not metrics.get("eval/invalid"):
         return ""
+    ungraded = metrics.get("eval/verify/ungraded", 0.0)
     return (
         f"warning: {metrics['eval/invalid']:.2%} of the held-out completions could not be graded "
         f"and count as wrong (eval/invalid): {metrics['eval/verify/gold']:.2%} because the right "
         f"answer cannot be read, {metrics['eval/verify/failure']:.2%} because the verifier failed"
+        + (f", {ungraded:.2%} because the reward function gave None" if ungraded else "")
     )
 
 
@@ -82,30 +84,36 @@ def evaluate(
     section: EvalSection,
     sampling: SamplingSection,
 ) -> dict[str, float]:
-    """Accuracy at the evaluation temperature and greedily: the average over sets with its 95 %
-    interval (``eval/accuracy``, ``eval/greedy_accuracy``), and each set's own where there are
-    several. ``eval/invalid``: the share of all completions that could not be graded; they count as
-    wrong. ``eval/verify/...``: the share of each kind of verdict (``verify.verdicts.shares``).
+    """Accuracy by each set's own samples and temperature, and greedily: the average over sets with
+    its 95 % interval (``eval/accuracy``, ``eval/greedy_accuracy``), and each set's own where there
+    are several. It is the mean reward, so the share of right completions where rewards are 0 and 1.
+    ``eval/invalid``: the share of all completions that could not be graded; they count as wrong.
+    ``eval/verify/...``: the share of each kind of verdict (``verify.verdicts.shares``). A set whose
+    temperature is 0 is completed once for both.
 
     Raises ValueError where no completion of a set could be graded.
     """
     metrics, valid, kinds = {}, [], []
-    passes = [("", section.samples, section.temperature), ("greedy_", 1, 0.0)]
-    for prefix, samples, temperature in passes:
+    found: dict[tuple[str, float], np.ndarray] = {}
+    for prefix in ("", "greedy_"):
         scores_by_set = {}
         for name, problems in sets.items():
-            graded = complete(
-                params,
-                setup,
-                problems,
-                units=np.arange(len(problems.problems) * samples),
-                samples=samples,
-                sampling=dataclasses.replace(sampling, temperature=temperature),
-            )
-            scores.check_graded(graded.valid, name)
-            valid.append(graded.valid)
-            kinds += graded.kinds
-            scores_by_set[name] = problem_scores(graded.rewards, graded.valid, samples)
+            samples = 1 if prefix else section.samples_of(name)
+            temperature = 0.0 if prefix else section.temperature_of(name)
+            if (name, temperature) not in found:
+                graded = complete(
+                    params,
+                    setup.for_set(name),
+                    problems,
+                    units=np.arange(len(problems.problems) * samples),
+                    samples=samples,
+                    sampling=dataclasses.replace(sampling, temperature=temperature),
+                )
+                scores.check_graded(graded.valid, name)
+                valid.append(graded.valid)
+                kinds += graded.kinds
+                found[name, temperature] = problem_scores(graded.rewards, graded.valid, samples)
+            scores_by_set[name] = found[name, temperature]
             if len(sets) > 1:
                 metrics[f"eval/{name}/{prefix}accuracy"] = float(scores_by_set[name].mean())
         low, high = bootstrap_interval(list(scores_by_set.values()))
@@ -129,10 +137,10 @@ class Evaluation:
     sets: dict[str, EncodedProblems]
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    @property
-    def sampling(self) -> SamplingSection:
-        """That of the rollouts in training, at the temperature of evaluation."""
-        return dataclasses.replace(self.config.sampling, temperature=self.config.eval.temperature)
+    def sampling(self, name: str) -> SamplingSection:
+        """That of the rollouts in training, at the temperature of a set."""
+        temperature = self.config.eval.temperature_of(name)
+        return dataclasses.replace(self.config.sampling, temperature=temperature)
 
 
 @contextmanager
@@ -147,42 +155,51 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print) -> It
     check_evaluation(config, model_config, mesh)
     tokenizer = huggingface.load_tokenizer(folder)
     sets, failed = {}, {}
-    for name in config.eval.sets:
-        try:
-            problems = load_held_out_set(name, config, tokenizer, report)
-            check_memory(
-                config,
-                model_config,
-                mesh,
-                prompt_width=problems.tokens.shape[1],
-                rows=len(problems.problems) * config.eval.samples,
-            )
-            sets[name] = problems
-        except ValueError as error:
-            failed[name] = str(error)
-            if len(failed) == len(set(config.eval.sets)):
-                raise
-            report(f"warning: {name} is left out: {error}")
-    config = with_sizes(
-        config,
-        model_config,
-        mesh,
-        prompt_width=max(problems.tokens.shape[1] for problems in sets.values()),
-        rows=max(len(problems.problems) for problems in sets.values()) * config.eval.samples,
-        report=report,
-    )
-    with open_setup(config, folder, model_config, mesh, tokenizer, report=report) as setup:
-        yield Evaluation(config, folder, setup, sets, failed)
+    with open_verifiers(config) as verifiers:
+        for name in config.eval.sets:
+            try:
+                verifier = verifiers.held_out[name]
+                problems = load_held_out_set(name, config, tokenizer, verifier, report)
+                check_memory(
+                    config,
+                    model_config,
+                    mesh,
+                    prompt_width=problems.tokens.shape[1],
+                    rows=len(problems.problems) * config.eval.samples_of(name),
+                )
+                sets[name] = problems
+            except ValueError as error:
+                failed[name] = str(error)
+                if len(failed) == len(set(config.eval.sets)):
+                    raise
+                report(f"warning: {name} is left out: {error}")
+        config = with_sizes(
+            config,
+            model_config,
+            mesh,
+            prompt_width=max(problems.tokens.shape[1] for problems in sets.values()),
+            rows=max(len(p.problems) * config.eval.samples_of(name) for name, p in sets.items()),
+            report=report,
+        )
+        with open_setup(
+            config, folder, model_config, mesh, tokenizer, verifiers=verifiers, report=report
+        ) as setup:
+            yield Evaluation(config, folder, setup, sets, failed)
 
 
 def load_held_out_set(
-    name: str, config: Config, tokenizer: Any, report: Callable[[str], None]
+    name: str,
+    config: Config,
+    tokenizer: Any,
+    verifier: Verifier,
+    report: Callable[[str], None],
 ) -> EncodedProblems:
     """A set of ``eval.sets`` as tokens; what was left out is reported."""
+    section = config.held_out_data(name)
     return encode_and_report(
         f"held-out {name}",
-        load_held_out(name, config.eval.folder, config.data),
-        config.data,
+        load_held_out(name, config.eval.folder, section, verifier),
+        section,
         tokenizer,
         size=config.eval.size,
         report=report,
@@ -194,7 +211,7 @@ def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
 
     ``weights`` is a hash of the parameters, the same for a checkpoint and its float32 export.
     """
-    config, setup, sampling = evaluation.config, evaluation.setup, evaluation.sampling
+    config, setup, sampling = evaluation.config, evaluation.setup, evaluation.config.sampling
     described = dataclasses.asdict(computed_in(setup.model_config, sampling.dtype))
     apart = ("remat", "attention", "scan_decode", "lora")
     described = {k: v for k, v in described.items() if k not in apart}
@@ -209,11 +226,12 @@ def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
                         for row, length in zip(problems.tokens, problems.lengths, strict=True)
                     ]
                 ),
+                **set_protocol(config, name),
             }
             for name, problems in evaluation.sets.items()
         },
         "samples": config.eval.samples,
-        "temperature": sampling.temperature,
+        "temperature": config.eval.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "max_new_tokens": sampling.max_new_tokens,
@@ -223,6 +241,19 @@ def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
         "model": described,
         "weights_sha256": params_sha256(params, setup.model_config),
     }
+
+
+def set_protocol(config: Config, name: str) -> dict[str, Any]:
+    """What the config says of this set alone."""
+    section = config.eval
+    own: dict[str, Any] = {}
+    if name in section.set_samples:
+        own["samples"] = section.set_samples[name]
+    if name in section.set_temperatures:
+        own["temperature"] = section.set_temperatures[name]
+    if name in section.set_verifiers:
+        own["verifier"] = verifier_version(config.held_out_data(name))
+    return own
 
 
 def sha256(value: Any) -> str:
@@ -246,8 +277,11 @@ def verifier_version(section: DataSection) -> dict[str, str]:
         digest.update(path.read_bytes())
     mathematics = ("math-verify", "latex2sympy2-extended", "sympy")
     packages = {"exact": (), "gym": ("reasoning-gym",)}.get(section.verifier, mathematics)
+    own = verify.source_fingerprint(section.verifier)
+    packages = packages if own is None else ()
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {
+        **({} if own is None else {"own_sha256": own}),
         "name": section.verifier,
         "answer_mode": section.answer_mode,
         "source_sha256": digest.hexdigest(),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from basis_jax.evaluation.completions import read_lines
+from basis_jax.verify.verdicts import RIGHT_ABOVE
 
 COMPLETIONS_SHOWN = 4  # of a problem
 CHARACTERS_SHOWN = 4000  # of a completion: its end, where the answer stands
@@ -16,16 +17,24 @@ CHARACTERS_SHOWN = 4000  # of a completion: its end, where the answer stands
 
 def table(found: Mapping[str, Any]) -> list[str]:
     """The main metrics as lines of text: percent, with the interval."""
-    names = list(found["average"])
-    shown = list(dict.fromkeys([names[0], names[1], names[-2], names[-1]]))
+    shown = main_metrics(found)
     lines = [["set", "problems", "invalid", "cut short", *shown]]
     for name, of_set in found["sets"].items():
         sizes = [str(of_set["problems"]), str(of_set["invalid"]), f"{of_set['truncated']:.1%}"]
-        lines.append([name, *sizes, *(percent(of_set["metrics"][m]) for m in shown)])
+        lines.append([name, *sizes, *(percent(of_set["metrics"].get(m)) for m in shown)])
     if len(found["sets"]) > 1:
-        lines.append(["average", "", "", "", *(percent(found["average"][m]) for m in shown)])
+        lines.append(["average", "", "", "", *(percent(found["average"].get(m)) for m in shown)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+
+
+def main_metrics(found: Mapping[str, Any]) -> list[str]:
+    """avg@k, pass@1, pass@k and maj@k of every set; ``accuracy`` where sets differ in k."""
+    chosen = ["accuracy"] if "accuracy" in found["average"] else []
+    for of_set in found["sets"].values():
+        names = list(of_set["metrics"])
+        chosen += [names[0], names[1], names[-2], names[-1]]
+    return list(dict.fromkeys(chosen))
 
 
 def warnings(found: Mapping[str, Any]) -> list[str]:
@@ -41,7 +50,9 @@ def warnings(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def percent(metric: Mapping[str, float | int]) -> str:
+def percent(metric: Mapping[str, float | int] | None) -> str:
+    if metric is None:
+        return ""
     return f"{metric['value']:.1%} [{metric['low']:.1%}, {metric['high']:.1%}]"
 
 
@@ -49,12 +60,13 @@ def report(found: Mapping[str, Any], about: Mapping[str, Any], path: Path) -> It
     """The pieces of report.html. Whatever a model or a file wrote is escaped."""
     yield HEAD
     yield f"<h1>{text(about['evaluated'])}</h1>\n<table>\n"
-    names = list(found["average"])
+    every = (found["average"], *(of_set["metrics"] for of_set in found["sets"].values()))
+    names = list(dict.fromkeys(name for metrics in every for name in metrics))
     yield row("th", ["set", "problems", "invalid", "cut short", *names])
     for name, of_set in found["sets"].items():
         sizes = [name, of_set["problems"], of_set["invalid"], f"{of_set['truncated']:.1%}"]
-        yield row("td", [*sizes, *(percent(of_set["metrics"][m]) for m in names)])
-    yield row("td", ["average", "", "", "", *(percent(found["average"][m]) for m in names)])
+        yield row("td", [*sizes, *(percent(of_set["metrics"].get(m)) for m in names)])
+    yield row("td", ["average", "", "", "", *(percent(found["average"].get(m)) for m in names)])
     yield "</table>\n"
     for warning in warnings(found):
         yield f"<p>{text(warning)}</p>\n"
@@ -73,7 +85,7 @@ def report(found: Mapping[str, Any], about: Mapping[str, Any], path: Path) -> It
 def problem(rollouts: Sequence[Mapping[str, Any]]) -> str:
     """One problem: pass rate, text, right answer, and some completions, right and wrong ones."""
     invalid = sum(not r["valid"] for r in rollouts)
-    right = sum(r["valid"] and r["reward"] > 0.5 for r in rollouts)
+    right = sum(r["valid"] and r["reward"] > RIGHT_ABOVE for r in rollouts)
     prompt = rollouts[0]["problem"]
     if not isinstance(prompt, str):  # the messages of a chat
         prompt = "\n".join(f"{role}: {content}" for role, content in prompt)
@@ -110,7 +122,7 @@ def completion(rollout: Mapping[str, Any]) -> str:
     cut = len(written) - CHARACTERS_SHOWN
     mark = f"[{cut} characters before this] " if cut > 0 else ""
     about = f"sample {rollout['sample']}: {verdict} ({rollout['reason']}), {answer}"
-    kind = "right" if rollout["reward"] > 0.5 else "wrong"
+    kind = "right" if rollout["reward"] > RIGHT_ABOVE else "wrong"
     return (
         f"<p class={kind}>{text(about)}, {rollout['tokens']} tokens{end}</p>"
         f"<pre>{mark}{text(written[-CHARACTERS_SHOWN:])}</pre>\n"

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from basis_jax.verify.verdicts import RIGHT_ABOVE
+
 RESAMPLES = 2000
 
 
@@ -98,7 +100,7 @@ def all_scores(
     """Every metric's per-problem scores: ``avg@C``, ``pass@k`` for powers of two up to C (right:
     a reward above 1/2), ``maj@C``. Where not ``valid``, a completion counts as wrong."""
     rewards, size = counted_rewards(rewards, valid), rewards.shape[1]
-    solved = (rewards > 0.5).sum(axis=1)
+    solved = (rewards > RIGHT_ABOVE).sum(axis=1)
     powers = [2**i for i in range(size.bit_length())]
     passed = {f"pass@{k}": pass_at_k(solved, size, k) for k in powers}
     return {f"avg@{size}": average(rewards), **passed, f"maj@{size}": majority(rewards, votes)}
@@ -114,10 +116,16 @@ def mean_with_interval(sets: Sequence[np.ndarray]) -> dict[str, float | int]:
 
 def summary(scores_by_set: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict, dict]:
     """``mean_with_interval`` of every metric: of each set, given its ``all_scores``, and of the
-    sets together, where every set weighs the same."""
+    sets together, where every set weighs the same. Together they have the metrics that all of them
+    have, and where they differ in C also ``accuracy``, the average of their avg@C."""
     sets = {
         name: {metric: mean_with_interval([values]) for metric, values in metrics.items()}
         for name, metrics in scores_by_set.items()
     }
-    names = next(iter(scores_by_set.values()))
-    return sets, {m: mean_with_interval([of[m] for of in scores_by_set.values()]) for m in names}
+    every = list(scores_by_set.values())
+    shared = [metric for metric in every[0] if all(metric in of_set for of_set in every)]
+    average = {m: mean_with_interval([of_set[m] for of_set in every]) for m in shared}
+    if next(iter(every[0])) not in shared:
+        own = [next(iter(of_set.values())) for of_set in every]  # avg@C
+        average = {"accuracy": mean_with_interval(own), **average}
+    return sets, average

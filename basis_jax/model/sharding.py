@@ -178,9 +178,14 @@ def over_batch(
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays [N ...] -> device arrays with N split over the batch axes."""
+    """Host arrays [N ...] -> device arrays with N split over the batch axes. Every process gives
+    all rows and puts those of its own devices."""
     sharding = named(mesh, ("batch",))
-    return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+
+    def put(x: np.ndarray) -> Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+
+    return jax.tree.map(put, tree)
 
 
 def shards(mesh: Mesh | AbstractMesh, axis: str | None) -> int:

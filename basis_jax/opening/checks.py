@@ -15,6 +15,7 @@ from basis_jax.config import (
     SamplingSection,
     WatchSection,
 )
+from basis_jax.data.benchmarks import BENCHMARKS
 from basis_jax.data.encoding import FORMATS
 from basis_jax.data.tasks import GYM
 from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
@@ -24,11 +25,14 @@ from basis_jax.model.sharding import batch_shards, check_divides, regrouped
 from basis_jax.opening import plan
 from basis_jax.opening.plan import rollouts_per_pass
 from basis_jax.opening.ranges import check_ranges
-from basis_jax.verify import extraction_mode
+from basis_jax.references import FORMS
+from basis_jax.verify import VERIFIERS, extraction_mode, is_own
+from basis_jax.verify.rewards import READY_MADE
 
 WARNINGS = tuple(field.name for field in dataclasses.fields(WatchSection))
 SCHEDULES = ("constant", "linear", "cosine")
 SCORE_NORMS = ("logits", "natural")
+ADDED_REWARDS = (*READY_MADE, *(name for name in VERIFIERS if name != "gym"))
 COMPUTE_DTYPES = ("float32", "bfloat16")
 GPU_SHARE = 0.75
 """Of a GPU's memory, where the environment says nothing else: JAX takes it when it starts."""
@@ -59,7 +63,8 @@ def check(
     )
     check_model(config, model_config, platform or platform_of(mesh))
     check_loss(config.loss)
-    check_scorers(config.data.verifier, (config.data.path, *config.eval.sets))
+    check_scorers(config.data.verifier, (config.data.path,))
+    check_sets(config)
     check_fit(config, model_config, mesh)
     rollouts = train.prompts_per_step * group
     shards = batch_shards(mesh)
@@ -133,6 +138,22 @@ def check_scorers(verifier: str, paths: Sequence[str]) -> None:
             )
 
 
+def check_sets(config: Config) -> None:
+    """Raise a ValueError where something is said of an unknown set, or a set cannot be graded.
+    Benchmarks that are not evaluated may be named: a command leaves out sets of a config."""
+    section = config.eval
+    for field in ("set_samples", "set_temperatures", "set_verifiers"):
+        for name in getattr(section, field):
+            if name not in section.sets and name not in BENCHMARKS:
+                raise ValueError(
+                    f"eval.{field} names {name!r}, which is neither among eval.sets "
+                    f"({', '.join(section.sets) or 'none'}) nor a benchmark "
+                    f"({', '.join(BENCHMARKS)}); give the name of a set"
+                )
+    for name in section.sets:
+        check_scorers(config.held_out_data(name).verifier, (name,))
+
+
 def check_evaluation(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
     """Raise a ValueError for numbers that make no evaluation and a model that does not fit."""
     check_ranges(config)
@@ -141,12 +162,15 @@ def check_evaluation(config: Config, model_config: ModelConfig, mesh: Mesh) -> N
     section = config.eval
     if not section.sets:
         raise ValueError("eval.sets is empty; name at least one set with --eval.sets")
-    if section.temperature == 0 and section.samples > 1:
-        raise ValueError(
-            f"eval.temperature 0 is greedy and eval.samples is {section.samples}: they would be "
-            "the same; set eval.samples to 1 or raise the temperature"
-        )
-    check_scorers(config.data.verifier, section.sets)
+    for name in section.sets:
+        samples = section.samples_of(name)
+        if section.temperature_of(name) == 0 and samples > 1:
+            own = f" of {name}" if name in section.set_temperatures | section.set_samples else ""
+            raise ValueError(
+                f"eval.temperature 0{own} is greedy and eval.samples is {samples}: they would be "
+                "the same; set eval.samples to 1 or raise the temperature"
+            )
+    check_sets(config)
     check_fit(config, model_config, mesh)
 
 
@@ -186,13 +210,12 @@ def check_memory(
 ) -> None:
     """Raise a ValueError where ``plan.memory_needs`` does not fit the devices: the bytes by part,
     and the nearest plan that fits."""
-    devices = list(mesh.devices.ravel())
     request = plan.Request(
         config,
         model_config,
         prompt_width=prompt_width,
         rows=rows,
-        available=device_memory(devices),
+        available=device_memory(list(mesh.local_devices)),
         training=training,
     )
     share = f" for JAX ({share_advice(os.environ)})" if platform_of(mesh) == "gpu" else ""
@@ -280,8 +303,28 @@ def check_data(section: DataSection) -> None:
     place of the answer that the verifier does not look at."""
     check_words(("data.prompt_format", section.prompt_format, FORMATS))
     extraction_mode(section.verifier, section.answer_mode)
+    check_rewards(section)
     if section.problem_wrapper and "{problem}" not in section.problem_wrapper:
         raise ValueError(
             f"data.problem_wrapper is {section.problem_wrapper!r}; write {{problem}} where the "
             "problem stands in it"
+        )
+
+
+def check_rewards(section: DataSection) -> None:
+    """Raise a ValueError for a reward that is unknown, or that is the verifier's once more."""
+    for name in section.rewards:
+        if name == section.verifier:
+            raise ValueError(
+                f"data.rewards names {name!r}, which is data.verifier; give its weight as "
+                "data.verifier_weight"
+            )
+        if not is_own(name) and name not in ADDED_REWARDS:
+            raise ValueError(
+                f"data.rewards names {name!r}; allowed are {', '.join(ADDED_REWARDS)}, {FORMS}"
+            )
+    if section.normalise_rewards and not section.rewards:
+        raise ValueError(
+            "data.normalise_rewards is for several rewards and data.rewards is empty; name some, "
+            "or set it to False"
         )

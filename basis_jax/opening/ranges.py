@@ -42,6 +42,7 @@ class Range:
 COUNT, COUNT_OR_NONE = Range(1), Range(0)
 POSITIVE, NOT_NEGATIVE = Range(0, without=("low",)), Range(0)
 SHARE = Range(0, 1)
+ANY = Range(-1e6, 1e6)
 TEMPERATURE = Range(0.01, 100, or_else=0)
 
 RANGES = {
@@ -50,6 +51,11 @@ RANGES = {
     "model.lora_alpha": POSITIVE,
     "data.size": COUNT_OR_NONE,
     "data.max_prompt_tokens": COUNT,
+    "data.verifier_weight": NOT_NEGATIVE,
+    "data.reward_workers": COUNT_OR_NONE,
+    "data.reward_seconds": NOT_NEGATIVE,
+    "data.overlong_limit": COUNT_OR_NONE,
+    "data.overlong_buffer": COUNT_OR_NONE,
     "sampling.temperature": TEMPERATURE,
     "sampling.top_p": Range(0, 1, without=("low",)),
     "sampling.top_k": COUNT_OR_NONE,
@@ -112,8 +118,25 @@ def numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, type, Any]]:
 def check_ranges(config: Config) -> None:
     """Raise a ValueError for the first number outside its range."""
     for name, kind, value in numbers(config):
-        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-            what = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{name} is {value!r}; give {what}, {RANGES[name]}")
-        if value not in RANGES[name]:
-            raise ValueError(f"{name} is {value}; give {RANGES[name]}")
+        check_number(name, value, kind, RANGES[name])
+    for name, kind, values in (
+        ("eval.samples", int, config.eval.set_samples),
+        ("eval.temperature", float, config.eval.set_temperatures),
+    ):
+        for of_set, value in values.items():
+            check_number(f"{name} of {of_set}", value, kind, RANGES[name])
+    for field, weights, allowed in (
+        ("data.rewards", config.data.rewards, ANY),
+        ("data.more_sets", config.data.more_sets, POSITIVE),
+    ):
+        for name, weight in weights.items():
+            check_number(f"the weight of {name} in {field}", weight, float, allowed)
+
+
+def check_number(name: str, value: Any, kind: type, allowed: Range) -> None:
+    """Raise a ValueError for what is no number of this kind, ``int`` or ``float``, in the range."""
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} is {value!r}; give {what}, {allowed}")
+    if value not in allowed:
+        raise ValueError(f"{name} is {value}; give {allowed}")

@@ -3,13 +3,14 @@
 import dataclasses
 import shlex
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from basis_jax.config import Config, ModelSection
+from basis_jax.config import Config, DataSection, ModelSection
 from basis_jax.data.templates import turn_end
 from basis_jax.model import attention
 from basis_jax.model.decoder import ModelConfig
@@ -18,7 +19,9 @@ from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.checks import COMPUTE_DTYPES, check_words
 from basis_jax.opening.plan import axis_sizes
 from basis_jax.sampling.rollouts import RolloutSetup
-from basis_jax.verify import make_verifier
+from basis_jax.verify import is_own, make_verifier
+from basis_jax.verify.rewards import FormatReward, OverlongReward, SeveralRewards
+from basis_jax.verify.verdicts import Verifier
 from basis_jax.weights import huggingface
 
 
@@ -81,22 +84,85 @@ def open_setup(
     mesh: Mesh,
     tokenizer: Any,
     *,
+    verifiers: "Verifiers | None" = None,
     report: Callable[[str], None] = print,
 ) -> Iterator[RolloutSetup]:
-    """Start the verifier and yield the setup; the verifier's processes end with the block."""
+    """Yield the setup, with these verifiers; where none are given they are made, and their
+    processes end with the block."""
     ends = huggingface.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer)
     report_turn_end(config, tokenizer, ends, report)
-    with make_verifier(config.data.verifier, mode=config.data.answer_mode) as verifier:
+    with ExitStack() as opened:
+        verifiers = verifiers or opened.enter_context(open_verifiers(config))
         yield RolloutSetup(
             model_config=model_config,
             mesh=mesh,
             sample_tensor=config.mesh.sample_tensor,
             tokenizer=tokenizer,
             eos_ids=ends,
-            verifier=verifier,
+            verifier=verifiers.training,
+            held_out_verifiers=verifiers.held_out,
             seed=config.seed,
             rows_at_once=config.train.sample_rollouts,
         )
+
+
+@dataclass(frozen=True)
+class Verifiers:
+    """What grades training rollouts, and the completions of each held-out set."""
+
+    training: Verifier
+    held_out: dict[str, Verifier]
+
+
+@contextmanager
+def open_verifiers(config: Config) -> Iterator[Verifiers]:
+    """Yield the Verifiers; their processes end with the block. Raises ValueError for a name that is
+    unknown, and a function that cannot be loaded."""
+    made: dict[tuple[str, str], Verifier] = {}
+
+    def verifier(name: str, section: DataSection) -> Verifier:
+        mode = section.answer_mode if name == section.verifier else ""
+        if (name, mode) not in made:
+            made[name, mode] = opened.enter_context(make_reward(name, mode, config))
+        return made[name, mode]
+
+    with ExitStack() as opened:
+        data = config.data
+        held_out = {}
+        for name in config.eval.sets:
+            section = config.held_out_data(name)
+            held_out[name] = verifier(section.verifier, section)
+        training = verifier(data.verifier, data)
+        if data.rewards or data.verifier_weight != 1:
+            weights = {data.verifier: data.verifier_weight, **data.rewards}
+            rewards = {name: verifier(name, data) for name in weights}
+            training = SeveralRewards(
+                dict(zip(short_names([*weights]), rewards.values(), strict=True)),
+                [*weights.values()],
+                normalised=data.normalise_rewards,
+            )
+        yield Verifiers(training, held_out)
+
+
+def make_reward(name: str, mode: str, config: Config) -> Verifier:
+    """A verifier or ready-made reward by name, or an own function by reference."""
+    data = config.data
+    if name == "format":
+        return FormatReward(data.format_pattern)
+    if name == "overlong":
+        limit = data.overlong_limit or config.sampling.max_new_tokens
+        return OverlongReward(limit, data.overlong_buffer)
+    if is_own(name):
+        return make_verifier(
+            name, mode=mode, workers=data.reward_workers, seconds=data.reward_seconds
+        )
+    return make_verifier(name, mode=mode)
+
+
+def short_names(names: list[str]) -> list[str]:
+    """What rewards are called in metrics: own functions without their file, where that is clear."""
+    short = [name.rpartition(":")[2] for name in names]
+    return [s if short.count(s) == 1 else name for s, name in zip(short, names, strict=True)]
 
 
 def report_turn_end(

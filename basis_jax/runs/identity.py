@@ -14,11 +14,14 @@ from basis_jax.runs.provenance import provenance
 MAY_DIFFER = (
     "run_dir",  # the folder was moved
     "data.answers_wanted",  # the hash of the problems holds what it changes
+    "data.reward_workers",
+    "data.reward_seconds",
     "model.remat",
     "model.attention",
     "model.decode_layers",
     "loss.logprob_chunk",
     "train.log_samples",
+    "train.loggers",
     "train.microbatch_rollouts",
     "train.sample_rollouts",
     "train.patience",
@@ -86,6 +89,12 @@ def open_run(
     replace_file(path, json.dumps(record, indent=2) + "\n")
 
 
+def start_facts(config: Config) -> dict[str, Any]:
+    """What all processes of a run must agree on before they begin."""
+    about = provenance()
+    return {**dict(_leaves(asdict(config))), **about.pop("versions"), **about}
+
+
 def _check_steps(config: Config, done: int) -> None:
     if config.train.steps < done:
         raise ValueError(
@@ -141,12 +150,20 @@ CONTENTS = {
     "contents of.data.path": "the training problems of data.path have changed since the run began",
     "contents of.model.path": "the model in model.path has changed since the run began",
     "contents of.estimator.name": "the estimator's file has changed since the run began",
+    "contents of.data.verifier": "the file of the reward function in data.verifier has changed "
+    "since the run began",
 }
+
+
+OWN_REWARD = "contents of.data.rewards "
 
 
 def _difference(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     if name in CONTENTS:
         return CONTENTS[name]
+    if name.startswith(OWN_REWARD):
+        reward = name.removeprefix(OWN_REWARD)
+        return f"the file of the reward function {reward} has changed since the run began"
     return f"{name} is {_shown(old, name)} there and {_shown(new, name)} here"
 
 

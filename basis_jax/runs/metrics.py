@@ -1,11 +1,11 @@
-"""What a run writes step by step: metrics.jsonl, samples.jsonl, TensorBoard, the terminal.
+"""What a run writes step by step: metrics.jsonl, samples.jsonl, loggers, the terminal.
 
 ``metrics.jsonl`` has one line a step, ``{"step": 3, "reward/mean": 0.41, ...}``, in rising order.
 Resuming cuts both .jsonl files back to the checkpoint's step, so a run that was killed at any
 moment and started again has every step once, as long as a step is logged before its checkpoint is
 saved. All keys then repeat bit for bit except wall times and what was compiled: those under
 ``time/``, ``throughput/`` and ``compile/``. Values that are not finite are written as null.
-TensorBoard is a view of the same numbers; a kill may cost it the last second.
+Loggers (``loggers``) are views of the same numbers; a kill may cost them the last second.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import Any
 
 from basis_jax.files import append_json_lines, replace_file, whole_lines
 from basis_jax.runs.log import log_line
+from basis_jax.runs.loggers import open_loggers, what
 from basis_jax.runs.terminal import Stream, Terminal
 
 
@@ -47,6 +48,8 @@ class Records:
         resume_step: int = -1,
         *,
         stream: Stream | None = None,
+        loggers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
     ):
         run_dir = self._run_dir = Path(run_dir)
         kept = [] if resume_step >= 0 else set_aside(run_dir)
@@ -57,9 +60,11 @@ class Records:
             opened.enter_context(self._samples)
             stream = sys.stdout if stream is None else stream
             self._terminal = opened.enter_context(Terminal(total_steps, resume_step, stream))
-            self._events = self._tensorboard(run_dir / "tensorboard", resume_step + 1)
-            if self._events is not None:
-                opened.enter_context(self._events)
+            self._loggers = open_loggers(
+                loggers, run_dir, config or {}, next_step=resume_step + 1, report=self.message
+            )
+            self._failed: set[str] = set()
+            opened.callback(self._close_loggers)
             self._opened = opened.pop_all()
         if kept:
             self.message(
@@ -106,9 +111,15 @@ class Records:
         append_json_lines(self._samples, (_finite({"step": step, **row}) for row in rows))
 
     def _show(self, step: int, new: Mapping[str, float], all_of: Mapping[str, float]) -> None:
-        if self._events is not None:
-            for key, value in new.items():
-                self._events.add_scalar(key, value, step)
+        for name in self._loggers.keys() - self._failed:
+            try:
+                self._loggers[name].log(step, new)
+            except Exception as error:  # a network, a user's own code
+                self._failed.add(name)
+                self.message(
+                    f"warning: the logger {name} failed at step {step} ({what(error)}) and is "
+                    "left out; metrics.jsonl holds everything"
+                )
         log_line(self._run_dir, self._terminal.step(step, all_of))
 
     def message(self, text: str) -> None:
@@ -125,13 +136,12 @@ class Records:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _tensorboard(self, folder: Path, next_step: int) -> Any:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            self.message("tensorboardX is not installed: no TensorBoard events, only metrics.jsonl")
-            return None
-        return SummaryWriter(str(folder), purge_step=next_step, flush_secs=1)
+    def _close_loggers(self) -> None:
+        for name, logger in self._loggers.items():
+            try:
+                logger.close()
+            except Exception as error:
+                self.message(f"warning: the logger {name} failed at the end ({what(error)})")
 
 
 def set_aside(run_dir: Path) -> list[str]:

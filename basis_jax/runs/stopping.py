@@ -2,12 +2,13 @@
 
 Work that changes nothing yet (sampling, grading, evaluating) is dropped at once; work that has
 begun to change the state is finished first. A step whose evaluation is dropped is kept, and is
-evaluated when the run goes on. A second signal ends the process at once.
+evaluated when the run goes on. A second signal ends the process at once. Of several processes any
+may be given the signal: they agree on it where a block that can be dropped begins and ends.
 """
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -24,11 +25,13 @@ class StopRequested(Exception):
 
 class Stopper:
     """While it is entered, the two signals ask the run to stop; a context manager. In a thread
-    other than the main one, where signals cannot be handled, it does nothing."""
+    other than the main one, where signals cannot be handled, it does nothing. ``agree`` gives the
+    largest of the numbers that several processes give (``processes.largest``)."""
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
         self.requested: signal.Signals | None = None
         self._droppable = False
+        self._agree = agree
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stopper":
@@ -42,14 +45,24 @@ class Stopper:
     @contextmanager
     def droppable(self) -> Iterator[None]:
         """A block that may be left at any moment. Raises StopRequested at once if the run has been
-        asked to stop, and from inside the block as soon as it is."""
-        if self.requested:
+        asked to stop, and from inside the block as soon as it is; with several processes, at its
+        end in all of them."""
+        if self.agreed():
             raise StopRequested
-        self._droppable = True
+        self._droppable = self._agree is None
         try:
             yield
         finally:
             self._droppable = False
+        if self._agree is not None and self.agreed():
+            raise StopRequested
+
+    def agreed(self) -> bool:
+        """Whether any process has been asked to stop; then all have been. Call it in all."""
+        if self._agree is not None:
+            number = self._agree(self.requested or 0)
+            self.requested = signal.Signals(number) if number else None
+        return self.requested is not None
 
     def stopped_after(self, step: int | None) -> StopRequested:
         """What ``train`` raises when the newest checkpoint is of step ``step``; None: there is

@@ -2,31 +2,36 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from io import TextIOBase
 from statistics import median_low
 from typing import Any, TextIO
 
 FIELDS = (
-    ("reward", "reward/mean", "{:.3f}"),
-    ("accuracy", "reward/accuracy", "{:.1%}"),
-    ("held-out", "eval/accuracy", "{:.1%}"),
-    ("value error", "estimate/value_error", "{:.3f}"),
-    ("length", "completion/length_mean", "{:.1f}"),
-    ("tokens/s", "throughput/sample_tokens_per_s", "{:.0f}"),
-    ("sample", "time/sample_s", "{:.2f}s"),
-    ("verify", "time/verify_s", "{:.2f}s"),
-    ("update", "time/update_s", "{:.2f}s"),
+    ("reward {:.3f}", "reward/mean"),
+    ("accuracy {:.1%}", "reward/accuracy"),
+    ("held-out {:.1%}", "eval/accuracy"),
+    ("value error {:.3f}", "estimate/value_error"),
+    ("length {:.1f}", "completion/length_mean"),
+    ("{:.0f} tokens/s", "throughput/sample_tokens_per_s"),
 )
-"""What the terminal shows of a step: label, metric key, format."""
+"""What the terminal shows of a step, before its times: text and metric key."""
+
+TIMES = (
+    ("sample", "time/sample_s"),
+    ("verify", "time/verify_s"),
+    ("update", "time/update_s"),
+    ("evaluate", "time/eval_s"),
+)
+"""The parts of a step's seconds."""
 
 Stream = TextIO | TextIOBase
 """``sys.stdout`` is declared as the first; a ``StringIO`` passes run-time checks as the second."""
 
 
 class Terminal:
-    """A progress bar on a terminal (with rich), one plain line a step anywhere else."""
+    """One plain line per step; on a terminal a progress bar below them (with rich)."""
 
     def __init__(self, total: int, done: int, stream: Stream):
         self._total, self._stream = total, stream
@@ -41,37 +46,25 @@ class Terminal:
         """Show a step, and return what is shown."""
         now = time.monotonic()
         if step > 0:  # line 0 is the evaluation before the first step
-            self._seconds.append(now - self._then)
+            compiling = metrics.get("compile/seconds", 0.0)  # it does not come again
+            self._seconds.append(max(0.0, now - self._then - compiling))
         self._then = now
-        parts = [f"step {step}/{self._total}"]
-        parts += [
-            f"{label} {form.format(metrics[key])}" for label, key, form in FIELDS if key in metrics
-        ]
-        parts += [
-            f"{key.split('/')[1]} {value:.1%}"
-            for key, value in metrics.items()
-            if key.count("/") == 2 and key.startswith("eval/") and key.endswith("/accuracy")
-        ]
+        parts = [f"step {step:>{len(str(self._total))}}/{self._total}", *shown(metrics)]
         if self._seconds and step < self._total:
-            # the low median forgets the step that compiled as soon as there is another
-            eta = median_low(self._seconds) * (self._total - step)
-            parts.append(f"ETA {timedelta(seconds=round(eta))}")
+            left = median_low(self._seconds) * (self._total - step)
+            parts.append(f"about {timedelta(seconds=round(left))} left")
         line = "  ".join(parts)
         self._show(step, line)
         return line
 
     def _show(self, step: int, line: str) -> None:
-        if self._live is None:
-            print(line, file=self._stream, flush=True)
-            return
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
+        if line:
+            self.message(line)
+        if self._live is not None:
+            from rich.progress_bar import ProgressBar
 
-        rows = Table.grid()
-        rows.add_row(ProgressBar(total=max(1, self._total), completed=step))
-        rows.add_row(Text(line))
-        self._live.update(rows, refresh=True)
+            bar = ProgressBar(total=max(1, self._total), completed=step)
+            self._live.update(bar, refresh=True)
 
     def message(self, text: str) -> None:
         if self._live is None:
@@ -85,6 +78,22 @@ class Terminal:
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
+
+
+def shown(metrics: Mapping[str, float]) -> Iterator[str]:
+    """What a line says of a step. Accuracy is left out where it is the mean reward: with rewards
+    of 0 and 1."""
+    same = metrics.get("reward/accuracy") == metrics.get("reward/mean")
+    for form, key in FIELDS:
+        if key in metrics and not (same and key == "reward/accuracy"):
+            yield form.format(metrics[key])
+    for key, value in metrics.items():
+        if key.count("/") == 2 and key.startswith("eval/") and key.endswith("/accuracy"):
+            yield f"{key.split('/')[1]} {value:.1%}"
+    seconds = {label: metrics[key] for label, key in TIMES if metrics.get(key, 0) >= 0.05}
+    if seconds:
+        parts = ", ".join(f"{label} {value:.1f}" for label, value in seconds.items())
+        yield f"{sum(seconds.values()):.1f} s ({parts})"
 
 
 def _live(stream: Stream) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, Key, PyTree
 
+from basis_jax import processes
 from basis_jax.config import SamplingSection
 from basis_jax.model import decoder
 from basis_jax.model.decoder import KeyValues, ModelConfig
@@ -251,6 +252,7 @@ def by_batches(
         index = np.where(index < rows, index, start)  # one shape: the last call has copies
         part = put_rows(mesh, jax.tree.map(lambda x, i=index: x[i], prompts))
         part = sample_with(params, weights, part, keys[index], **fixed)
+        part = processes.gathered(part)  # begins before the next batch does
         under_way.append((np.arange(start, min(start + size, rows)), part))
         if len(under_way) == 2:  # the device has the next before the host looks at this one
             yield store_batch(rollouts, *under_way.pop(0))
@@ -263,7 +265,7 @@ def store_batch(rollouts: Rollouts, rows: np.ndarray, part: Rollouts) -> np.ndar
     def write(whole, new):
         whole[rows] = new[: rows.size]
 
-    jax.tree.map(write, rollouts, jax.device_get(part))
+    jax.tree.map(write, rollouts, processes.on_host(part))
     return rows
 
 
@@ -364,12 +366,12 @@ def take_prompts(prompts: Prompts, index: np.ndarray, cache_length: int) -> Prom
 def store_ended(rollouts: Rollouts, slots: Slots, owner: np.ndarray) -> np.ndarray:
     """Write the rows that ended from their slots into ``rollouts``; which slots these are."""
     told = slots.lengths, slots.alive, slots.terminated, slots.score_norms
-    lengths, alive, terminated, score_norms = jax.device_get(told)
+    lengths, alive, terminated, score_norms = processes.on_host(told)
     busy = owner >= 0
     rollouts.completion_lengths[owner[busy]] = lengths[busy]
     ended = busy & ~alive
     if ended.any():
-        tokens, logprobs = jax.device_get((slots.tokens, slots.logprobs))
+        tokens, logprobs = processes.on_host((slots.tokens, slots.logprobs))
         rollouts.tokens[owner[ended]] = tokens[ended]
         rollouts.sampler_logprobs[owner[ended]] = logprobs[ended]
         rollouts.terminated[owner[ended]] = terminated[ended]

@@ -1,9 +1,10 @@
 """Sample completions and grade them: what training, evaluation and the reference table share."""
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,8 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from basis_jax import processes
 from basis_jax.config import SamplingSection
 from basis_jax.data.encoding import EncodedProblems
+from basis_jax.data.problem import Problem
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import regrouped
 from basis_jax.sampling.draw import row_keys
@@ -37,6 +40,11 @@ class RolloutSetup:
     seed: int
     rows_at_once: int
     sample_tensor: int = 0  # the mesh of the sampler is regrouped by it
+    held_out_verifiers: Mapping[str, Any] = field(default_factory=dict)
+
+    def for_set(self, name: str) -> "RolloutSetup":
+        """The setup with the verifier of a held-out set."""
+        return replace(self, verifier=self.held_out_verifiers.get(name, self.verifier))
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Graded:
     kinds: list[str]  # of verdicts: verify.verdicts.KINDS
     sample_seconds: float
     verify_seconds: float  # that grading took beyond sampling
+    parts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """The single rewards by name, [N] each, where there are several; 0 where invalid."""
 
     def __post_init__(self) -> None:
         failed = self.valid & ~np.isfinite(self.rewards)
@@ -69,17 +79,21 @@ class Graded:
         return int(self.rollouts.completion_lengths.sum())
 
 
+Row = tuple[str, Any, Any]
+"""Text, submission and verdict of a completion; no verdict yet where all are judged at once."""
+
+
 class BackgroundGrader:
-    """Texts and verdicts of rows, made in a thread of their own while the device works.
+    """Texts and verdicts of rows, made in a thread of their own while the device works. Each row
+    has one owner among the processes, whose text and verdict all of them take.
 
     A context manager: leaving it drops what has not begun, and leaving it by an exception also
     stops what has.
     """
 
-    def __init__(self, setup: RolloutSetup, answers: Sequence[str]):
-        self._setup, self._answers = setup, answers
-        self.completions: list[str] = [""] * len(answers)
-        self.verdicts: list[Any] = [None] * len(answers)
+    def __init__(self, setup: RolloutSetup, problems: Sequence[Problem]):
+        self._setup, self._problems = setup, problems
+        self._graded: dict[int, Row] = {}  # by row, of the rows owned here
         self._parts: list[Future] = []
         self._thread = ThreadPoolExecutor(1)
 
@@ -92,22 +106,50 @@ class BackgroundGrader:
         self._thread.shutdown(cancel_futures=True)
 
     def submit(self, rollouts: Rollouts, rows: np.ndarray) -> None:
-        """Begin to grade these rows. Raises the error of an earlier part that failed, so that it is
-        known before the rest is sampled."""
-        self._parts.append(self._thread.submit(self._grade, rollouts, rows))
-        for part in filter(Future.done, self._parts):
-            part.result()
+        """Begin to grade those of these rows that this process owns. A single process raises the
+        error of an earlier part that failed, so that it is known before the rest is sampled; one of
+        several has to go on sampling with the others until ``wait``."""
+        self._parts.append(self._thread.submit(self._grade, rollouts, processes.owned(rows)))
+        if processes.count() == 1:
+            for part in filter(Future.done, self._parts):
+                part.result()
 
-    def wait(self) -> None:
-        """Wait until all rows are graded."""
+    def wait(self) -> list[tuple[str, Any]]:
+        """Text and verdict of every row, the same in all processes. Raises an error of one process
+        in all of them."""
+        rows: dict[int, Row] = {}
+        for part in processes.exchange(self._finish):
+            rows |= part
+        texts, submissions, verdicts = zip(
+            *(rows[row] for row in range(len(self._problems))), strict=True
+        )
+        verifier = self._setup.verifier
+        if verifier.whole_batches:  # one call with all rows
+            judge = functools.partial(verifier.judge, submissions)
+            verdicts = processes.by_first(lambda: self._thread.submit(judge).result())
+        return [*zip(texts, verifier.settle([*verdicts]), strict=True)]
+
+    def _finish(self) -> dict[int, Row]:
         for part in self._parts:
             part.result()
+        return self._graded
 
     def _grade(self, rollouts: Rollouts, rows: np.ndarray) -> None:
+        if not rows.size:
+            return
         texts = completion_texts(jax.tree.map(lambda x: x[rows], rollouts), self._setup.tokenizer)
-        verdicts = self._setup.verifier.grade(texts, [self._answers[row] for row in rows])
-        for row, text, verdict in zip(rows, texts, verdicts, strict=True):
-            self.completions[row], self.verdicts[row] = text, verdict
+        submissions = [
+            self._problems[row].submission(
+                text,
+                tokens=int(rollouts.completion_lengths[row]),
+                terminated=bool(rollouts.terminated[row]),
+            )
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        whole = self._setup.verifier.whole_batches
+        verdicts = [None] * len(rows) if whole else self._setup.verifier.judge(submissions)
+        for row, *found in zip(rows, texts, submissions, verdicts, strict=True):
+            self._graded[int(row)] = tuple(found)
 
 
 def roll_out(
@@ -128,7 +170,7 @@ def roll_out(
     keys = row_keys(
         setup.seed, stream, step, problem_ids=jnp.asarray(ids), samples=jnp.asarray(samples)
     )
-    with BackgroundGrader(setup, [problems.problems[i].answer for i in ids]) as grader:
+    with BackgroundGrader(setup, [problems.problems[i] for i in ids]) as grader:
         rollouts = sample_rows(
             params,
             setup.model_config,
@@ -141,20 +183,27 @@ def roll_out(
             on_ended=grader.submit,
         )
         sampled = time.perf_counter()
-        grader.wait()
-    verdicts = grader.verdicts
+        graded = grader.wait()
+    verdicts = [verdict for _, verdict in graded]
     with np.errstate(over="ignore"):  # 1e300 is infinite in float32
         rewards = np.array([v.reward if v.valid else 0.0 for v in verdicts]).astype(np.float32)
     return Graded(
         rollouts=rollouts,
-        completions=grader.completions,
+        completions=[text for text, _ in graded],
         rewards=rewards,
         valid=np.array([v.valid for v in verdicts]),
         reasons=[v.reason for v in verdicts],
         kinds=[v.kind for v in verdicts],
         sample_seconds=sampled - started,
         verify_seconds=time.perf_counter() - sampled,
+        parts=parts_of(verdicts, setup.verifier.part_names),
     )
+
+
+def parts_of(verdicts: Sequence[Any], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The single rewards by name, where there are several."""
+    rows = [v.parts if v.valid else (0.0,) * len(names) for v in verdicts] if names else []
+    return {name: np.array([row[k] for row in rows], np.float32) for k, name in enumerate(names)}
 
 
 def completion_texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,23 +11,27 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from basis_jax import processes
 from basis_jax.config import Config
-from basis_jax.data.order import batch_indices
+from basis_jax.data.order import prompts_by_set
 from basis_jax.evaluation.evaluate import evaluate, invalid_warning
 from basis_jax.model import lora
 from basis_jax.runs import checkpoint
 from basis_jax.runs.compiles import count_compiles
-from basis_jax.runs.identity import lock_run, open_run
+from basis_jax.runs.identity import lock_run, open_run, start_facts
 from basis_jax.runs.log import errors_logged, log_line
-from basis_jax.runs.metrics import Records
+from basis_jax.runs.loggers import check_loggers
+from basis_jax.runs.shared_records import SharedRecords
 from basis_jax.runs.stopping import Stopper, StopRequested
 from basis_jax.sampling.rollouts import Graded, roll_out
 from basis_jax.training.microbatches import make_batches
 from basis_jax.training.session import (
     Session,
     open_session,
+    problems_of_step,
 )
 from basis_jax.training.start import (
+    contents_of,
     first_state,
     frozen_params,
     identity_of,
@@ -77,30 +81,49 @@ def train(
     run after saving what was done.
     """
     opening: list[str] = []
+    report = processes.spoken(report)
 
     def report_and_keep(line: str) -> None:
         report(line)
         opening.append(line)
 
+    check_loggers(config.train.loggers)
+    processes.check_same(lambda: start_facts(config))
     opened = open_session(config, report_and_keep, training=True)
-    with opened as session, lock_run(config.run_dir) as run_dir, errors_logged(run_dir):
-        log_line(run_dir, "\n".join(opening))
-        devices = [str(device) for device in jax.devices()]
-        open_run(session.config, devices=devices, identity=identity_of(session))
-        with (
-            jax.set_mesh(session.setup.mesh),
-            checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints,
-            Stopper() as stopper,
-        ):
-            run_steps(
-                session,
-                run_dir,
-                checkpoints,
-                stopper=stopper,
-                callbacks=callbacks,
-                report=report,
-            )
+    with (
+        opened as session,
+        open_folder(session, opening) as run_dir,
+        jax.set_mesh(session.setup.mesh),
+        checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints,
+        Stopper(processes.largest if processes.count() > 1 else None) as stopper,
+    ):
+        run_steps(
+            session,
+            run_dir,
+            checkpoints,
+            stopper=stopper,
+            callbacks=callbacks,
+            report=report,
+        )
     return run_dir
+
+
+@contextmanager
+def open_folder(session: Session, opening: Sequence[str]) -> Iterator[Path]:
+    """The run's folder, held and written to by the first process alone."""
+    config, identity = session.config, identity_of(session)
+    processes.check_same(lambda: contents_of(session, identity))
+    devices = [str(device) for device in jax.devices()]
+    with ExitStack() as held:
+
+        def hold() -> Path:
+            run_dir = held.enter_context(lock_run(config.run_dir))
+            held.enter_context(errors_logged(run_dir))
+            log_line(run_dir, "\n".join(opening))
+            open_run(config, devices=devices, identity=identity)
+            return run_dir
+
+        yield processes.by_first(hold)
 
 
 def run_steps(
@@ -121,17 +144,25 @@ def run_steps(
             else:
                 state = dataclasses.replace(restored, frozen=frozen_params(session))
         resume_step = -1 if restored is None else int(state.step)
-        with Records(run_dir, session.config.train.steps, resume_step) as records:
+        config = session.config
+        with SharedRecords(
+            run_dir,
+            config.train.steps,
+            resume_step,
+            loggers=config.train.loggers,
+            config=dataclasses.asdict(config),
+        ) as records:
             take_steps(session, state, records, checkpoints, stopper=stopper, callbacks=callbacks)
         checkpoint.finish(checkpoints)
     except StopRequested:
-        raise stopper.stopped_after(checkpoint.finish(checkpoints)) from None
+        checkpoint.finish(checkpoints)
+        raise stopper.stopped_after(newest_step(checkpoints)) from None
 
 
 def take_steps(
     session: Session,
     state: TrainState,
-    records: Records,
+    records: SharedRecords,
     checkpoints: Any,
     *,
     stopper: Stopper,
@@ -162,7 +193,7 @@ def take_steps(
                 metrics |= evaluate_unless_stopped(policy(state), session, stopper)
             records.samples(done, shown_rows(session, graded, estimate, config.train.log_samples))
             log_step(records, done, metrics | compiled.take())
-            at_end = done == last or watch.solved or stopper.requested
+            at_end = stopper.agreed() or done == last or watch.solved
             if at_end or done % config.checkpoint.every == 0:
                 save_once(checkpoints, state, config)
             for callback in callbacks:
@@ -177,8 +208,13 @@ def take_steps(
 
 def save_once(checkpoints: Any, state: TrainState, config: Config) -> None:
     """Save a state that is newer than the newest checkpoint."""
-    if int(state.step) > (checkpoints.latest_step() or 0):
+    if int(state.step) > (newest_step(checkpoints) or 0):
         checkpoint.save(checkpoints, state, dataclasses.asdict(config))
+
+
+def newest_step(checkpoints: Any) -> int | None:
+    """The step of the newest checkpoint; None without one."""
+    return processes.by_first(checkpoints.latest_step)
 
 
 def evaluation_due(config: Config, step: int, watch: Watch) -> bool:
@@ -196,7 +232,9 @@ def evaluate_unless_stopped(params: PyTree, session: Session, stopper: Stopper) 
         return {}
 
 
-def evaluate_again(state: TrainState, session: Session, records: Records, stopper: Stopper) -> None:
+def evaluate_again(
+    state: TrainState, session: Session, records: SharedRecords, stopper: Stopper
+) -> None:
     """Add the evaluation to the line of the newest step, where a stop kept it from being made."""
     newest = records.lines()[-1:]
     if newest and newest[0]["step"] == int(state.step) and "eval/accuracy" not in newest[0]:
@@ -205,7 +243,7 @@ def evaluate_again(state: TrainState, session: Session, records: Records, stoppe
         records.complete(metrics)
 
 
-def log_step(records: Records, step: int, metrics: Mapping[str, float]) -> None:
+def log_step(records: SharedRecords, step: int, metrics: Mapping[str, float]) -> None:
     """Log the step, and say where held-out completions could not be graded."""
     records.log(step, metrics)
     if warning := invalid_warning(metrics):
@@ -245,6 +283,7 @@ def make_step(
             graded = sample_and_verify(policy(state), session, number)
         started = time.perf_counter()
         estimator_state, estimate = estimate_values(state.estimator_state, graded)
+        estimate = processes.on_host(estimate)
         outcomes = []
         if has_signal(graded):
             measured = measuring(session, number)
@@ -272,20 +311,16 @@ def measuring(session: Session, number: int) -> bool:
 
 
 def epochs(session: Session, steps: int) -> float:
-    """How often the problems have been visited after so many steps."""
-    size, per_step = len(session.train_set.problems), session.config.train.prompts_per_step
-    return steps / (size // per_step)
+    """How often the problems of ``data.path`` have been visited after so many steps."""
+    config, size = session.config, session.train_set.sizes[0]
+    weights = (1.0, *config.data.more_sets.values())
+    return steps / (size // prompts_by_set(weights, config.train.prompts_per_step)[0])
 
 
 def sample_and_verify(params: PyTree, session: Session, number: int) -> Graded:
     """The rollouts of step ``number``: ``sampling.group_size`` adjacent ones of each problem."""
     config, group_size = session.config, session.config.sampling.group_size
-    problems = batch_indices(
-        config.seed,
-        number,
-        batch_size=config.train.prompts_per_step,
-        size=len(session.train_set.problems),
-    )
+    problems = problems_of_step(config, session.train_set, number)
     return roll_out(
         params,
         session.setup,

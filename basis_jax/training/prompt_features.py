@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
+from basis_jax import processes
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
@@ -45,7 +46,8 @@ def prompt_features(
     def states(start: int) -> np.ndarray:
         index = np.minimum(np.arange(start, start + rows), count - 1)  # the last one fills up
         tokens, lengths = put_rows(mesh, (problems.tokens[index], problems.lengths[index]))
-        return np.asarray(middle_states(params, model_config, tokens, lengths))[: count - start]
+        found = middle_states(params, model_config, tokens, lengths)
+        return processes.on_host(found)[: count - start]
 
     starts = range(0, count, rows)
     sampled = [states(start) for start in starts if start < SAMPLE]

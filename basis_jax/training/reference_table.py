@@ -9,6 +9,7 @@ read too. It may hold the reference policy's ``prompt_features`` as well, with a
 M prefills, 4 MB a feature.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -21,11 +22,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import PyTree
 
+from basis_jax import processes
 from basis_jax.config import DataSection, SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.files import replace_file
 from basis_jax.sampling.rollouts import ROWS_PER_SLOT, RolloutSetup, roll_out
 from basis_jax.training.prompt_features import prompt_features
+from basis_jax.verify import source_fingerprint
 
 SAVE_EVERY_S = 10.0
 FIELDS = {
@@ -63,13 +66,27 @@ def table_origin(
     are decoded in aside."""
     return {
         "model": model_fingerprint,
-        "verifier": f"{data.verifier} {data.answer_mode}".strip(),
+        "verifier": described_rewards(data),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "max_new_tokens": sampling.max_new_tokens,
         "eos_ids": list(setup.eos_ids),
     }
+
+
+def described_rewards(data: DataSection) -> str:
+    """What grades training rollouts: names, weights, and hashes of own functions' files."""
+    words = [f"{data.verifier} {data.answer_mode}".strip()]
+    if data.verifier_weight != 1:
+        words.append(f"x {data.verifier_weight:g}")
+    words += [f"+ {name} x {weight:g}" for name, weight in data.rewards.items()]
+    if "format" in data.rewards:
+        words.append(f"(format {data.format_pattern})")
+    if "overlong" in data.rewards:
+        words.append(f"(overlong {data.overlong_limit} {data.overlong_buffer})")
+    hashes = [source_fingerprint(name) for name in (data.verifier, *data.rewards)]
+    return " ".join([*words, *(f"sha256 {found}" for found in hashes if found)])
 
 
 def prompt_hashes(problems: EncodedProblems) -> np.ndarray:
@@ -185,26 +202,31 @@ def build(
         position=0,
         rewards=np.full((size, samples), np.nan, np.float32),
     )
-    if path.exists():
-        table = resumed(load(path), table, path)
+    empty = table
+    table = processes.by_first(lambda: resumed(load(path), empty, path) if path.exists() else empty)
     if table.features.shape[1] < features:
         made_features = prompt_features(
             params, setup.model_config, problems, mesh=setup.mesh, size=features
         )
         table = replace(table, features=made_features)
-        save(table, path)
+        with_features = table
+        processes.by_first(lambda: save(with_features, path))
         report(f"reference table: {features} features of {size} problems")
     saved = time.monotonic()
+
+    def keep(table: ReferenceTable) -> None:
+        nonlocal saved
+        if table.position == size * samples or time.monotonic() - saved > SAVE_EVERY_S:
+            save(table, path)
+            saved = time.monotonic()
+            report(f"reference table: {table.position} of {size * samples} rollouts")
+
     while table.position < size * samples:
         units = np.arange(
             table.position, min(table.position + ROWS_PER_SLOT * setup.rows_at_once, size * samples)
         )
         table = with_rollouts(params, setup, problems, table, sampling=sampling, units=units)
-        done = table.position == size * samples
-        if done or time.monotonic() - saved > SAVE_EVERY_S:
-            save(table, path)
-            saved = time.monotonic()
-            report(f"reference table: {table.position} of {size * samples} rollouts")
+        processes.by_first(functools.partial(keep, table))
     return table
 
 

@@ -8,18 +8,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from basis_jax import estimators
+from basis_jax import estimators, processes
 from basis_jax.config import Config, EstimatorSection
-from basis_jax.data.encoding import EncodedProblems, encode_and_report
-from basis_jax.data.order import batch_indices
+from basis_jax.data.encoding import EncodedProblems, encode_and_report, joined
+from basis_jax.data.order import step_problems
 from basis_jax.data.overlap import OVERLAP, overlapping
-from basis_jax.data.sources import load_training
+from basis_jax.data.sources import load_more, load_training
 from basis_jax.evaluation.evaluate import load_held_out_set
+from basis_jax.model.decoder import ModelConfig
 from basis_jax.opening.checks import check, check_features, check_memory
 from basis_jax.opening.ranges import check_ranges
-from basis_jax.opening.rollout_setup import locate_model, open_setup
+from basis_jax.opening.rollout_setup import Verifiers, locate_model, open_setup, open_verifiers
 from basis_jax.opening.sizes import with_sizes
 from basis_jax.sampling.rollouts import RolloutSetup
 from basis_jax.training.reference_table import (
@@ -56,10 +58,30 @@ def open_session(
     estimator = make_estimator(config.estimator, config.sampling.group_size)
     folder, model_config, mesh = locate_model(config)
     check(config, model_config, mesh)
+    check_normalised(config, estimator)
     tokenizer = huggingface.load_tokenizer(folder)
-    train_set, held_out = load_sets(config, tokenizer, report)
+    with open_verifiers(config) as verifiers:
+        train_set, held_out = load_sets(config, tokenizer, verifiers, report)
+        config = sized(config, model_config, mesh, train_set, training=training, report=report)
+        with open_setup(
+            config, folder, model_config, mesh, tokenizer, verifiers=verifiers, report=report
+        ) as setup:
+            yield Session(config, folder, setup, estimator, train_set, held_out)
+
+
+def sized(
+    config: Config,
+    model_config: ModelConfig,
+    mesh: Mesh,
+    train_set: EncodedProblems,
+    *,
+    training: bool,
+    report: Callable[[str], None],
+) -> Config:
+    """The config with the sizes of ``with_sizes``. Raises ValueError where a step, a rollout or the
+    features do not fit the problems."""
     size = len(train_set.problems)
-    batch_indices(config.seed, 0, batch_size=config.train.prompts_per_step, size=size)  # fits?
+    problems_of_step(config, train_set, 0)  # fits?
     wanted = {
         "prompt_width": train_set.tokens.shape[1],
         "rows": config.train.prompts_per_step * config.sampling.group_size,
@@ -69,8 +91,18 @@ def open_session(
     check_memory(config, model_config, mesh, **wanted)
     if config.estimator.features:
         check_features(config.estimator.features, size, model_config.embed)
-    with open_setup(config, folder, model_config, mesh, tokenizer, report=report) as setup:
-        yield Session(config, folder, setup, estimator, train_set, held_out)
+    return config
+
+
+def problems_of_step(config: Config, train_set: EncodedProblems, number: int) -> np.ndarray:
+    """Rows of the problems of step ``number``. Raises ValueError where there are too few."""
+    return step_problems(
+        config.seed,
+        number,
+        batch_size=config.train.prompts_per_step,
+        sizes=train_set.sizes,
+        weights=(1.0, *config.data.more_sets.values()),
+    )
 
 
 def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Estimator:
@@ -105,6 +137,20 @@ def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Est
     return estimator
 
 
+def check_normalised(config: Config, estimator: estimators.Estimator) -> None:
+    """Raise a ValueError for rewards on the scale of each step and an estimator that remembers
+    those of other steps."""
+    if not config.data.normalise_rewards:
+        return
+    none = np.zeros(0, np.int32)
+    if estimator.needs_table or jax.tree.leaves(jax.eval_shape(estimator.init, none, none)):
+        raise ValueError(
+            "data.normalise_rewards puts rewards on the scale of each step, and "
+            f"{config.estimator.name} remembers rewards of earlier steps; use reinforce_pp, grpo "
+            "or rloo, or set it to False"
+        )
+
+
 @contextmanager
 def field_named(name: str) -> Iterator[None]:
     """Puts a field's name before the sentence of a ValueError."""
@@ -115,20 +161,22 @@ def field_named(name: str) -> Iterator[None]:
 
 
 def load_sets(
-    config: Config, tokenizer: Any, report: Callable[[str], None]
+    config: Config, tokenizer: Any, verifiers: Verifiers, report: Callable[[str], None]
 ) -> tuple[EncodedProblems, dict[str, EncodedProblems]]:
     """Training problems and the held-out sets by name, as tokens; what was left out is reported."""
-
-    train_set = encode_and_report(
-        "training",
-        load_training(config.data),
-        config.data,
-        tokenizer,
-        size=config.data.size,
-        report=report,
-    )
+    loaded = {"training": load_training(config.data, verifiers.training)}
+    for path in config.data.more_sets:
+        loaded[f"training ({path})"] = load_more(path, config.data, verifiers.training)
+    encoded = [
+        encode_and_report(
+            name, problems, config.data, tokenizer, size=config.data.size, report=report
+        )
+        for name, problems in loaded.items()
+    ]
+    train_set = encoded[0] if len(encoded) == 1 else joined(encoded)
     held_out = {
-        name: load_held_out_set(name, config, tokenizer, report) for name in config.eval.sets
+        name: load_held_out_set(name, config, tokenizer, verifiers.held_out[name], report)
+        for name in config.eval.sets
     }
     report_overlap(train_set, held_out, report)
     return train_set, held_out
@@ -179,7 +227,9 @@ def reference_table(
         table_path = Path(section.table)
         if section.features:
             origin["features"] = section.features
-        table = rows_for(load(table_path), session.train_set, origin, table_path)
+        table = processes.by_first(
+            lambda: rows_for(load(table_path), session.train_set, origin, table_path)
+        )
     else:
         table = build(
             params,
@@ -202,7 +252,7 @@ def estimator_state_shapes(session: Session) -> PyTree:
     size, features = len(session.train_set.problems), session.config.estimator.features
     counts = jax.ShapeDtypeStruct((size,), np.int32)
     options = {"features": jax.ShapeDtypeStruct((size, features), np.float32)} if features else {}
-    samples = _rewards_on_disk(session)
+    samples = processes.by_first(lambda: _rewards_on_disk(session))
     if samples:
         options["reference_rewards"] = jax.ShapeDtypeStruct((size, samples), np.float32)
     return jax.eval_shape(session.estimator.init, counts, counts, **options)

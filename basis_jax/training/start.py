@@ -1,7 +1,6 @@
 """What a run starts from: weights, optimizer, estimator state, and hashes of all of it."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,30 @@ from basis_jax.training.update import (
     make_state,
 )
 from basis_jax.types import TrainState
+from basis_jax.verify import source_fingerprint
 from basis_jax.weights import huggingface
 
 
 def identity_of(session: Session) -> dict[str, str]:
-    """Hashes of what the config only names: the model, the problems, a user's own estimator."""
-    own_estimator = estimators.source_fingerprint(session.config.estimator.name)
+    """Hashes of what the config only names: the model, the problems, a user's own estimator and
+    reward functions."""
+    config = session.config
+    own = {
+        "estimator.name": estimators.source_fingerprint(config.estimator.name),
+        "data.verifier": source_fingerprint(config.data.verifier),
+        **{f"data.rewards {name}": source_fingerprint(name) for name in config.data.rewards},
+    }
     return {
         "model.path": huggingface.fingerprint(session.folder),
         "data.path": session.train_set.fingerprint(),
-        **({} if own_estimator is None else {"estimator.name": own_estimator}),
+        **{field: found for field, found in own.items() if found is not None},
     }
+
+
+def contents_of(session: Session, identity: Mapping[str, str]) -> dict[str, str]:
+    """Hashes of all that several processes must have read alike; ``identity`` is the run's."""
+    held_out = {f"eval.sets {name}": s.fingerprint() for name, s in session.held_out.items()}
+    return {f"the hash of {k}": v for k, v in ({**identity, **held_out}).items()}
 
 
 def objective_of(session: Session) -> dict[str, Any]:
@@ -98,8 +110,12 @@ def start_params(session: Session) -> PyTree:
     if model_config.lora is None:
         return huggingface.load_params(session.folder, model_config, mesh)
     layout = named_tree(mesh, lora.trained(decoder.param_axes(model_config)))
-    start = functools.partial(lora.start, lora.trained(decoder.param_shapes(model_config)))
-    return jax.jit(start, out_shardings=layout)(jax.random.key(session.config.seed))
+    shapes = lora.trained(decoder.param_shapes(model_config))
+
+    def start() -> PyTree:  # several processes have no array in common yet
+        return lora.start(shapes, jax.random.key(session.config.seed))
+
+    return jax.jit(start, out_shardings=layout)()
 
 
 def frozen_params(session: Session) -> PyTree:

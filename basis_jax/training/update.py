@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from basis_jax import processes
 from basis_jax.config import LossSection, OptimSection
 from basis_jax.estimators import Estimator, noise_report
 from basis_jax.losses import kl_loss, policy_loss, sampler_weights
@@ -25,7 +26,7 @@ from basis_jax.training.gradient_sum import make_gradient_sum
 from basis_jax.training.measure import make_measure
 from basis_jax.training.moments import kept_in_bfloat16
 from basis_jax.types import Batch, Estimate, Measurement, Signals, TrainState
-from basis_jax.verify.verdicts import shares
+from basis_jax.verify.verdicts import RIGHT_ABOVE, shares
 
 ADAMW = OptimSection()
 
@@ -73,10 +74,10 @@ def make_state(
         return jax.tree.map(lambda x: x.sharding, tree)
 
     return TrainState(
-        step=jax.device_put(jnp.int32(0), like.step.sharding),
+        step=processes.put_everywhere(mesh, np.int32(0)),
         params=params,
         opt_state=jax.jit(optimizer.init, out_shardings=layout(like.opt_state))(params),
-        estimator_state=jax.device_put(estimator_state, layout(like.estimator_state)),
+        estimator_state=processes.put_everywhere(mesh, estimator_state),
         frozen=frozen,
     )
 
@@ -356,16 +357,20 @@ def apply_gradients(
 def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
     """What a step tells about rewards, verdicts, lengths and the value estimates.
 
-    ``estimate/value_error`` is the mean of (reward - value)^2 over valid rows: the values' own
-    squared error plus the rewards' noise E[V (1 - V)], so only differences between runs count.
+    ``reward/accuracy`` is the share of valid rows with a reward above 1/2: for rewards of 0 and 1
+    those that are right. Where there are several rewards it is the verifier's own that counts, and
+    ``rewards/...`` is the mean of each, unweighted. ``estimate/value_error`` is the mean of
+    (reward - value)^2 over valid rows: the values' own squared error plus the rewards' noise, which
+    is E[V (1 - V)] for rewards of 0 and 1, so only differences between runs count.
     """
     valid, lengths = graded.valid, graded.rollouts.completion_lengths
     rewards = graded.rewards[valid]
+    own = next(iter(graded.parts.values()), graded.rewards)[valid]
     advantages = np.abs(np.asarray(estimate.advantages))[valid]
     errors = (graded.rewards - np.asarray(estimate.values))[valid] ** 2
     metrics = {
         "reward/mean": rewards.mean() if rewards.size else 0.0,
-        "reward/accuracy": (rewards > 0.5).mean() if rewards.size else 0.0,
+        "reward/accuracy": (own > RIGHT_ABOVE).mean() if rewards.size else 0.0,
         "reward/variance": rewards.var() if rewards.size else 0.0,
         "reward/invalid": 1.0 - valid.mean(),
         "estimate/value_error": errors.mean() if rewards.size else 0.0,
@@ -377,6 +382,8 @@ def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
         "throughput/sample_tokens_per_s": graded.tokens / graded.sample_seconds,
     }
     metrics |= shares(graded.kinds)
+    for name, part in graded.parts.items():
+        metrics[f"rewards/{name}"] = part[valid].mean() if rewards.size else 0.0
     for name, value in estimate.info.items():
         if np.ndim(value) == 0:
             metrics[f"estimate/{name}"] = value

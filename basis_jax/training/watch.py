@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from basis_jax import estimators
 from basis_jax.config import Config, WatchSection
 from basis_jax.sampling.rollouts import Graded
+from basis_jax.verify.verdicts import RIGHT_ABOVE
 
 MIN_REWARDS = 32
 """So many equal rewards are no accident: with a pass rate of .2 or .8 it happens once in a thousand
@@ -95,6 +97,7 @@ class Watch:
         self._given: set[str] = set()
         self._first: Mapping[str, float] = {}
         self._alike: list[float] = []  # mean rewards of the latest steps, all without signal
+        self._right: list[float] = []  # the share of right completions of these
         for metrics in history:
             self.count(metrics)
 
@@ -104,13 +107,15 @@ class Watch:
             self._first = {k: float(v) for k, v in metrics.items() if v is not None}
         if metrics.get("estimate/no_signal"):
             self._alike.append(metrics["reward/mean"])
+            self._right.append(metrics.get("reward/accuracy", metrics["reward/mean"]))
         else:
             self._alike.clear()
+            self._right.clear()
 
     @property
     def solved(self) -> bool:
         """Whether every completion of the last ``train.patience`` steps was right."""
-        return self._out_of_patience and min(self._alike) > 0.5
+        return self._out_of_patience and min(self._right) > RIGHT_ABOVE
 
     @property
     def _out_of_patience(self) -> bool:
@@ -131,6 +136,7 @@ class Watch:
         ``train.patience`` steps in a row without a right completion.
         """
         yield from self._signal_warnings(graded)
+        yield from self._range_warning(graded.rewards[graded.valid])
         for name, sentence in findings(metrics, self._first, self._config.watch).items():
             if name in self._config.train.abort_on:
                 raise ValueError(f"the run ends as train.abort_on has {name}: {sentence}")
@@ -157,6 +163,19 @@ class Watch:
                     "few to say that there is no signal, so the policy is updated; raise "
                     "train.prompts_per_step"
                 )
+
+    def _range_warning(self, rewards: np.ndarray) -> Iterator[str]:
+        section = self._config.estimator
+        if "range" in self._given or not {"low", "high"} <= estimators.option_names(section.name):
+            return
+        low, high = (float(section.options.get(*end)) for end in (("low", 0.0), ("high", 1.0)))
+        if np.any(rewards < low) or np.any(rewards > high):
+            self._given.add("range")
+            yield (
+                f"warning: rewards of this step go from {rewards.min():g} to {rewards.max():g} and "
+                f"{section.name} takes those beyond {low:g} to {high:g} as the nearer end; give "
+                "the range as --estimator.options low LOW high HIGH"
+            )
 
     def _nothing_to_learn(self, graded: Graded, answers: Sequence[str]) -> str:
         shown = "; ".join(

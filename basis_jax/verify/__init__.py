@@ -1,9 +1,11 @@
-"""Grading completions: right, wrong, or, where it is not the policy's doing that nothing can be
-told, invalid (``valid`` False, never a silent 0). No JAX here."""
+"""Grading completions: right, wrong or invalid. Invalid (``valid`` False) means that nothing can be
+said about the completion for a reason that the policy has no part in; it is never counted as 0
+without notice. No JAX here."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from basis_jax import references
 from basis_jax.verify.accepted import any_of, together
 from basis_jax.verify.extract import MODES
 from basis_jax.verify.verdicts import RIGHT, WRONG, Verdict, Verifier
@@ -11,9 +13,26 @@ from basis_jax.verify.verdicts import RIGHT, WRONG, Verdict, Verifier
 VERIFIERS = ("exact", "math", "math_strict", "gym")
 
 
+def is_own(name: str) -> bool:
+    """Whether a name is a reference to a function of the user's own."""
+    return ":" in name
+
+
+def needs_answers(name: str) -> bool:
+    """Whether a problem without an answer cannot be graded by this verifier or reward."""
+    return name in VERIFIERS
+
+
+def source_fingerprint(name: str) -> str | None:
+    """SHA-256 in hex of the file behind an own reward function; None for a built-in name.
+
+    Raises ValueError for a file or module that does not exist."""
+    return references.fingerprint(name, "reward function") if is_own(name) else None
+
+
 class ExactVerifier(Verifier):
-    """Right when the whole completion, spaces around it aside, is the answer; several that are all
-    wanted stand in it in any order, with commas between them."""
+    """Right if the whole completion is the answer, apart from spaces around it. Several answers
+    that are all wanted may come in any order, separated by commas."""
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         return any_of(self.grade_single, completions, answers)
@@ -51,11 +70,18 @@ def make_verifier(name: str, *, mode: str = "", **options: Any) -> Verifier:
     """The verifier called ``name``: ``exact``; ``math``, which finds and compares mathematical
     answers (``MathVerifier`` has the options; ``mode`` is that of ``extraction_mode``);
     ``math_strict``, which takes only boxed answers and those after ``####``; ``gym``, the scorers
-    of reasoning-gym. Of several accepted answers one is enough, or all are wanted (``accepted``).
-    Raises ValueError for an unknown name or mode."""
-    if name not in VERIFIERS:
-        raise ValueError(f"data.verifier is {name!r}; allowed are {', '.join(VERIFIERS)}")
+    of reasoning-gym; a function of the user's own by reference (``OwnReward``). Of several accepted
+    answers one is enough, or all are wanted (``accepted``). Raises ValueError for an unknown name
+    or mode, and for a function that cannot be loaded."""
     mode = extraction_mode(name, mode)
+    if is_own(name):
+        from basis_jax.verify.own import OwnReward
+
+        return OwnReward(name, **options)
+    if name not in VERIFIERS:
+        raise ValueError(
+            f"data.verifier is {name!r}; allowed are {', '.join(VERIFIERS)}, {references.FORMS}"
+        )
     if name == "gym":
         from basis_jax.verify.gym import GymVerifier
 

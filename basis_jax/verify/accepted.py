@@ -27,8 +27,8 @@ def any_of(
     completions: Sequence[str],
     answers: Sequence[str],
 ) -> list[Verdict]:
-    """The verdicts of ``grade``, which takes one answer each: for several accepted answers the best
-    of theirs, which is right, else invalid, else wrong."""
+    """Verdicts where several answers may be accepted. ``grade`` compares with one answer at a time;
+    the best verdict counts: right before invalid before wrong."""
     accepted = [alternatives(answer) for answer in answers]
     repeated = [c for c, texts in zip(completions, accepted, strict=True) for _ in texts]
     verdicts = iter(grade(repeated, [text for texts in accepted for text in texts]))

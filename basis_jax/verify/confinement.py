@@ -5,10 +5,10 @@ New processes and threads, sockets, signals to others, opening files to write, a
 file system are refused by the kernel as well, where it is Linux on x86-64 or aarch64 (seccomp);
 elsewhere by RLIMIT_NPROC, which does not bind root, and by the audit hook.
 
-The audit hook (PEP 578) refuses to compile, to read files other than Python's modules, and the
-rest of that list, to Python code that asks for it in the usual ways. It is no wall against native
-code that a hostile answer might bring to run; the kernel's limits then remain, and reading files
-that the user may read is not among them.
+The audit hook (PEP 578) refuses the same to Python code that tries it in the usual ways, and also
+compiling and reading files other than Python's modules. It cannot stop native code that a hostile
+answer might manage to run. The kernel's limits still hold then, but they do not cover reading files
+that the user may read.
 """
 
 import ctypes

@@ -14,7 +14,7 @@ from basis_jax.verify.verdicts import Verdict, Verifier, verdict_of
 
 
 class GymVerifier(Verifier):
-    """Right where the problem's scorer gives 1: partial credit is wrong.
+    """Right if the problem's scorer gives 1; partial credit counts as wrong.
 
     The answer is what the last ``<answer>`` tags hold, else what a mark gives (``extract``), else
     the whole completion. ``answers`` are task, options and problem as JSON. Limits as those of
@@ -45,8 +45,8 @@ class GymVerifier(Verifier):
 
 
 def check_scorer(path: str, answers: Sequence[str]) -> None:
-    """Raise ValueError unless the confined scorer finds the problems' own answers right, and says
-    of each other's whether they are."""
+    """Try a scorer before a run. Raises ValueError unless the confined scorer accepts the own
+    answer of each problem, and reaches a verdict on the answers of the other problems."""
     with GymVerifier(workers=1) as verifier:
         right = [f"<answer>{json.loads(answer)['entry']['answer']}</answer>" for answer in answers]
         own = verifier.grade(right, answers)

@@ -25,6 +25,9 @@ UNCLEAN = ("memory", "nonsense", "refused")
 """What may be due to jobs before; repeated by a fresh process unless it was one."""
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR")
+OWN = "own:"  # begins the kind of a user's own function, whose module may be on his import path
+PLAIN = ("right", "wrong", "gold", "scored")
+"""Kinds of replies after which a process may take another job."""
 Reply = tuple[str, str]  # the kind of verdict ("right", "wrong", "timeout", ...); the reason
 
 
@@ -150,7 +153,10 @@ class Pool:
         """A process with nothing of this one's environment but where libraries are; the seed of
         hashes is fixed, since the order of sets can decide how sympy proceeds."""
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
-        environment |= {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+        folders = [str(Path(__file__).parent.parent.parent)]
+        if self.kind.startswith(OWN) and "PYTHONPATH" in os.environ:
+            folders.append(os.environ["PYTHONPATH"])
+        environment |= {"PYTHONPATH": os.pathsep.join(folders)}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         # -P: a sympy.py in the working folder is not sympy
         command = [sys.executable, "-P", "-m", "basis_jax.verify.worker"]
@@ -158,7 +164,8 @@ class Pool:
         return Worker(command, environment)
 
     def _heard(self) -> list[tuple[Worker, bool]]:
-        """Waits for the first workers to speak or end (True), or to overstay in silence (False)."""
+        """Wait for the first workers to answer or end (True), or to exceed their time without an
+        answer (False)."""
         active = [w for w in self.workers if w.job is not None or not w.ready]
         if not active:
             return []
@@ -192,7 +199,7 @@ class Pool:
         else:
             replies[job] = reply
         worker.jobs_before += 1
-        if reply[0] not in ("right", "wrong", "gold"):
+        if reply[0] not in PLAIN:
             self._drop(worker)
 
     def _note_start(self, trouble: str) -> None:

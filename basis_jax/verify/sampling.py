@@ -36,9 +36,9 @@ INTEGERS = ((7, 12), (6, 4), (9, 6), (10, 15), (5, 8), (12, 18), (-4, -9))
 
 
 def same_constants(left: Basic, right: Basic, tolerance: Tolerance = EXACT) -> bool | None:
-    """Whether two constants are equal: exactly where rational, else to 50 digits, or within the
-    tolerance. None where one is no constant, or the digits of both say nothing, as those of an
-    expression that is 0 do."""
+    """Whether two constants are equal: exactly if both are rational, otherwise to 50 digits, or
+    within the tolerance. None if one is not a constant, or if the digits of both are only rounding
+    noise, as those of an expression whose value is 0."""
     if not all(isinstance(side, Expr) and not side.free_symbols for side in (left, right)):
         return None
     left, right = left.doit(), right.doit()
@@ -65,8 +65,8 @@ def is_precise(value: Expr) -> bool:
 
 
 def same_functions(left: Basic, right: Basic) -> bool | None:
-    """Whether two expressions agree at every chosen point where both are real (or, with positive
-    variables, complex); None where they are no expressions, or no point says anything.
+    """Whether two expressions agree at every chosen point at which both are real (or complex, if
+    the variables are positive). None if they are not expressions, or if no point is of use.
 
     Integer functions are tried at integers too; where all that the two share are variables named
     as integers are (k, m, n), agreement at integers is enough.

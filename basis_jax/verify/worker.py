@@ -4,8 +4,8 @@ It is started with ``python -m basis_jax.verify.worker KIND SECONDS MEGABYTES`` 
 killed from outside. What it reads was written by a model, so it is confined once it has started up
 (``confinement``), and each job may compute for SECONDS, after which the process dies of SIGPROF.
 
-A verdict must not depend on the jobs before it: caches are emptied and random numbers start anew
-with each job, and after anything but a plain verdict, or with memory used up, the process ends.
+A verdict must not depend on earlier jobs. So caches are emptied and random numbers are seeded again
+for each job, and the process ends after anything but a plain verdict, or when memory is used up.
 """
 
 import functools
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 from basis_jax.verify.confinement import confine
+from basis_jax.verify.pool import OWN, PLAIN
 
 WARM_UP = (
     (r"\frac{x}{2}", "3x"),
@@ -30,7 +31,6 @@ WARM_UP = (
 """What makes sympy load and make what it loads and makes late."""
 
 
-PLAIN = ("right", "wrong", "gold")
 GROWTH = 4  # a worker ends once a fourth of its memory is used between jobs
 
 Judge = Callable[[str, str], list[str]]  # (gold, answer) -> [kind of verdict, why]
@@ -44,8 +44,8 @@ def main() -> None:
     output = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # nothing else can write between the lines
     try:
-        judge, forget, readable = KINDS[kind]()
-    except ImportError as error:
+        judge, forget, readable = own(kind) if kind.startswith(OWN) else KINDS[kind]()
+    except (ImportError, ValueError) as error:
         print(json.dumps(["failure", str(error)]), file=output, flush=True)
         return
     memory = open("/proc/self/statm", "rb") if sys.platform == "linux" else None  # while it may
@@ -72,7 +72,7 @@ def answer(judge: Judge, line: str, refusals: list[str]) -> list[str]:
         return ["memory", "the comparison needs too much memory"]
     except Exception as error:
         return ["nonsense", f"{type(error).__name__} in the comparison"]
-    if refusals and reply[0] == "wrong":  # math-verify and some scorers catch every exception
+    if refusals and reply[0] in ("wrong", "scored"):  # some judges catch every exception
         return ["refused", f"the comparison needed {refusals[0]}, which is refused"]
     return reply
 
@@ -142,12 +142,19 @@ def gym() -> Kind:
     )
 
 
+def own(kind: str) -> Kind:
+    """A reward function of the user's own."""
+    from basis_jax.verify.own import judge_in_worker
+
+    return judge_in_worker(kind.removeprefix(OWN)), lambda: random.seed(0), ""
+
+
 KINDS = {"math": mathematics, "gym": gym}
 
 
 def limit_cpu(seconds: float) -> None:
-    """Die by signal after ``seconds`` of computing from now; 0: not any more. Time of the clock
-    would make the verdict one on what else runs on the machine."""
+    """End this process by a signal after ``seconds`` more of CPU time; 0 lifts the limit. CPU time,
+    because with clock time a verdict would depend on what else the machine is doing."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 

@@ -1,7 +1,8 @@
 """config.json of Qwen2, Qwen3 and Llama <-> ModelConfig.
 
-What is absent is what transformers 5.23 takes it for; what it refuses, guesses without looking at
-the other sizes, or computes otherwise than we do is refused by name.
+Absent settings have the defaults of transformers 5.23. A setting is refused by name if transformers
+refuses it, if it would guess a size without regard to the others, or if it computes something else
+than we do.
 """
 
 import math

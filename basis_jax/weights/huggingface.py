@@ -186,12 +186,12 @@ def save_params(
 ) -> Path:
     """Write parameters in Hugging Face layout; float32 survives the round trip bit for bit.
 
-    With ``source`` (the folder that training began from) its config.json, tokenizer and
-    generation files are carried over, and ``dtype=None`` stores each tensor as it is stored there.
-    Without it, config.json is made from ``model_config`` and None means float32. ``generation``
-    holds what generation_config.json says otherwise than that of the source. For crashes and
-    ``overwrite`` see ``layout.write_folder``. Raises ValueError where config.json and
-    ``model_config`` disagree, and for parameters that hold NaN or infinity.
+    ``source`` is the folder that training began from: its config.json, tokenizer and generation
+    files are copied, and ``dtype=None`` stores each tensor in the type that it has there. Without a
+    source config.json is made from ``model_config``, and None means float32. ``generation`` holds
+    the settings of generation_config.json that differ from those of the source. For crashes and
+    ``overwrite`` see ``layout.write_folder``. Raises ValueError if config.json and ``model_config``
+    disagree, and for parameters that hold NaN or infinity.
     """
     if dtype not in (None, *DTYPES.values()):
         raise ValueError(f"dtype is {dtype!r}; None, {list_names(DTYPES.values())} are allowed")

@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from basis_jax import processes
 from basis_jax.files import read_json
 from basis_jax.model import decoder, lora
 from basis_jax.model.decoder import ModelConfig
@@ -141,10 +142,10 @@ class Parameter:
 
 
 def check_finite(value: np.ndarray, name: str) -> None:
-    """Raise ValueError where the values hold NaN or infinity.
+    """Raise ValueError if the values hold NaN or infinity.
 
-    Their sum, one pass without a copy, is not finite then; only where it is not are they looked at
-    one by one, as a sum of finite numbers may overflow too.
+    First their sum is checked, in one pass without a copy. Only if it is not finite are the values
+    checked one by one, because a sum of finite numbers can overflow too.
     """
     with np.errstate(all="ignore"):
         finite = np.isfinite(np.sum(value)) or np.isfinite(value).all()
@@ -252,13 +253,14 @@ def _check_tied(tensors: Mapping[str, Any], folder: str | Path, rows: int = 4096
 
 
 def stored_tensors(params: PyTree, model_config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) in the files' names and layouts, one parameter on the host at a time."""
+    """(name, tensor) in the files' names and layouts, one parameter on the host at a time. Every
+    process has them whole, and takes all of them."""
     for parameter, leaf in zip(parameters(model_config), jax.tree.leaves(params), strict=True):
         if leaf.shape != parameter.shape:
             raise ValueError(
                 f"parameter {parameter.path} is {leaf.shape}; its config says {parameter.shape}"
             )
-        value = np.asarray(leaf)
+        value = processes.on_host(leaf)
         layers = value if parameter.stacked else [value]
         for name, layer in zip(parameter.names, layers, strict=True):
             yield name, parameter.layout.to_stored(layer)
@@ -287,13 +289,34 @@ def write_folder(
     """Write named tensors as ``name``.safetensors (with an index where there are several) and other
     files.
 
-    All goes to ``<folder>.partial``, which is renamed when complete: a crash leaves no half-made
-    folder. Raises ValueError where the folder has contents, unless ``overwrite``; then the old
-    folder stands until the new one is complete.
+    Everything is written to ``<folder>.partial``, which is renamed when it is complete, so a crash
+    leaves no half-written folder. Raises ValueError if the folder is not empty, unless
+    ``overwrite``; the old folder then stays until the new one is complete. The first of several
+    processes writes.
     """
     folder = Path(folder).absolute()
+    processes.by_first(lambda: _check_free(folder, overwrite))
+    if processes.is_first():
+        _write_and_rename(folder, name, tensors, files, max_shard_bytes)
+    else:
+        for _ in tensors:  # gathering them takes all processes
+            pass
+    processes.barrier()
+    return folder
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; remove it or give another name")
+
+
+def _write_and_rename(
+    folder: Path,
+    name: str,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    files: Mapping[str, bytes],
+    max_shard_bytes: int,
+) -> None:
     partial, old = (folder.with_name(folder.name + end) for end in (".partial", ".old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -308,7 +331,6 @@ def write_folder(
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def _write_shards(

@@ -1,7 +1,7 @@
 """Trained parameters out of a run's checkpoint, for evaluation and export.
 
-Only they are read, not the optimizer's moments, and nothing is written: a run that is saving in
-the same folder is not disturbed.
+Only the parameters are read, not the optimizer's moments. Nothing is written, so a run that saves
+to the same folder at the same time is not disturbed.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,10 @@
-"""Problems that are made and not read, by name. Standard library only, but for ``gym``.
+"""Tasks: problems that are generated instead of read from a file. They need the standard library
+only, except ``gym``.
 
-A task is a module with ``problems(*, held_out: bool) -> list[Problem]``; the two calls return
-disjoint sets, split by content and not by position. Of ``MODULE/REGIME`` the regime comes first:
-``problems(regime, *, held_out: bool)``. ``gym/NAME`` is a task of reasoning-gym.
+A task is a module with ``problems(*, held_out: bool) -> list[Problem]``. The training and the
+held-out problems are disjoint; which side a problem is on depends on its content, not on its
+position. A task named ``MODULE/REGIME`` calls ``problems(regime, *, held_out: bool)``. ``gym/NAME``
+is a task of reasoning-gym.
 """
 
 import importlib

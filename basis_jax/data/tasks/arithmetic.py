@@ -4,9 +4,9 @@
     9 + 1 = 10
     7 + 4 =
 
-The completion up to the newline is the answer. A question is held out, or not, by a hash of its
-kind and its unordered operands, so 4 + 7 is never trained on where 7 + 4 is held out; worked lines
-are training questions in both sets and never the question itself.
+The completion up to the newline is the answer. A hash of a question's kind and its operands, in any
+order, decides whether it is held out: if 7 + 4 is held out, 4 + 7 is too. The worked lines in front
+are training questions in both sets, and never the question itself.
 """
 
 import operator

@@ -1,9 +1,9 @@
 """Tasks of reasoning-gym (the extra [tasks]): ``task:gym/NAME`` or ``task:gym/NAME?key=value``.
 
-``task:gym/chain_sum?size=2000&min_terms=2`` makes 2,000 problems with that option of its generator;
-``seed`` is one of them (0). A question that comes twice is one problem; about a fifth is held out,
-by a hash of the question. They are graded by the verifier ``gym``, and a problem's answer here is
-all that its scorer needs, as JSON.
+``task:gym/chain_sum?size=2000&min_terms=2`` generates 2,000 problems; everything after the question
+mark is an option of the generator, ``seed`` (0 by default) included. Repeated questions are one
+problem. About a fifth is held out, by a hash of the question. The verifier ``gym`` grades them; the
+answer of such a problem is everything that its scorer needs, as JSON.
 """
 
 import json

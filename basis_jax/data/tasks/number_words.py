@@ -4,9 +4,9 @@
     Take twenty-two from seventeen.      -5
     Count the digit 5 in 65514.          2
 
-A question is held out, or not, by a hash of its kind and operands (unordered where order does not
-matter): 17 + 22 is no training problem where 22 + 17 is held out. The
-embedded model's pretraining corpus knows no such split (studies/make_quickstart_model.py).
+A hash of a question's kind and operands decides whether it is held out; the order of the operands
+counts only where it matters. If 22 + 17 is held out, 17 + 22 is too. The corpus on which the
+embedded model was pretrained is not split this way (studies/make_quickstart_model.py).
 """
 
 import random

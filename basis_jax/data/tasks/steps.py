@@ -5,11 +5,11 @@
                                            Answer: 39
     long from 7 add three times 26.        Now 7 plus three gives 10 left 25 ...
 
-The first word is a manner of working, which the embedded model knows (studies/make_steps_model.py):
-``free`` words each line as it likes, ``single`` knows one wording, ``guess`` often answers at once,
-``long`` repeats one step. Only the last line, ``Answer: x``, is graded (verifier ``math``, answer
-mode ``answer_line``). A question is held out, or not, by a hash of its start and steps, whatever
-the manner: what ``free`` holds out is a training problem of no regime.
+The first word tells the embedded model how to work (studies/make_steps_model.py trained it so):
+``free`` has several wordings for a line, ``single`` has one, ``guess`` often answers at once,
+``long`` repeats one step. Only the last line, ``Answer: x``, is graded (verifier ``math``,
+answer mode ``answer_line``). A hash of start and steps decides whether a question is held out, for
+all regimes alike: a question that ``free`` holds out is not a training problem of any regime.
 """
 
 import functools
@@ -42,8 +42,9 @@ TRAINING, HELD_OUT = 600, 320
 
 @dataclass(frozen=True)
 class Regime:
-    """``lengths``: numbers of steps, equally likely. A share ``gentle`` of the questions has steps
-    drawn by the weights GENTLE of the four hardnesses, the others by ``rough``."""
+    """``lengths``: possible numbers of steps, equally likely. Steps have four degrees of hardness.
+    For a share ``gentle`` of the questions these are drawn with the weights GENTLE, for the others
+    with the weights ``rough``."""
 
     manner: str = "free"
     lengths: tuple[int, ...] = (2, 3, 3, 4, 5)

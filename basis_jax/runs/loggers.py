@@ -1,0 +1,227 @@
+"""Where metrics go besides ``metrics.jsonl``, which alone is exact: TensorBoard, trackio, wandb,
+mlflow, and loggers of the user's own.
+
+A logger is a class, or any function of a ``Run``, that makes an object with ``log(step, metrics)``
+and ``close()``. Where the object has a ``remote_id``, a resumed run is opened with it again. A
+logger that fails later is reported and left out; the run goes on.
+"""
+
+import importlib.util
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from basis_jax import references
+from basis_jax.files import read_json, replace_file
+
+PROJECT = "basis_jax"
+REMEMBERED = "loggers.json"  # in the run folder: the remote run of each logger
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a logger is told of the run that it is opened for."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    next_step: int
+    """The first step that it will be given; 0 in a new run. Steps after the newest checkpoint were
+    logged before a kill and are logged once more, with the same values but for wall times."""
+    remote_id: str = ""
+    """Its ``remote_id`` when the run was opened before; empty in a new run."""
+
+
+@runtime_checkable
+class Logger(Protocol):
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take a step's metrics, or some more of the newest step's."""
+
+    def close(self) -> None:
+        """Finish what is under way."""
+
+
+class TensorBoard:
+    """Events in the folder ``tensorboard``; what is logged again hides what was cut."""
+
+    def __init__(self, run: Run):
+        from tensorboardX import SummaryWriter
+
+        folder = str(run.folder / "tensorboard")
+        self._events = SummaryWriter(folder, purge_step=run.next_step, flush_secs=1)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class Wandb:
+    """Weights & Biases; WANDB_PROJECT, WANDB_MODE and so on are read by wandb. Steps are a metric
+    of their own, since wandb drops values of a step that lies behind its own counter."""
+
+    def __init__(self, run: Run):
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run.folder.name,
+            config=dict(run.config),
+            dir=str(run.folder),
+            id=run.remote_id or None,
+            resume="allow" if run.remote_id else None,
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        self.remote_id = self._run.id
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **metrics})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """trackio, a local dashboard; its runs are found again by their names."""
+
+    def __init__(self, run: Run):
+        import trackio
+
+        self.remote_id = run.remote_id or f"{run.folder.name}-{uuid.uuid4().hex[:8]}"
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+            name=self.remote_id,
+            config=dict(run.config),
+            resume="allow",
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """MLflow; MLFLOW_TRACKING_URI says where to."""
+
+    def __init__(self, run: Run):
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient()
+        if run.remote_id:
+            self.remote_id = run.remote_id
+            self._client.update_run(self.remote_id, status="RUNNING")
+            return
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        found = self._client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else self._client.create_experiment(name)
+        made = self._client.create_run(experiment, run_name=run.folder.name)
+        self.remote_id = made.info.run_id
+        self._client.log_dict(self.remote_id, dict(run.config), "config.json")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        values = [Metric(name, value, now, step) for name, value in metrics.items()]
+        self._client.log_batch(self.remote_id, metrics=values)
+
+    def close(self) -> None:
+        self._client.set_terminated(self.remote_id)
+
+
+BUILT_IN: dict[str, tuple[Callable[[Run], Any], str]] = {
+    "tensorboard": (TensorBoard, "tensorboardX"),
+    "wandb": (Wandb, "wandb"),
+    "trackio": (Trackio, "trackio"),
+    "mlflow": (MLflow, "mlflow"),
+}
+"""How a logger is made, and the package that it needs."""
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise a ValueError for a name that is unknown, a package that is not installed, and a
+    reference that cannot be loaded. TensorBoard may be missing: ``Records`` says so."""
+    for name in names:
+        if ":" in name:
+            _own(name)
+        elif name not in BUILT_IN:
+            raise ValueError(
+                f"train.loggers names {name!r}; allowed are {', '.join(BUILT_IN)}, "
+                f"{references.FORMS}"
+            )
+        elif name != "tensorboard" and importlib.util.find_spec(BUILT_IN[name][1]) is None:
+            raise ValueError(
+                f"train.loggers names {name}, which is not installed; install it "
+                f"(pip install 'basis-jax[{name}]') or leave it out"
+            )
+
+
+def open_loggers(
+    names: Sequence[str],
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    next_step: int,
+    report: Callable[[str], None],
+) -> dict[str, Logger]:
+    """The loggers by name; a run that goes on (``next_step`` > 0) finds its remote runs again.
+
+    Raises ValueError where one cannot be opened.
+    """
+    path = folder / REMEMBERED
+    known = read_json(path) if next_step > 0 and path.exists() else {}
+    opened: dict[str, Logger] = {}
+    for name in names:
+        if name == "tensorboard" and importlib.util.find_spec("tensorboardX") is None:
+            report("tensorboardX is not installed: no TensorBoard events, only metrics.jsonl")
+            continue
+        run = Run(folder, config, next_step, known.get(name, ""))
+        make = _own(name) if ":" in name else BUILT_IN[name][0]
+        try:
+            logger = make(run)
+        except Exception as error:  # a network, a login, a user's own code
+            raise ValueError(
+                f"the logger {name} of train.loggers could not be opened ({what(error)}); mend it "
+                "or leave it out"
+            ) from error
+        _check_logger(name, logger)
+        opened[name] = logger
+    ids = {
+        name: logger.remote_id for name, logger in opened.items() if hasattr(logger, "remote_id")
+    }
+    if ids:
+        replace_file(path, json.dumps(known | ids, indent=2) + "\n")
+    return opened
+
+
+def _check_logger(name: str, logger: Any) -> None:
+    for method in ("log", "close"):
+        if not callable(getattr(logger, method, None)):
+            raise ValueError(
+                f"the logger {name} of train.loggers made a {type(logger).__name__} without "
+                f"{method}(); give it log(step, metrics) and close()"
+            )
+
+
+def _own(reference: str) -> Callable[[Run], Any]:
+    found = references.load(reference, "logger")
+    if not callable(found):
+        raise ValueError(
+            f"train.loggers: {reference} is of the type {type(found).__name__}; give a class or a "
+            "function that takes a basis_jax.runs.loggers.Run"
+        )
+    return found
+
+
+def what(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -1,0 +1,154 @@
+"""Several rewards with weights, and ready-made ones for form and length."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from basis_jax.verify.verdicts import Submission, Verdict, Verifier
+
+READY_MADE = ("format", "overlong")
+THINK_THEN_ANSWER = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"
+"""The form of R1 (arXiv 2501.12948)."""
+
+
+class FormatReward(Verifier):
+    """1 where the whole completion has the form of a regular expression, else 0; a dot is any
+    character, also the end of a line.
+
+    Raises ValueError for a pattern that is none.
+    """
+
+    name = "format"
+
+    def __init__(self, pattern: str = THINK_THEN_ANSWER):
+        try:
+            self.pattern = re.compile(pattern, re.DOTALL)
+        except re.error as error:
+            raise ValueError(
+                f"data.format_pattern is {pattern!r}, which is no regular expression ({error}); "
+                "correct it"
+            ) from error
+
+    def judge(self, rows: Sequence[Submission]) -> list[Verdict]:
+        return [
+            Verdict(1.0, True, "has the form", "right")
+            if self.pattern.fullmatch(row.completion)
+            else Verdict(0.0, True, "has not the form", "wrong")
+            for row in rows
+        ]
+
+
+class OverlongReward(Verifier):
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), in tokens: 0 up to
+    limit - buffer, then falling linearly to -1 at ``limit``, and -1 beyond.
+
+    Raises ValueError unless 0 < buffer <= limit.
+    """
+
+    name = "overlong"
+
+    def __init__(self, limit: int, buffer: int = 0):
+        """``buffer`` 0: a fifth of the limit, as in DAPO (4,096 of 20,480 tokens)."""
+        buffer = buffer or max(1, limit // 5)
+        if not 0 < buffer <= limit:
+            raise ValueError(
+                f"data.overlong_buffer is {buffer} tokens and the limit is {limit}; give a buffer "
+                f"of 1 to {limit}"
+            )
+        self.limit, self.buffer = limit, buffer
+
+    def judge(self, rows: Sequence[Submission]) -> list[Verdict]:
+        return [self._of(row.tokens) for row in rows]
+
+    def _of(self, tokens: int) -> Verdict:
+        reward = overlong(tokens, limit=self.limit, buffer=self.buffer)
+        return Verdict(reward, True, f"{tokens} tokens", "wrong" if reward else "right")
+
+
+def overlong(tokens: int, *, limit: int, buffer: int) -> float:
+    """max(-1, min(0, (limit - buffer - tokens) / buffer))."""
+    return max(-1.0, min(0.0, (limit - buffer - tokens) / buffer))
+
+
+class SeveralRewards(Verifier):
+    """The sum of weighted rewards r_k of a completion; the first is that of the verifier.
+
+    A completion that one of them cannot grade is invalid. ``normalised``: over the N valid
+    completions of a step
+
+        r_i = sum_k w_k r_ki / s_k,    s_k^2 = mean_j (r_kj - m_k)^2,    m_k = mean_j r_kj,
+
+    so that each reward varies as much as its weight says. As in GDPO (arXiv 2601.05242), with the
+    step in place of the group; the mean is left to the estimator's baseline. A reward that is the
+    same for all (s_k = 0) adds 0. A completion's own reward is part of s_k: leaving it out changes
+    s_k by a factor of about 1 + (1 - z^2) / (2 N) at z deviations from the mean. The factor is
+    positive and the same for all rows of a step.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Verifier],
+        weights: Sequence[float],
+        *,
+        normalised: bool = False,
+    ):
+        self.rewards, self.weights = tuple(rewards.values()), tuple(weights)
+        self.part_names, self.normalised = tuple(rewards), normalised
+        self.name = self.rewards[0].name
+        self.whole_batches = any(reward.whole_batches for reward in self.rewards)
+        self.required_columns = tuple({n for r in self.rewards for n in r.required_columns})
+        wanted = [reward.columns for reward in self.rewards]
+        every = any(columns is None for columns in wanted)
+        self.columns = (
+            None if every else tuple({name for columns in wanted for name in columns or ()})
+        )
+
+    def judge(self, rows: Sequence[Submission]) -> list[Verdict]:
+        with ThreadPoolExecutor(len(self.rewards)) as threads:  # slow ones wait together
+            graded = [*threads.map(lambda reward: reward.judge(rows), self.rewards)]
+        return [self._sum(of_row) for of_row in zip(*graded, strict=True)]
+
+    def _sum(self, verdicts: Sequence[Verdict]) -> Verdict:
+        for name, verdict in zip(self.part_names, verdicts, strict=True):
+            if not verdict.valid:
+                return Verdict(0.0, False, f"{name}: {verdict.reason}", verdict.kind)
+        parts = tuple(verdict.reward for verdict in verdicts)
+        named = zip(self.part_names, parts, strict=True)
+        single = ", ".join(f"{name} {reward:g}" for name, reward in named)
+        return Verdict(
+            _weighted(self.weights, parts),
+            True,
+            f"{verdicts[0].reason} ({single})",
+            verdicts[0].kind,
+            parts,
+        )
+
+    def settle(self, verdicts: list[Verdict]) -> list[Verdict]:
+        if not self.normalised:
+            return verdicts
+        columns = zip(*(v.parts for v in verdicts if v.valid), strict=True)
+        scales = [_deviation(column) for column in columns]
+        weights = [w / s if s else 0.0 for w, s in zip(self.weights, scales, strict=False)]
+        return [replace(v, reward=_weighted(weights, v.parts)) if v.valid else v for v in verdicts]
+
+    def stop(self) -> None:
+        for reward in self.rewards:
+            reward.stop()
+
+    def close(self) -> None:
+        for reward in self.rewards:
+            reward.close()
+
+
+def _weighted(weights: Sequence[float], parts: Sequence[float]) -> float:
+    return math.fsum(w * r for w, r in zip(weights, parts, strict=True))
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """The root of the mean squared distance from the mean; 0 for values that are all the same."""
+    if min(values) == max(values):
+        return 0.0
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
