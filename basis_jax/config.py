@@ -155,9 +155,9 @@ class EstimatorSection:
     squared norm of the score in the logits (plain gradient descent), or ``natural``, 1 / p - 1 for
     a token of probability p (nearer to what AdamW's scaling makes of it)."""
 
-    measure_every: int = 4
+    measure_every: int = 8
     """Steps between measurements of the gradient, for estimators that learn from them:
-    measured_mean. Each costs one more backward pass over an update's rollouts, and the memory of
+    measured_mean. Each costs two more backward passes over an update's rollouts, and the memory of
     one more gradient."""
 
 

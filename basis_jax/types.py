@@ -62,11 +62,11 @@ class Estimate:
 
 @pytree
 class Measurement:
-    """Inner products in the optimizer's metric: of an update's gradient G, and of B, the gradient
-    that it would have with all advantages 1. See ``estimators.measured``."""
+    """Sums over an update's rollouts, with w the squared length of a rollout's gradient in the
+    optimizer's metric, estimated without bias: see ``estimators.measured``."""
 
-    product: Float[Array, ""]  # <G, B>
-    square: Float[Array, ""]  # <B, B>
+    product: Float[Array, ""]  # sum w (r - b)
+    square: Float[Array, ""]  # sum w
 
 
 @pytree

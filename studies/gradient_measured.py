@@ -21,7 +21,7 @@ def run_measured(
     of these squared norms and of these sketches of unit gradients."""
     ids, chosen = draws.ids, draws.chosen[..., 0]
     rewards = pool.rewards[ids, chosen].astype(np.float64)
-    left = np.zeros_like(rewards)
+    left, random = np.zeros_like(rewards), np.random.default_rng(11)
     for replicate in range(len(ids)):
         state = MEASURED.estimator.init(np.zeros(1), np.zeros(1))
         for step, (problems, rollouts) in enumerate(
@@ -31,7 +31,8 @@ def run_measured(
             left[replicate, step] = rewards[replicate, step] - baseline
             lengths = np.sqrt(norms[problems, rollouts])[:, None].astype(np.float32)
             rows = sketches[problems, rollouts].astype(np.float32) * lengths
-            along = (rows @ rows.sum(0)).astype(np.float64)  # <g_i, B>
+            signs = random.choice([-1.0, 1.0], len(rows)).astype(np.float32)
+            along = (signs * (rows @ (signs @ rows))).astype(np.float64)  # e_i <g_i, D>
             measurement = estimators.Measurement(
                 product=jnp.float32(left[replicate, step] @ along), square=jnp.float32(along.sum())
             )

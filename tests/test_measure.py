@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from basis_jax import estimators
 from basis_jax.config import LossSection, OptimSection
 from basis_jax.model.logprobs import token_logprobs
-from basis_jax.training.measure import inner_products
+from basis_jax.training.measure import inner_products, signed
 from basis_jax.training.update import make_optimizer, make_update
 from basis_jax.types import Batch, TrainState
 
@@ -45,7 +45,8 @@ def sums_of_gradients(params, micro):
 
 def test_a_measurement_is_what_single_gradients_say_in_the_metric_of_adamw():
     """Two updates, so that the moments are not those of the measured batch alone; the baseline of
-    the second is .3. Oracle: all row gradients and all sums by hand, in float64."""
+    the second is .3. Oracle: all row gradients and all sums by hand, in float64; the signs are
+    those of ``signed``."""
     rng, params = np.random.default_rng(0), tiny.params()
     optimizer = make_optimizer(OPTIM, updates=9)
     update = make_update(
@@ -64,13 +65,43 @@ def test_a_measurement_is_what_single_gradients_say_in_the_metric_of_adamw():
     _, found = update(state, [micro], measured=True)
 
     rows = sums_of_gradients(before, micro)
-    g, b = (REWARDS - 0.3) @ rows, rows.sum(0)
+    used, signs = (np.float64(x) for x in signed(micro.advantages, jnp.int32(1), np.int32(0)))
+    g, b = used @ rows, signs @ rows
     assert g @ g > OPTIM.max_grad_norm**2  # it is clipped
     v = OPTIM.b2 * nu + (1 - OPTIM.b2) * OPTIM.max_grad_norm**2 / (b @ b) * b**2
     scale = 1 / (np.sqrt(v / (1 - OPTIM.b2**2)) + OPTIM.eps) ** 2
     measurement = found["measurement"]
-    np.testing.assert_allclose(measurement.product, np.sum(scale * g * b), rtol=2e-3)
+    size = np.sqrt(np.sum(scale * g**2) * np.sum(scale * b**2))
+    np.testing.assert_allclose(measurement.product, np.sum(scale * g * b), atol=2e-3 * size)
     np.testing.assert_allclose(measurement.square, np.sum(scale * b**2), rtol=2e-3)
+
+
+def test_signs_are_fair_and_those_of_different_rows_batches_and_updates_are_independent():
+    """4,000 products of pairs of signs have the mean 0 up to 5 / sqrt(4,000): a false alarm has a
+    probability below 1e-6. The first result is the signs times the advantages."""
+    advantages = jnp.arange(4000, dtype=jnp.float32)
+    used, signs = signed(advantages, jnp.int32(3), np.int32(0))
+    np.testing.assert_array_equal(used, signs * advantages)
+    others = [signed(advantages, jnp.int32(n), np.int32(i))[1] for n, i in ((3, 1), (4, 0))]
+    for pair in (signs, signs * jnp.roll(signs, 1), *(signs * x for x in others)):
+        assert set(np.unique(pair)) == {-1, 1} and abs(np.mean(pair)) < 5 / np.sqrt(4000)
+
+
+def test_rollouts_with_a_common_gradient_do_not_add_up():
+    """All 64 gradients are nearly equal, of length 1. Without signs <D, D> would be 64^2; with them
+    it is 64 times the square of a standard normal, and the mean of 800 of them is off by more than
+    25 %, five standard errors, with a probability below 1e-4."""
+    section = dataclasses.replace(OPTIM, b2=0.0, eps=1.0, max_grad_norm=0.0)
+    rows = np.random.default_rng(0).normal(0, 0.1, (64, 8)).astype(np.float32)
+    rows[:, 0] = 1
+    rows *= 1e-4  # far below eps: the metric is plain
+    found = []
+    for n in range(800):
+        _, signs = signed(jnp.ones(64), jnp.int32(n), np.int32(0))
+        noise = {"w": jnp.asarray(signs @ rows)}
+        nu = {"w": jnp.zeros(8)}
+        found.append(float(inner_products(noise, noise, nu, jnp.int32(0), section).square))
+    assert np.mean(found) == pytest.approx(np.sum(rows**2), rel=0.25)
 
 
 def test_measuring_changes_nothing_of_the_update():

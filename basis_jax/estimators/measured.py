@@ -1,19 +1,24 @@
 """A baseline measured with the gradients themselves, in the metric of the optimizer.
 
-With one baseline b for all prompts the gradient of an update is G = A - b B, where A = sum r_i g_i,
-B = sum g_i and g_i is the gradient of the log-probability of completion i (its loss weights
-included). B has the mean 0: it is noise alone. The noise that b leaves in G is least at
+With one baseline b for all prompts the noise of the gradient is E[w (r - b)^2], w = |g|^2, with g
+the gradient of the completion's loss at advantage 1. It is least at b* = E[w r] / E[w] (module
+``weighted``). The length is that which the optimizer sees: AdamW divides every coordinate by
+sqrt(v), so |g|^2 = sum g^2 / v. Stand-ins such as ``score_norms`` know nothing of v, and in AdamW's
+metric b* is far from what they say.
 
-    b* = E <A, B> / E <B, B>,
+A training step can measure it without the gradients of single rollouts. Take random signs e_i and
 
-with whatever inner product the optimizer makes of it: for AdamW <x, y> = sum x y / v, since AdamW
-divides every coordinate of both by sqrt(v). Stand-ins such as ``score_norms`` know nothing of v:
-in AdamW's metric b* is far from what they say. A training step can measure it, because <A, B> =
-<G, B> + b <B, B>, and G is the gradient that the update takes anyway. So one more backward pass
-measures b* in a batch. It is close to that of the next batches: the policy changes slowly.
+    G = sum e_i (r_i - b) g_i,    D = sum e_i g_i.
 
-The baseline of a step comes from earlier steps alone, so not one bit of it depends on any
-completion of the step. The result is our own; ``docs/baselines.md`` has the derivation and figures.
+The expectations over the signs are E <G, D> = sum (r_i - b) w_i and E <D, D> = sum w_i, because
+products of different rollouts have random signs. So two backward passes measure b* = b + <G, D> /
+<D, D>. Without signs one pass would do in theory, since E g = 0; in practice the slips that bring
+this mean to 0 are so rare that no batch has one, and the measured b* is too large where most
+completions are right.
+
+b* of a batch is close to that of the next ones: the policy changes slowly. The baseline of a step
+comes from earlier steps alone, so not one bit of it depends on any completion of the step. The
+method is our own; ``docs/baselines.md`` has figures.
 """
 
 import jax.numpy as jnp
@@ -103,9 +108,9 @@ def measured_mean_learn(
 ) -> MeasuredMean:
     """The state after a measurement in an update whose baseline came from ``state``.
 
-    The measured b* is b + <G, B> / <B, B>. The new baseline is the mean of all measured ones; a
-    measurement loses the share 1 - ``memory`` of its weight with every later one. A measurement
-    that is not finite, or without noise (<B, B> = 0), changes nothing.
+    The measured b* is b + product / square. The new baseline is the mean of all measured ones; the
+    weight of a measurement is multiplied by ``memory`` at every later one. A measurement that is
+    not finite, or without noise (square 0), changes nothing.
 
     >>> state = estimators.measured_mean_init(np.zeros(9), np.zeros(9))
     >>> found = estimators.Measurement(product=jnp.float32(2), square=jnp.float32(8))

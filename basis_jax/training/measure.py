@@ -1,50 +1,74 @@
-"""Which baseline the optimizer wants: inner products of an update's gradient (``Measurement``)."""
+"""Which baseline the optimizer wants: a ``Measurement`` of an update's rollouts."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from basis_jax.config import OptimSection
 from basis_jax.types import Batch, Measurement, TrainState
 
 GradientSum = Callable[[PyTree, PyTree, list[Batch]], tuple[PyTree, PyTree]]
+SEED = 9  # of the signs
 
 
 def make_measure(
     gradient_sum: GradientSum, optim: OptimSection
-) -> Callable[[TrainState, list[Batch], PyTree], Measurement]:
-    """(state before the update, its microbatches, its gradient G) -> ``Measurement``.
+) -> Callable[[TrainState, list[Batch]], Measurement]:
+    """(state before an update, its microbatches) -> ``Measurement``.
 
-    ``gradient_sum`` is what made G; here it takes the gradient B with all advantages 1. That costs
-    one more backward pass over the update's rollouts, and the memory of one more gradient.
+    With the gradient g_i of the loss of rollout i at advantage 1, and random signs e_i, it takes
+    G = sum e_i A_i g_i and D = sum e_i g_i. ``gradient_sum`` makes them; its loss has no KL term.
+    That costs two more backward passes over the update's rollouts, and the memory of one more
+    gradient than the update needs.
     """
 
-    def measure(state, micros, gradient):
-        ones = [replace(micro, advantages=jnp.ones_like(micro.advantages)) for micro in micros]
-        noise, _ = gradient_sum(state.params, state.frozen, ones)
-        nu, count = (
-            optax.tree.get_all_with_path(state.opt_state, name)[0][1] for name in ("nu", "count")
+    def measure(state, micros):
+        count, nu = (_moments(state.opt_state, name) for name in ("count", "nu"))
+        signs = [signed(micro.advantages, count, np.int32(i)) for i, micro in enumerate(micros)]
+        gradient, noise = (
+            gradient_sum(
+                state.params,
+                state.frozen,
+                [replace(micro, advantages=x[k]) for micro, x in zip(micros, signs, strict=True)],
+            )[0]
+            for k in range(2)
         )
         return inner_products(gradient, noise, nu, count, optim)
 
     return measure
 
 
+@jax.jit
+def signed(
+    advantages: Float[Array, " N"], count: Int[Array, ""], number: Int[Array, ""]
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """Advantages times random signs, and the signs: of microbatch ``number`` of update ``count``.
+    Invalid rows have signs too; their loss weights are 0."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), count), number)
+    signs = jax.random.rademacher(key, advantages.shape, jnp.float32)
+    return signs * advantages, signs
+
+
+def _moments(opt_state: PyTree, name: str) -> PyTree:
+    """The part of AdamW's state of this name."""
+    return optax.tree.get_all_with_path(opt_state, name)[0][1]
+
+
 @jax.jit(static_argnames="optim")
 def inner_products(
     gradient: PyTree, noise: PyTree, nu: PyTree, count: Array, optim: OptimSection
 ) -> Measurement:
-    """sum s^2 G B and sum s^2 B^2, with s what AdamW multiplies a coordinate of the gradient with.
+    """sum s^2 G D and sum s^2 D^2, with s what AdamW multiplies a coordinate of the gradient with.
 
-    s = 1 / (sqrt(v / (1 - b2^(t+1))) + eps). v = b2 nu + (1 - b2) c B^2 is the second moment that
-    the update is about to have, except that c B^2, with c = |G|^2 / |B|^2 (G clipped), stands for
-    G^2: v must not depend on which completions were right.
+    s = 1 / (sqrt(v / (1 - b2^(t+1))) + eps). v = b2 nu + (1 - b2) c D^2 is the second moment that
+    the update is about to have, except that c D^2, with c = |G|^2 / |D|^2 (G clipped), stands for
+    the square of the update's gradient: v must not depend on which completions were right.
     """
-
     size = optax.tree.norm(gradient, squared=True)
     if optim.max_grad_norm:  # the moments are those of clipped gradients
         size = jnp.minimum(size, optim.max_grad_norm**2)

@@ -324,14 +324,17 @@ def make_update(
     )
     axes = lora.trained(decoder.param_axes(model_config))
     gradient_sum = make_gradient_sum(objective, axes)
-    measure = make_measure(gradient_sum, optim)
+    without_kl = functools.partial(objective, loss=replace(loss, kl_coef=0.0))
+    measure = make_measure(
+        make_gradient_sum(without_kl, axes) if loss.kl_coef else gradient_sum, optim
+    )
     apply = jax.jit(functools.partial(apply_gradients, optimizer), donate_argnums=(0, 1))
 
     def update(
         state: TrainState, micros: list[Batch], *, measured: bool = False
     ) -> tuple[TrainState, dict[str, Any]]:
+        found = {"measurement": measure(state, micros)} if measured else {}
         total = gradient_sum(state.params, state.frozen, micros)
-        found = {"measurement": measure(state, micros, total[0])} if measured else {}
         params, opt_state, metrics = apply(state.params, state.opt_state, total)
         return replace(state, params=params, opt_state=opt_state), metrics | found
 
