@@ -455,9 +455,9 @@ def test_a_step_is_one_call_in_this_process_and_every_part_at_once_in_workers(
     with verifier, BackgroundGrader(setup, problems) as grader:
         for part in ([3, 2], [1], [0]):
             grader.submit(rollouts, np.array(part))
-        grader.wait()
+        graded = grader.wait()
     assert sizes == ([2, 1, 1] if workers else [4])
-    assert [v.reward for v in grader.verdicts] == [1101, 232, 1123, 1134]
+    assert [v.reward for _, v in graded] == [1101, 232, 1123, 1134]
 
 
 def test_single_rewards_become_metrics_and_accuracy_is_the_verifiers():

@@ -93,7 +93,7 @@ def test_a_verifier_takes_the_mode_of_the_data_set():
 
 def test_kinds_of_verdicts_are_counted_and_only_ours_are_invalid():
     verdicts = [verdict_of(kind, "") for kind in KINDS]
-    assert [v.kind for v in verdicts if not v.valid] == ["gold", "failure"]
+    assert [v.kind for v in verdicts if not v.valid] == ["gold", "failure", "ungraded"]
     assert [v.kind for v in verdicts if v.reward] == ["right"]
     counted = shares([*[v.kind for v in verdicts[:4]], *["timeout"] * 4])
     assert counted["verify/timeout"] == 0.5 and counted["verify/no_answer"] == 0.125
