@@ -145,8 +145,9 @@ def test_every_command_of_the_pages_is_accepted(line, tmp_path, monkeypatch):
     _, command, *arguments = shlex.split(line, comments=True)
     arguments = ["0" if argument == "S" else argument for argument in arguments]  # a seed
     assert command in COMMANDS
-    options = {"evaluate": ("checkpoint", "out"), "reference-stats": ("out",)}.get(command, ())
-    command_line.parse("", options=options, argv=arguments)
+    own = {"evaluate": ("checkpoint", "out"), "reference-stats": ("out",), "train": ("topology",)}
+    options = (*own[command], *command_line.PROCESSES)
+    command_line.parse("", options=options, flags=("dry-run", "compile"), argv=arguments)
 
 
 def test_the_configurations_of_the_pages_are_built(tmp_path):

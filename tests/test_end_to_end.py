@@ -204,7 +204,10 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
         ),
         (["--sampling.top-p", "0.9"], "sampling.top_p = 0.9 and sampling.top_k = 0"),
         (["--sampling.stop-tokens", "two"], "sampling.stop_tokens holds 'two'"),
-        (["--train.microbatch-rollouts", "3"], "train.microbatch_rollouts = 3; choose"),
+        (
+            ["--train.prompts-per-step=24", "--train.minibatch-rollouts=24"],  # on four devices
+            "train.microbatch_rollouts x mesh.data x mesh.fsdp = 16; choose",
+        ),
         (
             ["--train.prompts-per-step", "64", "--train.minibatch-rollouts", "64"],
             "train.prompts_per_step is 64 but there are 42",
