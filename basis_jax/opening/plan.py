@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from basis_jax.config import Config, TrainSection
+from basis_jax.estimators import definition
 from basis_jax.model import costs, lora
 from basis_jax.model.chips import Topology, slice_shape
 from basis_jax.model.decoder import ModelConfig, computed_in
@@ -90,12 +91,14 @@ def memory_needs(
             chunk=config.loss.logprob_chunk,
             moment=moment,
         )
+        measures = definition(config.estimator.name).learn is not None
+        measurement = {"a measurement's second gradient": trained} if measures else {}
         fewer = "train.microbatch_rollouts, " if train.microbatch_rollouts > 1 else ""
         remat = "" if model_config.remat == "full" else "set model.remat to full, "
         needs.append(
             Need(
                 f"an update over microbatches of {count} rollouts of {length} tokens",
-                parts | reference,
+                parts | reference | measurement,
                 f"lower {fewer}loss.logprob_chunk or sampling.max_new_tokens, {remat}or raise "
                 "mesh.fsdp or mesh.tensor",
             )
