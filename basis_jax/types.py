@@ -80,6 +80,7 @@ class Batch:
     old_logprobs: Float[AnyArray, "N T"] | None  # None: strictly on-policy, old = current
     sampler_logprobs: Float[AnyArray, "N T"]
     ref_logprobs: Float[AnyArray, "N T"] | None = None  # None: no KL term
+    rows: Int[AnyArray, " N"] | None = None  # numbers of the rollouts in their update
 
 
 @pytree

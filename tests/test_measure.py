@@ -30,6 +30,7 @@ def batch(rng, advantages, weights):
         advantages=np.float32(advantages),
         old_logprobs=None,
         sampler_logprobs=np.zeros(tokens.shape, np.float32),
+        rows=np.arange(4, dtype=np.int32),
     )
 
 
@@ -65,7 +66,7 @@ def test_a_measurement_is_what_single_gradients_say_in_the_metric_of_adamw():
     _, found = update(state, [micro], measured=True)
 
     rows = sums_of_gradients(before, micro)
-    used, signs = (np.float64(x) for x in signed(micro.advantages, jnp.int32(1), np.int32(0)))
+    used, signs = (np.float64(x) for x in signed(micro.advantages, micro.rows, jnp.int32(1)))
     g, b = used @ rows, signs @ rows
     assert g @ g > OPTIM.max_grad_norm**2  # it is clipped
     v = OPTIM.b2 * nu + (1 - OPTIM.b2) * OPTIM.max_grad_norm**2 / (b @ b) * b**2
@@ -76,14 +77,18 @@ def test_a_measurement_is_what_single_gradients_say_in_the_metric_of_adamw():
     np.testing.assert_allclose(measurement.square, np.sum(scale * b**2), rtol=2e-3)
 
 
-def test_signs_are_fair_and_those_of_different_rows_batches_and_updates_are_independent():
+def test_signs_are_fair_independent_and_belong_to_the_row_wherever_it_stands():
     """4,000 products of pairs of signs have the mean 0 up to 5 / sqrt(4,000): a false alarm has a
     probability below 1e-6. The first result is the signs times the advantages."""
     advantages = jnp.arange(4000, dtype=jnp.float32)
-    used, signs = signed(advantages, jnp.int32(3), np.int32(0))
+    rows = np.arange(4000, dtype=np.int32)
+    used, signs = signed(advantages, rows, jnp.int32(3))
     np.testing.assert_array_equal(used, signs * advantages)
-    others = [signed(advantages, jnp.int32(n), np.int32(i))[1] for n, i in ((3, 1), (4, 0))]
-    for pair in (signs, signs * jnp.roll(signs, 1), *(signs * x for x in others)):
+    other = signed(advantages, rows, jnp.int32(4))[1]
+    np.testing.assert_array_equal(
+        signed(advantages, rows[::-1].copy(), jnp.int32(3))[1], signs[::-1]
+    )
+    for pair in (signs, signs * jnp.roll(signs, 1), signs * other):
         assert set(np.unique(pair)) == {-1, 1} and abs(np.mean(pair)) < 5 / np.sqrt(4000)
 
 
@@ -97,7 +102,7 @@ def test_rollouts_with_a_common_gradient_do_not_add_up():
     rows *= 1e-4  # far below eps: the metric is plain
     found = []
     for n in range(800):
-        _, signs = signed(jnp.ones(64), jnp.int32(n), np.int32(0))
+        _, signs = signed(jnp.ones(64), np.arange(64, dtype=np.int32), jnp.int32(n))
         noise = {"w": jnp.asarray(signs @ rows)}
         nu = {"w": jnp.zeros(8)}
         found.append(float(inner_products(noise, noise, nu, jnp.int32(0), section).square))

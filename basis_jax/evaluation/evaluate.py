@@ -160,13 +160,12 @@ def open_evaluation(config: Config, report: Callable[[str], None] = print) -> It
             try:
                 verifier = verifiers.held_out[name]
                 problems = load_held_out_set(name, config, tokenizer, verifier, report)
-                check_memory(
-                    config,
-                    model_config,
-                    mesh,
-                    prompt_width=problems.tokens.shape[1],
-                    rows=len(problems.problems) * config.eval.samples_of(name),
-                )
+                shape: dict[str, Any] = {
+                    "prompt_width": problems.tokens.shape[1],
+                    "rows": len(problems.problems) * config.eval.samples_of(name),
+                }
+                sized = with_sizes(config, model_config, mesh, **shape, report=lambda line: None)
+                check_memory(sized, model_config, mesh, **shape)
                 sets[name] = problems
             except ValueError as error:
                 failed[name] = str(error)

@@ -202,6 +202,8 @@ def _variants(
     remats = dict.fromkeys([request.model_config.remat, "full"])
     for sizes in _meshes(request.model_config, devices):
         batch = sizes["data"] * sizes["fsdp"]
+        if config.mesh.sample_tensor > 1 and devices % config.mesh.sample_tensor:
+            continue
         for micro, slots, remat in itertools.product(
             _halves(train.microbatch_rollouts), _halves(train.sample_rollouts), remats
         ):
@@ -237,7 +239,7 @@ def _divisors(number: int) -> list[int]:
 def _halves(number: int) -> list[int]:
     """The number, its half and so on, as long as they are whole."""
     found = [number]
-    while found[-1] % 2 == 0:
+    while found[-1] > 1 and found[-1] % 2 == 0:
         found.append(found[-1] // 2)
     return found
 

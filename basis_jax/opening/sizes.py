@@ -11,6 +11,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
+from basis_jax import processes
 from basis_jax.config import Config
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards
@@ -39,7 +40,11 @@ def with_sizes(
     fits, it is 1, which ``check_memory`` refuses.
     """
     train, shards = config.train, batch_shards(mesh)
-    available = FILLED * (memory or checks.device_memory(list(mesh.devices.ravel())))
+    if 0 not in (train.microbatch_rollouts, train.sample_rollouts):
+        return config
+    if not memory:  # that of the first process's devices: all have to choose alike
+        memory = processes.by_first(lambda: checks.device_memory(list(mesh.local_devices)))
+    available = FILLED * memory
     wanted: dict[str, Any] = {"prompt_width": prompt_width, "rows": rows, "training": training}
 
     def needed(name, count):

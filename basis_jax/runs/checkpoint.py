@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from basis_jax import processes
 from basis_jax.config import CheckpointSection
 from basis_jax.types import TrainState
 
@@ -99,7 +100,8 @@ def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState 
     """The newest complete checkpoint, laid out as ``like`` (arrays or their shapes); None without
     one. Frozen parameters are not in it. Raises ValueError where it cannot be read, and for
     parameters or moments that are not finite."""
-    step = finish(checkpoints)
+    finish(checkpoints)
+    step = processes.by_first(checkpoints.latest_step)
     if step is None:
         return None
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))

@@ -200,7 +200,7 @@ def take_steps(
                 callback(done, state, metrics)
             for warning in watch.warnings(metrics, graded, answers_of(session, graded)):
                 records.message(warning)
-    if stopper.requested:
+    if stopper.agreed():
         raise StopRequested
     if watch.solved:
         records.message(watch.solved_message())

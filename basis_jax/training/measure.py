@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -29,7 +28,7 @@ def make_measure(
 
     def measure(state, micros):
         count, nu = (_moments(state.opt_state, name) for name in ("count", "nu"))
-        signs = [signed(micro.advantages, count, np.int32(i)) for i, micro in enumerate(micros)]
+        signs = [signed(micro.advantages, micro.rows, count) for micro in micros]
         gradient, noise = (
             gradient_sum(
                 state.params,
@@ -45,12 +44,14 @@ def make_measure(
 
 @jax.jit
 def signed(
-    advantages: Float[Array, " N"], count: Int[Array, ""], number: Int[Array, ""]
+    advantages: Float[Array, " N"], rows: Int[Array, " N"], count: Int[Array, ""]
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
-    """Advantages times random signs, and the signs: of microbatch ``number`` of update ``count``.
-    Invalid rows have signs too; their loss weights are 0."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), count), number)
-    signs = jax.random.rademacher(key, advantages.shape, jnp.float32)
+    """Advantages times random signs, and the signs: functions of the update's number ``count`` and
+    the row's number in the update, however it is split. Invalid rows have signs too; their loss
+    weights are 0."""
+    key = jax.random.fold_in(jax.random.key(SEED), count)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+    signs = jax.vmap(lambda key: jax.random.rademacher(key, (), jnp.float32))(keys)
     return signs * advantages, signs
 
 

@@ -65,6 +65,7 @@ def make_batches(
             advantages=advantages[start : start + rows],
             old_logprobs=None,
             sampler_logprobs=rollouts.sampler_logprobs[start : start + rows],
+            rows=np.arange(len(weights), dtype=np.int32),
         )
         micros = []
         for index, width in cut_rows(
