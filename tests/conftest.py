@@ -47,6 +47,13 @@ def parameters_made_outside_any_mesh():
     tiny.params()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_program_outlives_its_file():
+    """A process that keeps the programs of all tests runs out of memory mappings and is aborted."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A Hugging Face folder with random weights, and a tokenizer of single characters."""
