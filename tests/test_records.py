@@ -287,6 +287,13 @@ def test_other_problems_behind_the_same_path_are_refused(tmp_path):
         open_run(config(folder), devices=[], identity={"data.path": "abd"})
 
 
+def test_another_verifier_behind_the_same_name_is_refused(tmp_path):
+    identity = {"data.path": "abc", "eval.set_verifiers held_out.jsonl": "1"}
+    folder = begun(tmp_path)
+    with pytest.raises(ValueError, match="the file of the verifier of held_out.jsonl has changed"):
+        open_run(config(folder), devices=[], identity=identity)
+
+
 def test_a_run_without_a_checkpoint_may_start_with_another_configuration(tmp_path):
     """It starts anew: after a crash in the first steps the mended command needs no new folder."""
     open_run(config(tmp_path), devices=[])

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from basis_jax.config import Config
+from basis_jax.estimators import definition
 from basis_jax.model import costs, traffic
 from basis_jax.model.chips import TPU_RESERVED, Chip, Topology, chip_of, read_topology
 from basis_jax.model.decoder import ModelConfig, computed_in
@@ -192,7 +193,9 @@ def report_table(request: Request, mesh: AbstractMesh, chip: Chip, report: Repor
     if section.table:
         report(f"reference table: {section.table}, already made")
         return
-    if not section.table_samples:
+    declared = definition(section.name)
+    takes = bool({"table", "reference_rewards", "features"} & {*declared.provided})
+    if not (takes and section.table_samples):
         report("reference table: none")
         return
     if problems is None:

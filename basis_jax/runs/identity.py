@@ -156,6 +156,7 @@ CONTENTS = {
 
 
 OWN_REWARD = "contents of.data.rewards "
+OWN_VERIFIER = "contents of.eval.set_verifiers "
 
 
 def _difference(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -164,6 +165,9 @@ def _difference(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> st
     if name.startswith(OWN_REWARD):
         reward = name.removeprefix(OWN_REWARD)
         return f"the file of the reward function {reward} has changed since the run began"
+    if name.startswith(OWN_VERIFIER):
+        held_out = name.removeprefix(OWN_VERIFIER)
+        return f"the file of the verifier of {held_out} has changed since the run began"
     return f"{name} is {_shown(old, name)} there and {_shown(new, name)} here"
 
 

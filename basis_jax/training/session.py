@@ -62,7 +62,9 @@ def open_session(
     tokenizer = huggingface.load_tokenizer(folder)
     with open_verifiers(config) as verifiers:
         train_set, held_out = load_sets(config, tokenizer, verifiers, report)
-        config = sized(config, model_config, mesh, train_set, training=training, report=report)
+        config = sized(
+            config, model_config, mesh, train_set, held_out, training=training, report=report
+        )
         with open_setup(
             config, folder, model_config, mesh, tokenizer, verifiers=verifiers, report=report
         ) as setup:
@@ -74,21 +76,30 @@ def sized(
     model_config: ModelConfig,
     mesh: Mesh,
     train_set: EncodedProblems,
+    held_out: dict[str, EncodedProblems],
     *,
     training: bool,
     report: Callable[[str], None],
 ) -> Config:
-    """The config with the sizes of ``with_sizes``. Raises ValueError where a step, a rollout or the
-    features do not fit the problems."""
+    """The config with the sizes of ``with_sizes``, for the longest prompts, which may be held-out
+    ones. Raises ValueError where a step, a rollout or the features do not fit the problems."""
     size = len(train_set.problems)
     problems_of_step(config, train_set, 0)  # fits?
-    wanted = {
-        "prompt_width": train_set.tokens.shape[1],
-        "rows": config.train.prompts_per_step * config.sampling.group_size,
-        "training": training,
-    }
-    config = with_sizes(config, model_config, mesh, **wanted, report=report)
-    check_memory(config, model_config, mesh, **wanted)
+    width = train_set.tokens.shape[1]
+    widest = max([width, *(problems.tokens.shape[1] for problems in held_out.values())])
+    rows = config.train.prompts_per_step * config.sampling.group_size
+    config = with_sizes(
+        config,
+        model_config,
+        mesh,
+        prompt_width=widest,
+        rows=rows,
+        training=training,
+        report=report,
+    )
+    check_memory(config, model_config, mesh, prompt_width=width, rows=rows, training=training)
+    if widest > width:  # of the evaluations
+        check_memory(config, model_config, mesh, prompt_width=widest, rows=rows)
     if config.estimator.features:
         check_features(config.estimator.features, size, model_config.embed)
     return config

@@ -38,6 +38,10 @@ def identity_of(session: Session) -> dict[str, str]:
         "estimator.name": estimators.source_fingerprint(config.estimator.name),
         "data.verifier": source_fingerprint(config.data.verifier),
         **{f"data.rewards {name}": source_fingerprint(name) for name in config.data.rewards},
+        **{
+            f"eval.set_verifiers {name}": source_fingerprint(verifier)
+            for name, verifier in config.eval.set_verifiers.items()
+        },
     }
     return {
         "model.path": huggingface.fingerprint(session.folder),
