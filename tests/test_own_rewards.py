@@ -269,6 +269,8 @@ def test_columns_travel_with_a_problem_but_are_no_part_of_it(own, tmp_path):
     assert problem == bare and problem.uid == bare.uid and hash(problem) == hash(bare)
     (problem,) = sources.load_training(section, own("def reward(level): pass"))
     assert problem.columns == {"level": 1}
+    (problem,) = sources.load_training(section, own("def reward(problem): pass"))
+    assert problem.columns == {"problem": "2+2?"}
     (problem,) = sources.load_training(section, make_verifier("exact"))
     assert problem.columns == {}  # a million rows need no memory for what nobody reads
 

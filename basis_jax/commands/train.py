@@ -38,7 +38,8 @@ def main() -> None:
         raise ValueError("--topology and --compile are for plans; add --dry-run")
     with processes.joined(own.processes, own.coordinator, own.process_id):
         report = processes.spoken(print)
-        keep_compiled(report)
+        if processes.count() == 1:  # several need a folder that all of them see
+            keep_compiled(report)
         try:
             run_dir = train(config)
         except StopRequested as stopped:

@@ -265,7 +265,7 @@ def as_problem(row: Mapping[str, Any], columns: tuple[str, str], source: Source)
     with neither is no answer. Several answers are all wanted where ``source.wanted`` says so, or
     the row itself: ``answers_wanted``, or OlympiadBench's ``is_multiple_answer``. The tolerance of
     numbers is the source's, or that of OlympiadBench's ``error``. Raises ValueError for what is no
-    problem or no answer. Its columns are those that the source keeps, without the problem's.
+    problem or no answer. Its columns are those that the source names, or all but the problem's.
     """
     return Problem(
         prompt=read_prompt(value_at(row, columns[0]), source.wrapper),
@@ -274,7 +274,7 @@ def as_problem(row: Mapping[str, Any], columns: tuple[str, str], source: Source)
         columns={
             name: value
             for name, value in row.items()
-            if name != columns[0] and (source.columns is None or name in source.columns)
+            if (name != columns[0] if source.columns is None else name in source.columns)
         },
     )
 
