@@ -32,8 +32,7 @@ ADAMW = OptimSection()
 
 
 def learning_rate(section: OptimSection, *, updates: int) -> optax.Schedule:
-    """Learning rate by the number of earlier updates: a warm-up, then a schedule over ``updates``
-    updates."""
+    """Learning rate by number of earlier updates: a warm-up, then a schedule up to ``updates``."""
     decay = max(1, updates - section.warmup_steps)
     main_schedule = {
         "constant": optax.constant_schedule(section.lr),
@@ -68,8 +67,7 @@ def make_state(
     mesh: Mesh,
     frozen: PyTree = None,
 ) -> TrainState:
-    """The state before the first step, with the layout of ``abstract_state``. ``frozen`` parameters
-    are added to it."""
+    """The state before the first step, laid out like ``abstract_state``, with ``frozen`` added."""
     like = abstract_state(optimizer, estimator_state, model_config=model_config, mesh=mesh)
 
     def layout(tree):
@@ -152,8 +150,7 @@ def make_estimate(
 
 
 def make_learn(estimator: Estimator) -> Callable[[PyTree, Measurement], PyTree]:
-    """The jitted function (estimator state, measurement) -> estimator state; it donates the
-    state."""
+    """The jitted function (estimator state, measurement) -> estimator state; donates the state."""
     return jax.jit(estimator.learn or (lambda state, measurement: state), donate_argnums=0)
 
 
@@ -198,8 +195,7 @@ def newest_learning_rate(schedule: optax.Schedule, opt_state: PyTree) -> float:
 def merge_updates(outcomes: list[dict[str, Float[Array, ""]]]) -> dict[str, float]:
     """Metrics of a step's updates: their mean, or their maximum if the name says so.
 
-    Raises ValueError if a gradient or an update is not finite, because the parameters are then
-    unusable.
+    Raises ValueError if a gradient or an update is not finite: the parameters are then unusable.
     """
     outcomes = jax.device_get(outcomes)
     norms = ("policy/grad_norm", "policy/update_norm")
