@@ -1,4 +1,4 @@
-"""From the command line to a ``Config``: a config file, then typed dotted overrides."""
+"""Make a ``Config`` from the command line: a config file, then overrides of single fields."""
 
 import argparse
 import dataclasses
@@ -16,19 +16,19 @@ from typing import Any
 
 from basis_jax.config import Config
 
-LONGEST = 400  # characters of a library's message that are shown
+LONGEST = 400  # characters shown of a library's message
 BY_NAME = (
     *("estimator.options", "data.chat_template_options", "data.rewards", "data.more_sets"),
     *("eval.set_samples", "eval.set_temperatures", "eval.set_verifiers"),
 )
-"""Fields that hold values by name: their names and values follow the field."""
+"""Fields that hold a dict. On the command line, names and values follow the field."""
 PROCESSES = ("processes", "coordinator", "process-id")
 """Options of the commands that several processes can run: docs/several-processes.md."""
 DEBUG = "--debug shows the traceback of an error."
 
 
 def packaged_configs() -> dict[str, Path]:
-    """The configs that come with the package, by name: those of ``configs/`` in its repository."""
+    """The configs that come with the package, by name: those in the repository's ``configs/``."""
     package = Path(__file__).resolve().parent
     for folder in (package / "configs", package.parent / "configs"):  # a wheel; a source tree
         if folder.is_dir():
@@ -37,7 +37,8 @@ def packaged_configs() -> dict[str, Path]:
 
 
 def find_config(name: str | Path) -> Path:
-    """The file ``name``, or the packaged config of that name. Raises ValueError for neither."""
+    """The file ``name``, or the packaged config of that name. Raises ValueError if there is
+    neither."""
     path, packaged = Path(name), packaged_configs()
     if path.is_file():
         return path
@@ -53,9 +54,9 @@ def find_config(name: str | Path) -> Path:
 
 
 def load_config(name: str | Path) -> Config:
-    """The ``Config`` that the ``config()`` of a file or of a packaged config returns.
+    """The ``Config`` that the function ``config()`` of a file or a packaged config returns.
 
-    Raises ValueError where there is no such file or it returns none.
+    Raises ValueError if there is no such file or it does not return a ``Config``.
     """
     path = find_config(name)
     loader = SourceFileLoader(f"config_{path.stem}", str(path))
@@ -65,7 +66,7 @@ def load_config(name: str | Path) -> Config:
     try:
         loader.exec_module(module)
         config = module.config()
-    except Exception as error:  # a config is a program
+    except Exception as error:  # a config file is a program, so it may raise anything
         raise ValueError(
             f"config file {path} does not run ({type(error).__name__}: {error}); it must have a "
             "function config() that returns a basis_jax Config"
@@ -89,7 +90,7 @@ def field_names(config: Any, prefix: str = "") -> list[str]:
 
 
 def check_names(arguments: Sequence[str], config: Config) -> None:
-    """Raise a ValueError for the first ``--field`` that the config does not have."""
+    """Raise ValueError for the first ``--field`` that the config does not have."""
     known = field_names(config)
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         if not argument.startswith("--") or argument in ("--help", "-h"):
@@ -122,13 +123,14 @@ def parse(
     flags: Sequence[str] = (),
     argv: Sequence[str] | None = None,
 ) -> tuple[Config, argparse.Namespace]:
-    """``--config NAME``, the command's own string ``options`` and ``flags``, and overrides of any
-    config field.
+    """Parse ``--config NAME``, the command's own ``options`` and ``flags``, and overrides of config
+    fields.
 
-    Raises ValueError without a config, for a missing file and for an unknown field. ``--help``
-    lists every field with the values of the config, or of the quickstart's where none is given.
+    Options are strings. Raises ValueError without a config, for a missing file and for an unknown
+    field. ``--help`` lists every field with its value in the config, or in the quickstart's config
+    if none is given.
     """
-    import tyro  # here: estimators are used without it
+    import tyro  # imported here, because estimators are used without it
 
     parser = argparse.ArgumentParser(description=description, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE")
@@ -159,8 +161,11 @@ def field_of(config: Config, name: str) -> Any:
 
 
 def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
-    """The config with other values of ``section.field``. Given on the command line, values by name
-    stand in place of all that the config has there: tyro would offer its names alone."""
+    """The config with other values of ``section.field``.
+
+    It is used for dicts: one given on the command line replaces the config's whole dict. tyro would
+    allow only the names that the config already has.
+    """
     for name, value in values.items():
         section, _, field = name.partition(".")
         changed = dataclasses.replace(getattr(config, section), **{field: value})
@@ -169,11 +174,11 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 AUTO = ("--train.microbatch_rollouts", "--train.sample_rollouts")
-"""Fields whose 0 is written ``auto``."""
+"""Fields for which ``auto`` may be given instead of 0."""
 
 
 def with_auto(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the number for ``auto``."""
+    """The arguments, with ``auto`` replaced by 0."""
     words = [word for argument in arguments for word in _value_apart(argument)]
     pairs = zip(["", *words], words, strict=False)
     return ["0" if word == "auto" and _field(name) in AUTO else word for name, word in pairs]
@@ -188,12 +193,12 @@ def _field(name: str) -> str:
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """List ``--debug`` in the help of a command with its own parser; ``run`` has taken it out."""
+    """List ``--debug`` in the help of a command with its own parser. ``run`` itself reads it."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def same_command() -> str:
-    """The command that started this process, to be typed again."""
+    """The command that started this process, as one would type it."""
     program, *arguments = sys.argv
     python = "" if program.startswith("basis-jax ") else "python "
     return python + " ".join([program, *map(shlex.quote, arguments)])
@@ -202,10 +207,10 @@ def same_command() -> str:
 def run(main: Callable[[], None]) -> None:
     """Call a script's main; with ``--debug`` among its arguments, errors keep their tracebacks.
 
-    Without it, what a user can mend ends the script with one sentence: our own ValueErrors, files
-    that cannot be read or written, a package that is not installed, and whatever a library raises;
-    Ctrl-C ends it with a word of its own, and the exit code of shells.
-    Other errors of this package, and all of a user's own files, keep their tracebacks.
+    Without it, errors that a user can correct end the script with one sentence: our own
+    ValueErrors, files that cannot be read or written, packages that are not installed, and errors
+    raised by a library. Ctrl-C ends it with a short message and the exit code of shells. Other
+    errors of this package, and all errors in a user's own files, keep their tracebacks.
     """
     debug = "--debug" in sys.argv[1:]
     if debug:
@@ -225,7 +230,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def one_sentence(error: Exception) -> str | None:
-    """What the error says where a user can mend it; None where its traceback is needed."""
+    """The error's message if a user can correct it; None if its traceback is needed."""
     package, library = origin(error)
     text = " ".join(str(error).split())
     if isinstance(error, OSError) or (package == "ours" and isinstance(error, ValueError)):
@@ -240,20 +245,20 @@ def one_sentence(error: Exception) -> str | None:
 
 
 def origin(error: Exception) -> tuple[str, str]:
-    """Whose code raised the error, "ours", "library" or "user", and the name of its package.
+    """Whose code raised the error ("ours", "library" or "user"), and the name of its package.
 
-    JAX takes its own frames out of tracebacks; its errors are known by their classes.
+    JAX removes its own frames from tracebacks, so its errors are recognised by their classes.
     """
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     file = frame.f_code.co_filename
-    if file.startswith("<"):  # compiled from a text, as jinja2's templates and frozen modules are
+    if file.startswith("<"):  # compiled from text, such as jinja2's templates
         return "library", frame.f_globals.get("__name__") or file
     path, package = Path(file).resolve(), Path(__file__).resolve().parent
     if package in path.parents:
         defined = type(error).__module__.partition(".")[0]
         own = defined in ("builtins", package.name)
         return ("ours", package.name) if own else ("library", defined)
-    for name in ("purelib", "platlib", "stdlib", "platstdlib"):  # the last two hold the first two
+    for name in ("purelib", "platlib", "stdlib", "platstdlib"):  # the last two contain the others
         folder = Path(sysconfig.get_path(name)).resolve()
         if folder in path.parents:
             return "library", path.relative_to(folder).parts[0].removesuffix(".py")

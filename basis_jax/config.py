@@ -1,7 +1,7 @@
 """The whole configuration of a run: frozen dataclasses, standard library only.
 
 ``configs/<name>.py`` returns a ``Config``; the command line overrides single fields
-(``--optim.lr 3e-6``). Every field is read somewhere, and says here what it means.
+(``--optim.lr 3e-6``). The text below each field describes it.
 """
 
 from collections.abc import Mapping
@@ -17,21 +17,20 @@ class ModelSection:
     compute_dtype: str = "float32"
     """``float32`` or ``bfloat16``; parameters and optimizer stay float32."""
     remat: str = "dots"
-    """What the backward pass computes again of a layer: ``none``, ``dots`` (all but the products
-    with weights: attention and elementwise work) or ``full`` (everything: the least memory, about
-    1.3x the time)."""
+    """What the backward pass recomputes of a layer: ``none``, ``dots`` (everything except products
+    with weights) or ``full`` (everything: the least memory, about 1.3x the time)."""
     attention: str = "auto"
-    """``plain`` (all scores of a row at once: T x T), or a kernel that never holds them:
-    ``splash`` (TPUs), ``cudnn`` (NVIDIA GPUs, in bfloat16, heads of up to 128). ``auto``: the
-    kernel where there is one."""
+    """``plain`` (holds all scores of a row at once: T x T), or a kernel that does not: ``splash``
+    (TPUs) or ``cudnn`` (NVIDIA GPUs, in bfloat16, heads of up to 128). ``auto``: the kernel if
+    there is one for the device."""
     decode_layers: str = "auto"
-    """The layers of a decode step: ``scanned`` (a loop: programs compile in a time that does not
-    grow with the layers, and prefills read the sampler's weights) or ``unrolled`` (faster on CPUs).
-    ``auto``: scanned on TPUs, unrolled elsewhere."""
+    """The layers of a decode step: ``scanned`` (a loop: compile time does not grow with the number
+    of layers, and prefills use the sampler's weights) or ``unrolled`` (faster on CPUs). ``auto``:
+    scanned on TPUs, unrolled elsewhere."""
     lora_rank: int = 0
-    """Train low-rank adapters of this rank, W x + (lora_alpha / lora_rank) B A x, and nothing else
-    (0: all weights). The model's own weights stay as they are, stored in ``compute_dtype``; A and B
-    are float32, and they alone have gradients, moments and checkpoints."""
+    """Train only low-rank adapters of this rank, W x + (lora_alpha / lora_rank) B A x (0: train all
+    weights). The model's own weights are frozen and stored in ``compute_dtype``. A and B are
+    float32, and only they have gradients and moments and are saved in checkpoints."""
     lora_alpha: float = 32.0
     """Weight of the adapters, divided by their rank."""
     lora_targets: tuple[str, ...] = (
@@ -52,21 +51,22 @@ class DataSection:
     """``task:<name>`` (made here; ``task:gym/<name>?size=1000``: by reasoning-gym), a file (.json,
     .jsonl, .csv or .parquet, also compressed by gzip), a folder, or a hub id."""
     more_sets: dict[str, float] = field(default_factory=dict)
-    """Further training sets: path, and weight beside ``data.path``, whose weight is 1. A step has
-    prompts of each set in proportion. Columns are as in ``data.path`` where they are there, and are
-    recognised otherwise; ``size`` holds for each set, ``problem_wrapper`` for the first."""
+    """Further training sets: path and weight; ``data.path`` has weight 1. A step has prompts of all
+    sets in proportion to their weights. Columns have the names configured for ``data.path`` if a
+    set has them, and are recognised otherwise. ``size`` applies to each set, ``problem_wrapper``
+    only to the first."""
     split: str = "train"
     """Split of a hub data set or folder."""
     problem_field: str = ""
-    """Column with the problem, a string or a chat's list of messages; ``a.b`` reaches inside.
-    Empty: recognised, for the layouts of MATH, GSM8K, DeepScaleR and DAPO-Math-17K. The files of
-    ``eval.sets`` have these columns too, where they are there."""
+    """Column with the problem, a string or a chat's list of messages; ``a.b`` is field b of column
+    a. Empty: recognised, for the layouts of MATH, GSM8K, DeepScaleR and DAPO-Math-17K. It is also
+    used for the files of ``eval.sets`` that have this column."""
     answer_field: str = ""
-    """Column with the answer, or with a solution that ends in a box or ``#### x``; as above. A list
-    holds several accepted answers."""
+    """Column with the answer, or with a solution that ends in a box or ``#### x``. It is
+    given like ``data.problem_field``. A list holds several accepted answers."""
     answers_wanted: str = "any"
-    """Of several accepted answers: ``any`` or ``all``. A row's own column ``answers_wanted`` (or
-    OlympiadBench's ``is_multiple_answer``) wins."""
+    """Whether a completion must give ``any`` or ``all`` of several accepted answers. A row's own
+    column ``answers_wanted`` (or OlympiadBench's ``is_multiple_answer``) takes precedence."""
     size: int = 0
     """Use this many problems (0: all)."""
     prompt_format: str = "chat"
@@ -74,10 +74,10 @@ class DataSection:
     system_prompt: str = ""
     """System message of the chat format (empty: none)."""
     chat_template_options: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """What the tokenizer's template reads besides the messages, such as Qwen3's
+    """Further arguments of the tokenizer's chat template, such as Qwen3's
     ``enable_thinking False``."""
     problem_wrapper: str = ""
-    """Text that the source has around each problem, ``{problem}`` in it: it is taken off."""
+    """Text around each problem in the source, with ``{problem}`` in it. It is removed."""
     problem_prefix: str = ""
     """Text put before every problem, such as worked examples."""
     problem_suffix: str = ""
@@ -108,12 +108,13 @@ class DataSection:
     reward_seconds: float = 0.0
     """Limit of a call of an own reward function (0: 600 s, or 10 s of CPU time in a worker)."""
     format_pattern: str = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"
-    """Regular expression for the whole completion: the reward ``format`` is 1 where it fits."""
+    """Regular expression for the whole completion: the reward ``format`` is 1 if it matches."""
     overlong_limit: int = 0
     """Tokens at which the reward ``overlong`` has fallen to its floor of -1 (0:
     ``sampling.max_new_tokens``)."""
     overlong_buffer: int = 0
-    """Tokens before that limit over which it falls from 0 (0: a fifth of the limit)."""
+    """The reward ``overlong`` falls from 0 to -1 over this many tokens before ``overlong_limit``
+    (0: a fifth of the limit)."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ class SamplingSection:
     stop_tokens: tuple[str, ...] = ()
     """Extra strings that end a completion; each must be one token."""
     dtype: str = ""
-    """What rollouts are decoded in, ``bfloat16`` or ``float32`` (empty: ``model.compute_dtype``).
-    Where it is coarser than the trainer's, watch ``sampler/logprob_gap_mean``."""
+    """The dtype of decoding, ``bfloat16`` or ``float32`` (empty: ``model.compute_dtype``). If it is
+    less precise than the trainer's, watch ``sampler/logprob_gap_mean``."""
     group_size: int = 1
     """Rollouts per prompt. BASIS needs one; group estimators need two or more."""
 
@@ -151,9 +152,9 @@ class EstimatorSection:
     """Numbers per problem from the reference policy's state at the end of the prompt, one prefill
     each, for estimators that take features: value_filter (0: none). They are kept in the table."""
     score_norms: str = "logits"
-    """What weighs a completion in baselines of least noise, summed over its tokens: ``logits``, the
-    squared norm of the score in the logits (plain gradient descent), or ``natural``, 1 / p - 1 for
-    a token of probability p (nearer to what AdamW's scaling makes of it)."""
+    """Weight of a completion in baselines of least noise, summed over its tokens: ``logits``, the
+    squared norm of the score in the logits (right for plain gradient descent), or ``natural``,
+    1 / p - 1 for a token of probability p (closer to AdamW's scaling)."""
 
     measure_every: int = 8
     """Steps between measurements of the gradient, for estimators that learn from them:
@@ -171,10 +172,11 @@ class LossSection:
     clip_high: float = 0.2
     """The upper end of that range."""
     dual_clip: float = 0.0
-    """Bound on the ratio where the advantage is negative, above 1 (0: off; often 3)."""
+    """Upper bound, above 1, on the ratio of tokens with negative advantage (0: off; often 3)."""
     tis_cap: float = 0.0
-    """Each token is weighted by p_trainer / p_sampler of the policy that sampled, at most this
-    (0: off; often 2): for a sampler of lower precision. Apart from the ratio that is clipped."""
+    """Weight each token by p_trainer / p_sampler of the policy that sampled, at most by this (0:
+    off; often 2). It corrects for a sampler of lower precision, and is separate from the clipped
+    ratio."""
     kl: str = "k3+"
     """Estimate of KL(policy || starting policy): ``k1``, ``k2``, ``k3``, or ``k3+`` (value of k3,
     gradient of k2)."""
@@ -204,10 +206,10 @@ class OptimSection:
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     moments_dtype: str = "float32"
-    """What AdamW's two moments are kept in: ``float32``, or ``bfloat16`` in half the memory. They
-    are computed in float32 and rounded at random (up with the probability that keeps the
-    mean): rounded to nearest, the second one would not move, as its changes of (1 - b2) are below
-    half of bfloat16's last place. The rounding's noise is at most 2^-8 / sqrt(1 - b^2) of a moment:
+    """The dtype of AdamW's two moments: ``float32``, or ``bfloat16`` with half the memory. They are
+    computed in float32 and rounded stochastically, which keeps the mean. Rounded to nearest, the
+    second moment would not change, because its relative changes of (1 - b2) are below half a unit
+    in bfloat16's last place. The noise of rounding is at most 2^-8 / sqrt(1 - b^2) of a moment:
     0.9 % of the first at b1 = 0.9, 8.7 % of the second at b2 = 0.999."""
     max_grad_norm: float = 1.0
     """Global-norm gradient clipping (0: off)."""
@@ -220,30 +222,31 @@ class TrainSection:
     prompts_per_step: int = 512
     """Problems of a step, all different; times ``sampling.group_size`` rollouts."""
     minibatch_rollouts: int = 512
-    """Rollouts per optimizer update; updates a step = rollouts / this."""
+    """Rollouts per optimizer update. A step has rollouts / this number of updates."""
     microbatch_rollouts: int = 64
     """Rollouts per forward and backward pass at full width, on each of the devices that the batch
     is split over (``mesh.data`` x ``mesh.fsdp``); a pass over shorter ones takes a power of two
     times as many. Gradients are summed over the passes. ``auto`` (or 0): the most that fit the
     devices' memory, printed and kept in the run folder."""
     sample_rollouts: int = 512
-    """Rollouts decoded at once, on all devices together; where there are more, they take the places
-    of those that end. ``auto`` (or 0): the most that fit, as above."""
+    """Rollouts decoded at once, on all devices together. Further rollouts take the slots of those
+    that end. ``auto`` (or 0): the most that fit the devices' memory."""
     log_samples: int = 8
     """Completions written to samples.jsonl each step."""
     loggers: tuple[str, ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl: ``tensorboard``, ``wandb``, ``trackio``, ``mlflow``,
     your own (``FILE.py:NAME`` or ``package.module:NAME``); several at once, or none."""
     patience: int = 20
-    """Steps in a row whose rewards are all equal, so that the policy is not updated, after which
-    the run ends: as failed where no completion was right, as solved where all were."""
+    """The run ends after so many successive steps without an update, because all rewards of the
+    step were equal. It has failed if no completion was right, and has solved the problems if all
+    were."""
     abort_on: tuple[str, ...] = ()
     """Warnings that end the run: names of fields of ``watch``."""
 
 
 @dataclass(frozen=True)
 class WatchSection:
-    """Limits beyond which a step is warned about, once a run. Shares are fractions of 1; "of the
+    """Limits for warnings; each warning is given once per run. Shares are fractions of 1. "Of the
     first" is relative to the first update of the run."""
 
     zero_share: float = 0.9
@@ -301,8 +304,8 @@ class MeshSection:
     tensor: int = 1
     """Devices that share heads, feed-forward and vocabulary."""
     sample_tensor: int = 0
-    """As ``tensor``, while sampling (0: the same): the sampler's copy of the weights, which is not
-    split over ``fsdp``, is split over so many of the devices, and rows over the others."""
+    """The size of ``tensor`` while sampling (0: the same). The sampler's copy of the weights, which
+    is not split over ``fsdp``, is split over so many devices, and rows over the others."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Files that survive a kill: one writer at a time, replaced in one step, whole lines only."""
+"""Files that survive a kill: one writer at a time, replaced in one step, read by complete lines."""
 
 import fcntl
 import json
@@ -10,12 +10,12 @@ from typing import IO, Any, BinaryIO
 
 
 def lock(file: IO, what: str, option: str) -> None:
-    """Hold an open file for this process until it is closed or the process ends.
+    """Lock an open file for this process until it is closed or the process ends.
 
-    These are POSIX record locks: worker processes forked from this one do not keep them alive, and
-    closing any other handle of the same file in this process releases them. Raises ValueError
-    where another process holds the file: ``what`` it writes to, and the ``option`` that names
-    another place.
+    It is a POSIX record lock: worker processes forked from this one do not keep it, and closing any
+    other handle of the same file in this process releases it. Raises ValueError if another process
+    has the lock. The message names ``what`` it writes to and the ``option`` that sets another
+    place.
     """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -27,8 +27,8 @@ def lock(file: IO, what: str, option: str) -> None:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turns the system's refusals (a full disk, a folder that may not be written) into a ValueError
-    with the file's name and what to do."""
+    """Turn errors of the system (a full disk, a folder without write permission) into a ValueError
+    with the file's name and advice."""
     try:
         yield
     except OSError as error:
@@ -39,16 +39,16 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a file in one step: after a kill or a power cut it holds the old content or the new.
+    """Write a file in one step: after a kill or a power cut it has the old or the new content.
 
-    Raises ValueError where it cannot be written."""
+    Raises ValueError if it cannot be written."""
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         with partial.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             push_to_disk(file)
         partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name reaches the disk too
+        folder = os.open(path.parent, os.O_RDONLY)  # writes the new name to disk, too
         try:
             os.fsync(folder)
         finally:
@@ -61,9 +61,11 @@ def push_to_disk(file: BinaryIO) -> None:
 
 
 def append_json_lines(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append one JSON object a line, as UTF-8, on disk when this returns. Half of a surrogate pair,
-    which UTF-8 does not have, is written as JSON's escape. Raises ValueError where the file cannot
-    be written."""
+    """Append one JSON object per line, as UTF-8; they are on disk when this returns.
+
+    UTF-8 cannot encode half of a surrogate pair, so it is written as an escape of JSON. Raises
+    ValueError if the file cannot be written.
+    """
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with writing(file.name):
         file.write("".join(lines).encode("utf-8", "backslashreplace"))
@@ -71,8 +73,8 @@ def append_json_lines(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None
 
 
 def whole_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """(line, position of its end) from the start of the file; a last line without its newline,
-    which a kill or a full disk leaves behind, is left out."""
+    """(line, position of its end) from the start of the file. A last line without a newline, left
+    by a kill or a full disk, is skipped."""
     file.seek(0)
     end = 0
     for line in file:
@@ -83,9 +85,9 @@ def whole_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, with or without a byte-order mark before it.
+    """Read a JSON object; a byte-order mark before it is ignored.
 
-    Raises ValueError where the file cannot be read as one.
+    Raises ValueError if the file is not readable or not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))

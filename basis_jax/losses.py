@@ -1,7 +1,7 @@
 """Policy objectives and KL terms as weighted sums of per-token terms.
 
-``jnp.sum(loss_weights * per_token)``: every denominator sits in ``loss_weights``, made once from
-the whole update's mask, so microbatches and devices only add.
+The loss is ``jnp.sum(loss_weights * per_token)``. ``loss_weights`` are computed once from the mask
+of the whole update and include all denominators, so microbatches and devices only add up.
 """
 
 import jax
@@ -18,7 +18,7 @@ KL_FORMS = ("k1", "k2", "k3", "k3+")
 def loss_weights(
     completion_mask: Bool[Array, "N T"], aggregation: str, *, max_length: int
 ) -> Float[Array, "N T"]:
-    """Weight of every token; live rows are those with at least one token in the mask.
+    """Weight of every token. Live rows are rows with at least one token in the mask.
 
     ``token_mean`` (DAPO): 1 / tokens in the update. ``sequence_mean`` (GRPO): 1 / (live rows x
     the row's tokens). ``constant_length`` (Dr. GRPO): 1 / (live rows x ``max_length``).
@@ -46,21 +46,24 @@ def policy_loss(
     dual_clip: float = 0.0,
     tis_cap: float = 0.0,
 ) -> tuple[Float[Array, ""], Bool[Array, "N T"]]:
-    """sum of w x over tokens, x a function of A, logp = logprobs and rho = exp(logp - old).
+    """The loss, sum of w x over tokens, and the tokens whose clipped branch was active.
 
-    - ``ppo_clip``: max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)); where A < 0 and
-      ``dual_clip`` = c > 1, at most -c A (Schulman et al. 2017; Ye et al., arXiv 1912.09729).
+    x is a function of the advantage A, logp = logprobs and rho = exp(logp - old); sg is the
+    stopped gradient.
+
+    - ``ppo_clip``: max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)). If A < 0 and
+      ``dual_clip`` = c > 1, it is at most -c A (Schulman et al. 2017; Ye et al., arXiv 1912.09729).
       DAPO's clip-higher is clip_high > clip_low (arXiv 2503.14476).
-    - ``gspo``: the same with the sequence's geometric mean s = exp(mean_t (logp - old)) for rho,
-      written by token as sg(s) exp(logp - sg(logp)); its clip is of the order 3e-4 (2507.18071).
+    - ``gspo``: the same, with the sequence's geometric mean s = exp(mean_t (logp - old)) for rho.
+      By token it is sg(s) exp(logp - sg(logp)). Its clips are about 3e-4 (arXiv 2507.18071).
     - ``cispo``: -sg(clip(rho, 1 - clip_low, 1 + clip_high)) A logp, so that a clipped token keeps
-      its gradient; clip_low = 1 is no floor (arXiv 2506.13585, bounds as in verl).
-    - ``gpg``: -A logp (arXiv 2504.02546); the scaling of A is the estimator's.
+      its gradient. clip_low = 1 means no lower bound (arXiv 2506.13585, bounds as in verl).
+    - ``gpg``: -A logp (arXiv 2504.02546). A is scaled by the estimator.
 
-    Exponents are held in [-20, 20]. Without ``old_logprobs`` the update is strictly on-policy: rho
-    is 1 in value and its gradient that of logp, and all four have the gradient -w A. ``tis_cap``
-    above 0: every token's term is multiplied by ``sampler_weights`` too. Returns the loss and the
-    tokens whose clipped branch was active. ValueError for another objective.
+    Exponents are clipped to [-20, 20]. Without ``old_logprobs`` the update is strictly on-policy:
+    rho has the value 1 and the gradient of logp, and all four objectives have the gradient -w A
+    with respect to logp. If ``tis_cap`` is above 0, every token's term is also multiplied by
+    ``sampler_weights``. Raises ValueError for another objective.
     """
     mask, a = jnp.asarray(batch.completion_mask), jnp.asarray(batch.advantages)[:, None]
     logprobs = jnp.where(mask, logprobs, 0.0)
@@ -93,12 +96,13 @@ def policy_loss(
 def sampler_weights(
     logprobs: Float[Array, "N T"], batch: Batch, *, cap: float
 ) -> Float[Array, "N T"]:
-    """min(exp(old - sampler), cap) where the mask counts, 1 elsewhere: truncated importance weights
-    for a sampler whose probabilities are not quite the trainer's (TIS, Yao et al. 2025).
+    """Truncated importance weights: min(exp(old - sampler), cap) in the mask, 1 elsewhere.
 
-    old is the trainer's own log-prob of the policy that sampled (``logprobs`` where the update is
-    strictly on-policy), so that the ratio policy / old of the objectives counts nothing twice.
-    Without a gradient; the exponent is held in [-20, 20].
+    They correct for a sampler whose probabilities differ slightly from the trainer's (TIS, Yao et
+    al. 2025). old is the trainer's log-probability under the policy that sampled. In a strictly
+    on-policy update it is ``logprobs``. The objectives' ratio policy / old is a separate factor, so
+    nothing is counted twice. The weights have no gradient, and the exponent is clipped to
+    [-20, 20].
     """
     old = logprobs if batch.old_logprobs is None else batch.old_logprobs
     gap = jnp.where(batch.completion_mask, old - batch.sampler_logprobs, 0.0)
@@ -109,13 +113,15 @@ def sampler_weights(
 def kl_loss(
     logprobs: Float[Array, "N T"], batch: Batch, form: str
 ) -> tuple[Float[Array, ""], Float[Array, "N T"]]:
-    """sum of w k over tokens, k an estimate of KL(policy || reference), and k where it counts.
+    """The KL loss, sum of w k over tokens, and k for each token in the mask.
 
-    With x = logp - ref: ``k1`` = x, ``k2`` = x^2 / 2, ``k3`` = exp(-x) - 1 + x (Schulman 2020). As
-    a *value* k1 and k3 are unbiased. As a *loss* only k2 has the gradient of KL(policy ||
-    reference) under the policy's own samples; k3 has that of KL(reference || policy), and k1 has
-    mean zero: it constrains nothing. ``k3+`` has the value of k3 and the gradient of k2.
-    x is held in [-20, 20] and k3 at 10 or less, where its gradient ends (verl's bounds). Raises
+    k is an estimate of KL(policy || reference). With x = logp - ref: ``k1`` = x, ``k2`` = x^2 / 2,
+    ``k3`` = exp(-x) - 1 + x (Schulman 2020). As a *value*, k1 and k3 are unbiased. As a *loss* on
+    the policy's own samples, only k2 has the gradient of KL(policy || reference). k3 has the
+    gradient of KL(reference || policy). The gradient of k1 has mean zero, so it does not constrain
+    the policy. ``k3+`` has the value of k3 and the gradient of k2.
+
+    x is clipped to [-20, 20]. k3 is clipped at 10 and has no gradient there (verl's bounds). Raises
     ValueError for another form and for a batch without ``ref_logprobs``.
     """
     if batch.ref_logprobs is None:

@@ -1,10 +1,10 @@
-"""Several processes of one run: the only module that knows that there may be more than one.
+"""Several processes of one run. Only this module knows that there may be more than one.
 
-Every process runs the same program on the same values, and each sees only its own devices. So two
-laws hold everywhere else. Which device programs run, and in which order, follows only from values
-that all processes share. What one process alone finds out, a verdict or the content of a file,
-reaches the others through ``exchange`` or ``by_first`` before anything depends on it. With one
-process all functions are trivial and run nothing on a device.
+Every process runs the same program on the same values, and sees only its own devices. So the other
+modules follow two rules. First, which device programs run, and in which order, depends only on
+values that are the same in all processes. Second, what only one process knows, such as a verdict or
+the content of a file, is sent to the others by ``exchange`` or ``by_first`` before anything depends
+on it. With one process all functions are trivial and run nothing on a device.
 """
 
 import atexit
@@ -39,13 +39,13 @@ def index() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and talks to the user. No array operation may
+    """Whether this is the process that writes files and prints messages. No array operation may
     depend on it."""
     return jax.process_index() == 0
 
 
 def spoken(report: Report) -> Report:
-    """``report`` in the first process, nothing in the others."""
+    """``report`` in the first process; in the others a function that does nothing."""
     return report if is_first() else lambda text: None
 
 
@@ -54,8 +54,8 @@ def _same(x: T) -> T:
 
 
 def gathered(tree: PyTree) -> PyTree:
-    """Start to copy the arrays that are split over processes to every device; the others, and all
-    of them in a single process, stay as they are. Call it in every process."""
+    """Start to copy arrays that are split over processes to every device. Other arrays stay as they
+    are; with a single process these are all. Call it in every process."""
     leaves, structure = jax.tree.flatten(tree)
     split = [i for i, x in enumerate(leaves) if _is_split(x)]
     if split:
@@ -67,7 +67,7 @@ def gathered(tree: PyTree) -> PyTree:
 
 
 def on_host(tree: PyTree) -> PyTree:
-    """The arrays as NumPy arrays, whole in every process. Call it in every process."""
+    """The arrays as NumPy arrays, complete in every process. Call it in every process."""
     return jax.device_get(gathered(tree))
 
 
@@ -76,7 +76,7 @@ def _is_split(x: Any) -> bool:
 
 
 def put_everywhere(mesh: Mesh, tree: PyTree) -> PyTree:
-    """Host arrays, the same in all processes, as arrays that every device of the mesh holds."""
+    """Host arrays, the same in all processes, as arrays replicated on every device of the mesh."""
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def put(x: Any) -> jax.Array:
@@ -87,13 +87,13 @@ def put_everywhere(mesh: Mesh, tree: PyTree) -> PyTree:
 
 
 def owned(rows: np.ndarray) -> np.ndarray:
-    """Those of the rows that this process decides on; every row has one owner."""
+    """The rows that this process owns. Every row has exactly one owner."""
     return rows[rows % count() == index()]
 
 
 def exchange(work: Callable[[], T]) -> list[T]:
-    """What ``work()`` gives in each process, in their order. An exception of it in one process is
-    raised in all, in the others as a ValueError with its sentence."""
+    """The results of ``work()`` in all processes, in their order. If it raises in one process, the
+    others raise a ValueError with the same message."""
     if count() == 1:
         return [work()]
     result, failed = None, None
@@ -114,9 +114,11 @@ def exchange(work: Callable[[], T]) -> list[T]:
 
 
 def by_first(work: Callable[[], T]) -> T:
-    """What ``work()`` gives in the first process, which alone calls it, in all of them; a
-    ValueError is raised in all. ``work`` reads or writes files, and touches no array that is split
-    over processes."""
+    """Call ``work()`` in the first process only, and return its result in all processes.
+
+    A ValueError of it is raised in all of them. ``work`` may read or write files, but must not use
+    arrays that are split over processes.
+    """
     if count() == 1:
         return work()
     result, failed = None, None
@@ -140,33 +142,33 @@ def _packed(result: Any, failed: Exception | None) -> np.ndarray:
 
 
 def _sentence(error: BaseException) -> str:
-    """An error as the other processes tell it."""
+    """The message of an error for the other processes."""
     text = " ".join(str(error).split())
     ours = isinstance(error, (ValueError, OSError))
     return text if ours else f"{type(error).__name__}: {text}"
 
 
 def _padded(content: np.ndarray, size: int) -> np.ndarray:
-    """As many bytes as the power of two that ``size`` fits into, so that few programs occur."""
+    """The content padded to a power of two of at least ``size`` bytes, so that programs are few."""
     whole = np.zeros(1 << max(10, (size - 1).bit_length()), np.uint8)
     whole[: min(size, content.size)] = content[:size]
     return whole
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this."""
     largest(0)
 
 
 def largest(number: int) -> int:
-    """The largest of the numbers that the processes give."""
+    """The largest ``number`` of all processes."""
     if count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def check_same(what: Callable[[], Mapping[str, Any]]) -> None:
-    """Raise the same ValueError in all processes where ``what()`` differs between them."""
+    """Raise the same ValueError in all processes if ``what()`` differs between them."""
     if count() == 1:
         return
     everyone = exchange(lambda: dict(what()))
@@ -182,32 +184,32 @@ def check_same(what: Callable[[], Mapping[str, Any]]) -> None:
 
 
 SILENCE_S = 30.0
-"""A process that has said nothing for so long has ended, or will not be heard any more."""
+"""A process without a sign of life for so many seconds counts as ended."""
 SILENT = "a process ended without a word; its own output may say why"
 BEAT_S = 2.0
-"""Between two signs of life."""
+"""Seconds between two signs of life of a process."""
 NOT_OURS_S = 50
-"""The same limit of JAX's own heartbeat, which ends a process with its C++ stack; it is the later
-one, for what keeps Python's threads from running."""
+"""Seconds until JAX's own heartbeat ends a process, with a C++ stack trace. It is longer than ours,
+and is needed only if Python's threads cannot run."""
 
 
 @contextmanager
 def joined(
     processes: str, coordinator: str, process_id: str, *, silence_s: float = SILENCE_S
 ) -> Iterator[None]:
-    """Run the block as one of several processes; as it is where ``processes`` is empty or "1".
+    """Run the block as one of several processes; alone if ``processes`` is empty or "1".
 
-    "auto" asks the cluster (TPU VMs, Slurm, Open MPI, Kubernetes); with a number, ``coordinator``
+    "auto" asks the cluster (TPU VMs, Slurm, Open MPI, Kubernetes). With a number, ``coordinator``
     is HOST:PORT of the first process and ``process_id`` the number of this one. An exception that
-    leaves the block ends all processes with its sentence, and so does the death of one, which is
-    noticed when it has been silent for ``silence_s``. Raises ValueError for options that do not fit
-    together, where the others cannot be found, and where the processes have different devices.
+    leaves the block ends all processes with its message. They also end if one process has given no
+    sign of life for ``silence_s`` seconds. Raises ValueError for options that do not fit together,
+    if the other processes are not found, and if processes have different devices.
     """
     options = _start_options(processes, coordinator, process_id)
     if options is None:
         yield
         return
-    jax.config.update("jax_enable_preemption_service", False)  # signals are ``runs.stopping``'s
+    jax.config.update("jax_enable_preemption_service", False)  # ``runs.stopping`` handles signals
     try:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=NOT_OURS_S)
     except (ValueError, RuntimeError) as error:
@@ -230,7 +232,7 @@ def joined(
 
 
 def _start_options(processes: str, coordinator: str, process_id: str) -> dict[str, Any] | None:
-    """What ``jax.distributed.initialize`` is given; None for one process."""
+    """Arguments of ``jax.distributed.initialize``, or None for one process."""
     if processes in ("", "1") and not coordinator and process_id in ("", "0"):
         return None
     if processes == "auto":
@@ -264,8 +266,10 @@ def _check_devices() -> None:
 
 
 class _Watch:
-    """A thread that tells the others that this process lives, and ends it where one of them has
-    failed: a device program that waits for a process that is gone may never come back."""
+    """A thread that gives signs of life, and ends this process if another one has failed.
+
+    It is needed because a device program that waits for an ended process may never return.
+    """
 
     def __init__(self, silence_s: float) -> None:
         from jax._src import distributed  # the only way to its key-value store
@@ -278,16 +282,18 @@ class _Watch:
         self._thread.start()
 
     def leave(self) -> None:
-        """The orderly end, when all processes have come here."""
+        """Wait until all processes have called this, then end the thread."""
         self._store.wait_at_barrier("leave", 24 * 3600 * 1000)
         self._ended.set()
         self._thread.join()
         jax.distributed.shutdown()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others why this process ends. An error of a device program, unless it is about
-        memory, may only mean that another process has ended: then that one's sentence is waited
-        for, and ends this one."""
+        """Tell the others why this process ends.
+
+        An error of a device program may only mean that another process has ended, unless the error
+        is about memory. So this process first waits for the message of that process, which ends it.
+        """
         causes = (error, error.__cause__)
         of_program = any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in causes)
         if of_program and "RESOURCE_EXHAUSTED" not in str(error):
@@ -296,16 +302,16 @@ class _Watch:
         self._tell(_sentence(error), index())
         if is_first():
             self._let_others_read()
-        # JAX's own way out waits for all processes
+        # JAX's own handler at exit would wait for all processes.
         atexit.register(_exit, 130 if isinstance(error, KeyboardInterrupt) else 1)
 
     def _tell(self, sentence: str, process: int) -> None:
-        """Leave a sentence for all processes, unless there is one."""
-        with suppress(jax.errors.JaxRuntimeError):  # there is one, or the first process is gone
+        """Store a message for all processes, unless there is one already."""
+        with suppress(jax.errors.JaxRuntimeError):  # there is one, or the first process ended
             self._store.key_value_set("failed", f"{sentence} (process {process})")
 
     def _let_others_read(self) -> None:
-        """The store ends with the first process."""
+        """Give the others time to read the message, because the store ends with this process."""
         time.sleep(2 * BEAT_S)
 
     def _run(self) -> None:
@@ -328,7 +334,7 @@ class _Watch:
                 _exit(1)
 
     def _look_for_silence(self) -> None:
-        """Tell of a process that has given no sign of life for too long."""
+        """Report a process that has given no sign of life for too long."""
         now = time.monotonic()
         for key, beat in self._store.key_value_dir_get("alive"):
             if self._heard.get(key, ("", now))[0] != beat:

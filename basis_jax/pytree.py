@@ -1,4 +1,4 @@
-"""The one decorator behind every type that travels through jit."""
+"""The decorator of all types that are passed through jit."""
 
 import dataclasses
 from typing import TypeVar, dataclass_transform
@@ -12,11 +12,11 @@ T = TypeVar("T")
 def pytree(cls: type[T]) -> type[T]:
     """A frozen, keyword-only dataclass registered with JAX; every field is a child.
 
-    JAX rebuilds instances through ``object.__new__``: shape checks run when you construct one and
-    not when ``vmap`` or ``tree.map`` puts something else into the leaves.
+    JAX rebuilds instances with ``object.__new__``. So shape checks run when you construct an
+    instance, but not when ``vmap`` or ``tree.map`` puts other values into its leaves.
     """
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # a dataclass by now
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # it is a dataclass here
     names = tuple(field.name for field in fields)
 
     def flatten_with_keys(instance):

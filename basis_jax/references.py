@@ -1,10 +1,10 @@
 """Find a user's own function or class by reference: ``FILE.py:NAME``, or ``package.module:NAME``.
 
-A file is run by itself each time it is asked for. Its path is relative to the current directory.
-Its folder is not put on the import path: it may import what is installed, but not the files beside
-it, so that the fingerprint of the one file says what runs. Code of several files belongs in a
-package, which is given as ``package.module:NAME`` and must be on the import path (installed, or
-its folder in PYTHONPATH).
+A file is run anew each time it is loaded. Its path is relative to the current directory. Its folder
+is not put on the import path: the file may import installed packages, but not the files beside it.
+So the fingerprint of this one file shows what runs. Code in several files belongs in a package,
+which is given as ``package.module:NAME`` and must be on the import path (installed, or its folder
+in PYTHONPATH).
 """
 
 import difflib
@@ -21,7 +21,7 @@ FORMS = "FILE.py:NAME or package.module:NAME"
 
 
 def near(word: str, allowed: Iterable[str]) -> str:
-    """The end of a message about an unknown word: those like it, and all that are allowed."""
+    """The end of a message about an unknown word: similar words, and all allowed words."""
     allowed = sorted(allowed)
     close = difflib.get_close_matches(word, allowed, n=3, cutoff=0.5)
     meant = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -29,11 +29,11 @@ def near(word: str, allowed: Iterable[str]) -> str:
 
 
 def load(reference: str, what: str, is_one: Callable[[Any], bool] = callable) -> Any:
-    """What the reference names. ``what`` it is meant to be, "estimator" or "reward function", and
-    which things of a module are such ones, are for messages.
+    """The object that the reference names.
 
-    Raises ValueError for another form, a file or module that does not exist or that raises when it
-    is imported, and a name that is not in it.
+    ``what`` ("estimator" or "reward function") and ``is_one`` (whether an object of the module is
+    one) are only used in messages. Raises ValueError for another form of reference, for a file or
+    module that does not exist or raises when it is imported, and for a name that is not in it.
     """
     where, name = parts(reference, what)
     module = _module(where)
@@ -44,9 +44,9 @@ def load(reference: str, what: str, is_one: Callable[[Any], bool] = callable) ->
 
 
 def fingerprint(reference: str, what: str) -> str:
-    """SHA-256 in hex of the file that the reference names; what it imports is not part of it.
+    """SHA-256 in hex of the file that the reference names, without the modules it imports.
 
-    Raises ValueError as ``load``, and for a module that has no file.
+    Raises ValueError like ``load``, and for a module that has no file.
     """
     where, _ = parts(reference, what)
     path = _file(where) if where.endswith(".py") else _module(where).__file__
@@ -56,7 +56,7 @@ def fingerprint(reference: str, what: str) -> str:
 
 
 def absolute(reference: str, what: str) -> str:
-    """The reference with the whole path of its file: the same in any current directory."""
+    """The reference with the absolute path of its file."""
     where, name = parts(reference, what)
     return f"{_file(where)}:{name}" if where.endswith(".py") else reference
 
@@ -97,8 +97,11 @@ def _file(where: str) -> Path:
 
 
 def _run(path: Path) -> ModuleType:
-    """The file as a module. In ``sys.modules``, where dataclasses and pickle look for it, it has a
-    name made of its whole path: files of the same name in two folders do not meet."""
+    """Run the file as a module.
+
+    It is put into ``sys.modules``, where dataclasses and pickle look for it. Its name there is made
+    from its absolute path, so files of the same name in two folders do not collide.
+    """
     module = ModuleType(f"own_file_{hashlib.sha256(str(path).encode()).hexdigest()}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
@@ -111,7 +114,7 @@ def _run(path: Path) -> ModuleType:
 
 
 def _failed(where: str, error: Exception) -> str:
-    """The message of a file or module that raised."""
+    """The message for a file or module that raised an error."""
     advice = "correct it"
     if isinstance(error, ModuleNotFoundError):
         advice = (
@@ -124,7 +127,7 @@ def _failed(where: str, error: Exception) -> str:
 
 
 def line_of(error: BaseException, file: str) -> str:
-    """`` in line 3``: where in a file an error was raised; empty where it was not in that file."""
+    """The line of a file where an error was raised, as `` in line 3``; empty for other files."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == file]
     return f" in line {lines[-1]}" if lines else ""

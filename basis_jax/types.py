@@ -1,8 +1,8 @@
-"""What travels between the parts of a training step.
+"""The types that the parts of a training step pass to each other.
 
 Axes: N rollouts, B prompts, G rollouts per prompt (N = B * G, a prompt's rollouts adjacent),
 P prompt positions, T positions (prompt then completion, padded on the right), M problems.
-Every ``[N T]`` array is token-aligned: entry t says something about token t.
+Entry t of every ``[N T]`` array is about token t.
 """
 
 from typing import Any
@@ -13,12 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from basis_jax.pytree import pytree
 
 AnyArray = Array | np.ndarray
-"""On a device or on the host: prompts come from the host, rollouts are verified there."""
+"""An array on a device or on the host: prompts are made and rollouts verified on the host."""
 
 
 @pytree
 class Prompts:
-    """Tokenised prompts, padded on the right; what stands beyond ``lengths`` is ignored."""
+    """Tokenised prompts, padded on the right. Positions beyond ``lengths`` are ignored."""
 
     tokens: Int[AnyArray, "N P"]
     lengths: Int[AnyArray, " N"]
@@ -27,11 +27,11 @@ class Prompts:
 
 @pytree
 class Rollouts:
-    """Prompts with what the policy wrote after them, from token ``prompt_lengths`` on."""
+    """Prompts followed by their completions, which begin at token ``prompt_lengths``."""
 
     tokens: Int[AnyArray, "N T"]
     prompt_lengths: Int[AnyArray, " N"]
-    completion_lengths: Int[AnyArray, " N"]  # sampled tokens, the EOS included
+    completion_lengths: Int[AnyArray, " N"]  # sampled tokens, including the EOS
     sampler_logprobs: Float[AnyArray, "N T"]  # 0 outside the completion
     score_norms: Float[AnyArray, " N"]  # sum over the completion of |onehot - p|^2: see draw
     terminated: Bool[AnyArray, " N"]  # True: ended with an EOS; False: cut at the length limit
@@ -40,10 +40,10 @@ class Rollouts:
 
 @pytree
 class Signals:
-    """All that an estimator sees of a batch of rollouts."""
+    """Everything that an estimator sees of a batch of rollouts."""
 
     rewards: Float[Array, " N"]
-    valid: Bool[Array, " N"]  # False: the verifier failed; the row says nothing
+    valid: Bool[Array, " N"]  # False: the verifier failed; ignore the row
     problem_ids: Int[Array, " N"]
     lengths: Int[Array, " N"]  # completion tokens
     score_norms: Float[Array, " N"] | None = None  # like |gradient of log p(completion)|^2
@@ -52,7 +52,7 @@ class Signals:
 
 @pytree
 class Estimate:
-    """What an estimator returns: ``advantages = rewards - baselines`` up to its normalisation."""
+    """The result of an estimator. ``advantages`` are rewards - baselines, up to normalisation."""
 
     advantages: Float[Array, " N"]
     values: Float[Array, " N"]  # estimates of the expected reward
@@ -62,8 +62,8 @@ class Estimate:
 
 @pytree
 class Measurement:
-    """Sums over an update's rollouts, with w the squared length of a rollout's gradient in the
-    optimizer's metric, estimated without bias: see ``estimators.measured``."""
+    """Unbiased estimates of sums over an update's rollouts: see ``estimators.measured``. w is the
+    squared norm of a rollout's gradient in the optimizer's metric."""
 
     product: Float[Array, ""]  # sum w (r - b)
     square: Float[Array, ""]  # sum w
@@ -71,7 +71,7 @@ class Measurement:
 
 @pytree
 class Batch:
-    """One microbatch. ``loss_weights`` carry every denominator of the loss, those of its update."""
+    """One microbatch. Its ``loss_weights`` include the loss's denominators for the whole update."""
 
     tokens: Int[AnyArray, "N T"]
     completion_mask: Bool[AnyArray, "N T"]
@@ -85,11 +85,14 @@ class Batch:
 
 @pytree
 class TrainState:
-    """All that a step changes, which a checkpoint must hold for training to continue bit for bit,
-    and the frozen parameters beside it, which the model's folder holds."""
+    """Everything that a step changes, and the frozen parameters.
+
+    A checkpoint holds the former, so that training continues bit for bit. The frozen parameters are
+    in the model's folder.
+    """
 
     step: Int[Array, ""]
-    params: Any  # those that are trained: all, or the adapters
+    params: Any  # the trained parameters: all, or the adapters
     opt_state: Any
     estimator_state: Any
-    frozen: Any = None  # the base model under adapters
+    frozen: Any = None  # the base model's, if adapters are trained

@@ -1,6 +1,6 @@
-"""The commands: ``basis-jax train``, ``basis-jax evaluate`` and so on, a module each.
+"""The commands: ``basis-jax train``, ``basis-jax evaluate`` and so on, one module each.
 
-``python scripts/train.py`` and its neighbours call the same functions.
+``python scripts/train.py`` and the other scripts call the same functions.
 """
 
 import difflib
@@ -20,7 +20,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """The program ``basis-jax``. A command sees its arguments as a script of its own would."""
+    """The program ``basis-jax``. A command gets its arguments as if it were a script of its own."""
     command_line.run(dispatch)
 
 

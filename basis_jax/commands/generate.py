@@ -5,8 +5,8 @@
 
 The model is the newest checkpoint of a run, or the one given as RUN/checkpoints/STEP. Each sample
 is printed with its log-probability: the sum over its tokens, in nats, at the sampling temperature.
-Where the right answer is known, each sample has a verdict, and the value of the prompt is the share
-of right samples. The answer is known if it is given with --answer, or if the prompt is one of the
+If the right answer is known, each sample has a verdict, and the value of the prompt is the share of
+right samples. The answer is known if it is given with --answer, or if the prompt is one of the
 run's own problems and these can be read without a download.
 """
 
@@ -81,7 +81,7 @@ def unanswered(prompt: str) -> Problem:
 
 
 def find_problem(config: Config, prompt: str, answer: str | None) -> Problem | None:
-    """The prompt with its right answer: the one given, or that of the run's own problem."""
+    """The prompt with its right answer: the given one, or that of a problem of the run."""
     if answer is not None:
         return Problem(prompt=prompt, answer=answer)
     for path in (config.data.path, *config.eval.sets):
@@ -101,8 +101,8 @@ def find_problem(config: Config, prompt: str, answer: str | None) -> Problem | N
 def generate(
     config: Config, checkpoint: Path, problem: Problem, options: argparse.Namespace, *, known: bool
 ) -> tuple[Graded, int]:
-    """``options.samples`` completions, and the number of prompt tokens that the tokenizer does
-    not know."""
+    """``options.samples`` completions, and the number of prompt tokens that the tokenizer does not
+    know."""
     folder, model_config, mesh = locate_model(config)
     room = model_config.max_positions - config.sampling.max_new_tokens
     data = dataclasses.replace(config.data, max_prompt_tokens=room, rewards={}, verifier_weight=1.0)
@@ -145,8 +145,8 @@ def sample_lines(graded: Graded, known: bool) -> Iterator[str]:
 
 
 def value_line(graded: Graded, problem: Problem, checkpoint: Path) -> str:
-    """The share of right samples, and the pass rate before training where the run measured it;
-    mean rewards where some are neither 0 nor 1."""
+    """The share of right samples, and the pass rate before training if the run measured it. If some
+    rewards are neither 0 nor 1, these are mean rewards."""
     rewards = graded.rewards[graded.valid]
     if np.isin(rewards, (0, 1)).all():
         value = f"{int(rewards.sum())} of {rewards.size} samples right"

@@ -3,11 +3,11 @@
     basis-jax reference-stats --config configs/quickstart.py --out tables/quickstart.npz
     basis-jax train --config configs/quickstart.py --estimator.table tables/quickstart.npz
 
-The reference policy is the config's model. The same command again goes on where a killed one
-stopped. Every field of the config can be overridden as in basis-jax train:
-``--estimator.table-samples`` sets the rollouts a problem, ``--estimator.features 32`` adds the
-prompt features that value_filter can start from (one prefill a problem). With
-``--estimator.table-samples 0`` the table holds features alone and nothing is generated. On several
+The reference policy is the config's model. If the command was killed, the same command again
+continues where it stopped. Every field of the config can be overridden as in basis-jax train:
+``--estimator.table-samples`` sets the rollouts per problem, ``--estimator.features 32`` adds the
+prompt features that value_filter can start from (one prefill per problem). With
+``--estimator.table-samples 0`` the table holds only features and nothing is generated. On several
 machines: ``--processes`` and its companions, as in basis-jax train.
 """
 
@@ -49,8 +49,8 @@ def make_table(config: Config, path: Path) -> ReferenceTable:
 
 
 def print_summary(table: ReferenceTable) -> None:
-    """Mean, spread and how many problems the table says nothing of but 0 or 1. Problems without a
-    graded rollout are left out."""
+    """Print mean and spread of the pass rates, and the share of problems that were always or never
+    solved. Problems without a graded rollout are left out."""
     graded = table.trials > 0
     if not graded.any():
         return

@@ -8,10 +8,10 @@ command again resumes the run in ``--run-dir`` from its newest checkpoint. On se
 start it on each with ``--processes auto``, or with ``--processes N --coordinator HOST:PORT
 --process-id K`` (docs/several-processes.md).
 
-``--dry-run`` reads no weights and trains nothing: it prints what the run needs, memory and time by
-part, and exits with 1 where it does not fit. ``--topology v5e:4x4`` (or h100:8, l4, ...) plans for
-devices that are not here; ``--compile`` adds what the compiler says, for TPU topologies (with
-libtpu) and for the devices that are here.
+``--dry-run`` reads no weights and trains nothing. It prints the memory and time that the run needs,
+by part, and exits with 1 if the run does not fit. ``--topology v5e:4x4`` (or h100:8, l4, ...) plans
+for devices that are not present. ``--compile`` adds the compiler's figures, for TPU topologies
+(with libtpu) and for the devices that are present.
 """
 
 import sys
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def summarise(run_dir: Path) -> None:
-    """Print held-out accuracy before and after, and where everything lies."""
+    """Print held-out accuracy before and after training, and the paths of the files."""
     curves = plots.draw([run_dir], run_dir / "curves.png")
     evaluated = [m for m in read_metrics(run_dir) if "eval/accuracy" in m]
     for line in evaluated[:1] + evaluated[1:][-1:]:

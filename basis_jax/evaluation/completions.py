@@ -1,7 +1,7 @@
-"""``completions.jsonl``: every completion of a stand-alone evaluation, and the numbers of it.
+"""``completions.jsonl``: every completion of a stand-alone evaluation, and results from it.
 
-One line a rollout, in the order of the plan: sets as configured, problems by uid, a problem's
-samples adjacent. All results are computed from these lines, so anybody can do it again.
+It has one line per rollout: sets in the config's order, problems by uid, and a problem's samples
+adjacent. All results are computed from these lines only, so anybody can compute them again.
 """
 
 import functools
@@ -37,7 +37,7 @@ FIELDS = {
     "verifier": "data.verifier",
     **{key: f"sampling.{key}" for key in ("top_p", "top_k", "max_new_tokens")},
 }
-"""The config's fields behind a protocol."""
+"""For each entry of a protocol, the config field that sets it."""
 RULES = {
     "invalid": "a completion that could not be graded counts as wrong in every metric",
     "avg@k": "mean over problems of the mean reward of a problem's k completions",
@@ -60,10 +60,9 @@ def write_completions(
 ) -> Path:
     """Write every completion that ``out/completions.jsonl`` lacks, and return its path.
 
-    One line a rollout: sets in order, a problem's samples adjacent. A killed evaluation goes on
-    after its last whole line; batches are cut at the same places again, so the file comes out the
-    same bit for bit. Call under ``jax.set_mesh``. Raises ValueError where the folder is of another
-    protocol than this one or another process writes there.
+    A killed evaluation continues after its last complete line. Batches have the same boundaries
+    again, so the file is the same bit for bit. Call under ``jax.set_mesh``. Raises ValueError if
+    the folder belongs to another protocol, or if another process writes there.
     """
     path = out / "completions.jsonl"
     file: Any = None  # open in the first process
@@ -97,8 +96,11 @@ def chunks(
     done: int,
     report: Callable[[str], None],
 ) -> Iterator[tuple[int, list[dict]]]:
-    """(number of the first, rows) of each batch of a set that is not wholly among the first
-    ``done`` rollouts. Batches have one shape: the last is filled up with its first rollout."""
+    """(number of the first rollout, rows) of each batch of a set, without batches that are done.
+
+    The first ``done`` rollouts of the set are done. Batches have the same shape: the last one is
+    filled up with copies of its first rollout.
+    """
     problems, samples = evaluation.sets[name], evaluation.config.eval.samples_of(name)
     total = len(problems.problems) * samples
     size = min(ROWS_PER_SLOT * evaluation.setup.rows_at_once, total)
@@ -133,8 +135,8 @@ def as_rows(
     numbers: Sequence[int],
     data: DataSection,
 ) -> list[dict[str, Any]]:
-    """What is written of the first rollouts, those with the sample numbers ``numbers``. ``tokens``
-    count the completion's, its EOS included."""
+    """The rows to write for the first rollouts, whose sample numbers are ``numbers``. ``tokens`` is
+    the number of tokens in the completion, including the EOS."""
     rows = []
     for i, sample in enumerate(numbers):
         problem = problems.problems[graded.rollouts.problem_ids[i]]
@@ -161,8 +163,8 @@ def as_rows(
 
 
 def extracted(completion: str, verifier: str, answer_mode: str = "") -> str | None:
-    """The answer that the verifier finds in a completion, where it looks for answers by
-    ``extraction_mode``; None where it finds none. An own reward function's is the whole text."""
+    """The answer that the verifier finds in a completion (see ``extraction_mode``), or None. For a
+    user's own reward function it is the whole text."""
     if verifier == "exact" or is_own(verifier):
         return completion.strip() or None
     if verifier == "gym":
@@ -171,11 +173,11 @@ def extracted(completion: str, verifier: str, answer_mode: str = "") -> str | No
 
 
 def vote(answer: str | None, verifier: str) -> str | None:
-    """What an answer counts for in a majority: answers with the same normalised text agree.
+    """The text by which answers are compared in a majority vote: equal texts agree.
 
-    ``exact``, ``gym`` and own functions: the text. Mathematics: canonical notation without the
-    name of what is computed, plain numbers as exact fractions, so 0.5, 1/2 and x = \\frac12 agree.
-    No algebra is done, and the right answer is not looked at.
+    With ``exact``, ``gym`` and own functions it is the answer itself. In mathematics it is the
+    answer in canonical notation, without the name of a variable, and with plain numbers as exact
+    fractions: 0.5, 1/2 and x = \\frac12 agree. It uses neither algebra nor the right answer.
     """
     if answer is None or verifier in ("exact", "gym") or is_own(verifier):
         return answer
@@ -187,7 +189,7 @@ def vote(answer: str | None, verifier: str) -> str | None:
 
 
 def settle_protocol(out: Path, protocol: Mapping[str, Any]) -> None:
-    """Write ``out/protocol.json``, or check that it is the one wanted."""
+    """Write ``out/protocol.json``, or check that it equals ``protocol``."""
     path, protocol = out / "protocol.json", json.loads(json.dumps(protocol))
     if not path.exists() and not (out / "completions.jsonl").stat().st_size:
         replace_file(path, json.dumps(protocol, indent=2) + "\n")
@@ -211,12 +213,14 @@ def shortened(value: Any) -> str:
 
 
 def results(path: Path, evaluation: Evaluation) -> dict[str, Any]:
-    """Every metric with its interval, computed from the lines of ``path`` alone, by set and as
-    the average over sets; and of each set what was left out, not graded or cut short. ``failed``:
-    the sets without a result, and why: not loaded, or none of the completions graded.
+    """Every metric with its interval, by set and as the average over sets.
 
-    Raises ValueError where the lines are not those of the evaluation's plan, and where every set
-    has failed.
+    The metrics are computed from the lines of ``path`` only. For each set there are also the
+    numbers of problems left out and of completions not graded or cut at the length limit.
+    ``failed`` has the sets without a result and the reason: the set could not be loaded, or none of
+    its completions could be graded.
+
+    Raises ValueError if the lines do not fit the evaluation, or if every set has failed.
     """
     rows = read_lines(path)
     described, scores_by_set, failed = {}, {}, dict(evaluation.failed)
@@ -251,7 +255,7 @@ def results(path: Path, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rollouts that were written, in order. Raises ValueError for a line that is none."""
+    """The rollouts in the file, in order. Raises ValueError for a line that is not a rollout."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -266,8 +270,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def read_set(
     rows: Iterator[dict[str, Any]], name: str, problems: EncodedProblems, samples: int, path: Path
 ) -> dict[str, np.ndarray]:
-    """Columns [M, samples] of the next set's rollouts; votes as numbers within their problem, -1
-    where there is none."""
+    """Columns [M, samples] of the next set's rollouts. Votes are numbered within their problem; -1
+    means no vote."""
     kinds = {"reward": float, "valid": bool, "terminated": bool, "tokens": int, "vote": int}
     shape = (len(problems.problems), samples)
     columns: dict[str, np.ndarray] = {key: np.zeros(shape, kind) for key, kind in kinds.items()}

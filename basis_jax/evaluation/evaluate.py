@@ -1,7 +1,7 @@
 """Held-out accuracy while training, and the stand-alone evaluation of a model or a checkpoint.
 
-Both draw the same completions: the noise depends on seed, problem and sample alone. What the
-stand-alone one writes is in ``completions.py``.
+Both draw the same completions, because random numbers depend only on seed, problem and sample. The
+files of the stand-alone evaluation are written in ``completions.py``.
 """
 
 import dataclasses
@@ -34,14 +34,14 @@ from basis_jax.weights import huggingface, layout
 
 
 def problem_scores(rewards: np.ndarray, valid: np.ndarray, samples: int) -> np.ndarray:
-    """Mean reward per problem, whose ``samples`` rows are adjacent; rows that are not valid count
-    as wrong."""
+    """Mean reward per problem. A problem's ``samples`` rows are adjacent, and rows that are not
+    valid count as wrong."""
     shape = (-1, samples)
     return scores.average(scores.counted_rewards(rewards.reshape(shape), valid.reshape(shape)))
 
 
 def invalid_warning(metrics: Mapping[str, float]) -> str:
-    """A sentence where some of the completions of an ``evaluate`` could not be graded, else ""."""
+    """A warning if some completions of ``evaluate`` could not be graded, else ""."""
     if not metrics.get("eval/invalid"):
         return ""
     ungraded = metrics.get("eval/verify/ungraded", 0.0)
@@ -62,8 +62,11 @@ def complete(
     samples: int,
     sampling: SamplingSection,
 ) -> Graded:
-    """The rollouts ``units`` of a set's plan, in which a problem's ``samples`` are adjacent. The
-    noise is the same at every call, so that before and after differ by the policy alone."""
+    """The rollouts ``units`` of a set, numbered with a problem's ``samples`` adjacent.
+
+    Random numbers are the same in every call, so results before and after training differ only by
+    the policy.
+    """
     return roll_out(
         params,
         setup,
@@ -84,14 +87,16 @@ def evaluate(
     section: EvalSection,
     sampling: SamplingSection,
 ) -> dict[str, float]:
-    """Accuracy by each set's own samples and temperature, and greedily: the average over sets with
-    its 95 % interval (``eval/accuracy``, ``eval/greedy_accuracy``), and each set's own where there
-    are several. It is the mean reward, so the share of right completions where rewards are 0 and 1.
-    ``eval/invalid``: the share of all completions that could not be graded; they count as wrong.
-    ``eval/verify/...``: the share of each kind of verdict (``verify.verdicts.shares``). A set whose
-    temperature is 0 is completed once for both.
+    """Held-out accuracy, sampled (``eval/accuracy``) and greedy (``eval/greedy_accuracy``).
 
-    Raises ValueError where no completion of a set could be graded.
+    Accuracy is the mean reward: the share of right completions if rewards are 0 and 1. It is the
+    average over sets, with a 95 % interval, and also given for each set if there are several.
+    Sampling uses each set's own number of samples and temperature; a set with temperature 0 is
+    completed once for both. ``eval/invalid`` is the share of all completions that could not be
+    graded; they count as wrong. ``eval/verify/...`` is the share of each kind of verdict
+    (``verify.verdicts.shares``).
+
+    Raises ValueError if no completion of a set could be graded.
     """
     metrics, valid, kinds = {}, [], []
     found: dict[tuple[str, float], np.ndarray] = {}
@@ -128,8 +133,8 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a stand-alone evaluation holds fixed, apart from the parameters. ``failed``: the sets
-    that could not be loaded, and why."""
+    """What stays fixed in a stand-alone evaluation, apart from the parameters. ``failed`` has the
+    sets that could not be loaded, with the reason."""
 
     config: Config
     folder: Path  # of the model
@@ -138,7 +143,7 @@ class Evaluation:
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def sampling(self, name: str) -> SamplingSection:
-        """That of the rollouts in training, at the temperature of a set."""
+        """The sampling settings of training, with the temperature of this set."""
         temperature = self.config.eval.temperature_of(name)
         return dataclasses.replace(self.config.sampling, temperature=temperature)
 
@@ -147,8 +152,8 @@ class Evaluation:
 def open_evaluation(config: Config, report: Callable[[str], None] = print) -> Iterator[Evaluation]:
     """Yield the Evaluation; its verifier's processes end with the block. Needs no training data.
 
-    A set that cannot be loaded or does not fit is left out, and said to be. Raises ValueError for
-    settings that cannot be evaluated, before weights are read, and where no set is left.
+    A set that cannot be loaded or does not fit is left out, and reported. Raises ValueError for
+    settings that cannot be evaluated, before weights are read, and if no set is left.
     """
     check_ranges(config)
     folder, model_config, mesh = locate_model(config)
@@ -193,7 +198,7 @@ def load_held_out_set(
     verifier: Verifier,
     report: Callable[[str], None],
 ) -> EncodedProblems:
-    """A set of ``eval.sets`` as tokens; what was left out is reported."""
+    """A set of ``eval.sets`` as tokens. Problems left out are reported."""
     section = config.held_out_data(name)
     return encode_and_report(
         f"held-out {name}",
@@ -206,9 +211,9 @@ def load_held_out_set(
 
 
 def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
-    """All that two evaluations must share for their numbers to be comparable, rounding aside.
+    """What must be equal in two evaluations for the same results, up to rounding.
 
-    ``weights`` is a hash of the parameters, the same for a checkpoint and its float32 export.
+    ``weights`` is a hash of the parameters. It is the same for a checkpoint and its float32 export.
     """
     config, setup, sampling = evaluation.config, evaluation.setup, evaluation.config.sampling
     described = dataclasses.asdict(computed_in(setup.model_config, sampling.dtype))
@@ -243,7 +248,7 @@ def protocol(evaluation: Evaluation, params: PyTree) -> dict[str, Any]:
 
 
 def set_protocol(config: Config, name: str) -> dict[str, Any]:
-    """What the config says of this set alone."""
+    """The config's settings for this set only."""
     section = config.eval
     own: dict[str, Any] = {}
     if name in section.set_samples:
@@ -260,7 +265,8 @@ def sha256(value: Any) -> str:
 
 
 def params_sha256(params: PyTree, model_config: ModelConfig) -> str:
-    """Over names, shapes and float32 values, in the names and layouts of Hugging Face's files."""
+    """Hash of names, shapes and float32 values, with the names and layouts of Hugging Face's
+    files."""
     digest = hashlib.sha256()
     for name, tensor in layout.stored_tensors(params, model_config):
         digest.update(f"{name}\0{tensor.shape}\0".encode())
@@ -269,8 +275,8 @@ def params_sha256(params: PyTree, model_config: ModelConfig) -> str:
 
 
 def verifier_version(section: DataSection) -> dict[str, str]:
-    """The verifier's name, where it looks for answers, a hash of the source of ``verify/``, and the
-    packages it computes with."""
+    """The verifier's name, its answer mode, a hash of the source of ``verify/``, and the versions
+    of packages it uses."""
     digest = hashlib.sha256()
     for path in sorted(Path(verify.__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

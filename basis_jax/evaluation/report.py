@@ -1,5 +1,5 @@
-"""What a stand-alone evaluation shows a person: a table of the main metrics, and ``report.html``,
-problem by problem."""
+"""Output of a stand-alone evaluation for people: a table of the main metrics, and ``report.html``
+with every problem."""
 
 import html
 import json
@@ -11,12 +11,12 @@ from typing import Any
 from basis_jax.evaluation.completions import read_lines
 from basis_jax.verify.verdicts import RIGHT_ABOVE
 
-COMPLETIONS_SHOWN = 4  # of a problem
-CHARACTERS_SHOWN = 4000  # of a completion: its end, where the answer stands
+COMPLETIONS_SHOWN = 4  # per problem
+CHARACTERS_SHOWN = 4000  # at the end of a completion, where the answer is
 
 
 def table(found: Mapping[str, Any]) -> list[str]:
-    """The main metrics as lines of text: percent, with the interval."""
+    """The main metrics as lines of text, in percent with their interval."""
     shown = main_metrics(found)
     lines = [["set", "problems", "invalid", "cut short", *shown]]
     for name, of_set in found["sets"].items():
@@ -29,7 +29,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
 
 
 def main_metrics(found: Mapping[str, Any]) -> list[str]:
-    """avg@k, pass@1, pass@k and maj@k of every set; ``accuracy`` where sets differ in k."""
+    """avg@k, pass@1, pass@k and maj@k of every set, and ``accuracy`` if sets differ in k."""
     chosen = ["accuracy"] if "accuracy" in found["average"] else []
     for of_set in found["sets"].values():
         names = list(of_set["metrics"])
@@ -38,7 +38,7 @@ def main_metrics(found: Mapping[str, Any]) -> list[str]:
 
 
 def warnings(found: Mapping[str, Any]) -> list[str]:
-    """A sentence for each set without a result, and for each of which some completions could not
+    """One sentence for each set without a result, and for each set with completions that could not
     be graded."""
     failed = [f"{name} has no result: {why}" for name, why in found["failed"].items()]
     return failed + [
@@ -57,7 +57,7 @@ def percent(metric: Mapping[str, float | int] | None) -> str:
 
 
 def report(found: Mapping[str, Any], about: Mapping[str, Any], path: Path) -> Iterator[str]:
-    """The pieces of report.html. Whatever a model or a file wrote is escaped."""
+    """The parts of report.html. Text from a model or a file is escaped."""
     yield HEAD
     yield f"<h1>{text(about['evaluated'])}</h1>\n<table>\n"
     every = (found["average"], *(of_set["metrics"] for of_set in found["sets"].values()))
@@ -83,7 +83,7 @@ def report(found: Mapping[str, Any], about: Mapping[str, Any], path: Path) -> It
 
 
 def problem(rollouts: Sequence[Mapping[str, Any]]) -> str:
-    """One problem: pass rate, text, right answer, and some completions, right and wrong ones."""
+    """One problem: pass rate, text, right answer, and some right and wrong completions."""
     invalid = sum(not r["valid"] for r in rollouts)
     right = sum(r["valid"] and r["reward"] > RIGHT_ABOVE for r in rollouts)
     prompt = rollouts[0]["problem"]
@@ -134,8 +134,8 @@ def row(tag: str, cells: Iterable[object]) -> str:
 
 
 def text(value: object) -> str:
-    """Text for a page: escaped, and with characters that print nothing or turn the writing
-    direction shown as their code."""
+    """Text for a page, escaped. Characters that are invisible or change the writing direction are
+    shown by their code."""
     shown = "".join(c if c.isprintable() or c in "\n\t" else f"\\u{ord(c):04x}" for c in str(value))
     return html.escape(shown)
 

@@ -1,7 +1,7 @@
 """Scores of graded completions, and intervals clustered by problem. NumPy only.
 
-Axes: M problems, C completions of each. Every completion counts: one that could not be graded has
-reward 0, as a wrong one.
+Axes: M problems, C completions of each. Every completion counts. One that could not be graded has
+reward 0, like a wrong one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of the average over sets of the mean of their per-problem scores.
 
-    Problems are drawn with replacement within each set. A problem's samples move together: the
-    interval is clustered by problem.
+    Problems are drawn with replacement within each set. A problem's samples are drawn together, so
+    the interval is clustered by problem.
     """
     rng = np.random.default_rng(seed)
     means = np.zeros(resamples)
@@ -37,7 +37,7 @@ def bootstrap_interval(
 
 
 def check_graded(valid: np.ndarray, name: str) -> None:
-    """Raise a ValueError where no completion of the set ``name`` could be graded."""
+    """Raise ValueError if no completion of the set ``name`` could be graded."""
     if not valid.any():
         raise ValueError(
             f"none of the {valid.size} completions of {name} could be graded (the verifier failed "
@@ -48,7 +48,7 @@ def check_graded(valid: np.ndarray, name: str) -> None:
 def counted_rewards(
     rewards: Float[np.ndarray, "M C"], valid: Bool[np.ndarray, "M C"]
 ) -> Float[np.ndarray, "M C"]:
-    """Rewards as every metric counts them: 0 where a completion could not be graded."""
+    """Rewards as counted in every metric: 0 if a completion could not be graded."""
     return np.where(valid, rewards, 0).astype(np.float64)
 
 
@@ -58,16 +58,16 @@ def average(rewards: Float[np.ndarray, "M C"]) -> Float[np.ndarray, " M"]:
 
 
 def pass_at_k(solved: Int[np.ndarray, " M"], size: int, k: int) -> Float[np.ndarray, " M"]:
-    """1 - binom(n - c, k) / binom(n, k): the probability that k of the n = ``size`` completions,
-    drawn without replacement, hold one of the c = ``solved``. Unbiased for pass@k under n
-    independent completions (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+    """Unbiased estimate of pass@k: 1 - binom(n - c, k) / binom(n, k).
 
-    Raises ValueError for k < 1 and k > n.
+    Of n = ``size`` independent completions c = ``solved`` are right. The estimate is the
+    probability that k of them, drawn without replacement, include a right one (Chen et al. 2021,
+    arXiv 2107.03374, eq. 1). Raises ValueError for k < 1 and k > n.
     """
     if not 1 <= k <= size:
         raise ValueError(f"pass@k needs k of 1 to {size}, the completions of a problem, not {k}")
     drawn = np.arange(k)
-    wrong_left = (size - solved)[:, None] - drawn  # 0 at some draw where there are too few
+    wrong_left = (size - solved)[:, None] - drawn  # reaches 0 if fewer than k are wrong
     return 1 - (wrong_left / (size - drawn)).prod(axis=1)
 
 
@@ -76,10 +76,10 @@ def majority(
 ) -> Float[np.ndarray, " M"]:
     """maj@C: the reward of the answer that most of a problem's completions give.
 
-    ``votes`` number the different answers of a problem from 0; below 0 a completion gives none
-    and abstains. One that could not be graded votes as the others do. The reward of an answer is
-    the mean over the completions that give it; where several answers have most votes, the mean
-    over these answers. Without a vote the score is 0.
+    ``votes`` number the different answers of a problem from 0. A negative number means that the
+    completion has no answer and no vote. Completions that could not be graded vote, too. The reward
+    of an answer is the mean over the completions that give it. If several answers have the most
+    votes, the score is the mean over these answers. Without any vote it is 0.
     """
     problems, size = votes.shape
     row, column = np.nonzero(votes >= 0)
@@ -97,8 +97,12 @@ def all_scores(
     valid: Bool[np.ndarray, "M C"],
     votes: Int[np.ndarray, "M C"],
 ) -> dict[str, np.ndarray]:
-    """Every metric's per-problem scores: ``avg@C``, ``pass@k`` for powers of two up to C (right:
-    a reward above 1/2), ``maj@C``. Where not ``valid``, a completion counts as wrong."""
+    """Per-problem scores of every metric: ``avg@C``, ``pass@k`` for powers of two up to C, and
+    ``maj@C``.
+
+    In ``pass@k`` a completion is right if its reward is above 1/2. A completion that is not
+    ``valid`` counts as wrong.
+    """
     rewards, size = counted_rewards(rewards, valid), rewards.shape[1]
     solved = (rewards > RIGHT_ABOVE).sum(axis=1)
     powers = [2**i for i in range(size.bit_length())]
@@ -107,17 +111,20 @@ def all_scores(
 
 
 def mean_with_interval(sets: Sequence[np.ndarray]) -> dict[str, float | int]:
-    """The average over sets of their problems' mean score, its 95 % interval and the number of
-    problems."""
+    """The average over sets of the mean score of their problems, its 95 % interval, and the number
+    of problems."""
     low, high = bootstrap_interval(sets)
     value = float(np.mean([scores.mean() for scores in sets]))
     return {"value": value, "low": low, "high": high, "problems": sum(map(len, sets))}
 
 
 def summary(scores_by_set: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict, dict]:
-    """``mean_with_interval`` of every metric: of each set, given its ``all_scores``, and of the
-    sets together, where every set weighs the same. Together they have the metrics that all of them
-    have, and where they differ in C also ``accuracy``, the average of their avg@C."""
+    """``mean_with_interval`` of every metric, for each set and for all sets together.
+
+    ``scores_by_set`` has the ``all_scores`` of each set. Together, all sets have the same weight,
+    and only metrics of all sets are given. If sets differ in C, there is also ``accuracy``, the
+    average of their avg@C.
+    """
     sets = {
         name: {metric: mean_with_interval([values]) for metric, values in metrics.items()}
         for name, metrics in scores_by_set.items()

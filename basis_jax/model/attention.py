@@ -1,7 +1,7 @@
 """Causal attention over whole rows: plain, or by a kernel that never holds all scores of a row.
 
 Every kind computes softmax(q k / sqrt(Dh)) v over the positions up to the query's own. Queries are
-the last T of the S positions, so that rows may follow a shared prefix; H/K query heads share a key
+the last T of the S positions, so rows may continue a shared prefix. H/K query heads share a key
 head.
 """
 
@@ -14,15 +14,17 @@ from jaxtyping import Array, Float
 from basis_jax.model.sharding import by_shard
 
 KINDS = ("plain", "cudnn", "splash")
-"""All scores of a row at once; NVIDIA's kernel (bfloat16 only); the Pallas kernel for TPUs."""
+"""``plain`` holds all scores of a row at once. ``cudnn`` is NVIDIA's kernel (bfloat16 only),
+``splash`` the Pallas kernel for TPUs."""
 BLOCKS = (512, 256, 128)
-"""Positions that the splash kernel works on at once; the smallest is a TPU's lane count."""
+"""Numbers of positions that the splash kernel can process at once. The smallest is the number of
+lanes of a TPU."""
 QUERY_AXES = ("batch", "time", "heads", "head_dim")
 KEY_AXES = ("batch", "time", "kv_heads", "head_dim")
 
 
 def kernel_of(platform: str, dtype: str, head_dim: int) -> str:
-    """The kind that suits a platform ("cpu", "gpu" for NVIDIA's, "tpu")."""
+    """The best kind for a platform: "cpu", "gpu" (NVIDIA) or "tpu"."""
     if platform == "tpu":
         return "splash"
     return "cudnn" if platform == "gpu" and fits_cudnn(dtype, head_dim) else "plain"
@@ -33,8 +35,11 @@ def fits_cudnn(dtype: str, head_dim: int) -> bool:
 
 
 def holds_scores(kind: str, steps: int) -> bool:
-    """Whether rows of so many positions have all their scores in memory. The splash kernel pads to
-    a block, so that shorter rows go the plain way: their scores are fewer than a block's."""
+    """Whether all scores of a row of ``steps`` positions are in memory at once.
+
+    The splash kernel pads rows to a whole block. Rows shorter than the smallest block use plain
+    attention instead, because they have fewer scores than a block.
+    """
     return kind == "plain" or (kind == "splash" and steps <= BLOCKS[-1])
 
 
@@ -44,8 +49,8 @@ def attend(
     keys: Float[Array, "N S K Dh"],
     values: Float[Array, "N S K Dh"],
 ) -> Float[Array, "N T H Dh"]:
-    """Attention by the kind of ``KINDS``. NVIDIA's kernel takes no rows after a prefix: these are
-    attended to plainly."""
+    """Attention of the given kind of ``KINDS``. NVIDIA's kernel cannot continue a prefix; such rows
+    use plain attention."""
     steps, length = queries.shape[1], keys.shape[1]
     if kind == "cudnn" and steps == length:
         return jax.nn.dot_product_attention(
@@ -80,9 +85,12 @@ def splash(
     *,
     interpret: bool = False,
 ) -> Float[Array, "N T H Dh"]:
-    """Splash attention on one device. Positions are padded to whole blocks behind the rows' ends,
-    where the causal mask hides them. ``interpret`` runs the kernel on any platform, slowly."""
-    # Only here: no other platform needs Pallas, which takes a while to import.
+    """Splash attention on one device.
+
+    Positions are padded to whole blocks after the rows' ends, where the causal mask hides them.
+    ``interpret`` runs the kernel on any platform, slowly.
+    """
+    # Imported here, because other platforms do not need Pallas and it takes a while to import.
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     steps, length, heads, size = queries.shape[1], keys.shape[1], *queries.shape[2:]

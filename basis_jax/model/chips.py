@@ -1,11 +1,11 @@
 """Accelerators by name: memory, bandwidth, peak FLOPs and interconnect, for plans without the chip.
 
-Sources, public data sheets: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
-(docs.cloud.google.com/tpu/docs); NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM and
-L4, and the white paper "NVIDIA Ada GPU architecture" for the GeForce RTX 4090. FLOPs are bfloat16
-with float32 sums, without sparsity. The interconnect is what one chip sends while it receives as
-much: half of a figure that counts both directions (ICI, NVLink; PCIe 4.0 x16 where there is no
-NVLink). It holds inside a slice or a node; between nodes it is less.
+The sources are public data sheets: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p" and
+"TPU v6e" (docs.cloud.google.com/tpu/docs); NVIDIA's data sheets of the A100 80GB SXM, H100 SXM,
+H200 SXM and L4; and the white paper "NVIDIA Ada GPU architecture" for the GeForce RTX 4090. FLOPs
+are for bfloat16 with float32 sums, without sparsity. The interconnect is given per direction: half
+of a figure that counts both. It is that of ICI or NVLink, or of PCIe 4.0 x16 for chips without
+NVLink. It is valid inside a slice or a node; between nodes it is less.
 """
 
 import math
@@ -46,13 +46,13 @@ CHIPS = {
     )
 }
 TPU_RESERVED = 2**28
-"""Bytes of a TPU's memory that the compiler does not give to programs: it says "15.75G hbm" for the
+"""Bytes of a TPU's memory that programs cannot use. The compiler reports "15.75G hbm" for the
 16 GiB of a v5e."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """So many chips of a kind; ``shape`` is how a TPU slice's chips are arranged."""
+    """A number of chips of one kind. ``shape`` is the arrangement of a TPU slice's chips."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -66,7 +66,7 @@ class Topology:
 
 
 def read_topology(text: str) -> Topology:
-    """``v5e:4x4``, ``h100:8`` or ``l4`` (one). Raises ValueError for anything else."""
+    """Read ``v5e:4x4``, ``h100:8`` or ``l4`` (one chip). Raises ValueError for anything else."""
     name, colon, sizes = text.lower().partition(":")
     written = re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", sizes) or not colon
     if name not in CHIPS or not written:
@@ -81,8 +81,10 @@ def read_topology(text: str) -> Topology:
 
 
 def slice_shape(chip: Chip, devices: int) -> tuple[int, ...]:
-    """A shape for a power of two of devices: as near to a square, or a cube, as it gets. v4 and
-    v5p have three dimensions, v5e and v6e two, GPUs one."""
+    """The shape nearest to a square or a cube for a number of devices that is a power of two.
+
+    v4 and v5p have three dimensions, v5e and v6e two, GPUs one.
+    """
     dimensions = (3 if chip.name in ("v4", "v5p") else 2) if chip.tpu else 1
     exponent = int(math.log2(devices))
     parts = [(exponent + i) // dimensions for i in range(dimensions)]
@@ -90,7 +92,7 @@ def slice_shape(chip: Chip, devices: int) -> tuple[int, ...]:
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so, such as "TPU v5 lite"; None where it is not in the table."""
+    """The chip with this name in JAX, such as "TPU v5 lite". None if it is not in the table."""
     words = device_kind.lower().replace(" lite", "e").replace("rtx ", "rtx")
     found = [{"v5": "v5p"}.get(word, word) for word in re.split(r"[^a-z0-9]+", words)]
     return next((CHIPS[word] for word in found if word in CHIPS), None)

@@ -1,7 +1,7 @@
-"""What travels between devices in a compiled program, read from its text.
+"""Bytes sent between devices by a compiled program, read from its text.
 
-Bytes are those that one device sends, in a ring of n devices: an all-gather of S bytes or a
-reduce-scatter from S bytes sends S (n - 1) / n, an all-reduce twice that.
+Bytes are counted per sending device, in a ring of n devices. An all-gather of S bytes or a
+reduce-scatter of S bytes sends S (n - 1) / n, and an all-reduce twice that.
 """
 
 import math
@@ -25,21 +25,23 @@ NAME = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 @dataclass(frozen=True)
 class Collective:
     kind: str
-    sent: float  # bytes that one device sends, each time
-    times: int  # how often a call of the program runs it, loops of unknown length once
-    looped: bool  # inside a loop of unknown length
+    sent: float  # bytes that one device sends each time
+    times: int  # runs per call of the program; a loop of unknown length counts as one run
+    looped: bool  # whether it is inside a loop of unknown length
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective of a compiled program's text, with loops multiplied out; of a conditional,
-    all branches. A TPU program overlaps one with computing in several pieces, which share its
-    channel: in one run of a loop's body they count once."""
+    """Every collective in a compiled program's text, with the number of times that loops run it.
+
+    All branches of a conditional are counted. A TPU program may split a collective into pieces that
+    overlap with computation. The pieces share a channel, and count once per run of a loop's body.
+    """
     bodies = _computations(text)
     return list(_walk(bodies, bodies[""], set(), times=1, looped=False))
 
 
 def sent_bytes(found: list[Collective], *, looped: bool) -> dict[str, float]:
-    """Bytes by kind, of those inside or outside loops of unknown length."""
+    """Bytes by kind, of the collectives inside (or outside) loops of unknown length."""
     total: dict[str, float] = {}
     for x in found:
         if x.looped == looped:
@@ -48,7 +50,7 @@ def sent_bytes(found: list[Collective], *, looped: bool) -> dict[str, float]:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-    """Lines of every computation by name; the entry's under the empty name."""
+    """Lines of every computation by name. The entry computation has the empty name."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -67,7 +69,7 @@ def _walk(
     times: int,
     looped: bool,
 ) -> Iterator[Collective]:
-    """Those of ``lines`` and of what they call, but for ``channels`` already seen."""
+    """Collectives in ``lines`` and in what they call, except those of ``channels`` seen before."""
     for line in lines:
         if match := COLLECTIVE.search(line):
             channel = CHANNEL.search(line)
@@ -90,8 +92,10 @@ def _walk(
 
 
 def _trips(line: str, condition: list[str]) -> int | None:
-    """How often a loop runs: the compiler's figure, or the limit of a counter from 0 (TPU programs
-    have no figure). None for other loops."""
+    """How often a loop runs, or None if it is not known.
+
+    It is the compiler's own count, or the limit of a counter from 0 (TPU programs have no count).
+    """
     if known := TRIPS.search(line):
         return int(known.group(1))
     limits = [int(found) for each in condition for found in LIMIT.findall(each)]
@@ -105,7 +109,7 @@ def _sent(kind: str, result: str, line: str, *, started: bool) -> float:
         for dtype, dims in SHAPE.findall(result)
     ]
     if started and kind == "all-gather":
-        sizes = sizes[len(sizes) // 2 :]  # operands stand before results
+        sizes = sizes[len(sizes) // 2 :]  # operands come before results
     if started and kind == "collective-permute":
         sizes = sizes[:1]
     n = _group_size(line)
@@ -116,8 +120,8 @@ def _sent(kind: str, result: str, line: str, *, started: bool) -> float:
 
 
 def _group_size(line: str) -> int:
-    """Devices that take part together: ``{{0,1},{2,3}}``, ``[2,2]<=[4]`` (groups, size), or axes of
-    a mesh, ``mesh['a'=2,'b'=2] {'b'}``."""
+    """Number of devices in a group, read from ``{{0,1},{2,3}}``, from ``[2,2]<=[4]`` (groups, size)
+    or from axes of a mesh, ``mesh['a'=2,'b'=2] {'b'}``."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(listed.group(1).split(","))
     if tiled := re.search(r"replica_groups=\[([\d,]+)\]<=", line):

@@ -1,8 +1,8 @@
-"""What a decode step, a prefill and an update cost: multiplications, traffic and memory in bytes,
-as plain numbers out of shapes. Nothing is compiled and no device is asked.
+"""Cost of a decode step, a prefill and an update: FLOPs, memory traffic and memory in bytes.
 
-One multiply-add is 2 FLOPs; norms, rotations and softmax are left out. Memory is bytes on one
-device, every array divided as ``sharding.RULES`` divides it.
+Costs are computed from shapes. Nothing is compiled and no device is needed. One multiply-add is 2
+FLOPs; norms, rotations and softmax are left out. Memory is in bytes on one device, with every array
+divided as in ``sharding.RULES``.
 """
 
 import math
@@ -27,7 +27,7 @@ class Work:
 
 
 def layer_products(model_config: ModelConfig) -> int:
-    """Weights of one layer's matrix products: queries and output, keys and values, feed-forward."""
+    """Number of weights in one layer's matrix products: attention and feed-forward."""
     c = model_config
     attention = 2 * c.embed * (c.heads + c.kv_heads) * c.head_dim
     return attention + 3 * c.embed * c.mlp
@@ -38,7 +38,7 @@ def output_products(model_config: ModelConfig) -> int:
 
 
 def parameters(model_config: ModelConfig) -> int:
-    """Number of parameters, biases and norms included, without adapters."""
+    """Number of parameters, including biases and norms but not adapters."""
     c = model_config
     heads = c.heads + 2 * c.kv_heads
     layer = layer_products(model_config) + 2 * c.embed
@@ -57,12 +57,12 @@ def adapter_parameters(model_config: ModelConfig) -> int:
 
 
 def compute_bytes(model_config: ModelConfig) -> int:
-    """Bytes of a number in the compute dtype."""
+    """Bytes per number in the compute dtype."""
     return jnp.dtype(model_config.compute_dtype).itemsize
 
 
 def recomputes(model_config: ModelConfig) -> bool:
-    """Whether the backward pass makes activations of a layer again."""
+    """Whether the backward pass recomputes activations of a layer."""
     return model_config.remat != "none"
 
 
@@ -72,7 +72,8 @@ def cache_numbers(model_config: ModelConfig, *, slots: int, length: int) -> int:
 
 
 def _attention(model_config: ModelConfig, pairs: int) -> int:
-    """Scores and mixing of all layers for so many (query, key) positions."""
+    """FLOPs of attention (scores and weighted values) in all layers, for ``pairs`` of (query, key)
+    positions."""
     c = model_config
     return 4 * c.layers * c.heads * c.head_dim * pairs
 
@@ -80,8 +81,8 @@ def _attention(model_config: ModelConfig, pairs: int) -> int:
 def decode_step(model_config: ModelConfig, *, rows: int, context: int) -> Work:
     """One token for each of ``rows`` rows that attend to ``context`` positions.
 
-    Bytes: the weights once and in the compute dtype, the cache read and a position of it written,
-    the logits in float32.
+    Bytes are those of the weights, read once in the compute dtype, of the cache, which is read and
+    gets one new position, and of the logits in float32.
     """
     weights = model_config.layers * layer_products(model_config) + output_products(model_config)
     cache = cache_numbers(model_config, slots=rows, length=context + 1)
@@ -92,8 +93,10 @@ def decode_step(model_config: ModelConfig, *, rows: int, context: int) -> Work:
 
 
 def prefill(model_config: ModelConfig, *, rows: int, width: int) -> Work:
-    """``rows`` prompts of ``width`` tokens and the logits of their last; a query attends to the
-    positions up to its own, the others are not counted."""
+    """``rows`` prompts of ``width`` tokens, and the logits of their last tokens.
+
+    Only the positions up to the query's own are counted for attention.
+    """
     weights = model_config.layers * layer_products(model_config)
     output = output_products(model_config)
     pairs = rows * width * (width + 1) // 2
@@ -106,13 +109,15 @@ def prefill(model_config: ModelConfig, *, rows: int, width: int) -> Work:
 
 
 def update(model_config: ModelConfig, *, rows: int, width: int) -> Work:
-    """Gradient over ``rows`` x ``width`` tokens and AdamW: forward, twice that backward, and once
-    more what ``remat`` has recomputed of the layers. Attention as in ``prefill``; the output layer
-    at every position, prompts too, which ``logprobs`` mostly passes over. Frozen weights have no
-    gradient of their own: one pass less.
+    """Gradient over ``rows`` x ``width`` tokens, and AdamW.
 
-    Bytes, a lower bound: each pass reads the weights once; the optimizer reads weights, gradients
-    and both moments and writes all but the gradients, in float32.
+    The backward pass costs twice the forward pass, plus what ``remat`` recomputes of the layers.
+    Frozen weights have no gradient of their own, which saves one pass. Attention is counted as in
+    ``prefill``. The output layer is counted at every position, also in prompts, most of which
+    ``logprobs`` skips.
+
+    Bytes are a lower bound: each pass reads the weights once. The optimizer reads weights,
+    gradients and both moments, and writes all but the gradients, in float32.
     """
     weights = model_config.layers * layer_products(model_config)
     output, adapters = output_products(model_config), adapter_parameters(model_config)
@@ -135,8 +140,11 @@ def parameter_bytes(
     gathered: bool = False,
     part: Callable[[Any], Any] = lambda params: params,
 ) -> int:
-    """The share of one device of a ``part`` of the parameters, as they are stored or in so many
-    bytes a number; ``gathered``: over ``fsdp``, as decoding has them."""
+    """Bytes on one device of a ``part`` of the parameters.
+
+    ``itemsize``: bytes per number; 0 means as they are stored. ``gathered``: whether they are
+    gathered over ``fsdp``, as in decoding.
+    """
 
     def local_size(size, axis):
         return size if gathered and axis == "embed" else -(-size // shards(mesh, axis))
@@ -152,7 +160,8 @@ def parameter_bytes(
 
 
 def copy_bytes(model_config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
-    """Once more in the compute dtype what is stored in another: all that is trained is float32."""
+    """Bytes of the copy, in the compute dtype, of all parameters that are stored in another dtype.
+    Trained parameters are stored in float32."""
     size = compute_bytes(model_config)
     if model_config.weight_dtype != model_config.compute_dtype:
         return parameter_bytes(model_config, mesh, itemsize=size)
@@ -162,15 +171,17 @@ def copy_bytes(model_config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
 def activation_bytes(
     model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, rows: int, width: int
 ) -> int:
-    """What the backward pass of ``rows`` x ``width`` tokens keeps of the layers.
+    """Bytes of the layers' activations that the backward pass of ``rows`` x ``width`` tokens needs.
 
-    A token of a layer, without recomputation: six vectors of the stream (two norms: input and
-    normed input in float32, scaled in the compute dtype), six of the feed-forward (gate, up and
-    their products), queries, mixed values, keys and values, and a float32 and a rounded row of
-    attention weights for each head unless a kernel holds none; with query and key norms these four
-    once more. With recomputation: the layer's input, with ``dots`` the products of weights that the
-    backward pass needs (queries, keys, values, attention's output, gate and up), and all of the
-    above for one layer at a time.
+    Without recomputation, each token needs in each layer: six vectors of the residual stream (for
+    each of two norms the input and the normalised input in float32, and the scaled one in the
+    compute dtype); six vectors of the feed-forward (gate, up and their products); queries, weighted
+    values, keys and values, and these four once more with query and key norms; and for each head a
+    row of attention weights in float32 and one in the compute dtype, unless a kernel avoids them.
+
+    With recomputation it needs the layer's input, and all of the above for one layer at a time.
+    ``dots`` also keeps the matrix products that the backward pass needs: queries, keys, values,
+    attention's output, gate and up.
     """
     c, size, tensor = model_config, compute_bytes(model_config), shards(mesh, "heads")
     stream = c.embed * (4 * 4 + 2 * size)
@@ -187,7 +198,7 @@ def activation_bytes(
             saved += c.embed + (heads + 2 * c.mlp) / tensor
         kept = c.layers * saved * size + layer
     tokens = rows * width / shards(mesh, "batch")
-    return int(tokens * (kept + c.embed * (8 + size)))  # the last: the final norm
+    return int(tokens * (kept + c.embed * (8 + size)))  # the last term is the final norm
 
 
 def sampling_memory(
@@ -201,10 +212,11 @@ def sampling_memory(
 ) -> dict[str, int]:
     """Bytes on one device while ``slots`` rows of ``length`` positions decode, by part.
 
-    Prompts have ``width`` tokens and share no prefix; a quarter of them is prefilled at once
-    (``places.prefill_groups``). While the cache grows, the part in use is held twice. All but the
-    trainer's weights lie as on the mesh ``sharding.regrouped`` by ``sample_tensor``; the parameters
-    are laid out for it once more where prefills do not read the decode weights.
+    Prompts have ``width`` tokens and share no prefix. A quarter of the slots is prefilled at once
+    (``places.prefill_groups``). While the cache grows, the part in use is held twice. Everything
+    but the trainer's weights has the layout of the mesh ``sharding.regrouped`` by
+    ``sample_tensor``. If prefills do not read the decode weights, there is another copy of the
+    parameters in this layout.
     """
     size, weights = compute_bytes(model_config), parameter_bytes(model_config, mesh)
     trainer, mesh = mesh, regrouped(mesh, sample_tensor)
@@ -236,12 +248,12 @@ def update_memory(
     moment: int = 4,
 ) -> dict[str, int]:
     """Bytes on one device during an update over microbatches of ``rows`` x ``width`` tokens, by
-    part; ``moment``: bytes of a number of the optimizer's moments.
+    part. ``moment``: bytes per number of the optimizer's moments.
 
-    There is one gradient, the sum so far: each layer's is added to it as soon as it is known. The
-    output layer's is known after all chunks, and its weight is gathered over ``fsdp`` for them; a
-    frozen one has none. The weights are converted to the compute dtype before the loop over the
-    layers, all at once.
+    There is one gradient, the sum so far: each layer's gradient is added to it as soon as it is
+    known. The output layer's gradient is known only after all chunks, and its weight is gathered
+    over ``fsdp`` for them. A frozen output layer has no gradient. All weights are converted to the
+    compute dtype before the loop over the layers.
     """
     c, size, tensor = model_config, compute_bytes(model_config), shards(mesh, "vocab")
     trained = parameter_bytes(c, mesh, part=lora.trained)

@@ -1,8 +1,8 @@
 """The decoder of Qwen2, Qwen3 and Llama, defined once in Flax Linen and used as pure functions.
 
-The sampler and the trainer run the same ``forward``; the only shift between tokens and their
-log-probabilities is in ``logprobs.token_logprobs``. Sequences start at position 0 and are padded on
-the right, so the causal mask is the only mask: what stands behind a row's end is never attended to.
+The sampler and the trainer run the same ``forward``. The shift between tokens and their
+log-probabilities is only in ``logprobs.token_logprobs``. Sequences start at position 0 and are
+padded on the right, so the causal mask is enough: no token attends to the padding after it.
 """
 
 import functools
@@ -45,19 +45,19 @@ class ModelConfig:
     mlp_bias: bool = False  # Llama with mlp_bias
     qk_norm: bool = False  # Qwen3
     compute_dtype: str = "float32"
-    remat: str = "none"  # of a layer: a key of REMAT
+    remat: str = "none"  # recomputation of a layer, a key of REMAT
     attention: str = "plain"  # one of attention.KINDS
     scan_decode: bool = False  # layers of a decode step as one loop: see decoding.py
-    lora: Lora | None = None  # adapters, beside weights that are frozen
+    lora: Lora | None = None  # adapters; the other weights are then frozen
 
     @property
     def weight_dtype(self) -> str:
-        """What weights are stored in: float32 where they are trained."""
+        """The dtype of the weights: float32 if they are trained."""
         return "float32" if self.lora is None else self.lora.base_dtype
 
 
 def as_described(model_config: ModelConfig) -> ModelConfig:
-    """The model that ``config.json`` describes, which says nothing of how it is computed."""
+    """The model as ``config.json`` describes it, with default settings for how it is computed."""
     return replace(
         model_config, compute_dtype="float32", remat="none", attention="plain", scan_decode=False
     )
@@ -68,21 +68,21 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What the backward pass finds saved of a layer: all it needs, the weights' products, or nothing
-but the layer's input."""
+"""What is saved of a layer for the backward pass: everything it needs, the products with weights,
+or only the layer's input."""
 
 
 def remat_policy(model_config: ModelConfig) -> Callable[..., bool] | None:
-    """The policy of ``REMAT``. With adapters a projection is the sum of two products, and ``dots``
-    saves that sum instead of both."""
+    """The model's policy in ``REMAT``. With adapters a projection is the sum of two products, and
+    ``dots`` saves the sum instead of both."""
     if model_config.lora is not None and model_config.remat == "dots":
         return jax.checkpoint_policies.save_only_these_names("projection")
     return REMAT[model_config.remat]
 
 
 def computed_in(model_config: ModelConfig, dtype: str) -> ModelConfig:
-    """The model in another compute dtype (empty: its own); plain where NVIDIA's kernel knows it
-    not."""
+    """The model with another compute dtype (empty: its own). Attention becomes plain if NVIDIA's
+    kernel does not support the dtype."""
     dtype, kind = dtype or model_config.compute_dtype, model_config.attention
     if kind == "cudnn" and not fits_cudnn(dtype, model_config.head_dim):
         kind = "plain"
@@ -91,14 +91,14 @@ def computed_in(model_config: ModelConfig, dtype: str) -> ModelConfig:
 
 @pytree
 class KeyValues:
-    """Rotated keys, and values, by layer and position."""
+    """Keys (after the rotary embedding) and values, by layer and position."""
 
     keys: Float[Array, "*L N T K Dh"]
     values: Float[Array, "*L N T K Dh"]
 
 
 def rope_frequencies(model_config: ModelConfig) -> Float[Array, " half"]:
-    """Rotation per position, in radians: theta^(-2i/d), scaled where asked (``rope.py``)."""
+    """Rotation per position, in radians: theta^(-2i/d), scaled if the model asks for it."""
     exponent = jnp.arange(0, model_config.head_dim, 2, dtype=jnp.float32) / model_config.head_dim
     frequency = 1.0 / (model_config.rope_theta**exponent)
     scaling = model_config.rope_scaling
@@ -108,7 +108,7 @@ def rope_frequencies(model_config: ModelConfig) -> Float[Array, " half"]:
 def rotate(
     x: Float[Array, "N T heads Dh"], positions: Int[Array, "N T"], model_config: ModelConfig
 ) -> Float[Array, "N T heads Dh"]:
-    """Rotary embedding on halves: pairs are (i, i + Dh/2), as Hugging Face stores the weights."""
+    """Rotary embedding of the pairs (i, i + Dh/2), the order of Hugging Face's weights."""
     angle = positions[..., None].astype(jnp.float32) * rope_frequencies(model_config)[None, None]
     sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
     if model_config.rope_scaling is not None and model_config.rope_scaling.amplitude != 1:
@@ -128,12 +128,13 @@ def rms_norm(
 
 
 def logical(initial: Callable[..., Array], axes: tuple[str | None, ...]) -> Callable[..., Array]:
-    """An initializer that records the parameter's logical axes. Inside a module flax unboxes it."""
+    """An initializer that records the parameter's logical axes. Flax unboxes it in a module."""
     return nn.with_logical_partitioning(initial, axes)  # type: ignore[return-value]  # unboxed later
 
 
 class Block(nn.Module):
-    """One decoder layer: (hidden, keys and values of a prefix) -> hidden, and its own if kept."""
+    """One decoder layer: (hidden, keys and values of a prefix) -> hidden, and new keys and values
+    if they are kept."""
 
     model_config: ModelConfig
     keep: bool = False
@@ -148,8 +149,8 @@ class Block(nn.Module):
         return value.astype(self.model_config.compute_dtype)
 
     def adapted(self, name, x, y, shape, axes, *, inputs=1):
-        """The projection y of x and the adapter's part, where it has an adapter. The first
-        ``inputs`` axes of its weight are those that x is summed over."""
+        """The projection y of x, plus the adapter's part if there is an adapter. x is summed over
+        the first ``inputs`` axes of the weight."""
         lora = self.model_config.lora
         if lora is None:
             return y
@@ -219,13 +220,13 @@ class Block(nn.Module):
 def prepend_prefix(
     prefix: Float[Array, "1 P K Dh"], own: Float[Array, "N T K Dh"]
 ) -> Float[Array, "N S K Dh"]:
-    """Put the prefix that all rows share in front of every row."""
+    """Prepend the prefix that all rows share to every row."""
     shape = (own.shape[0], *prefix.shape[1:])
     return jnp.concatenate([jnp.broadcast_to(prefix, shape), own], axis=1)
 
 
 class Decoder(nn.Module):
-    """Embedding, the layer stack as one scan, final norm; the output layer is ``logits``."""
+    """Embedding, all layers as one scan, and final norm. The output layer is ``logits``."""
 
     model_config: ModelConfig
     keep: bool = False
@@ -257,7 +258,7 @@ class Decoder(nn.Module):
 
 def _init_boxed(model_config: ModelConfig, key: Key[Array, ""]) -> PyTree:
     tokens = jnp.zeros((1, 2), jnp.int32)
-    plain = replace(model_config, attention="plain")  # which every platform has
+    plain = replace(model_config, attention="plain")  # available on every platform
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # too small to split
         return Decoder(plain).init(key, tokens, jnp.zeros_like(tokens), None)["params"]
 
@@ -276,7 +277,7 @@ def _abstract_boxed(model_config: ModelConfig) -> PyTree:
 
 
 def param_shapes(model_config: ModelConfig) -> PyTree:
-    """ShapeDtypeStruct of every parameter, without making any."""
+    """ShapeDtypeStruct of every parameter; no array is made."""
     return nn.unbox(_abstract_boxed(model_config))
 
 
@@ -294,10 +295,10 @@ def forward(
     prefix: KeyValues | None = None,
     keep: bool = False,
 ) -> tuple[Float[Array, "N T D"], KeyValues | None]:
-    """Final hidden states, and with ``keep`` the keys and values of the positions of ``tokens``.
+    """Final hidden states, and with ``keep`` the keys and values of ``tokens``.
 
-    Rows start at position 0, or behind ``prefix``: what a pass over one row [1 P], common to all,
-    kept. Decoding goes on from what is kept: ``decoding.decode_step``.
+    Rows start at position 0, or after ``prefix``: the keys and values kept from one row [1 P] that
+    all rows begin with. ``decoding.decode_step`` continues from the keys and values kept here.
     """
     prefix_length = 0 if prefix is None else prefix.keys.shape[2]
     steps = prefix_length + jnp.arange(tokens.shape[1], dtype=jnp.int32)
@@ -308,13 +309,13 @@ def forward(
 
 
 def output_weight(params: PyTree, model_config: ModelConfig) -> Float[Array, "V D"]:
-    """The output layer's parameter: the embedding where they are tied."""
+    """The output layer's parameter. It is the embedding if they are tied."""
     return params["embedding" if model_config.tied else "output"]
 
 
 def logits(
     params: PyTree, model_config: ModelConfig, hidden: Float[Array, "*s D"]
 ) -> Float[Array, "*s V"]:
-    """Output layer; products in the compute dtype, sums and result in float32."""
+    """Output layer. Products are in the compute dtype, sums and result in float32."""
     weight = output_weight(params, model_config).astype(model_config.compute_dtype)
     return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)

@@ -1,15 +1,16 @@
-"""One more token a row: the model of ``decoder.py`` for a single position, laid out for speed.
+"""Decode one more token per row: the model of ``decoder.py`` for one position, laid out for speed.
 
 The mathematics is that of ``decoder.Block``; only the order of axes differs. Features come before
 rows, and every product is weight @ x with weights [out, in]. ``decode_weights`` is called once for
 many steps and makes one of two layouts.
 
-Unrolled, for CPUs: each layer has arrays of its own, weights are stored [out, in], and keys have
-the positions as their last axis. XLA's CPU backend copies a stacked layer before using it, repacks
-a right-hand weight for every product and transposes keys at every step.
-Scanned (``ModelConfig.scan_decode``), for TPUs: the layers are a loop over stacked arrays, so that
-a program compiles in a time that does not grow with them; the cache is written after the loop.
-Weights are shaped as parameters are, and prefills read them too, without gathering parameters.
+Unrolled, for CPUs: each layer has arrays of its own, weights are stored [out, in], and positions
+are the last axis of keys. Other layouts are slower: XLA's CPU backend copies a stacked layer before
+using it, repacks a right-hand weight for every product, and transposes keys at every step.
+
+Scanned (``ModelConfig.scan_decode``), for TPUs: the layers are a loop over stacked arrays, so
+compile time does not grow with their number. The cache is written after the loop. Weights have the
+shapes of the parameters, and prefills read them too, so prefills gather no parameters.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ VALUE_AXES = ("batch", "kv_heads", "time", "head_dim")
 VOCAB_BLOCK = 128
 CACHE_AXES = {"keys": KEY_AXES, "values": VALUE_AXES}
 STACKED_AXES = ("layers", *VALUE_AXES)
-UNSPLIT = {"embed": "activation_embed"}  # axes of parameters that weights are gathered over
+UNSPLIT = {"embed": "activation_embed"}  # weights are gathered over this axis of the parameters
 OUT_FIRST = {
     "q_proj": ("heads", "activation_embed"),
     "k_proj": ("kv_heads", "activation_embed"),
@@ -46,24 +47,24 @@ OUT_FIRST = {
 
 
 Layers = tuple[dict[str, Array], ...] | dict[str, Array]
-"""Unrolled: projections [out, in], biases [out]. Scanned: as the stacked parameters."""
+"""Unrolled: projections [out, in] and biases [out]. Scanned: shaped like the stacked parameters."""
 
 
 @pytree
 class DecodeWeights:
-    """The model's weights in the compute dtype, split over ``tensor`` alone. Tables are filled up
-    to ``whole_blocks``."""
+    """The model's weights in the compute dtype, split over ``tensor`` only. Embedding and output
+    layer are padded to ``whole_blocks`` rows."""
 
     embedding: Float[Array, "V D"]
-    output: Float[Array, "V D"]  # the same array where it is tied
+    output: Float[Array, "V D"]  # the same array if tied
     norm: Float[Array, " D"]
     layers: Layers
 
 
 @pytree
 class Cache:
-    """Keys and values, one array a layer, or stacked. Slot s of a row holds its token at position
-    s."""
+    """Keys and values, one array per layer, or stacked. Entry s of a row belongs to its token at
+    position s."""
 
     keys: tuple[Float[Array, "N K Dh S"], ...] | Float[Array, "L N K S Dh"]
     values: tuple[Float[Array, "N K S Dh"], ...] | Float[Array, "L N K S Dh"]
@@ -74,8 +75,11 @@ class Cache:
 
 
 def decode_weights(params: PyTree, model_config: ModelConfig) -> DecodeWeights:
-    """The parameters as ``decode_step`` takes them: a copy in the compute dtype, gathered over
-    ``fsdp`` once instead of at every token. Memory a device: parameters / ``tensor``."""
+    """A copy of the parameters for ``decode_step``, in the compute dtype.
+
+    It is gathered over ``fsdp`` once instead of at every token. Memory per device: parameters /
+    ``tensor``.
+    """
     embedding = table_weights(params["embedding"], model_config)
     layers: Layers
     if model_config.scan_decode:
@@ -102,7 +106,7 @@ def table_weights(table, model_config):
 
 @functools.partial(jax.jit, static_argnames="model_config")
 def layer_weights(stacked, index, model_config):
-    """One layer of the stacked parameters; one program serves all layers."""
+    """The weights of one layer of the stacked parameters. All layers use the same program."""
     layer = {name: value[index] for name, value in stacked.items()}
     return out_first(without_adapters(layer, model_config))
 
@@ -115,7 +119,7 @@ def stacked_weights(stacked, model_config):
         layers = in_compute_dtype(stacked, model_config)
     else:
         merge = functools.partial(without_adapters, model_config=model_config)
-        layers = jax.lax.map(merge, stacked)  # one layer at a time is float32
+        layers = jax.lax.map(merge, stacked)  # only one layer at a time in float32
     return {
         name: constrain(value, tuple(UNSPLIT.get(axis, axis) for axis in axes[name]))
         for name, value in layers.items()
@@ -130,7 +134,7 @@ def without_adapters(layer: dict[str, Array], model_config: ModelConfig) -> dict
 
 
 def in_compute_dtype(layer: dict[str, Array], model_config: ModelConfig) -> dict[str, Array]:
-    """All but the scales of norms."""
+    """Cast everything but the scales of norms."""
     dtype = model_config.compute_dtype
     return {name: x if "norm" in name else x.astype(dtype) for name, x in layer.items()}
 
@@ -153,8 +157,11 @@ def out_first(layer: dict[str, Array]) -> dict[str, Array]:
 def prompt_params(
     params: PyTree, weights: DecodeWeights, model_config: ModelConfig
 ) -> tuple[PyTree, ModelConfig]:
-    """What ``decoder.forward`` reads prompts with: the weights themselves where they are scanned,
-    and ``params`` are not needed; otherwise ``params``."""
+    """Parameters and model with which ``decoder.forward`` reads prompts.
+
+    Scanned decode weights are used themselves, and ``params`` is not needed. Otherwise it is
+    ``params``.
+    """
     if not model_config.scan_decode:
         return params, model_config
     same = {"embedding": weights.embedding, "norm": weights.norm, "layers": weights.layers}
@@ -165,27 +172,30 @@ def prompt_params(
 
 
 def whole_blocks(vocab_size: int) -> int:
-    """Rows of the output layer: where the vocabulary is split, every device has whole blocks of
-    ``VOCAB_BLOCK`` tokens, the last ones filled with rows that stand for no token."""
+    """Number of rows of the output layer, padding included.
+
+    If the vocabulary is split, every device has whole blocks of ``VOCAB_BLOCK`` tokens. The last
+    ones are padded with rows that belong to no token.
+    """
     shards = split_over("vocab")
     unit = VOCAB_BLOCK * shards if shards > 1 else 1
     return -(-vocab_size // unit) * unit
 
 
 def cache_axes(name: str, x: Array) -> tuple[str | None, ...]:
-    """Logical axes of the cache's ``keys`` or ``values`` x, of one layer or stacked."""
+    """Logical axes of ``x``, the cache's ``keys`` or ``values``, of one layer or stacked."""
     return CACHE_AXES[name] if x.ndim == 4 else STACKED_AXES
 
 
 def empty_cache(model_config: ModelConfig, rows: int, length: int) -> Cache:
-    """A cache of ``length`` positions a row, in the compute dtype."""
+    """An empty cache of ``length`` positions per row, in the compute dtype."""
     c = model_config
     zeros = jnp.zeros((c.layers, rows, length, c.kv_heads, c.head_dim), c.compute_dtype)
     return filled_cache(KeyValues(keys=zeros, values=zeros), length, scanned=c.scan_decode)
 
 
 def filled_cache(kept: KeyValues, length: int, *, scanned: bool = False) -> Cache:
-    """What a prefill kept, as a cache of ``length`` positions."""
+    """A cache of ``length`` positions with the keys and values that a prefill kept."""
     padding = length - kept.keys.shape[2]
 
     def lay_out(name, stacked):  # [L N S K Dh]
@@ -199,7 +209,7 @@ def filled_cache(kept: KeyValues, length: int, *, scanned: bool = False) -> Cach
 
 
 def resized(cache: Cache, length: int) -> Cache:
-    """The cache with this many positions: cut behind, or zeros added."""
+    """The cache with ``length`` positions: cut at the end, or padded with zeros."""
 
     def fit(path, x):
         axis = cache_axes(path[0].name, x).index("time")
@@ -218,7 +228,7 @@ def decode_step(
     positions: Int[Array, " N"],
     cache: Cache,
 ) -> tuple[Float[Array, "V N"], Cache]:
-    """Write each row's token at its own position; ``output_logits`` of the next token."""
+    """Write each row's token at its own position; return the next token's logits and the cache."""
     x = weights.embedding[tokens].T  # [D N]
     places = jnp.arange(cache.length, dtype=jnp.int32)[None]
 
@@ -254,7 +264,7 @@ def decode_step(
 def output_logits(
     weights: DecodeWeights, model_config: ModelConfig, x: Float[Array, "D N"]
 ) -> Float[Array, "V N"]:
-    """The output layer, float32; -inf for its rows that stand for no token."""
+    """The output layer in float32; -inf for rows that belong to no token."""
     logits = jnp.matmul(weights.output, x, preferred_element_type=jnp.float32)
     if logits.shape[0] > model_config.vocab_size:
         token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
@@ -275,7 +285,7 @@ def projections(
 
 def attend_written(keys, values, visible, positions, queries, new_keys, new_values):
     """Write the new entries into a layer's cache, then attend to the positions in ``visible``
-    [N S]; the mixed values [N, H Dh], and the cache."""
+    [N S]. Returns the weighted values [N, H Dh] and the cache."""
     keys = write(keys, new_keys, positions, axis=3)
     values = write(values, new_values, positions, axis=2)
     scores = jnp.einsum("nkgd,nkds->nkgs", queries, keys, preferred_element_type=jnp.float32)
@@ -287,7 +297,7 @@ def attend_written(keys, values, visible, positions, queries, new_keys, new_valu
 
 def attend_apart(keys, values, before, queries, new_keys, new_values):
     """Attend to the positions ``before`` [N S] in a layer's cache and to the new entries, which are
-    not written yet; the mixed values [N, H Dh], and the new entries."""
+    not written yet. Returns the weighted values [N, H Dh] and the new entries."""
     scale, entries = 1 / math.sqrt(queries.shape[-1]), (new_keys, new_values)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = product("nkgd,nksd->nkgs", queries, keys) * scale
@@ -308,7 +318,7 @@ def heads_of(
     x: Float[Array, "D N"],
     positions: Int[Array, " N"] | None,
 ) -> Float[Array, "N heads Dh"]:
-    """Queries, keys or values; rotated where ``positions`` are given."""
+    """Queries, keys or values. They are rotated if ``positions`` are given."""
     c = model_config
     y = dense(layer, name, x).T.reshape(x.shape[1], -1, c.head_dim)
     if c.qk_norm and name != "v":
@@ -340,8 +350,10 @@ def write(
     *,
     axis: int,
 ) -> Float[Array, "N K _ _"]:
-    """Each row's entry into its own position of ``store``, in place where it is donated. Row by row
-    (vmap), so that on a mesh every device writes its own rows and nothing travels."""
+    """Write each row's entry at its own position of ``store``, in place if it is donated.
+
+    It maps over rows (vmap), so on a mesh every device writes its own rows and nothing is sent.
+    """
 
     def write_row(row, entry, at):
         return jax.lax.dynamic_update_index_in_dim(row, entry, at, axis - 1)
@@ -352,14 +364,17 @@ def write(
 def write_all(
     store: Float[Array, "L N K S Dh"], new: Float[Array, "L N K Dh"], positions: Int[Array, " N"]
 ) -> Float[Array, "L N K S Dh"]:
-    """The entries of all layers at once. TPUs write row after row; in every layer that would take
-    about as long as attention does."""
+    """Write the entries of all layers at once.
+
+    On TPUs rows are written one after another. Doing this in every layer would take about as long
+    as attention.
+    """
 
     def one_by_one(store, new, positions):
         def write_row(row, store):
             entry = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=1)[:, :, :, None]
             store = jax.lax.dynamic_update_slice(store, entry, (0, row, 0, positions[row], 0))
-            # Another layout would suit the write, for the price of copying the cache to it.
+            # Keep the layout: XLA would choose another one for the write and copy the cache to it.
             return with_layout_constraint(store, Layout(major_to_minor=tuple(range(store.ndim))))
 
         return jax.lax.fori_loop(0, positions.size, write_row, store)

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of tokens, with the logits of one chunk at a time."""
+"""Log-probabilities and entropies of tokens, computed with the logits of one chunk at a time."""
 
 import functools
 
@@ -12,7 +12,7 @@ from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import constrain, over_batch
 
-PIECES = 4  # of a single chunk
+PIECES = 4  # a single chunk is cut into so many
 
 
 def token_logprobs(
@@ -26,10 +26,10 @@ def token_logprobs(
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     """log p(token t | tokens before t) at ``temperature``, and the entropy (nats) of that draw.
 
-    Token-aligned: column 0 is 0 (nothing predicts it), and so is every token outside ``mask``.
-    Logits exist for at most ``chunk`` positions of every row at a time, forward and backward:
-    N x chunk x V float32, never N x T x V. Each row's tokens in the mask come first, so that the
-    output layer passes over what lies behind them in all rows: prompts and padding.
+    Entry t is about token t. Entry 0 is 0, because nothing predicts the first token, and so are all
+    entries outside ``mask``. Forward and backward, logits exist for at most ``chunk`` positions of
+    every row at a time: N x chunk x V float32, never N x T x V. The tokens in the mask are moved to
+    the front of each row, so the output layer can skip chunks with only prompts and padding.
     """
     hidden, _ = decoder.forward(params, model_config, tokens)
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
@@ -58,11 +58,11 @@ def score_targets(
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     """log softmax(hidden weight^T / temperature) at the targets, and the entropy of the softmax.
 
-    Positions go chunk by chunk; a chunk in which no row has a position that counts is skipped: 0,
-    without a gradient. Where one would hold all positions, it is cut (``chunk_count``).
-    Products are taken in the dtype of ``hidden``, sums and softmax in float32. The backward pass
-    makes each chunk's logits z again (those of pieces are kept, as they fit into one chunk), with
-    p = softmax(z / temperature) and H its entropy:
+    Positions are processed in chunks. A chunk in which no position of any row counts is skipped:
+    its results are 0 and it has no gradient. If all positions fit into one chunk, it is cut into
+    pieces (``chunk_count``). Products are in the dtype of ``hidden``, sums and softmax in float32.
+    The backward pass recomputes each chunk's logits z; those of pieces are kept, as together they
+    are no larger than a chunk. With p = softmax(z / temperature) and its entropy H,
     dz = (dlogp (onehot - p) - dH p (log p + H)) / temperature.
     """
     return _scores(temperature, chunk, hidden, weight, targets, counts)[0][:2]
@@ -70,7 +70,7 @@ def score_targets(
 
 def _scores(temperature, chunk, hidden, weight, targets, counts):
     """(log-probabilities, entropies, log sum exp of the scaled logits), each [N T], and the scaled
-    logits [chunks N C V] where one chunk would hold them."""
+    logits [chunks N C V] if they fit into one chunk."""
     steps = targets.shape[1]
 
     def score(part, target, weight):
@@ -94,18 +94,20 @@ def _scores(temperature, chunk, hidden, weight, targets, counts):
 
 
 def _gathered(weight, dtype):
-    """The weight in the compute dtype, whole but for ``tensor``: gathered before any loop."""
+    """The weight in the compute dtype, split over ``tensor`` only: gathered before any loop."""
     return constrain(jnp.asarray(weight, dtype), ("vocab", "activation_embed"))
 
 
 def _live(counts, chunk):
-    """[chunks]: whether a row has a position in the chunk that counts; the same on every device."""
+    """[chunks]: whether any row has a position that counts in it; the same on all devices."""
     return jnp.any(_split(counts, chunk), axis=(1, 2))
 
 
 def _statistics(scaled, targets):
-    """Log-probabilities, entropies and log sum exp of scaled logits z [N C V], with
-    H = lse - sum p z; both sums over the vocabulary in one pass."""
+    """Log-probabilities, entropies and log sum exp (lse) of scaled logits z [N C V].
+
+    The entropy is lse - sum p z. Both sums over the vocabulary are taken in one pass.
+    """
     top = jnp.max(scaled, axis=-1)
     powers, zero = jnp.exp(scaled - top[..., None]), np.float32(0)
     total, moment = jax.lax.reduce(
@@ -126,7 +128,7 @@ def _scores_forward(temperature, chunk, hidden, weight, targets, counts):
 
 
 def _scores_backward(temperature, chunk, kept, slopes):
-    """d weight is summed over the chunks by each group of devices, then once over the groups."""
+    """Each group of devices sums d weight over its chunks; the groups are summed at the end."""
     hidden, weight, targets, counts, entropy, lse, scaled = kept
     slope, entropy_slope = (None if isinstance(x, SymbolicZero) else x for x in slopes)
 
@@ -162,7 +164,7 @@ def _scores_backward(temperature, chunk, kept, slopes):
 
 
 def _slopes(temperature, scaled, targets, lse, entropy, slope, entropy_slope):
-    """d logits [N C V] of one chunk, from its scaled logits and the slopes of its scores."""
+    """d logits [N C V] of one chunk, from its scaled logits and the gradients of its scores."""
     logp = scaled - lse[..., None]
     back = jnp.zeros_like(lse)[..., None]
     if slope is not None:
@@ -185,7 +187,7 @@ def _scaled_logits(hidden, weight, temperature):
 
 
 def chunk_count(steps: int, chunk: int) -> int:
-    """Chunks of at most ``chunk`` positions; ``PIECES`` where one would do."""
+    """Number of chunks of at most ``chunk`` positions, or ``PIECES`` if one would be enough."""
     return PIECES if steps <= chunk else -(-steps // chunk)
 
 

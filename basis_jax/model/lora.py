@@ -1,8 +1,8 @@
 """Low-rank adapters beside frozen weights: W x + (alpha / rank) B A x. Hu et al. 2022, eq. 3.
 
-The model's parameters hold the adapters among a layer's weights, ``q_proj_a`` and ``q_proj_b``
-beside ``q_proj``, so whatever computes with the model takes one tree. ``trained`` and ``frozen``
-are its parts and ``whole`` joins them; without adapters all is trained.
+The adapters of a layer are entries beside its weights: ``q_proj_a`` and ``q_proj_b`` beside
+``q_proj``. So every function of the model takes one tree. ``trained`` and ``frozen`` are its two
+parts, and ``whole`` joins them. Without adapters everything is trained.
 """
 
 import functools
@@ -17,18 +17,18 @@ from jaxtyping import Array, Float, Key
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Projections that can have an adapter."""
 ENDS = ("_proj_a", "_proj_b")
-STREAM = 1000  # of the seed's key; rollouts have the first few
+STREAM = 1000  # stream of random numbers; rollouts use the first few
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Which projections have adapters, and of what rank."""
+    """Which projections have adapters, and their rank."""
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = TARGETS
     base_dtype: str = "float32"
-    """What the frozen weights are stored in; norms stay float32."""
+    """The dtype of the frozen weights; norms stay float32."""
 
     @property
     def scale(self) -> float:
@@ -36,7 +36,7 @@ class Lora:
 
 
 def trained(params: dict[str, Any]) -> dict[str, Any]:
-    """The part that is trained: the adapters where there are some, otherwise everything."""
+    """The trained part: the adapters if there are any, otherwise everything."""
     layers = {k: v for k, v in params["layers"].items() if k.endswith(ENDS)}
     return {"layers": layers} if layers else params
 
@@ -48,12 +48,12 @@ def base(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def frozen(params: dict[str, Any]) -> dict[str, Any] | None:
-    """What ``trained`` leaves: the parameters without adapters, or None."""
+    """The part that is not trained: the parameters without adapters, or None."""
     return None if trained(params) is params else base(params)
 
 
 def whole(frozen: dict[str, Any] | None, trained: dict[str, Any]) -> dict[str, Any]:
-    """What the model takes: the base model's parameters, if some are frozen, and the trained."""
+    """The model's parameters: the trained part, joined with the frozen part if there is one."""
     if frozen is None:
         return trained
     return {**frozen, "layers": {**frozen["layers"], **trained["layers"]}}
@@ -62,7 +62,7 @@ def whole(frozen: dict[str, Any] | None, trained: dict[str, Any]) -> dict[str, A
 def low_rank(
     x: Float[Array, "..."], a: Float[Array, "..."], b: Float[Array, "..."], scale: float
 ) -> Float[Array, "..."]:
-    """scale (x A) B for x [... in], A [in R] and B [R out]; in and out may be several axes."""
+    """scale (x A) B for x [... in], A [in R] and B [R out]. in and out may be several axes."""
     inner = jnp.tensordot(x, a, axes=a.ndim - 1)
     return jnp.tensordot(inner, b, axes=1) * jnp.asarray(scale, x.dtype)
 
@@ -80,14 +80,16 @@ def merged(layer: dict[str, Array], scale: float) -> dict[str, Array]:
 
 
 def merged_params(base: dict[str, Any], adapters: dict[str, Any], scale: float) -> dict[str, Any]:
-    """Parameters without adapters that compute the same, up to rounding."""
+    """Parameters without adapters that give the same results, up to rounding."""
     layers = whole(base, adapters)["layers"]
     return {**base, "layers": jax.lax.map(functools.partial(merged, scale=scale), layers)}
 
 
 def start(shapes: dict[str, Any], key: Key[Array, ""]) -> dict[str, Any]:
-    """Adapters of these shapes that change nothing yet: B is 0, and A uniform within
-    1 / sqrt(inputs), drawn from (key, target, layer) alone."""
+    """Adapters of these shapes that change nothing yet: B is 0.
+
+    A is uniform within 1 / sqrt(inputs), and a function of (key, target, layer) only.
+    """
     key = jax.random.fold_in(key, STREAM)
 
     def draw(name, shape):

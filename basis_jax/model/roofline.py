@@ -1,7 +1,8 @@
-"""The least time that a chip's data sheet leaves for decoding and for an update: the longest of
-computing, reading memory and sending, as if each went on beside the others at its peak.
+"""Roofline model: the least time for decoding and for an update, from a chip's data sheet.
 
-A lower bound: kernels reach a part of each peak, and what cannot overlap adds up.
+It is the longest of the times for computing, reading memory and sending, each at its peak rate and
+overlapping with the others. This is a lower bound: kernels reach only a part of each peak, and
+times that cannot overlap add up.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from basis_jax.model.sharding import batch_shards, shards
 
 @dataclass(frozen=True)
 class Bound:
-    """Seconds by what is busy."""
+    """Seconds that computing, reading memory and sending take."""
 
     compute: float
     memory: float
@@ -37,8 +38,11 @@ class Bound:
 def token_bound(
     model_config: ModelConfig, mesh: Mesh | AbstractMesh, chip: Chip, *, slots: int, context: int
 ) -> Bound:
-    """One token in each of ``slots`` slots. Every device reads the whole copy of the weights, but
-    for its division by ``tensor``; only the cache is divided over the batch."""
+    """One token in each of ``slots`` slots.
+
+    Weights are divided over ``tensor`` only, so every device reads its copy. The cache is divided
+    over the batch, too.
+    """
     rows, tensor = -(-slots // batch_shards(mesh)), shards(mesh, "heads")
     work = costs.decode_step(model_config, rows=rows, context=context)
     sent = traffic.token_traffic(model_config, mesh, slots=slots)
@@ -52,7 +56,7 @@ def token_bound(
 def prefill_bound(
     model_config: ModelConfig, mesh: Mesh | AbstractMesh, chip: Chip, *, rows: int, width: int
 ) -> Bound:
-    """Prompts, or scoring: one forward pass, computing alone."""
+    """One forward pass over prompts, or for scoring. Only computing is counted."""
     work = costs.prefill(model_config, rows=rows, width=width)
     return Bound(work.flops / mesh.size / chip.flops, 0.0, 0.0)
 

@@ -1,8 +1,8 @@
 """Scaled rotary embeddings, for texts longer than those that a model was trained on.
 
-A frequency is the rotation of one pair of features from a position to the next, in radians:
-theta^(-2i/d) for pair i of a head of size d. A scaling turns frequencies into others (``scale``)
-and multiplies sine and cosine (``amplitude``). The formulas and their options are those of
+A frequency is the rotation of one pair of features from one position to the next, in radians. It is
+theta^(-2i/d) for pair i of a head of size d. A scaling changes the frequencies (``scale``) and
+multiplies sine and cosine by ``amplitude``. The formulas and their options are those of
 transformers' ``modeling_rope_utils``.
 """
 
@@ -51,13 +51,13 @@ class LinearScaling:
 class YarnScaling:
     """YaRN (``rope_type: yarn``; Peng et al. 2023, arXiv 2309.00071, section 3).
 
-    f_i' = (1 - g_i) f_i / factor + g_i f_i, with g_i = 1 for pairs that turn more than
-    ``beta_fast`` times within the original length L, 0 for those that turn less than
-    ``beta_slow`` times. Between them the paper's g falls linearly in the number of turns; the
-    authors' code and transformers, which we follow, let it fall linearly in i, between the pairs
+    f_i' = (1 - g_i) f_i / factor + g_i f_i. g_i is 1 for pairs that turn more than ``beta_fast``
+    times within the original length L, and 0 for pairs that turn less than ``beta_slow`` times.
+    Between them the paper's g falls linearly in the number of turns. We follow the authors' code
+    and transformers, where g falls linearly in i, between the pairs
     i(turns) = d ln(L / (2 pi turns)) / (2 ln theta), rounded outwards with ``truncate``.
-    ``amplitude`` is the paper's sqrt(1/t) = 0.1 ln(factor) + 1 (eq. 22) where nothing else is
-    given. It multiplies queries and keys, so scores are multiplied by its square.
+    ``amplitude`` is by default the paper's sqrt(1/t) = 0.1 ln(factor) + 1 (eq. 22). It multiplies
+    queries and keys, so scores are multiplied by its square.
     """
 
     factor: float
@@ -77,6 +77,6 @@ class YarnScaling:
         return (1 - kept) * frequency / self.factor + kept * frequency
 
     def pair(self, turns: float, frequency: Float[Array, " half"], theta: float) -> float:
-        """The pair, a real number, that makes so many turns within the original length."""
+        """The pair, as a real number, that turns ``turns`` times within the original length."""
         ratio = self.original_max_positions / (2 * math.pi * turns)
         return frequency.shape[0] * math.log(ratio) / math.log(theta)

@@ -1,7 +1,7 @@
-"""The device mesh, and the one table that maps what an axis means to where it lives.
+"""The device mesh, and the table that maps logical axes to mesh axes.
 
 ``data`` splits the batch, ``fsdp`` splits batch and parameters, ``tensor`` splits heads,
-feed-forward and vocabulary. Only this module knows mesh axes; the model names meanings.
+feed-forward and vocabulary. Only this module uses mesh axes; the model names logical axes.
 """
 
 import math
@@ -37,10 +37,10 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh over all devices, neighbours in it being near each other, or over ``devices`` in their
-    order; one size may be -1: what the others leave.
+    """A mesh over all devices, with near devices as neighbours, or over ``devices`` in their order.
 
-    Raises ValueError where the sizes do not multiply to the number of devices.
+    One size may be -1: it is computed from the others. Raises ValueError if the product of the
+    sizes is not the number of devices.
     """
     count = jax.device_count() if devices is None else len(devices)
     sizes = mesh_sizes(count, data=data, fsdp=fsdp, tensor=tensor)
@@ -65,14 +65,17 @@ def mesh_sizes(count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1) ->
 
 
 def abstract_mesh(count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
-    """``make_mesh`` over ``count`` devices that need not be there."""
+    """``make_mesh`` over ``count`` devices that need not be present."""
     sizes = mesh_sizes(count, data=data, fsdp=fsdp, tensor=tensor)
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def regrouped(mesh: Mesh | AbstractMesh, tensor: int) -> Any:
-    """The same devices in the same order, neighbours sharing the tensors ``tensor`` ways and all
-    others the batch; 0: the mesh as it is. Arrays laid out on the one serve on the other."""
+    """The mesh of the same devices in the same order with another size of the axis ``tensor``.
+
+    The other devices split the batch. 0 leaves the mesh as it is. Arrays of one mesh can be used on
+    the other.
+    """
     if tensor in (0, mesh.shape["tensor"]):
         return mesh
     sizes = (mesh.size // tensor, 1, tensor)
@@ -97,7 +100,7 @@ def named_tree(mesh: Mesh, axes: Any) -> Any:
 
 
 def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
-    """Pin x's layout inside jit under ``jax.set_mesh``; without a mesh, x unchanged."""
+    """Fix x's layout inside jit under ``jax.set_mesh``. Without a mesh x is unchanged."""
     if _unsplit():
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
@@ -108,8 +111,11 @@ def by_shard(
     inputs: Sequence[tuple[str | None, ...]],
     outputs: Any,
 ) -> Callable[..., Any]:
-    """``function`` on every device's part of its operands, whose logical axes are ``inputs``;
-    without a mesh, ``function`` itself. ``outputs``: a tree of logical axes, one leaf a result."""
+    """``function`` applied on each device to its part of the operands.
+
+    ``inputs`` are the operands' logical axes; ``outputs`` is a tree of logical axes, one leaf per
+    result. Without a mesh it is ``function`` itself.
+    """
     if _unsplit():
         return function
     out_specs = jax.tree.map(spec, outputs, is_leaf=_is_axes)
@@ -118,7 +124,7 @@ def by_shard(
 
 
 def highest(x: Array, axis: str) -> Array:
-    """Inside ``by_shard``: the largest over the devices that ``axis`` is split over."""
+    """Inside ``by_shard``: the maximum over the devices that ``axis`` is split over."""
     return x if _unsplit() else jax.lax.pmax(x, mesh_axes(axis))
 
 
@@ -128,12 +134,12 @@ def summed(x: Array, axis: str) -> Array:
 
 
 def gathered(x: Array, axis: str) -> Array:
-    """Inside ``by_shard``: the parts that these devices have of x's first axis, in order."""
+    """Inside ``by_shard``: all parts of x along its first axis, which is split like ``axis``."""
     return x if _unsplit() else jax.lax.all_gather(x, mesh_axes(axis), tiled=True)
 
 
 def first_index(size: int, axis: str) -> Array | int:
-    """Inside ``by_shard``: where this device's part of ``axis``, which has ``size``, begins."""
+    """Inside ``by_shard``: first index of this device's part of ``axis``, which has ``size``."""
     return 0 if _unsplit() else size * jax.lax.axis_index(mesh_axes(axis))
 
 
@@ -142,7 +148,7 @@ def _unsplit() -> bool:
 
 
 def split_over(axis: str) -> int:
-    """Devices of the mesh in use that an axis of this meaning is split over."""
+    """Number of devices of the mesh in use that this logical axis is split over."""
     return 1 if _unsplit() else shards(jax.sharding.get_abstract_mesh(), axis)
 
 
@@ -153,12 +159,13 @@ def _is_axes(x: Any) -> bool:
 def over_batch(
     function: Callable[..., Any], arguments: Any, axes: tuple[int | None, ...], results: Any
 ) -> Any:
-    """``function(*arguments)`` by each group of the batch's devices on its own rows.
+    """``function(*arguments)``, run by each group of the batch's devices on its own rows.
 
-    ``axes`` has the place of the batch axis of every argument, ``results`` (a tuple, or trees of
-    them) that of every result. An argument without one (None) is whole in every group: parameters
-    are gathered. Nothing is exchanged between groups inside: what each makes of a shared argument
-    needs a first axis of groups. ``tensor`` goes on splitting what it splits.
+    ``axes`` has the index of the batch axis of every argument, and ``results`` (a tuple, or trees
+    of them) that of every result. An argument without a batch axis (None) is whole in every group:
+    parameters are gathered. Groups exchange nothing inside ``function``. So a result that has no
+    rows, such as a group's sum, needs a first axis over the groups. Axes that are split over
+    ``tensor`` stay split.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or batch_shards(mesh) == 1:
@@ -178,8 +185,8 @@ def over_batch(
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays [N ...] -> device arrays with N split over the batch axes. Every process gives
-    all rows and puts those of its own devices."""
+    """Host arrays [N ...] -> device arrays with N split over the batch axes. Every process passes
+    all rows, and transfers those of its own devices."""
     sharding = named(mesh, ("batch",))
 
     def put(x: np.ndarray) -> Array:
@@ -189,26 +196,29 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
 
 
 def shards(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
-    """Devices that an axis of this meaning is split over."""
+    """Number of devices that this logical axis is split over."""
     return math.prod(mesh.shape[name] for name in mesh_axes(axis))
 
 
 def mesh_axes(axis: str | None) -> tuple[str, ...]:
-    """The mesh axes that an axis of this meaning lies on."""
+    """The mesh axes that this logical axis is split over."""
     found = RULES[axis]
     return (found,) if isinstance(found, str) else found or ()
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Devices that the batch is split over."""
+    """Number of devices that the batch is split over."""
     return shards(mesh, "batch")
 
 
 def check_divides(
     mesh: Mesh | AbstractMesh, sizes: dict[str, tuple[int, str]], *, tensor: str = "tensor"
 ) -> None:
-    """Raise a ValueError for the first of ``{name: (size, axis)}`` that does not divide; in it, the
-    axis ``tensor`` has the name of the field that gave its size."""
+    """Raise ValueError for the first of ``{name: (size, axis)}`` that does not divide.
+
+    ``tensor`` is the name of the mesh axis ``tensor`` in the message: the config field that gave
+    its size.
+    """
     fields = {name: f"mesh.{tensor if name == 'tensor' else name}" for name in AXES}
     for name, (size, axis) in sizes.items():
         count = shards(mesh, axis)

@@ -1,6 +1,6 @@
-"""What travels between devices, from formulas: bytes that one device sends, by kind of collective.
+"""Bytes that one device sends to others, by kind of collective, computed from formulas.
 
-Counted as in ``collectives``, which reads the same from a compiled program.
+They are counted as in ``collectives``, which reads them from a compiled program.
 """
 
 from jax.sharding import AbstractMesh, Mesh
@@ -12,16 +12,19 @@ from basis_jax.model.sharding import batch_shards, shards
 
 
 def ring(size: int | float, devices: int) -> float:
-    """Sent by each of so many devices that gather or scatter ``size`` bytes."""
+    """Bytes sent by each of ``devices`` devices that gather or scatter ``size`` bytes."""
     return size * (devices - 1) / devices
 
 
 def token_traffic(
     model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, slots: int
 ) -> dict[str, float]:
-    """One token in each slot: over ``tensor``, two sums a layer and one of the embedding, and for
-    the draw the probabilities of the blocks of the vocabulary (``sampling.draw``). Nothing over the
-    batch: every device has the weights."""
+    """One token in each slot.
+
+    Over ``tensor``, there are two sums per layer and one for the embedding, and the draw exchanges
+    the probabilities of the vocabulary's blocks (``sampling.draw``). Nothing is sent over the batch
+    axes, because every device there has the weights.
+    """
     c, tensor = model_config, shards(mesh, "heads")
     rows = slots / batch_shards(mesh)
     sums = (2 * c.layers + 1) * rows * c.embed * costs.compute_bytes(c)
@@ -36,10 +39,13 @@ def token_traffic(
 def microbatch_traffic(
     model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, rows: int, width: int
 ) -> dict[str, float]:
-    """One microbatch, all in the compute dtype. Over ``fsdp``, weights are gathered before the
-    forward and before the backward pass, and gradients of what is trained are scattered; over
-    ``data``, these are summed; over ``tensor``, activations are summed twice a layer in either
-    pass, and once more where the backward pass recomputes them."""
+    """One microbatch, all in the compute dtype.
+
+    Over ``fsdp``, weights are gathered before the forward and before the backward pass, and the
+    gradients of trained parameters are scattered. Over ``data``, these gradients are summed. Over
+    ``tensor``, activations are summed twice per layer in each pass, and once more if the backward
+    pass recomputes them.
+    """
     c, tensor = model_config, shards(mesh, "heads")
     size, fsdp, data = costs.compute_bytes(c), mesh.shape["fsdp"], mesh.shape["data"]
     weights = size * costs.parameter_bytes(c, mesh, itemsize=1, gathered=True)
@@ -56,7 +62,7 @@ def microbatch_traffic(
 
 
 def update_traffic(model_config: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, float]:
-    """One optimizer update, after its microbatches: nothing but norms."""
+    """One optimizer update after its microbatches: only norms are sent."""
     return {}
 
 

@@ -1,1 +1,1 @@
-"""Between reading a config and the first rollout: checks, then what stays fixed."""
+"""From a config to the first rollout: checks, plans, and what stays fixed during a run."""

@@ -1,4 +1,4 @@
-"""What a config may say, as far as it can be told before weights are read."""
+"""Checks of a config that need no weights."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ SCORE_NORMS = ("logits", "natural")
 ADDED_REWARDS = (*READY_MADE, *(name for name in VERIFIERS if name != "gym"))
 COMPUTE_DTYPES = ("float32", "bfloat16")
 GPU_SHARE = 0.75
-"""Of a GPU's memory, where the environment says nothing else: JAX takes it when it starts."""
+"""Share of a GPU's memory that JAX allocates at its start, unless the environment sets another."""
 SHARE_VARIABLES = (
     "XLA_CLIENT_MEM_FRACTION",
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
@@ -46,8 +46,10 @@ ALLOCATOR_VARIABLE = "XLA_PYTHON_CLIENT_ALLOCATOR"
 def check(
     config: Config, model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, platform: str = ""
 ) -> None:
-    """Raise a ValueError for unknown words and sizes that do not divide, before reading weights.
-    ``platform``: of devices that are not there."""
+    """Raise ValueError for unknown names and sizes that do not divide, before weights are read.
+
+    ``platform``: the platform of devices that are not present.
+    """
     train, group = config.train, config.sampling.group_size
     check_ranges(config)
     check_trainable(config.sampling)
@@ -94,19 +96,19 @@ def check(
 
 
 def check_words(*fields: tuple[str, str, Sequence[str]]) -> None:
-    """Raise a ValueError for the first (name, value, allowed) whose value is not allowed."""
+    """Raise ValueError for the first (name, value, allowed) whose value is not allowed."""
     for name, value, allowed in fields:
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
 
 
 def platform_of(mesh: Mesh | AbstractMesh) -> str:
-    assert isinstance(mesh, Mesh)  # one of absent devices has none
+    assert isinstance(mesh, Mesh)  # an AbstractMesh has no platform
     return mesh.devices.ravel()[0].platform
 
 
 def check_model(config: Config, model_config: ModelConfig, platform: str) -> None:
-    """Raise a ValueError for what the model cannot be computed in on these devices."""
+    """Raise ValueError for a dtype or kernel that this platform or model does not support."""
     section = config.model
     check_words(
         ("model.compute_dtype", section.compute_dtype, COMPUTE_DTYPES),
@@ -128,7 +130,7 @@ def check_model(config: Config, model_config: ModelConfig, platform: str) -> Non
 
 
 def check_scorers(verifier: str, paths: Sequence[str]) -> None:
-    """Problems of reasoning-gym are graded by their own scorers, and nothing else is."""
+    """Raise ValueError unless exactly the problems of reasoning-gym have the verifier ``gym``."""
     for path in paths:
         if path.startswith("task:" + GYM) != (verifier == "gym"):
             raise ValueError(
@@ -139,8 +141,11 @@ def check_scorers(verifier: str, paths: Sequence[str]) -> None:
 
 
 def check_sets(config: Config) -> None:
-    """Raise a ValueError where something is said of an unknown set, or a set cannot be graded.
-    Benchmarks that are not evaluated may be named: a command leaves out sets of a config."""
+    """Raise ValueError for settings of an unknown set, and for a set that cannot be graded.
+
+    Settings of benchmarks that are not evaluated are allowed, because a command line may leave out
+    sets of a config.
+    """
     section = config.eval
     for field in ("set_samples", "set_temperatures", "set_verifiers"):
         for name in getattr(section, field):
@@ -155,7 +160,7 @@ def check_sets(config: Config) -> None:
 
 
 def check_evaluation(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
-    """Raise a ValueError for numbers that make no evaluation and a model that does not fit."""
+    """Raise ValueError for settings that cannot be evaluated and a model that does not fit."""
     check_ranges(config)
     check_data(config.data)
     check_model(config, model_config, platform_of(mesh))
@@ -175,8 +180,8 @@ def check_evaluation(config: Config, model_config: ModelConfig, mesh: Mesh) -> N
 
 
 def check_fit(config: Config, model_config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raise a ValueError where rows are longer than the model's positions, or the mesh does not
-    divide the model."""
+    """Raise ValueError if rows are longer than the model's positions, or the model's sizes do not
+    divide over the mesh."""
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     if longest > model_config.max_positions:
         raise ValueError(
@@ -208,8 +213,8 @@ def check_memory(
     rows: int,
     training: bool = False,
 ) -> None:
-    """Raise a ValueError where ``plan.memory_needs`` does not fit the devices: the bytes by part,
-    and the nearest plan that fits."""
+    """Raise ValueError if ``plan.memory_needs`` exceeds the devices' memory. The message has the
+    bytes by part and the nearest plan that fits."""
     request = plan.Request(
         config,
         model_config,
@@ -226,8 +231,8 @@ def check_memory(
 def memory_share(environment: Mapping[str, str]) -> float:
     """The share of a GPU's memory that JAX may use.
 
-    It is the same limit with ``XLA_PYTHON_CLIENT_PREALLOCATE=false``, where memory is taken as it
-    is needed; only the allocator "platform" knows none.
+    The limit is the same with ``XLA_PYTHON_CLIENT_PREALLOCATE=false``, where memory is allocated
+    only as needed. Only the allocator "platform" has no limit.
     """
     if environment.get(ALLOCATOR_VARIABLE, "").lower() == "platform":
         return 1.0
@@ -235,7 +240,7 @@ def memory_share(environment: Mapping[str, str]) -> float:
 
 
 def usable_memory(device_bytes: int, environment: Mapping[str, str]) -> int:
-    """Bytes that JAX may use of a GPU that has ``device_bytes``."""
+    """Bytes that JAX may use of a GPU with ``device_bytes`` of memory."""
     return int(device_bytes * memory_share(environment))
 
 
@@ -244,9 +249,12 @@ def share_advice(environment: Mapping[str, str]) -> str:
 
 
 def device_memory(devices: Sequence) -> int:
-    """Bytes that JAX may use of one of these devices. GPUs and TPUs report their limit, which is a
-    share already; a GPU that reports none is asked for its size, and nothing is refused where it
-    does not tell. A CPU's is an equal share of the machine's memory."""
+    """Bytes that JAX may use of one of these devices.
+
+    GPUs and TPUs report their limit. If a GPU reports none, it is a share of the memory that
+    ``nvidia-smi`` shows; if that is not known either, there is no limit. On a CPU every device has
+    an equal share of the machine's memory.
+    """
     stats = devices[0].memory_stats() or {}
     if stats.get("bytes_limit"):
         return stats["bytes_limit"]
@@ -256,7 +264,7 @@ def device_memory(devices: Sequence) -> int:
 
 
 def gpu_bytes() -> int:
-    """The memory of the smallest NVIDIA GPU of this machine; 0 where nobody tells."""
+    """The memory of the smallest NVIDIA GPU of this machine, or 0 if it is not known."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -266,7 +274,7 @@ def gpu_bytes() -> int:
 
 
 def check_loss(loss: LossSection) -> None:
-    """Raise a ValueError for a denominator that does not fit the objective."""
+    """Raise ValueError for an aggregation that does not fit the objective."""
     if loss.objective == "gspo" and loss.aggregation != "sequence_mean":
         raise ValueError(
             f"loss.objective gspo is a mean over sequences, loss.aggregation is "
@@ -275,7 +283,7 @@ def check_loss(loss: LossSection) -> None:
 
 
 def check_trainable(sampling: SamplingSection) -> None:
-    """Raise ValueError where rollouts would not come from the distribution that is trained."""
+    """Raise ValueError if rollouts would not come from the distribution that is trained."""
     if sampling.top_p < 1 or sampling.top_k > 0:
         raise ValueError(
             f"sampling.top_p = {sampling.top_p} and sampling.top_k = {sampling.top_k} truncate the "
@@ -289,7 +297,8 @@ def check_trainable(sampling: SamplingSection) -> None:
 
 
 def check_features(size: int, count: int, width: int) -> None:
-    """Raise a ValueError where there are not so many prompt features of ``count`` problems."""
+    """Raise ValueError unless ``count`` problems with states of size ``width`` have ``size``
+    principal directions."""
     most = min(count - 1, width)
     if not 1 <= size <= most:
         raise ValueError(
@@ -299,8 +308,8 @@ def check_features(size: int, count: int, width: int) -> None:
 
 
 def check_data(section: DataSection) -> None:
-    """Raise a ValueError for a wrapper without a place for the problem, an unknown format, and a
-    place of the answer that the verifier does not look at."""
+    """Raise ValueError for a wrapper without ``{problem}``, an unknown prompt format, and an answer
+    mode that the verifier does not have."""
     check_words(("data.prompt_format", section.prompt_format, FORMATS))
     extraction_mode(section.verifier, section.answer_mode)
     check_rewards(section)
@@ -312,7 +321,7 @@ def check_data(section: DataSection) -> None:
 
 
 def check_rewards(section: DataSection) -> None:
-    """Raise a ValueError for a reward that is unknown, or that is the verifier's once more."""
+    """Raise ValueError for an unknown reward and for one that is the verifier itself."""
     for name in section.rewards:
         if name == section.verifier:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""How long a step takes at least, and what the reference table costs, of a config on a chip."""
+"""Least time of a step, and the cost of the reference table, for a config on a chip."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,12 @@ from basis_jax.model.sharding import batch_shards, regrouped
 from basis_jax.opening.plan import rollouts_per_pass
 
 KNOWN_SETS = {"BytedTsinghua-SIA/DAPO-Math-17k": 17_398, "openai/gsm8k": 7_473}
-"""Problems of the training split after duplicates are dropped, of data sets on the hub."""
+"""Number of training problems of data sets on the hub, after duplicates are dropped."""
 
 
 def problem_count(config: Config) -> int | None:
-    """Problems that a run would train on: of a known data set, or read from a file or a task. None
-    where only the hub could tell."""
+    """Number of problems that a run would train on, for a known data set, a file or a task. None if
+    a download from the hub would be needed."""
     path, size = config.data.path, config.data.size
     count = KNOWN_SETS.get(path.partition(":")[0])
     if count is None and (path.startswith("task:") or Path(path).expanduser().exists()):
@@ -30,7 +30,7 @@ def problem_count(config: Config) -> int | None:
 
 @dataclass(frozen=True)
 class Step:
-    """Bounds of the parts of a step whose rows all have one length."""
+    """Bounds on the parts of a step whose rows all have the same length."""
 
     sampling: Bound
     prefill: Bound
@@ -56,8 +56,10 @@ def step_bounds(
     prompt: int,
     new: int,
 ) -> Step:
-    """A step in which every prompt and completion has these numbers of tokens. The slots are kept
-    full; the context of a token is that in the middle of a completion."""
+    """Bounds on a step whose prompts have ``prompt`` tokens and whose completions have ``new``.
+
+    All slots are assumed busy, and each token's context is that of the middle of a completion.
+    """
     train = config.train
     rollouts = train.prompts_per_step * config.sampling.group_size
     slots = min(train.sample_rollouts, rollouts)
@@ -85,7 +87,7 @@ def step_bounds(
 
 
 def step_flops(config: Config, model_config: ModelConfig, *, prompt: int, new: int) -> int:
-    """FLOPs of all devices together."""
+    """FLOPs of a step on all devices together."""
     rollouts = config.train.prompts_per_step * config.sampling.group_size
     middle = costs.decode_step(model_config, rows=rollouts, context=prompt + new // 2)
     first = costs.prefill(model_config, rows=rollouts, width=prompt)

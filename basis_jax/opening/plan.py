@@ -1,4 +1,4 @@
-"""Whether a run fits its devices, what would make it fit, and what its reference table costs."""
+"""Whether a run fits its devices' memory, and which changes would make it fit."""
 
 import itertools
 import math
@@ -17,12 +17,12 @@ from basis_jax.model.decoder import ModelConfig, computed_in
 from basis_jax.model.sharding import AXES, abstract_mesh, batch_shards
 from basis_jax.sampling.refill import MIN_CACHE
 
-MOST_DEVICES = 256  # up to which a larger topology is looked for
+MOST_DEVICES = 256  # larger topologies are not searched
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on one device, by part, at one moment of a run."""
+    """Bytes on one device, by part, in one phase of a run."""
 
     what: str
     parts: Mapping[str, int]
@@ -34,13 +34,13 @@ class Need:
 
 
 def axis_sizes(config: Config) -> dict[str, Any]:
-    """The mesh's axes as ``sharding.make_mesh`` takes them."""
+    """Sizes of the mesh's axes, as arguments of ``sharding.make_mesh``."""
     return {axis: getattr(config.mesh, axis) for axis in AXES}
 
 
 def rollouts_per_pass(train: TrainSection, shards: int) -> int:
-    """Rollouts of a pass over all devices: ``train.microbatch_rollouts`` on each of the ``shards``
-    that the batch is split over, and at most those of an update."""
+    """Rollouts per pass on all devices: ``train.microbatch_rollouts`` on each of the ``shards``
+    that the batch is split over, and at most the rollouts of an update."""
     return min(train.microbatch_rollouts * shards, train.minibatch_rollouts)
 
 
@@ -53,9 +53,9 @@ def memory_needs(
     rows: int,
     training: bool = False,
 ) -> list[Need]:
-    """Sampling ``rows`` rollouts after prompts of this width; with ``training`` beside the
-    optimizer's moments, and an update whose rows are as long as they may be. What XLA needs besides
-    is not counted: what does not fit has no chance."""
+    """Memory for sampling ``rows`` rollouts, and with ``training`` for the optimizer's moments and
+    an update with rows of the maximum length. XLA's additional memory is not counted, so a run that
+    exceeds this estimate cannot fit."""
     train, length = config.train, prompt_width + config.sampling.max_new_tokens
     trained = costs.parameter_bytes(model_config, mesh, part=lora.trained)
     moment = jnp.dtype(config.optim.moments_dtype).itemsize
@@ -107,18 +107,18 @@ def memory_needs(
 
 
 def cache_before(length: int) -> int:
-    """Positions of the cache before it has ``length``: the old one lives until the new is made
-    (``refill.resize_cache``)."""
+    """Positions of the cache before it grows to ``length``. The old cache is held until the new one
+    is made (``refill.resize_cache``)."""
     doublings = math.log2(max(1.0, length / MIN_CACHE))
     return MIN_CACHE * 2 ** max(0, math.ceil(doublings) - 1)
 
 
 DECODING = ("weights laid out for decoding", "key-value cache", "logits")
-"""Parts that the decoding program itself holds; the others lie beside it."""
+"""Parts that the decoding program itself holds. The other parts are held outside of it."""
 
 
 def program_bytes(needs: Sequence[Need]) -> dict[str, int]:
-    """What the formulas say of the programs that ``training.compiled_plan`` compiles."""
+    """Bytes, by the formulas, of the programs that ``training.compiled_plan`` compiles."""
     sampling, _, update = needs
     return {
         "decoding": sum(sampling.parts[name] for name in DECODING),
@@ -128,7 +128,7 @@ def program_bytes(needs: Sequence[Need]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan is made for: everything but the mesh."""
+    """The input of a plan: everything but the mesh."""
 
     config: Config
     model_config: ModelConfig
@@ -138,7 +138,7 @@ class Request:
     training: bool = True
 
     def with_changes(self, changes: Mapping[str, int | str]) -> "Request":
-        """The request under other values of config fields, by dotted name."""
+        """The request with other values of config fields, given by dotted name."""
         config, model_config = self.config, self.model_config
         for name, value in changes.items():
             section, field = name.split(".")
@@ -163,8 +163,11 @@ class Request:
 
 
 def nearest_plan(request: Request, devices: int) -> dict[str, int | str] | None:
-    """The fewest changes of the config under which it fits so many devices: another mesh, smaller
-    microbatches, fewer rollouts decoded at once, more recomputation. None: no change does."""
+    """The smallest change of the config with which it fits ``devices`` devices, or None.
+
+    Changes are another mesh, smaller microbatches, fewer rollouts decoded at once, and more
+    recomputation.
+    """
     tried = sorted(_variants(request, devices), key=lambda variant: variant[0])
     for _, sizes, changes in tried:
         changed = request.with_changes(changes)
@@ -178,7 +181,7 @@ def nearest_plan(request: Request, devices: int) -> dict[str, int | str] | None:
 
 
 def smallest_topology(request: Request, topology: Topology) -> tuple[Topology, dict] | None:
-    """The fewest chips of this kind that the config fits, and the changes that it needs there."""
+    """The smallest number of chips of this kind that the config fits, and the changes it needs."""
     for exponent in range(int(math.log2(MOST_DEVICES)) + 1):
         found = nearest_plan(request, 2**exponent)
         if found is not None:
@@ -237,7 +240,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _halves(number: int) -> list[int]:
-    """The number, its half and so on, as long as they are whole."""
+    """The number, its half, its quarter and so on, as long as they are integers."""
     found = [number]
     while found[-1] > 1 and found[-1] % 2 == 0:
         found.append(found[-1] // 2)
@@ -245,13 +248,13 @@ def _halves(number: int) -> list[int]:
 
 
 def as_options(changes: Mapping[str, int | str]) -> str:
-    """``--mesh.fsdp 4 --train.microbatch-rollouts 8``"""
+    """The changes as options, such as ``--mesh.fsdp 4 --train.microbatch-rollouts 8``."""
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
 
 
 def refusal(request: Request, mesh: Mesh | AbstractMesh, *, note: str = "") -> str:
-    """One sentence where the request does not fit: what needs how much, by part, what there is,
-    and what would fit. Empty where it fits."""
+    """If the request does not fit: one sentence with the bytes by part, the memory available, and a
+    plan that would fit. Empty if it fits."""
     for need in request.needs(mesh):
         if need.total <= request.available:
             continue

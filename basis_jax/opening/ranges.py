@@ -10,8 +10,11 @@ from basis_jax.config import Config
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from ``low`` to ``high``, both included, but the ends named in ``without``
-    ("low", "high"), and the single number ``or_else``. No range has NaN or infinity."""
+    """The numbers from ``low`` to ``high``, and the single number ``or_else``.
+
+    Both ends are included unless they are named in ``without`` ("low", "high"). NaN and infinity
+    are in no range.
+    """
 
     low: int | float
     high: int | float = math.inf
@@ -46,7 +49,7 @@ ANY = Range(-1e6, 1e6)
 TEMPERATURE = Range(0.01, 100, or_else=0)
 
 RANGES = {
-    "seed": Range(0, 2**32 - 1),  # the random keys have 32 bits of it
+    "seed": Range(0, 2**32 - 1),  # random keys use 32 bits of it
     "model.lora_rank": COUNT_OR_NONE,
     "model.lora_alpha": POSITIVE,
     "data.size": COUNT_OR_NONE,
@@ -102,7 +105,7 @@ RANGES = {
     "checkpoint.every": COUNT,
     "checkpoint.keep": COUNT,
 }
-"""What every number of a config may be; whole-number fields take whole numbers only."""
+"""The allowed range of every number in a config. Integer fields take integers only."""
 
 
 def numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, type, Any]]:
@@ -116,7 +119,7 @@ def numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, type, Any]]:
 
 
 def check_ranges(config: Config) -> None:
-    """Raise a ValueError for the first number outside its range."""
+    """Raise ValueError for the first number outside its range."""
     for name, kind, value in numbers(config):
         check_number(name, value, kind, RANGES[name])
     for name, kind, values in (
@@ -134,7 +137,7 @@ def check_ranges(config: Config) -> None:
 
 
 def check_number(name: str, value: Any, kind: type, allowed: Range) -> None:
-    """Raise a ValueError for what is no number of this kind, ``int`` or ``float``, in the range."""
+    """Raise ValueError unless the value is of this kind, ``int`` or ``float``, and in the range."""
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         what = "a whole number" if kind is int else "a number"
         raise ValueError(f"{name} is {value!r}; give {what}, {allowed}")

@@ -26,8 +26,11 @@ from basis_jax.weights import huggingface
 
 
 def locate_model(config: Config) -> tuple[Path, ModelConfig, Mesh]:
-    """The model's folder, its shape and the mesh of devices; no weights are read. Raises
-    ValueError where one of them cannot be had."""
+    """The model's folder, its shape and the mesh of devices. No weights are read.
+
+    Raises ValueError if the model is not found or not supported, or the mesh does not fit the
+    devices.
+    """
     check_words(("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES))
     mesh = make_mesh(**axis_sizes(config))
     folder = huggingface.resolve_folder(config.model.path)
@@ -36,7 +39,7 @@ def locate_model(config: Config) -> tuple[Path, ModelConfig, Mesh]:
 
 
 def as_configured(model_config: ModelConfig, section: ModelSection, device: Any) -> ModelConfig:
-    """A model's shape with what the config says of computing it on a device of this kind."""
+    """The model's shape with the config's settings of how it is computed on this device."""
     layers = section.decode_layers
     return dataclasses.replace(
         model_config,
@@ -49,7 +52,7 @@ def as_configured(model_config: ModelConfig, section: ModelSection, device: Any)
 
 
 def attention_for(section: ModelSection, device: Any, head_dim: int) -> str:
-    """``model.attention``, and for ``auto`` the kind that suits this device."""
+    """``model.attention``, or for ``auto`` the best kind for this device."""
     if section.attention != "auto":
         return section.attention
     if device.platform == "gpu" and not has_cudnn_attention(device):
@@ -58,13 +61,13 @@ def attention_for(section: ModelSection, device: Any, head_dim: int) -> str:
 
 
 def has_cudnn_attention(device: Any) -> bool:
-    """NVIDIA's GPUs from Ampere on; AMD's have no number as compute capability."""
+    """Whether it is an NVIDIA GPU, Ampere or newer. AMD's compute capability is not a number."""
     capability = str(getattr(device, "compute_capability", ""))
     return capability[:1].isdigit() and float(capability) >= 8
 
 
 def adapters_of(section: ModelSection) -> Lora | None:
-    """The adapters, where some are trained. Raises ValueError for unknown projections."""
+    """The adapters, or None if none are trained. Raises ValueError for unknown projections."""
     if not section.lora_rank:
         return None
     targets = section.lora_targets
@@ -87,7 +90,7 @@ def open_setup(
     verifiers: "Verifiers | None" = None,
     report: Callable[[str], None] = print,
 ) -> Iterator[RolloutSetup]:
-    """Yield the setup, with these verifiers; where none are given they are made, and their
+    """Yield the setup with the given verifiers. If none are given they are made, and their
     processes end with the block."""
     ends = huggingface.eos_ids(folder, tokenizer) + stop_ids(config, tokenizer)
     report_turn_end(config, tokenizer, ends, report)
@@ -116,8 +119,8 @@ class Verifiers:
 
 @contextmanager
 def open_verifiers(config: Config) -> Iterator[Verifiers]:
-    """Yield the Verifiers; their processes end with the block. Raises ValueError for a name that is
-    unknown, and a function that cannot be loaded."""
+    """Yield the Verifiers; their processes end with the block. Raises ValueError for an unknown
+    name and for a function that cannot be loaded."""
     made: dict[tuple[str, str], Verifier] = {}
 
     def verifier(name: str, section: DataSection) -> Verifier:
@@ -145,7 +148,7 @@ def open_verifiers(config: Config) -> Iterator[Verifiers]:
 
 
 def make_reward(name: str, mode: str, config: Config) -> Verifier:
-    """A verifier or ready-made reward by name, or an own function by reference."""
+    """A verifier or ready-made reward by name, or a user's own function by reference."""
     data = config.data
     if name == "format":
         return FormatReward(data.format_pattern)
@@ -160,7 +163,7 @@ def make_reward(name: str, mode: str, config: Config) -> Verifier:
 
 
 def short_names(names: list[str]) -> list[str]:
-    """What rewards are called in metrics: own functions without their file, where that is clear."""
+    """Names of rewards in metrics: own functions without their file if that is unambiguous."""
     short = [name.rpartition(":")[2] for name in names]
     return [s if short.count(s) == 1 else name for s, name in zip(short, names, strict=True)]
 
@@ -168,7 +171,7 @@ def short_names(names: list[str]) -> list[str]:
 def report_turn_end(
     config: Config, tokenizer: Any, ends: Collection[int], report: Callable[[str], None]
 ) -> None:
-    """Warn of a chat template that ends a turn with what does not end a completion."""
+    """Warn if the chat template ends a turn with a token that does not end a completion."""
     if config.data.prompt_format != "chat":
         return
     text, ids = turn_end(config.data, tokenizer)
@@ -185,7 +188,7 @@ def report_turn_end(
 
 
 def stop_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of ``sampling.stop_tokens``. Raises ValueError where one is not one token."""
+    """Token ids of ``sampling.stop_tokens``. Raises ValueError if one is not a single token."""
     ids = []
     for text in config.sampling.stop_tokens:
         tokens = tokenizer.encode(text, add_special_tokens=False)

@@ -1,6 +1,7 @@
-"""How many rollouts a pass takes and how many are decoded at once, where the config says ``auto``.
+"""Choose the rollouts per pass and the rollouts decoded at once if the config says ``auto``.
 
-``auto`` is 0 in a config. The largest size that fits the devices by ``costs.py`` is chosen.
+``auto`` is 0 in a config. The largest size is chosen that fits the devices according to
+``costs.py``.
 """
 
 import json
@@ -19,7 +20,7 @@ from basis_jax.opening import checks
 from basis_jax.opening.plan import memory_needs
 
 FILLED = 0.85
-"""Of a device's memory: as much as a chosen size may need, as an estimate is no promise."""
+"""Largest share of a device's memory that a chosen size may need, because needs are estimates."""
 
 
 def with_sizes(
@@ -35,9 +36,9 @@ def with_sizes(
 ) -> Config:
     """The config with numbers for ``train.microbatch_rollouts`` and ``train.sample_rollouts``.
 
-    A run folder's own numbers are taken again where they fit these devices; what is chosen is
-    reported. ``memory``: bytes of a device (0: it is asked). Where not even one rollout a device
-    fits, it is 1, which ``check_memory`` refuses.
+    Numbers recorded in the run folder are used again if they fit these devices. The choice is
+    reported. ``memory``: bytes of a device (0: the device's own figure). If not even one rollout
+    per device fits, the number is 1, which ``check_memory`` refuses.
     """
     train, shards = config.train, batch_shards(mesh)
     if 0 not in (train.microbatch_rollouts, train.sample_rollouts):
@@ -80,14 +81,14 @@ def with_sizes(
 
 
 def divisors(count: int) -> list[int]:
-    """Of ``count``, the largest first."""
+    """Divisors of ``count``, the largest first."""
     return [size for size in range(count, 0, -1) if count % size == 0]
 
 
 def recorded_sizes(run_dir: str) -> dict[str, int]:
-    """The sizes that a run folder's config.json holds; {} where it holds none."""
+    """The sizes in the run folder's config.json, or {} if there are none."""
     try:
         train = json.loads((Path(run_dir) / "config.json").read_text())["config"]["train"]
         return {name: int(train[name]) for name in ("microbatch_rollouts", "sample_rollouts")}
-    except (OSError, ValueError, KeyError, TypeError):  # open_run says what is wrong with it
+    except (OSError, ValueError, KeyError, TypeError):  # open_run reports the error
         return {}

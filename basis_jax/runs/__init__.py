@@ -1,1 +1,1 @@
-"""What a run keeps in its folder: identity, metrics, checkpoints, curves."""
+"""The files in a run folder: identity, metrics, checkpoints, curves."""

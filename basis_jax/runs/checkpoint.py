@@ -1,8 +1,8 @@
-"""Checkpoints through orbax: what a step changes of the train state, and the config that made it.
+"""Checkpoints with orbax: the part of the train state that steps change, and the run's config.
 
-A checkpoint is written in the background, and appears by one rename when it is complete, so a run
-killed while saving resumes from the one before. Restoring lays the arrays out for the mesh of
-today, whatever the old one was.
+A checkpoint is written in the background and renamed when it is complete, so a run that was killed
+while saving resumes from the checkpoint before. Arrays are restored onto the current mesh, which
+may differ from the one that they were saved on.
 """
 
 import logging
@@ -24,7 +24,7 @@ from basis_jax.types import TrainState
 
 @contextmanager
 def open_checkpoints(run_dir: Path, section: CheckpointSection) -> Iterator[ocp.CheckpointManager]:
-    """The manager of ``run_dir/checkpoints``; leaving the block waits for what is being saved."""
+    """The manager of ``run_dir/checkpoints``. Leaving the block waits until saving has ended."""
     options = ocp.CheckpointManagerOptions(
         max_to_keep=section.keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
     )
@@ -35,9 +35,12 @@ def open_checkpoints(run_dir: Path, section: CheckpointSection) -> Iterator[ocp.
 
 
 def save(checkpoints: Any, state: TrainState, config: dict) -> None:
-    """Begin to write the state as checkpoint ``state.step``; returns when it is copied from the
-    devices, so that it may be donated. The one before is complete then. Raises ValueError where
-    that one or this cannot be written; those before are kept."""
+    """Begin to write the state as checkpoint ``state.step``.
+
+    Returns when the state is copied from the devices, so that it may be donated. The checkpoint
+    before is complete then. Raises ValueError if either of the two cannot be written; earlier
+    checkpoints are kept.
+    """
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(_as_dict(state)), config=ocp.args.JsonSave(config)
     )
@@ -47,8 +50,8 @@ def save(checkpoints: Any, state: TrainState, config: dict) -> None:
 
 
 def finish(checkpoints: Any) -> int | None:
-    """Wait for the checkpoint that is being written. The step of the newest one; None without one.
-    Raises ValueError where it could not be written."""
+    """Wait for the checkpoint that is being written. Returns the newest checkpoint's step, or None
+    if there is none. Raises ValueError if it could not be written."""
     newest = checkpoints.latest_step()
     with _failure_named(checkpoints, newest):
         checkpoints.wait_until_finished()
@@ -60,7 +63,7 @@ def _failure_named(checkpoints: Any, step: int | None) -> Iterator[None]:
     with _quiet():
         try:
             yield
-        except Exception as error:  # orbax's, tensorstore's and the system's own
+        except Exception as error:  # classes of orbax, tensorstore and the system
             raise ValueError(
                 f"checkpoint {checkpoints.directory / str(step)} could not be written "
                 f"({_reason(error)}); mend that and give the same command again: it goes on from "
@@ -70,8 +73,11 @@ def _failure_named(checkpoints: Any, step: int | None) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tracebacks of failures that an error tells of already: orbax logs that of each of
-    its threads, and those of tensorstore find the event loop closed by the first that failed."""
+    """Hide the tracebacks of failures that are already raised as an error.
+
+    Orbax logs the traceback of each of its threads. Those of tensorstore fail because the first
+    failure has closed the event loop.
+    """
     log, hook = logging.getLogger("absl"), sys.unraisablehook
     level = log.level
 
@@ -89,7 +95,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The system's words at the end of tensorstore's long message, or the first line of another."""
+    """The system's reason at the end of tensorstore's long message; of others the first line."""
     first = (str(error).splitlines() or [type(error).__name__])[0]
     if "os_error_code" not in first:
         return first
@@ -97,9 +103,11 @@ def _reason(error: Exception) -> str:
 
 
 def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState | None:
-    """The newest complete checkpoint, laid out as ``like`` (arrays or their shapes); None without
-    one. Frozen parameters are not in it. Raises ValueError where it cannot be read, and for
-    parameters or moments that are not finite."""
+    """The newest complete checkpoint, laid out like ``like`` (arrays or shapes), or None.
+
+    It has no frozen parameters. Raises ValueError if it cannot be read, or if parameters or moments
+    are not finite.
+    """
     finish(checkpoints)
     step = processes.by_first(checkpoints.latest_step)
     if step is None:
@@ -124,9 +132,11 @@ def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState 
 
 
 def check_finite(tree: PyTree, folder: str) -> None:
-    """Raise a ValueError naming the first leaf with NaN or infinity. One pass over each leaf, whose
-    sum is then not finite; only where it is not are the numbers looked at one by one, as a sum of
-    finite ones may overflow."""
+    """Raise ValueError naming the first leaf with NaN or infinity.
+
+    A leaf with NaN or infinity has a sum that is not finite. Single numbers are checked only if the
+    sum is not finite, because a sum of finite numbers may overflow.
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.isfinite(jnp.sum(leaf)):
             if not jnp.all(jnp.isfinite(leaf)):
@@ -138,8 +148,8 @@ def check_finite(tree: PyTree, folder: str) -> None:
 
 
 def _as_dict(state: TrainState) -> dict:
-    """Orbax stores plain containers: leaves by their position's path in the state. Frozen
-    parameters are those of the model's folder, and are not stored."""
+    """The state as plain containers for orbax: leaves by their path in the state. Frozen parameters
+    are not stored, because the model's folder has them."""
     frozen = jax.tree_util.GetAttrKey("frozen")
     leaves = [
         (path, leaf)

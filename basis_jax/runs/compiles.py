@@ -1,5 +1,5 @@
-"""Programs that XLA compiled: how many and the seconds that took, which explain a slow step; and
-the folder that keeps them for the next start."""
+"""Count compiled programs and their compile time, which explain slow steps, and keep the programs
+in a folder for the next start."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,17 +13,17 @@ SWITCH = "BASIS_JAX_KEEP_COMPILED"
 KEPT = "~/.cache/basis_jax/compiled"
 
 EVENT = "/jax/core/compile/backend_compile_duration"
-"""JAX records it once a program, also where a persistent cache already has it."""
+"""JAX records this event once per program, also if a persistent cache already has the program."""
 
 
 class Compiles:
-    """Programs and seconds since the last ``take``, in this process."""
+    """Programs and seconds of compiling in this process since the last ``take``."""
 
     def __init__(self):
         self._seconds: list[float] = []
 
     def take(self) -> dict[str, float]:
-        """``compile/programs`` and ``compile/seconds``; the count begins anew."""
+        """``compile/programs`` and ``compile/seconds``; resets both."""
         taken, self._seconds = self._seconds, []
         return {"compile/programs": float(len(taken)), "compile/seconds": sum(taken, 0.0)}
 
@@ -34,7 +34,7 @@ class Compiles:
 
 @contextmanager
 def count_compiles() -> Iterator[Compiles]:
-    """Count what is compiled inside the block."""
+    """Count programs that are compiled inside the block."""
     compiles = Compiles()
     jax.monitoring.register_event_duration_secs_listener(compiles.add)
     try:
@@ -44,8 +44,11 @@ def count_compiles() -> Iterator[Compiles]:
 
 
 def keep_compiled(report: Callable[[str], None] = print) -> None:
-    """Keep programs that took a second or more to compile, in JAX_COMPILATION_CACHE_DIR or else
-    ``KEPT``, so that the next start reads them. ``BASIS_JAX_KEEP_COMPILED=no`` keeps none."""
+    """Keep programs that took a second or more to compile, so that the next start reads them.
+
+    They are kept in JAX_COMPILATION_CACHE_DIR, or in ``KEPT`` if that is not set.
+    ``BASIS_JAX_KEEP_COMPILED=no`` keeps none.
+    """
     if os.environ.get(SWITCH, "").lower() in ("no", "off", "0", "false"):
         return
     folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or KEPT).expanduser()

@@ -1,4 +1,4 @@
-"""A run folder holds one run: its lock, and config.json, which says what the run is."""
+"""A run folder holds one run: its lock, and config.json with the run's config and origin."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +12,8 @@ from basis_jax.files import lock, replace_file
 from basis_jax.runs.provenance import provenance
 
 MAY_DIFFER = (
-    "run_dir",  # the folder was moved
-    "data.answers_wanted",  # the hash of the problems holds what it changes
+    "run_dir",  # the folder may be moved
+    "data.answers_wanted",  # its effect is part of the problems' hash
     "data.reward_workers",
     "data.reward_seconds",
     "model.remat",
@@ -31,16 +31,18 @@ MAY_DIFFER = (
     "mesh.",
     "checkpoint.",
 )
-"""Fields (with a dot at the end: sections) that change where, when or how often a run computes and
-writes, not what it computes beyond rounding. ``train.steps`` joins them when ``optim.schedule`` is
-``constant``: the decaying schedules end at the last step."""
+"""Fields that a resumed run may change. A name that ends with a dot is a whole section.
+
+They change where, when or how often a run computes and writes, but its results only by rounding.
+``train.steps`` is one of them if ``optim.schedule`` is ``constant``; the decaying schedules depend
+on it."""
 
 
 @contextmanager
 def lock_run(run_dir: str | Path) -> Iterator[Path]:
-    """Make the folder and hold it for this process until the block ends.
+    """Make the folder and lock it for this process until the block ends.
 
-    Raises ValueError where another process holds it, or it cannot be made.
+    Raises ValueError if another process has locked it, or if it cannot be made.
     """
     if not str(run_dir).strip():
         raise ValueError("run_dir is empty; give a folder with --run-dir")
@@ -61,11 +63,12 @@ def open_run(
 ) -> None:
     """Write ``config.json`` into ``config.run_dir``, or check that it holds a run of ``config``.
 
-    It is ``{"config": ..., "identity": ..., "starts": [...]}``. ``identity``: hashes of what the
-    config only names, the problems and the model. A start is commit, uncommitted changes, versions
-    and devices, and is added where it differs from the one before. Raises ValueError naming the
-    fields that differ, except those of ``MAY_DIFFER``; a run without a checkpoint, which starts
-    anew, may differ in all.
+    The file is ``{"config": ..., "identity": ..., "starts": [...]}``. ``identity`` holds hashes of
+    what the config refers to by name, such as the model and the problems. A start has the commit,
+    uncommitted changes, versions and devices. It is added if it differs from the one before.
+
+    Raises ValueError naming the fields that differ, except those in ``MAY_DIFFER``. A run without a
+    checkpoint starts from the beginning, so all its fields may differ.
     """
     run_dir = Path(config.run_dir)
     path = run_dir / "config.json"
@@ -90,7 +93,7 @@ def open_run(
 
 
 def start_facts(config: Config) -> dict[str, Any]:
-    """What all processes of a run must agree on before they begin."""
+    """What must be the same in all processes of a run before they begin."""
     about = provenance()
     return {**dict(_leaves(asdict(config))), **about.pop("versions"), **about}
 
@@ -129,7 +132,7 @@ def _check_same(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 
 
 def _with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of an older version: fields that it did not have yet were at their defaults."""
+    """A config of an older version. Fields that it did not have yet get their defaults."""
     defaults = json.loads(json.dumps(asdict(Config(run_dir=""))))
     merged = {**defaults, **fields}
     for name, section in defaults.items():

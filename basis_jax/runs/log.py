@@ -1,4 +1,4 @@
-"""``log.txt`` in a run folder: what the run printed, errors included, each line with its time."""
+"""``log.txt`` in a run folder: the run's output and errors, each line with its time."""
 
 import time
 import traceback
@@ -10,20 +10,23 @@ from basis_jax.runs.stopping import StopRequested
 
 
 def log_line(run_dir: Path, text: str) -> None:
-    """Append a line, or several, to ``log.txt``. What is written is closed at once, so that a kill
-    loses nothing; a log that cannot be written does not end the run."""
+    """Append one or more lines to ``log.txt``.
+
+    The file is closed at once, so a kill loses nothing. If the log cannot be written, the run goes
+    on.
+    """
     moment = time.strftime("%Y-%m-%d %H:%M:%S")
     try:
         with (run_dir / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(f"{moment}  {line}\n" for line in text.splitlines())
-    except OSError:  # a full disk: whatever filled it is reported by the file that matters
+    except OSError:  # a full disk is reported when an important file is written
         pass
 
 
 @contextmanager
 def errors_logged(run_dir: Path) -> Iterator[None]:
-    """Errors that leave the block are logged: ValueErrors as their sentence, a stop that was asked
-    for as its own, others with their traceback."""
+    """Log errors that leave the block: ValueErrors and requested stops with their message, others
+    with their traceback."""
     try:
         yield
     except StopRequested as stopped:

@@ -1,9 +1,9 @@
-"""Where metrics go besides ``metrics.jsonl``, which alone is exact: TensorBoard, trackio, wandb,
-mlflow, and loggers of the user's own.
+"""Loggers for metrics: TensorBoard, trackio, wandb, mlflow, and a user's own loggers.
 
-A logger is a class, or any function of a ``Run``, that makes an object with ``log(step, metrics)``
-and ``close()``. Where the object has a ``remote_id``, a resumed run is opened with it again. A
-logger that fails later is reported and left out; the run goes on.
+Only ``metrics.jsonl`` is exact after a kill. A logger is a class, or any function of a ``Run``,
+that makes an object with ``log(step, metrics)`` and ``close()``. If the object has a ``remote_id``,
+a resumed run gets it again. A logger that fails during the run is reported and not used any more;
+the run goes on.
 """
 
 import importlib.util
@@ -25,28 +25,28 @@ REMEMBERED = "loggers.json"  # in the run folder: the remote run of each logger
 
 @dataclass(frozen=True)
 class Run:
-    """What a logger is told of the run that it is opened for."""
+    """What a logger knows about its run when it is opened."""
 
     folder: Path
     config: Mapping[str, Any]
     next_step: int
-    """The first step that it will be given; 0 in a new run. Steps after the newest checkpoint were
-    logged before a kill and are logged once more, with the same values but for wall times."""
+    """The first step that will be logged; 0 in a new run. Steps after the newest checkpoint may
+    have been logged before a kill. They are logged again: only wall times differ then."""
     remote_id: str = ""
-    """Its ``remote_id`` when the run was opened before; empty in a new run."""
+    """The logger's ``remote_id`` from the run's earlier start; empty in a new run."""
 
 
 @runtime_checkable
 class Logger(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take a step's metrics, or some more of the newest step's."""
+        """Log a step's metrics, or additional metrics of the newest step."""
 
     def close(self) -> None:
-        """Finish what is under way."""
+        """Finish pending writes."""
 
 
 class TensorBoard:
-    """Events in the folder ``tensorboard``; what is logged again hides what was cut."""
+    """Events in the folder ``tensorboard``. Steps that are logged again replace the old ones."""
 
     def __init__(self, run: Run):
         from tensorboardX import SummaryWriter
@@ -63,8 +63,8 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases; WANDB_PROJECT, WANDB_MODE and so on are read by wandb. Steps are a metric
-    of their own, since wandb drops values of a step that lies behind its own counter."""
+    """Weights & Biases. wandb itself reads WANDB_PROJECT, WANDB_MODE and so on. The step is logged
+    as a metric, because wandb drops values for a step before its own counter."""
 
     def __init__(self, run: Run):
         import wandb
@@ -89,7 +89,7 @@ class Wandb:
 
 
 class Trackio:
-    """trackio, a local dashboard; its runs are found again by their names."""
+    """trackio, a local dashboard. A resumed run is found by its name."""
 
     def __init__(self, run: Run):
         import trackio
@@ -110,7 +110,7 @@ class Trackio:
 
 
 class MLflow:
-    """MLflow; MLFLOW_TRACKING_URI says where to."""
+    """MLflow. MLFLOW_TRACKING_URI sets the server or folder."""
 
     def __init__(self, run: Run):
         from mlflow import MlflowClient
@@ -144,12 +144,12 @@ BUILT_IN: dict[str, tuple[Callable[[Run], Any], str]] = {
     "trackio": (Trackio, "trackio"),
     "mlflow": (MLflow, "mlflow"),
 }
-"""How a logger is made, and the package that it needs."""
+"""By name: the logger's class and the package that it needs."""
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise a ValueError for a name that is unknown, a package that is not installed, and a
-    reference that cannot be loaded. TensorBoard may be missing: ``Records`` says so."""
+    """Raise ValueError for an unknown name, a package that is not installed, and a reference that
+    cannot be loaded. TensorBoard may be missing; ``Records`` reports this."""
     for name in names:
         if ":" in name:
             _own(name)
@@ -173,9 +173,8 @@ def open_loggers(
     next_step: int,
     report: Callable[[str], None],
 ) -> dict[str, Logger]:
-    """The loggers by name; a run that goes on (``next_step`` > 0) finds its remote runs again.
-
-    Raises ValueError where one cannot be opened.
+    """Open the loggers; returns them by name. A resumed run (``next_step`` > 0) continues its
+    remote runs. Raises ValueError if a logger cannot be opened.
     """
     path = folder / REMEMBERED
     known = read_json(path) if next_step > 0 and path.exists() else {}
@@ -188,7 +187,7 @@ def open_loggers(
         make = _own(name) if ":" in name else BUILT_IN[name][0]
         try:
             logger = make(run)
-        except Exception as error:  # a network, a login, a user's own code
+        except Exception as error:  # of a network, a login or a user's own code
             raise ValueError(
                 f"the logger {name} of train.loggers could not be opened ({what(error)}); mend it "
                 "or leave it out"
@@ -223,5 +222,5 @@ def _own(reference: str) -> Callable[[Run], Any]:
 
 
 def what(error: Exception) -> str:
-    """An error in one line."""
+    """The error's message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

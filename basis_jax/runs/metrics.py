@@ -1,11 +1,11 @@
-"""What a run writes step by step: metrics.jsonl, samples.jsonl, loggers, the terminal.
+"""The records of a run's steps: metrics.jsonl, samples.jsonl, loggers, the terminal.
 
-``metrics.jsonl`` has one line a step, ``{"step": 3, "reward/mean": 0.41, ...}``, in rising order.
-Resuming cuts both .jsonl files back to the checkpoint's step, so a run that was killed at any
-moment and started again has every step once, as long as a step is logged before its checkpoint is
-saved. All keys then repeat bit for bit except wall times and what was compiled: those under
-``time/``, ``throughput/`` and ``compile/``. Values that are not finite are written as null.
-Loggers (``loggers``) are views of the same numbers; a kill may cost them the last second.
+``metrics.jsonl`` has one line per step, ``{"step": 3, "reward/mean": 0.41, ...}``, in increasing
+order. Resuming cuts both .jsonl files back to the checkpoint's step. So a run that was killed and
+resumed has every step exactly once, as long as a step is logged before its checkpoint is saved. All
+its values are the same bit for bit, except those under ``time/``, ``throughput/`` and ``compile/``.
+Values that are not finite are written as null. ``loggers`` show the same numbers; after a kill they
+may lack the last second.
 """
 
 import json
@@ -24,9 +24,9 @@ from basis_jax.runs.terminal import Stream, Terminal
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; a last line that is still being written is left out.
+    """The lines of ``metrics.jsonl``. A last line that is still being written is left out.
 
-    Raises ValueError where there is no such run or a line is damaged.
+    Raises ValueError if there is no such run or a line is damaged.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
@@ -35,10 +35,10 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 class Records:
-    """The records of a run whose folder this process holds (``lock_run``); a context manager.
+    """The records of a run whose folder this process has locked (``lock_run``); a context manager.
 
-    ``resume_step`` is the step of the restored checkpoint, -1 without one; lines of later steps
-    are cut off. ``last_step`` is the last step that has a line, -1 before the first.
+    ``resume_step`` is the step of the restored checkpoint, or -1 if there is none. Lines of later
+    steps are cut off. ``last_step`` is the last step that has a line, or -1 before the first.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Records:
     ):
         run_dir = self._run_dir = Path(run_dir)
         kept = [] if resume_step >= 0 else set_aside(run_dir)
-        with ExitStack() as opened:  # closes what is open when a later line raises
+        with ExitStack() as opened:  # closes the files if a later line raises
             self._metrics, self.last_step = _open_lines(run_dir / "metrics.jsonl", resume_step)
             opened.enter_context(self._metrics)
             self._samples, _ = _open_lines(run_dir / "samples.jsonl", resume_step)
@@ -78,7 +78,7 @@ class Records:
             )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the step's line everywhere. Raises ValueError unless steps rise."""
+        """Write the step to all records. Raises ValueError unless steps increase."""
         if step <= self.last_step:
             raise ValueError(
                 f"step {step} is logged after step {self.last_step}; log each step once, in order"
@@ -89,7 +89,7 @@ class Records:
         self._show(step, values, values)
 
     def lines(self) -> list[dict[str, Any]]:
-        """What metrics.jsonl holds."""
+        """The lines of metrics.jsonl."""
         return read_metrics(self._run_dir)
 
     def complete(self, metrics: Mapping[str, float]) -> None:
@@ -107,14 +107,14 @@ class Records:
         self._show(self.last_step, new, shown)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append completions to ``samples.jsonl``, one line each, before the step is logged."""
+        """Append completions to ``samples.jsonl``, one line each. Call it before ``log``."""
         append_json_lines(self._samples, (_finite({"step": step, **row}) for row in rows))
 
     def _show(self, step: int, new: Mapping[str, float], all_of: Mapping[str, float]) -> None:
         for name in self._loggers.keys() - self._failed:
             try:
                 self._loggers[name].log(step, new)
-            except Exception as error:  # a network, a user's own code
+            except Exception as error:  # of a network or a user's own code
                 self._failed.add(name)
                 self.message(
                     f"warning: the logger {name} failed at step {step} ({what(error)}) and is "
@@ -123,7 +123,7 @@ class Records:
         log_line(self._run_dir, self._terminal.step(step, all_of))
 
     def message(self, text: str) -> None:
-        """One line for whoever watches the run."""
+        """Show one line to the user."""
         self._terminal.message(text)
         log_line(self._run_dir, text)
 
@@ -145,7 +145,7 @@ class Records:
 
 
 def set_aside(run_dir: Path) -> list[str]:
-    """Rename what an earlier start has written, so that nothing of it is lost; the new names."""
+    """Rename the files of an earlier start, so that they are kept; returns the new names."""
     kept = []
     for name in ("metrics.jsonl", "samples.jsonl"):
         path = run_dir / name
@@ -159,8 +159,8 @@ def set_aside(run_dir: Path) -> list[str]:
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """(row, position of its end) for every line. A last line that a kill or a full disk left torn
-    is left out; a bad line before others raises ValueError."""
+    """(row, position of its end) for every line. An incomplete last line, left by a kill or a full
+    disk, is skipped. A damaged line before others raises ValueError."""
     with path.open("rb") as file:
         lines = list(whole_lines(file))
     for number, (line, end) in enumerate(lines, 1):
@@ -175,8 +175,8 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def _open_lines(path: Path, resume_step: int) -> tuple[BufferedWriter, int]:
-    """The file, ready for appending, with only the lines of steps <= resume_step, and the last of
-    these steps. Steps rise down the file, so one atomic truncation is enough."""
+    """Open the file for appending, with only the lines of steps <= resume_step; returns it and the
+    last of these steps. Steps increase down the file, so one atomic truncation is enough."""
     path.touch()
     end, last = 0, -1
     for row, row_end in _rows(path):
@@ -189,7 +189,7 @@ def _open_lines(path: Path, resume_step: int) -> tuple[BufferedWriter, int]:
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: null stands for what is not finite."""
+    """The row with None (null) for numbers that are not finite, because JSON has no NaN."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()

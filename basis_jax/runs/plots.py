@@ -35,14 +35,14 @@ PANELS = (
 )
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito: told apart by colour-blind readers too."""
+"""Colours of Okabe and Ito, which colour-blind readers can distinguish."""
 
 
 def draw(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
-    """Draw the ``PANELS`` that any of the runs has a metric for, and write the picture.
+    """Draw the ``PANELS`` for which any of the runs has a metric, and write the picture.
 
-    A panel without an interval shows the raw values lightly and their moving average over 5 % of
-    the run. Raises ValueError for a folder without metrics and for an unknown kind of picture.
+    A panel without an interval shows the raw values in a light colour and their moving average over
+    5 % of the run. Raises ValueError for a folder without metrics and for an unknown file format.
     """
     runs = {name: _history(folder) for name, folder in _names(run_dirs).items()}
     panels = [p for p in PANELS if any(_series(rows, p)[0].size for rows in runs.values())]
@@ -61,7 +61,7 @@ def draw(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def _names(run_dirs: Sequence[str | Path]) -> dict[str, Path]:
-    """Label -> folder; the folder's last part, or all of it where two would be called the same."""
+    """Label -> folder. The label is the folder's last part, or its path if that is ambiguous."""
     folders = [Path(folder) for folder in run_dirs]
     short = [folder.resolve().name for folder in folders]
     return {
@@ -78,7 +78,7 @@ def _history(folder: Path) -> list[dict[str, Any]]:
 
 
 def _series(rows: Sequence[Mapping[str, Any]], panel: Panel) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the lines that have a number for the panel."""
+    """Steps and values of the lines that have the panel's metric."""
     points = [(row["step"], row[panel.key]) for row in rows if row.get(panel.key) is not None]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
     return steps, values

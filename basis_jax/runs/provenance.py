@@ -1,4 +1,4 @@
-"""Where a result comes from: commit, uncommitted changes, versions."""
+"""Origin of a result: commit, uncommitted changes, versions."""
 
 import importlib.metadata
 import platform
@@ -10,16 +10,19 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
 
 
 def provenance(*more: str) -> dict[str, Any]:
-    """What every written result carries: commit, uncommitted changes, versions (of ``more``
-    packages too; None where one is not installed)."""
+    """The origin in every written result: commit, uncommitted changes and versions.
+
+    ``more``: further packages whose versions are included. The version is None if a package is not
+    installed.
+    """
     return {**_commit(), "versions": _versions(("basis-jax", *PACKAGES, *more))}
 
 
 def _commit() -> dict[str, Any]:
-    """Commit of this source tree and whether it has changes; None where git cannot say."""
+    """Commit of this source tree and whether it has uncommitted changes; None if not known."""
     root = Path(__file__).resolve().parents[2]
     unknown = {"commit": None, "uncommitted_changes": None}
-    if not (root / ".git").exists():  # installed: an enclosing repository is not ours
+    if not (root / ".git").exists():  # installed: a repository around it is not ours
         return unknown
     try:
         commit, status = (

@@ -1,4 +1,4 @@
-"""The records of a run of several processes: the first one writes, all know what is written."""
+"""The records of a run of several processes: the first process writes, all can read."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -10,8 +10,8 @@ from basis_jax.runs.metrics import Records
 
 
 class SharedRecords:
-    """``Records`` whose files the first process has; a context manager. Its methods are called in
-    all processes, and raise in all where a file cannot be written."""
+    """``Records`` whose files are in the first process; a context manager. Its methods are called
+    in all processes, and raise in all of them if a file cannot be written."""
 
     def __init__(self, run_dir: Path, total_steps: int, resume_step: int, **options: Any):
         self._opened = ExitStack()

@@ -1,9 +1,9 @@
 """SIGINT (Ctrl-C) and SIGTERM end a run between two steps, with everything saved.
 
-Work that changes nothing yet (sampling, grading, evaluating) is dropped at once; work that has
-begun to change the state is finished first. A step whose evaluation is dropped is kept, and is
-evaluated when the run goes on. A second signal ends the process at once. Of several processes any
-may be given the signal: they agree on it where a block that can be dropped begins and ends.
+Work that does not change the state (sampling, grading, evaluating) is dropped at once. Work that
+changes it is finished first. A step whose evaluation is dropped is saved, and is evaluated when the
+run is resumed. A second signal ends the process at once. With several processes, any of them may
+get the signal; they agree on it at the beginning and end of blocks that may be dropped.
 """
 
 import signal
@@ -18,15 +18,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class StopRequested(Exception):
     """Raised inside ``Stopper.droppable`` when the run is asked to stop, and by ``train`` when it
-    has stopped; ``exit_code`` is then the one that shells give to the signal."""
+    has stopped. In the latter case ``exit_code`` is the shells' exit code for the signal."""
 
     exit_code = 1
 
 
 class Stopper:
-    """While it is entered, the two signals ask the run to stop; a context manager. In a thread
-    other than the main one, where signals cannot be handled, it does nothing. ``agree`` gives the
-    largest of the numbers that several processes give (``processes.largest``)."""
+    """A context manager in which the two signals ask the run to stop.
+
+    It does nothing outside the main thread, because signals cannot be handled there. With several
+    processes, ``agree`` returns the largest of their numbers (``processes.largest``).
+    """
 
     def __init__(self, agree: Callable[[int], int] | None = None) -> None:
         self.requested: signal.Signals | None = None
@@ -44,9 +46,11 @@ class Stopper:
 
     @contextmanager
     def droppable(self) -> Iterator[None]:
-        """A block that may be left at any moment. Raises StopRequested at once if the run has been
-        asked to stop, and from inside the block as soon as it is; with several processes, at its
-        end in all of them."""
+        """Mark a block that may be left at any moment.
+
+        Raises StopRequested at its beginning if the run has been asked to stop. If the run is asked
+        during the block, it is raised at once; with several processes, in all of them at its end.
+        """
         if self.agreed():
             raise StopRequested
         self._droppable = self._agree is None
@@ -58,15 +62,15 @@ class Stopper:
             raise StopRequested
 
     def agreed(self) -> bool:
-        """Whether any process has been asked to stop; then all have been. Call it in all."""
+        """Whether any process has been asked to stop. Call it in all processes."""
         if self._agree is not None:
             number = self._agree(self.requested or 0)
             self.requested = signal.Signals(number) if number else None
         return self.requested is not None
 
     def stopped_after(self, step: int | None) -> StopRequested:
-        """What ``train`` raises when the newest checkpoint is of step ``step``; None: there is
-        none."""
+        """The exception that ``train`` raises. ``step`` is the newest checkpoint's step, or None if
+        there is no checkpoint."""
         name = self.requested.name if self.requested else "a request"
         if step is None:
             sentence = "before a step was saved; the same command starts the run again"
@@ -78,7 +82,7 @@ class Stopper:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number)
-        self._restore()  # a second signal is not kept waiting
+        self._restore()  # so that a second signal ends the process
         if self._droppable:
             raise StopRequested
 

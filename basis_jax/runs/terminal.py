@@ -1,4 +1,4 @@
-"""What a run shows on the terminal."""
+"""The output of a run on the terminal."""
 
 import time
 from collections import deque
@@ -16,7 +16,7 @@ FIELDS = (
     ("length {:.1f}", "completion/length_mean"),
     ("{:.0f} tokens/s", "throughput/sample_tokens_per_s"),
 )
-"""What the terminal shows of a step, before its times: text and metric key."""
+"""Text and metric key of what the terminal shows of a step, before its times."""
 
 TIMES = (
     ("sample", "time/sample_s"),
@@ -24,14 +24,14 @@ TIMES = (
     ("update", "time/update_s"),
     ("evaluate", "time/eval_s"),
 )
-"""The parts of a step's seconds."""
+"""Label and metric key of the parts of a step's time."""
 
 Stream = TextIO | TextIOBase
 """``sys.stdout`` is declared as the first; a ``StringIO`` passes run-time checks as the second."""
 
 
 class Terminal:
-    """One plain line per step; on a terminal a progress bar below them (with rich)."""
+    """Prints one line per step, and on a terminal a progress bar (if rich is installed)."""
 
     def __init__(self, total: int, done: int, stream: Stream):
         self._total, self._stream = total, stream
@@ -46,7 +46,7 @@ class Terminal:
         """Show a step, and return what is shown."""
         now = time.monotonic()
         if step > 0:  # line 0 is the evaluation before the first step
-            compiling = metrics.get("compile/seconds", 0.0)  # it does not come again
+            compiling = metrics.get("compile/seconds", 0.0)  # later steps do not need it
             self._seconds.append(max(0.0, now - self._then - compiling))
         self._then = now
         parts = [f"step {step:>{len(str(self._total))}}/{self._total}", *shown(metrics)]
@@ -81,8 +81,8 @@ class Terminal:
 
 
 def shown(metrics: Mapping[str, float]) -> Iterator[str]:
-    """What a line says of a step. Accuracy is left out where it is the mean reward: with rewards
-    of 0 and 1."""
+    """The parts of a step's line. Accuracy is left out if it equals the mean reward, as with
+    rewards of 0 and 1."""
     same = metrics.get("reward/accuracy") == metrics.get("reward/mean")
     for form, key in FIELDS:
         if key in metrics and not (same and key == "reward/accuracy"):
@@ -100,7 +100,7 @@ def _live(stream: Stream) -> Any:
     try:
         from rich.console import Console
         from rich.live import Live
-    except ImportError:  # plain lines do as well
+    except ImportError:  # plain lines are enough
         return None
     console = Console(file=stream)  # type: ignore[arg-type]  # rich only writes to it
     return Live(console=console, auto_refresh=False)

@@ -1,4 +1,4 @@
-"""Prefill and decode under jit: one rollout a row."""
+"""Prefill and decode under jit: one rollout per row."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from basis_jax.types import Prompts, Rollouts
 
 @pytree
 class Slots:
-    """Rows under way; one that has ended, or was never filled, is not ``alive``."""
+    """Rows being decoded. A row that has ended, or was never filled, is not ``alive``."""
 
     tokens: Int[Array, "S T"]
     logprobs: Float[Array, "S T"]
@@ -34,7 +34,7 @@ class Slots:
     lengths: Int[Array, " S"]  # completion tokens so far
     alive: Bool[Array, " S"]
     terminated: Bool[Array, " S"]
-    next_token: Int[Array, " S"]  # drawn, not yet part of the row
+    next_token: Int[Array, " S"]  # drawn, but not yet part of the row
     next_logprob: Float[Array, " S"]
     next_score_norm: Float[Array, " S"]
     score_norms: Float[Array, " S"]  # summed over the completion so far
@@ -53,15 +53,17 @@ def prefill(
     length: int,
     prefix: KeyValues | None = None,
 ) -> Slots:
-    """Prompts as rows of ``length`` positions, ready to decode. ``params``: see
-    ``decoding.prompt_params``. ``prefix``: keys and values of the
-    tokens that all prompts begin with, which are then not computed again."""
+    """Prefill the prompts into rows of ``length`` positions, ready to decode.
+
+    ``params``: see ``decoding.prompt_params``. ``prefix``: keys and values of the tokens that all
+    prompts begin with; they are then not computed again.
+    """
     tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
     rows, width = tokens.shape
     shared = 0 if prefix is None else prefix.keys.shape[2]
     params, reader = prompt_params(params, weights, model_config)
     hidden, kept = decoder.forward(params, reader, tokens[:, shared:], prefix=prefix, keep=True)
-    assert kept is not None  # as keep is True
+    assert kept is not None  # because keep is True
     if prefix is not None:
         kept = jax.tree.map(jax.vmap(decoder.prepend_prefix), prefix, kept)
     at = (lengths - 1 - shared)[:, None, None]
@@ -96,8 +98,8 @@ def decode_rows(
     eos_ids: tuple[int, ...],
     stop_at_alive: Int[Array, ""] | int,
 ) -> Slots:
-    """Extend the rows that are alive until at most ``stop_at_alive`` are, or until one of them has
-    filled the cache."""
+    """Extend the rows that are alive until at most ``stop_at_alive`` of them are left, or until one
+    of them has filled the cache."""
     row = jnp.arange(slots.alive.size, dtype=jnp.int32)
     cache_length, width = slots.cache.length, slots.tokens.shape[1]
 
@@ -108,7 +110,7 @@ def decode_rows(
     def extend(slots):
         token = slots.next_token
         at = slots.prompt_lengths + slots.lengths
-        written = jnp.where(slots.alive, at, width)  # beyond the row: dropped
+        written = jnp.where(slots.alive, at, width)  # ended rows: beyond the row, so not written
         ended = is_in(token, eos_ids)
         lengths = slots.lengths + slots.alive.astype(jnp.int32)
         logits, cache = decode_step(
@@ -141,10 +143,11 @@ def sample(
     eos_ids: tuple[int, ...],
     keys: Key[Array, " N"],
 ) -> Rollouts:
-    """One completion a prompt: prefill, then decode until every row has ended.
+    """One completion per prompt: prefill, then decode until every row has ended.
 
     A row ends with its first token of ``eos_ids`` (kept, and counted in its length) or after
-    ``max_new_tokens``. Cost grows with the longest row; rows that ended ride along unchanged.
+    ``max_new_tokens``. The longest row determines the cost: rows that have ended are computed too,
+    but stay unchanged.
     """
     weights = decode_weights(params, model_config)
     return sample_with(

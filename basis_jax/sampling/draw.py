@@ -1,7 +1,8 @@
-"""Drawing a token a row, each row with noise of its own.
+"""Draw one token per row, with random numbers of its own for each row.
 
-The noise of token t of a rollout is a function of (seed, stream, step, problem, sample, t) alone:
-batch size, row order and device count do not change a draw, and resume has nothing to restore.
+The random numbers of token t of a rollout are a function of (seed, stream, step, problem, sample,
+t) only. Batch size, row order and device count do not change a draw, and a resumed run has no
+random state to restore.
 """
 
 import functools
@@ -21,7 +22,7 @@ STREAMS = ("train", "reference", "evaluate")
 def row_keys(
     seed: int, stream: str, step: int, *, problem_ids: Int[Array, " N"], samples: Int[Array, " N"]
 ) -> Key[Array, " N"]:
-    """One key a rollout from (seed, stream, step, problem, sample)."""
+    """One key per rollout from (seed, stream, step, problem, sample)."""
     key = jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream))
     return _row_keys(jax.random.fold_in(key, step), problem_ids, samples)
 
@@ -33,8 +34,10 @@ def _row_keys(key, problem_ids, samples):
 
 
 def truncate(logits: Float[Array, "N V"], *, top_k: int, top_p: float) -> Float[Array, "N V"]:
-    """-inf outside the ``top_k`` likeliest tokens (0: all) and outside the nucleus: the smallest
-    set of likeliest tokens whose probability reaches ``top_p``."""
+    """The logits, -inf outside the ``top_k`` likeliest tokens (0: all) and outside the nucleus.
+
+    The nucleus is the smallest set of likeliest tokens whose probability reaches ``top_p``.
+    """
     if top_k > 0:
         kth = jax.lax.top_k(logits, min(top_k, logits.shape[1]))[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
@@ -48,8 +51,11 @@ def truncate(logits: Float[Array, "N V"], *, top_k: int, top_p: float) -> Float[
 
 
 class Drawn(NamedTuple):
-    """A token a row, its log-probability, and the squared norm of its score in the logits:
-    |onehot - p|^2 = 1 - 2 p(token) + sum_v p(v)^2 with p the distribution it was drawn from."""
+    """One token per row, its log-probability, and the squared norm of its score in the logits.
+
+    That norm is |onehot - p|^2 = 1 - 2 p(token) + sum_v p(v)^2, where p is the distribution that
+    the token was drawn from.
+    """
 
     tokens: Int[Array, " N"]
     logprobs: Float[Array, " N"]
@@ -57,14 +63,15 @@ class Drawn(NamedTuple):
 
 
 def draw(logits: Float[Array, "V N"], keys: Key[Array, " N"], sampling: SamplingSection) -> Drawn:
-    """A token a row; temperature 0 takes the likeliest (log-probability and score norm are then
-    those of temperature 1).
+    """Draw one token per row. Temperature 0 takes the likeliest token, with the log-probability and
+    score norm of temperature 1.
 
-    The distribution function is inverted twice, with a uniform number each: for a block of
-    ``VOCAB_BLOCK`` tokens, then for a token of it. That costs one exponential a token; noise of its
-    own for every token (Gumbel) took more time than the output layer on a CPU. Where devices share
-    the vocabulary, they exchange the probabilities of blocks and the logits of one block a row; the
-    numbers that decide are those of a single device. ``top_k`` and ``top_p`` gather all logits.
+    The distribution function is inverted twice, each time with a uniform number: first for a block
+    of ``VOCAB_BLOCK`` tokens, then for a token in it. This costs one exponential per token of the
+    vocabulary. Gumbel noise for every token took more time than the output layer on a CPU. If the
+    vocabulary is split over devices, they exchange the probabilities of the blocks and one block's
+    logits per row, and draw with the same random numbers as a single device. ``top_k`` and
+    ``top_p`` gather all logits.
     """
     logits = logits / (sampling.temperature or 1.0)
     if sampling.temperature and (sampling.top_k > 0 or sampling.top_p < 1):
@@ -78,7 +85,7 @@ def draw(logits: Float[Array, "V N"], keys: Key[Array, " N"], sampling: Sampling
 
 
 def draw_from_shard(logits: Float[Array, "v N"], noise: Float[Array, "N 2"]) -> tuple[Array, ...]:
-    """``Drawn`` out of the vocabulary that all devices share, this one having v tokens."""
+    """``Drawn`` from the whole vocabulary, of which this device has v tokens."""
     blocks = logits.reshape(-1, VOCAB_BLOCK, logits.shape[1])
     top, mass, total, collision = masses(blocks)
     block = pick(mass.T, noise[:, 0])
@@ -93,7 +100,7 @@ def draw_from_shard(logits: Float[Array, "v N"], noise: Float[Array, "N 2"]) -> 
 
 
 def take_likeliest(logits: Float[Array, "v N"], _: Float[Array, "N 2"]) -> tuple[Array, ...]:
-    """``Drawn`` of the first of the likeliest tokens."""
+    """``Drawn`` for the likeliest token; of several, the first."""
     top, _, total, collision = masses(logits.reshape(-1, VOCAB_BLOCK, logits.shape[1]))
     token = jnp.argmax(logits, axis=0).astype(jnp.int32) + first_index(logits.shape[0], "vocab")
     token = jnp.where(jnp.max(logits, axis=0) == top, token, jnp.iinfo(jnp.int32).max)
@@ -103,8 +110,8 @@ def take_likeliest(logits: Float[Array, "v N"], _: Float[Array, "N 2"]) -> tuple
 def masses(
     blocks: Float[Array, "B b N"],
 ) -> tuple[Float[Array, " N"], Float[Array, "A N"], Float[Array, " N"], Float[Array, " N"]]:
-    """The largest logit, the sum of exp(logit - largest) over each block of the whole vocabulary
-    and over all of it, and the sum of squared probabilities."""
+    """The largest logit, the sum of exp(logit - largest) over each block of the vocabulary, the
+    same sum over the whole vocabulary, and the sum of squared probabilities."""
     top = highest(jnp.max(blocks, axis=(0, 1)), "vocab")
     powers = jnp.exp(blocks - top[None, None])
     mass = gathered(jnp.sum(powers, axis=1), "vocab")
@@ -113,10 +120,10 @@ def masses(
 
 
 def pick(weights: Float[Array, "N B"], noise: Float[Array, " N"]) -> Int[Array, " N"]:
-    """The first index whose cumulated weight exceeds noise x the total; never one of weight 0.
+    """The first index whose cumulative weight exceeds noise x total; never one of weight 0.
 
-    Cumulated sums in float32 need not rise where weights are tiny: where rounding leaves no such
-    index, the largest weight is taken.
+    Tiny weights may not change a cumulative sum in float32. If rounding leaves no such index, the
+    largest weight is taken.
     """
     cumulated = jnp.cumsum(weights, axis=1)
     reached = (cumulated > noise[:, None] * cumulated[:, -1:]) & (weights > 0)
@@ -129,5 +136,5 @@ def is_in(tokens: Int[Array, " N"], ids: tuple[int, ...]) -> Bool[Array, " N"]:
 
 
 def token_keys(keys: Key[Array, " N"], lengths: Int[Array, " N"]) -> Key[Array, " N"]:
-    """The keys of the tokens that stand at ``lengths`` in the completions."""
+    """The keys of the tokens at positions ``lengths`` of the completions."""
     return jax.vmap(jax.random.fold_in)(keys, lengths)

@@ -1,4 +1,4 @@
-"""Which rows go into which slots: what the host decides, device by device."""
+"""Assign rows to slots, on the host, for each device separately."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def round_robin(free: np.ndarray, per_device: int) -> np.ndarray:
-    """Free slots, one of each device after the other; a device has ``per_device`` slots."""
+    """The free slots, taking one from each device in turn; a device has ``per_device`` slots."""
     device = free // per_device
     return free[np.lexsort((device, rank_on_device(device)))]
 
@@ -24,8 +24,9 @@ def prefill_groups(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (rows to prefill [shards x count], their slots on each device [shards, count]).
 
-    A prefill has an eighth or a quarter of the slots: its memory is bounded, and a prefill for a
-    few free slots stays small. It is filled up with copies of a row whose slot is beyond the last.
+    A prefill has as many rows as a quarter of the slots, which bounds its memory, or an eighth, if
+    only a few slots are free. Missing rows are copies of a new row; their slot number is beyond the
+    last slot, so they are discarded.
     """
     per_device = size // shards
     max_rows = -(-per_device // 4)

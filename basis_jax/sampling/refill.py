@@ -1,7 +1,7 @@
-"""Any number of rows through a fixed number of slots, refilled as rows end.
+"""Decode any number of rows in a fixed number of slots, which are refilled as rows end.
 
-The host decides between calls of a jitted decode; only which rows live and how long they are comes
-back to it. No order depends on time: the same rows give the same calls.
+The host assigns rows between calls of a jitted decode. For this it reads only which rows are alive
+and how long they are. Nothing depends on time: the same rows give the same calls.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ from basis_jax.types import Prompts, Rollouts
 
 MIN_SLOTS = 16  # slots are not halved below this number
 MIN_WIDTH = 16  # positions of a prefill
-MIN_HEADROOM = 16  # free cache positions behind the longest row when decoding starts
+MIN_HEADROOM = 16  # free cache positions after the longest row when decoding starts
 MIN_CACHE = 64  # positions of the cache
 MIN_REFILL_TOKENS = 32  # for shorter completions, compiling costs more than waiting for the longest
-PREFIX_MULTIPLE = 32  # the shared prefix is a multiple of this many tokens: few programs
+PREFIX_MULTIPLE = 32  # the shared prefix is a multiple of this many tokens, for few programs
 
 ArrayT = TypeVar("ArrayT", Array, np.ndarray)
 
@@ -77,8 +77,8 @@ def admit(
 ) -> Slots:
     """Prefill prompts and put them into the slots ``into``.
 
-    These numbers count the slots of each device from 0, so that no cache travels between devices.
-    A row whose number is beyond the last slot is discarded.
+    Each device counts its own slots from 0, so no cache is sent between devices. A row whose number
+    is beyond the last slot is discarded.
     """
     width = prompts.tokens.shape[1]
     new = prefill(
@@ -149,13 +149,13 @@ def select_slots(slots: Slots, index: Int[Array, "shards each"]) -> Slots:
 
 
 def by_device(x: ArrayT, shards: int) -> ArrayT:
-    """[rows ...] -> [shards, rows of one, ...]."""
+    """[rows ...] -> [shards, rows per shard, ...]."""
     return x.reshape((shards, x.shape[0] // shards, *x.shape[1:]))
 
 
 def map_rows(function: Callable[..., Array], *slots: Slots) -> Slots:
-    """``function`` of each array of the slots, whose first axis is the rows: a stacked cache is
-    taken layer by layer."""
+    """Apply ``function`` to each array of the slots, with the rows as first axis. A stacked cache
+    is handled layer by layer."""
 
     def apply(path, *arrays):
         stacked = path[0].name == "cache" and len(path) == 2
@@ -165,7 +165,7 @@ def map_rows(function: Callable[..., Array], *slots: Slots) -> Slots:
 
 
 def constrain_slots(slots: Slots) -> Slots:
-    """Pin the slots' layout on the mesh, so that one program serves the slots of every call."""
+    """Fix the slots' layout on the mesh, so that every call uses the same program."""
 
     def pin(path, x):
         of_cache = path[0].name == "cache"
@@ -186,8 +186,8 @@ def read_prefix(
 
 
 def shared_prefix(prompts: Prompts) -> int:
-    """How many tokens all prompts begin with, rounded down to a multiple of
-    ``PREFIX_MULTIPLE``; at least one token of every prompt is not part of it."""
+    """Number of tokens that all prompts begin with, rounded down to a multiple of
+    ``PREFIX_MULTIPLE``. At least one token of every prompt is not part of the prefix."""
     first, shortest = prompts.tokens[:1], int(prompts.lengths.min())
     alike = np.all(prompts.tokens == first, axis=0)[: shortest - 1]
     return int(np.argmin(np.append(alike, False))) // PREFIX_MULTIPLE * PREFIX_MULTIPLE
@@ -205,14 +205,13 @@ def sample_rows(
     rows_at_once: int,
     on_ended: Callable[[Rollouts, np.ndarray], None] | None = None,
 ) -> Rollouts:
-    """A completion for any number of prompts, as host arrays, made on ``mesh``; the parameters may
-    lie on another mesh of the same devices.
+    """Complete any number of prompts on ``mesh``; returns host arrays.
 
-    At most ``rows_at_once`` rows (rounded up to the batch's devices) are decoded at once, in slots
-    that are refilled as rows end. Completions shorter than ``MIN_REFILL_TOKENS`` tokens are made by
-    one call of ``sample`` after another instead. The draws do not depend on it.
-    ``on_ended(rollouts, rows)`` is called with the numbers of the rows that are complete, while the
-    device works on the others.
+    The parameters may be on another mesh of the same devices. At most ``rows_at_once`` rows
+    (rounded up to a multiple of the batch's devices) are decoded at once, in slots that are
+    refilled as rows end. If completions have fewer than ``MIN_REFILL_TOKENS`` tokens, ``sample`` is
+    called for one batch after another instead; the draws are the same. ``on_ended(rollouts, rows)``
+    is called with the numbers of completed rows while the device works on the others.
     """
     model_config = decoder.computed_in(model_config, sampling.dtype)
     prompts, shards = jax.tree.map(np.asarray, prompts), batch_shards(mesh)
@@ -230,8 +229,8 @@ def sample_rows(
 
 
 def params_on(mesh: Mesh, params: PyTree, model_config: ModelConfig) -> PyTree:
-    """The parameters for prefills, moved where they lie on another mesh; None where these read the
-    decode weights alone."""
+    """The parameters for prefills, moved to ``mesh`` if they are on another one. None if prefills
+    read only the decode weights."""
     if model_config.scan_decode:
         return None
     lying = params["embedding"].sharding
@@ -243,18 +242,17 @@ def params_on(mesh: Mesh, params: PyTree, model_config: ModelConfig) -> PyTree:
 def by_batches(
     params, weights, model_config, prompts, rollouts, *, sampling, eos_ids, keys, mesh, size
 ):
-    """``sample`` for ``size`` rows at a time; yields the rows that have been written into
-    ``rollouts``."""
+    """Call ``sample`` for ``size`` rows at a time; yield the rows written into ``rollouts``."""
     rows, under_way = len(prompts.lengths), []
     fixed = {"model_config": model_config, "sampling": sampling, "eos_ids": eos_ids}
     for start in range(0, rows, size):
         index = np.arange(start, start + size)
-        index = np.where(index < rows, index, start)  # one shape: the last call has copies
+        index = np.where(index < rows, index, start)  # copies in the last call keep the shape
         part = put_rows(mesh, jax.tree.map(lambda x, i=index: x[i], prompts))
         part = sample_with(params, weights, part, keys[index], **fixed)
-        part = processes.gathered(part)  # begins before the next batch does
+        part = processes.gathered(part)  # starts before the next batch does
         under_way.append((np.arange(start, min(start + size, rows)), part))
-        if len(under_way) == 2:  # the device has the next before the host looks at this one
+        if len(under_way) == 2:  # the next batch runs before the host reads this one
             yield store_batch(rollouts, *under_way.pop(0))
     yield store_batch(rollouts, *under_way.pop())
 
@@ -272,22 +270,24 @@ def store_batch(rollouts: Rollouts, rows: np.ndarray, part: Rollouts) -> np.ndar
 def refill(
     params, weights, model_config, prompts, rollouts, *, sampling, eos_ids, keys, mesh, size
 ):
-    """``sample`` in ``size`` slots: rows that ended leave, and waiting prompts take their places.
-    Yields the rows that have been written into ``rollouts``.
+    """Sample in ``size`` slots: waiting prompts take the slots of rows that have ended.
 
-    A call of ``advance`` ends when an eighth of the slots is free (while prompts wait), when half
-    are free (afterwards: the rest moves into half as many slots), or when a row has filled the
-    cache. So few shapes occur, whatever the lengths: the cache grows in powers of two from
-    ``MIN_CACHE`` and is cut when half would do, the slots are halved down to ``MIN_SLOTS``, and a
-    prefill has one of two numbers of rows (``prefill_groups``) and a quarter, half or all of the
-    width. Programs: one of ``advance`` for each (slots, cache length) that occurs, at most 6 of
-    ``admit`` for each of them; with 512 slots and 32,768 tokens at most 60, and a step has seen
-    most of them when it ends.
-    Each device has its own slots: rows do not travel.
-    Memory a device: a copy of the weights; the slots' cache at the length in use, and once more
-    while it grows; tokens and log-probabilities at full length.
+    Yields the rows written into ``rollouts``. A call of ``advance`` ends when a row has filled the
+    cache, or when enough slots are free: an eighth while prompts wait, afterwards half. In the
+    latter case the other rows move into half as many slots.
+
+    So few shapes occur, whatever the lengths. The cache grows in powers of two from ``MIN_CACHE``
+    and is cut when half is enough. The slots are halved down to ``MIN_SLOTS``. A prefill has one of
+    two numbers of rows (``prefill_groups``), and a quarter, half or all of the width. There is one
+    program of ``advance`` for each (slots, cache length) that occurs, and at most 6 of ``admit``
+    for each of them: at most 60 with 512 slots and 32,768 tokens. Most of them are compiled in the
+    first step.
+
+    Each device has its own slots, so rows are not sent between devices. Memory per device: a copy
+    of the weights; the slots' cache at the length in use, and once more while it grows; tokens and
+    log-probabilities at full length.
     """
-    shards, waiting = batch_shards(mesh), 0  # the first row that has had no slot yet
+    shards, waiting = batch_shards(mesh), 0  # the first row without a slot so far
     rows, length = rollouts.tokens.shape
     prefix = common_prefix(params, weights, model_config, prompts, mesh)
     slots = empty_slots(model_config, rows=size, length=length, cache_length=min(length, MIN_CACHE))
@@ -322,8 +322,10 @@ def refill(
 def common_prefix(
     params: PyTree, weights: DecodeWeights, model_config: ModelConfig, prompts: Prompts, mesh: Mesh
 ) -> KeyValues | None:
-    """Keys and values of what all prompts begin with, read once; None where that is too short or
-    the attention is NVIDIA's kernel, which takes no prefix."""
+    """Keys and values of the tokens that all prompts begin with, computed once.
+
+    None if these tokens are too few, or if attention uses NVIDIA's kernel, which takes no prefix.
+    """
     shared = shared_prefix(prompts) if model_config.attention != "cudnn" else 0
     if not shared:
         return None
@@ -332,9 +334,9 @@ def common_prefix(
 
 
 def halve_slots(slots: Slots, owner: np.ndarray, shards: int) -> tuple[Slots, np.ndarray]:
-    """Half of each device's slots, with their owners, if all busy ones fit; otherwise unchanged."""
+    """Half of each device's slots, with their owners, if all busy ones fit; else unchanged."""
     kept = np.argsort(by_device(owner < 0, shards), axis=1, kind="stable")
-    kept = kept[:, : owner.size // shards // 2]  # the busy ones first
+    kept = kept[:, : owner.size // shards // 2]  # busy slots come first
     staying = np.take_along_axis(by_device(owner, shards), kept, axis=1).ravel()
     if np.sum(staying >= 0) < np.sum(owner >= 0):
         return slots, owner
@@ -342,7 +344,7 @@ def halve_slots(slots: Slots, owner: np.ndarray, shards: int) -> tuple[Slots, np
 
 
 def empty_rollouts(prompts: Prompts, length: int) -> Rollouts:
-    """Host arrays that the rollouts are written into."""
+    """Empty host arrays for the rollouts."""
     rows = len(prompts.lengths)
     return Rollouts(
         tokens=np.zeros((rows, length), np.int32),
@@ -356,7 +358,7 @@ def empty_rollouts(prompts: Prompts, length: int) -> Rollouts:
 
 
 def take_prompts(prompts: Prompts, index: np.ndarray, cache_length: int) -> Prompts:
-    """Prompts of these rows, as wide as the longest of them needs, in one of few widths."""
+    """The prompts of these rows, cut to the smallest of a few widths that holds the longest."""
     part = jax.tree.map(lambda x: x[index], prompts)
     full_width = min(cache_length, prompts.tokens.shape[1])
     width = min(full_width, round_up(int(part.lengths.max()), max(MIN_WIDTH, -(-full_width // 4))))
@@ -364,7 +366,7 @@ def take_prompts(prompts: Prompts, index: np.ndarray, cache_length: int) -> Prom
 
 
 def store_ended(rollouts: Rollouts, slots: Slots, owner: np.ndarray) -> np.ndarray:
-    """Write the rows that ended from their slots into ``rollouts``; which slots these are."""
+    """Write rows that have ended into ``rollouts``; returns which slots they were in."""
     told = slots.lengths, slots.alive, slots.terminated, slots.score_norms
     lengths, alive, terminated, score_norms = processes.on_host(told)
     busy = owner >= 0
@@ -380,5 +382,5 @@ def store_ended(rollouts: Rollouts, slots: Slots, owner: np.ndarray) -> np.ndarr
 
 
 def round_up(number: int, unit: int) -> int:
-    """The smallest ``unit`` times a power of two that is not below ``number``."""
+    """The smallest product of ``unit`` and a power of two that is at least ``number``."""
     return unit * 2 ** max(0, math.ceil(math.log2(number / unit)))

@@ -1,4 +1,4 @@
-"""Sample completions and grade them: what training, evaluation and the reference table share."""
+"""Sample completions and grade them, for training, evaluation and the reference table."""
 
 import functools
 import time
@@ -24,8 +24,8 @@ from basis_jax.sampling.refill import sample_rows
 from basis_jax.types import Prompts, Rollouts
 
 ROWS_PER_SLOT = 8
-"""A table or an evaluation samples this many times ``rows_at_once`` rows in one call, so that slots
-can be refilled."""
+"""Reference tables and evaluations sample this many times ``rows_at_once`` rows per call, so that
+slots can be refilled."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RolloutSetup:
     verifier: Any
     seed: int
     rows_at_once: int
-    sample_tensor: int = 0  # the mesh of the sampler is regrouped by it
+    sample_tensor: int = 0  # for sampling, see sharding.regrouped
     held_out_verifiers: Mapping[str, Any] = field(default_factory=dict)
 
     def for_set(self, name: str) -> "RolloutSetup":
@@ -49,8 +49,10 @@ class RolloutSetup:
 
 @dataclass(frozen=True)
 class Graded:
-    """Rollouts (host arrays) with their texts and verdicts, row by row. A row that is given a
-    reward of NaN or infinity is invalid, as a failure of the verifier."""
+    """Rollouts (host arrays) with their texts and verdicts, row by row.
+
+    A row whose reward is NaN or infinite is invalid: it counts as a failure of the verifier.
+    """
 
     rollouts: Rollouts
     completions: list[str]
@@ -59,9 +61,9 @@ class Graded:
     reasons: list[str]
     kinds: list[str]  # of verdicts: verify.verdicts.KINDS
     sample_seconds: float
-    verify_seconds: float  # that grading took beyond sampling
+    verify_seconds: float  # of grading after sampling had ended
     parts: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """The single rewards by name, [N] each, where there are several; 0 where invalid."""
+    """If there are several rewards: each of them by name, [N], 0 where invalid."""
 
     def __post_init__(self) -> None:
         failed = self.valid & ~np.isfinite(self.rewards)
@@ -80,20 +82,21 @@ class Graded:
 
 
 Row = tuple[str, Any, Any]
-"""Text, submission and verdict of a completion; no verdict yet where all are judged at once."""
+"""Text, submission and verdict of a completion. The verdict comes later if all are judged at
+once."""
 
 
 class BackgroundGrader:
-    """Texts and verdicts of rows, made in a thread of their own while the device works. Each row
-    has one owner among the processes, whose text and verdict all of them take.
+    """Decodes texts and grades rows in a thread while the device works.
 
-    A context manager: leaving it drops what has not begun, and leaving it by an exception also
-    stops what has.
+    Each row is owned by one process, and all processes use the text and verdict of its owner. Use
+    it as a context manager: leaving it drops grading that has not begun, and leaving it by an
+    exception also stops grading that has begun.
     """
 
     def __init__(self, setup: RolloutSetup, problems: Sequence[Problem]):
         self._setup, self._problems = setup, problems
-        self._graded: dict[int, Row] = {}  # by row, of the rows owned here
+        self._graded: dict[int, Row] = {}  # rows that this process owns
         self._parts: list[Future] = []
         self._thread = ThreadPoolExecutor(1)
 
@@ -106,17 +109,20 @@ class BackgroundGrader:
         self._thread.shutdown(cancel_futures=True)
 
     def submit(self, rollouts: Rollouts, rows: np.ndarray) -> None:
-        """Begin to grade those of these rows that this process owns. A single process raises the
-        error of an earlier part that failed, so that it is known before the rest is sampled; one of
-        several has to go on sampling with the others until ``wait``."""
+        """Begin to grade those of the rows that this process owns.
+
+        If grading of earlier rows failed, a single process raises that error here, before the rest
+        is sampled. With several processes it is raised in ``wait``, because all processes must go
+        on sampling together.
+        """
         self._parts.append(self._thread.submit(self._grade, rollouts, processes.owned(rows)))
         if processes.count() == 1:
             for part in filter(Future.done, self._parts):
                 part.result()
 
     def wait(self) -> list[tuple[str, Any]]:
-        """Text and verdict of every row, the same in all processes. Raises an error of one process
-        in all of them."""
+        """Text and verdict of every row, the same in all processes. An error of one process is
+        raised in all of them."""
         rows: dict[int, Row] = {}
         for part in processes.exchange(self._finish):
             rows |= part
@@ -124,7 +130,7 @@ class BackgroundGrader:
             *(rows[row] for row in range(len(self._problems))), strict=True
         )
         verifier = self._setup.verifier
-        if verifier.whole_batches:  # one call with all rows
+        if verifier.whole_batches:  # grades all rows in one call
             judge = functools.partial(verifier.judge, submissions)
             verdicts = processes.by_first(lambda: self._thread.submit(judge).result())
         return [*zip(texts, verifier.settle([*verdicts]), strict=True)]
@@ -163,7 +169,7 @@ def roll_out(
     stream: str,
     step: int,
 ) -> Graded:
-    """Complete and grade the problems in rows ``ids`` [N]; ``samples`` [N] number the rollouts of a
+    """Complete and grade the problems in rows ``ids`` [N]. ``samples`` [N] number the rollouts of a
     problem. The draws are a function of (seed, stream, step, problem, sample)."""
     started = time.perf_counter()
     prompts = Prompts(tokens=problems.tokens[ids], lengths=problems.lengths[ids], problem_ids=ids)
@@ -201,7 +207,7 @@ def roll_out(
 
 
 def parts_of(verdicts: Sequence[Any], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The single rewards by name, where there are several."""
+    """Each reward by name if there are several, else {}."""
     rows = [v.parts if v.valid else (0.0,) * len(names) for v in verdicts] if names else []
     return {name: np.array([row[k] for row in rows], np.float32) for k, name in enumerate(names)}
 

@@ -1,8 +1,8 @@
-"""The two largest programs of a run, compiled for devices that need not be there: the bytes that
-they hold on a device, and what travels between devices.
+"""Compile the two largest programs of a run, also for devices that are not present.
 
-Only shapes go in. Works for any devices that JAX can compile for: those that are present, or a
-TPU slice described by ``jax.experimental.topologies``.
+The compiled programs show how many bytes they hold on a device and how many a device sends. Only
+shapes are needed, no arrays. This works for the devices that are present and for a TPU slice
+described by ``jax.experimental.topologies``.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ from basis_jax.types import Batch
 def lower_decoding(
     config: Config, model_config: ModelConfig, mesh: Mesh, *, length: int
 ) -> jax.stages.Lowered:
-    """One call of ``refill.advance`` with all slots at their full ``length``."""
+    """Lower one call of ``refill.advance`` with all slots at their full ``length``."""
     model_config = decoder.computed_in(model_config, config.sampling.dtype)
     mesh = regrouped(mesh, config.mesh.sample_tensor)
     slots = jax.eval_shape(
@@ -63,7 +63,7 @@ def lower_decoding(
 
 
 def weight_axes(model_config: ModelConfig) -> Any:
-    """(path, shape) of a leaf of ``DecodeWeights`` -> its logical axes."""
+    """Function from (path, shape) of a leaf of ``DecodeWeights`` to its logical axes."""
     stacked = decoder.param_axes(model_config)["layers"]
 
     def axes(path, x):
@@ -78,7 +78,7 @@ def weight_axes(model_config: ModelConfig) -> Any:
 
 
 def slot_axes(path: Any, x: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
-    """Logical axes of a leaf of ``Slots``, as ``refill.constrain_slots`` pins them."""
+    """Logical axes of a leaf of ``Slots``, the same as in ``refill.constrain_slots``."""
     if path[0].name == "cache":
         stacked = x.ndim != 4
         return decoding.STACKED_AXES if stacked else decoding.CACHE_AXES[path[1].name]
@@ -86,7 +86,7 @@ def slot_axes(path: Any, x: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
 
 
 def laid_out(mesh: Mesh, tree: PyTree, axes: Any) -> PyTree:
-    """Shapes -> the same with the sharding that ``axes(path, shape)`` names."""
+    """The tree of shapes, each with the sharding for its logical axes ``axes(path, shape)``."""
 
     def place(path, x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named(mesh, axes(path, x)))
@@ -97,7 +97,7 @@ def laid_out(mesh: Mesh, tree: PyTree, axes: Any) -> PyTree:
 def lower_update(
     config: Config, model_config: ModelConfig, mesh: Mesh, *, width: int, microbatches: int
 ) -> jax.stages.Lowered:
-    """An update over so many microbatches at full width, as one program."""
+    """Lower an update over ``microbatches`` microbatches at full width, as one program."""
     optimizer = update.make_optimizer(config.optim, updates=config.train.steps)
     rows = rollouts_per_pass(config.train, batch_shards(mesh))
     update_params = update.make_update(
@@ -126,7 +126,7 @@ def lower_update(
 
 
 def held_bytes(compiled: jax.stages.Compiled) -> int:
-    """Arguments, results and what lies between on one device; donated buffers once."""
+    """Bytes of arguments, results and temporaries on one device; donated buffers count once."""
     plan = compiled.memory_analysis()
     if plan is None:
         raise ValueError("XLA plans no memory for these devices; leave --compile out")
@@ -137,10 +137,13 @@ def held_bytes(compiled: jax.stages.Compiled) -> int:
 def programs(
     config: Config, model_config: ModelConfig, mesh: Mesh, *, prompt_width: int
 ) -> dict[str, dict[str, Any]]:
-    """Both programs, compiled: the bytes ``held`` on a device, and the bytes that a device sends by
-    kind, ``once`` a call and in ``each_loop`` of unknown length (decoding's is a token; the update
-    has one microbatch). No bytes
-    sent are given where the compiler does not show its program."""
+    """Compile both programs and return their bytes on one device.
+
+    ``held`` is the memory of a device. The bytes that a device sends are given by kind: ``once``
+    per call, and per iteration of a loop of unknown length in ``each_loop`` (in decoding one
+    iteration is one token). The update has one microbatch. Bytes sent are missing where the
+    compiler does not show its program.
+    """
     length = prompt_width + config.sampling.max_new_tokens
     lowered = {
         "decoding": lower_decoding(config, model_config, mesh, length=length),
@@ -165,8 +168,11 @@ def described(compiled: jax.stages.Compiled) -> dict[str, Any]:
 def compile_for(
     topology: Topology, config: Config, model_config: ModelConfig, *, prompt_width: int
 ) -> dict[str, dict[str, Any]]:
-    """``programs`` for a TPU slice that is not here, in a process of its own, as libtpu
-    prints and looks for chips. Raises ValueError where it is missing or refuses a program."""
+    """``programs`` for a TPU slice that is not present.
+
+    It runs in a process of its own, because libtpu prints messages and looks for chips. Raises
+    ValueError if libtpu is missing or cannot compile a program.
+    """
     library = find_libtpu()
     asked = pickle.dumps((str(topology), config, model_config, prompt_width))
     accelerator = f"{topology.chip.name}-{topology.devices}".replace("v5e", "v5litepod")
@@ -176,8 +182,8 @@ def compile_for(
         "TPU_ACCELERATOR_TYPE": accelerator,
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_LIBRARY_PATH": str(library),
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so two plans may be made at once
-        "XLA_FLAGS": "",  # those of this process are for its own backend
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so two plans may run at once
+        "XLA_FLAGS": "",  # the flags of this process are for its own backend
     }
     command = [sys.executable, "-m", "basis_jax.training.compiled_plan"]
     done = subprocess.run(command, input=asked, env=environment, capture_output=True)
@@ -188,7 +194,8 @@ def compile_for(
 
 
 def find_libtpu() -> Path:
-    """libtpu.so of ``TPU_LIBRARY_PATH`` or of the installed package. Raises ValueError without."""
+    """Path of libtpu.so: ``TPU_LIBRARY_PATH``, or the installed package. Raises ValueError if there
+    is none."""
     named = os.environ.get("TPU_LIBRARY_PATH")
     spec = importlib.util.find_spec("libtpu")
     folders = spec.submodule_search_locations if spec else None
@@ -202,7 +209,7 @@ def find_libtpu() -> Path:
 
 
 def main() -> None:
-    """The process of ``compile_for``: a request on stdin, the last line of stdout is the answer."""
+    """The process of ``compile_for``: a request on stdin; the last line of stdout is the answer."""
     from jax.experimental import topologies
 
     name, config, model_config, prompt_width = pickle.load(sys.stdin.buffer)

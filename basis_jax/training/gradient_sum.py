@@ -12,18 +12,18 @@ from basis_jax.model.sharding import constrain
 from basis_jax.types import Batch
 
 Total = tuple[PyTree, PyTree]
-"""(gradients, (sums over tokens by name, a maximum)): what ``policy_objective`` gives, added up."""
+"""(gradients, (sums over tokens by name, a maximum)), each combined over the microbatches."""
 
 
 def make_gradient_sum(
     objective: Callable[..., tuple[Array, Any]], axes: PyTree
 ) -> Callable[[PyTree, PyTree, list[Batch]], Total]:
-    """(trained parameters, frozen ones or None, microbatches) -> the summed gradients, and the sums
-    and maximum beside them. ``objective`` takes what ``lora.whole`` makes of the parameters.
+    """Make a function (trained parameters, frozen ones or None, microbatches) -> ``Total``.
 
-    Each shape of microbatch is a program, whose backward pass adds each layer's gradient to the
-    donated sum as soon as it is known: there is one gradient, not a second of the microbatch. It
-    is laid out as the trained parameters, whose logical axes are ``axes``.
+    ``objective`` gets the parameters as ``lora.whole`` combines them. One program is compiled per
+    shape of microbatch. Its backward pass adds each layer's gradient to the donated sum as soon as
+    it is known, so a microbatch needs no gradient buffer of its own. The sum has the layout of the
+    trained parameters, whose logical axes are ``axes``.
     """
 
     def value_of(params, frozen, micro):

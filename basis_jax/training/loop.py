@@ -60,7 +60,7 @@ Callback = Callable[[int, TrainState, Mapping[str, float]], None]
 
 
 class Step(NamedTuple):
-    """What one step leaves: the next state, its metrics, its rollouts and their values."""
+    """What one step returns: the next state, its metrics, its rollouts and their values."""
 
     state: TrainState
     metrics: dict[str, float]
@@ -74,11 +74,11 @@ def train(
     callbacks: Sequence[Callback] = (),
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Train as ``config`` says, or go on where its run folder ended; returns the run folder.
+    """Train as ``config`` says, or resume the run in its folder; returns the run folder.
 
-    ``report`` is called with a line of text while things are opened. Raises ValueError for settings
-    that cannot work, before weights are read, and StopRequested where SIGINT or SIGTERM stopped the
-    run after saving what was done.
+    ``report`` is called with lines of text while model and data are opened. Raises ValueError for
+    settings that cannot work, before weights are read. Raises StopRequested if SIGINT or SIGTERM
+    stopped the run; all finished steps are saved then.
     """
     opening: list[str] = []
     report = processes.spoken(report)
@@ -110,7 +110,7 @@ def train(
 
 @contextmanager
 def open_folder(session: Session, opening: Sequence[str]) -> Iterator[Path]:
-    """The run's folder, held and written to by the first process alone."""
+    """Open the run's folder; only the first process locks it and writes to it."""
     config, identity = session.config, identity_of(session)
     processes.check_same(lambda: contents_of(session, identity))
     devices = [str(device) for device in jax.devices()]
@@ -135,7 +135,7 @@ def run_steps(
     callbacks: Sequence[Callback],
     report: Callable[[str], None],
 ) -> None:
-    """All steps that are left. A step is logged before its checkpoint is saved: see ``Records``."""
+    """Take the remaining steps. Each is logged before its checkpoint is saved: see ``Records``."""
     try:
         restored = checkpoint.restore(checkpoints, state_shapes(session))
         with stopper.droppable():
@@ -168,8 +168,8 @@ def take_steps(
     stopper: Stopper,
     callbacks: Sequence[Callback],
 ) -> None:
-    """The steps after ``state`` and the evaluations around them. Raises StopRequested when all that
-    is done is saved."""
+    """Take the steps after ``state``, with evaluations. Raises StopRequested if the run was asked
+    to stop, after everything is saved."""
     config, start, last = session.config, int(state.step), session.config.train.steps
     step = make_step(session, droppable=stopper.droppable)
     with count_compiles() as compiled:
@@ -207,24 +207,24 @@ def take_steps(
 
 
 def save_once(checkpoints: Any, state: TrainState, config: Config) -> None:
-    """Save a state that is newer than the newest checkpoint."""
+    """Save the state unless the newest checkpoint already has it."""
     if int(state.step) > (newest_step(checkpoints) or 0):
         checkpoint.save(checkpoints, state, dataclasses.asdict(config))
 
 
 def newest_step(checkpoints: Any) -> int | None:
-    """The step of the newest checkpoint; None without one."""
+    """The step of the newest checkpoint, or None if there is none."""
     return processes.by_first(checkpoints.latest_step)
 
 
 def evaluation_due(config: Config, step: int, watch: Watch) -> bool:
-    """Whether held-out accuracy is wanted after this step: the last one, and every few before."""
+    """Whether to evaluate after this step: after the last one, and every ``eval.every`` steps."""
     every = config.eval.every
     return step == config.train.steps or watch.solved or bool(every and step % every == 0)
 
 
 def evaluate_unless_stopped(params: PyTree, session: Session, stopper: Stopper) -> dict[str, float]:
-    """``evaluate_now``; nothing where the run is asked to stop, since it is made up for later."""
+    """``evaluate_now``, or {} if the run is asked to stop: a resumed run evaluates first then."""
     try:
         with stopper.droppable():
             return evaluate_now(params, session)
@@ -235,7 +235,7 @@ def evaluate_unless_stopped(params: PyTree, session: Session, stopper: Stopper) 
 def evaluate_again(
     state: TrainState, session: Session, records: SharedRecords, stopper: Stopper
 ) -> None:
-    """Add the evaluation to the line of the newest step, where a stop kept it from being made."""
+    """Add the evaluation to the newest step's line if a stop had prevented it."""
     newest = records.lines()[-1:]
     if newest and newest[0]["step"] == int(state.step) and "eval/accuracy" not in newest[0]:
         with stopper.droppable():
@@ -244,7 +244,7 @@ def evaluate_again(
 
 
 def log_step(records: SharedRecords, step: int, metrics: Mapping[str, float]) -> None:
-    """Log the step, and say where held-out completions could not be graded."""
+    """Log the step, and warn if held-out completions could not be graded."""
     records.log(step, metrics)
     if warning := invalid_warning(metrics):
         records.message(warning)
@@ -253,10 +253,10 @@ def log_step(records: SharedRecords, step: int, metrics: Mapping[str, float]) ->
 def make_step(
     session: Session, *, droppable: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> Callable[[TrainState, int], Step]:
-    """One training step as a function of (state, step), step 0 being the first.
+    """Make the function (state, step number) -> ``Step``. The first step has number 0.
 
-    Call it under ``jax.set_mesh(session.setup.mesh)``; the state it is given is donated, and must
-    not be used again. ``droppable()`` is entered around what may be given up without a trace.
+    Call it under ``jax.set_mesh(session.setup.mesh)``. The given state is donated and must not be
+    used again. ``droppable()`` is entered around work that a stop may abandon without loss.
 
         with open_session(config, training=True) as session, jax.set_mesh(session.setup.mesh):
             step, state = make_step(session), first_state(session, Path("scratch"))
@@ -305,13 +305,13 @@ def make_step(
 
 
 def measuring(session: Session, number: int) -> bool:
-    """Whether the estimator wants a measurement in step ``number``, the first being 0."""
+    """Whether the estimator needs a measurement in step ``number`` (the first is 0)."""
     every = session.config.estimator.measure_every
     return session.estimator.learn is not None and number % every == 0
 
 
 def epochs(session: Session, steps: int) -> float:
-    """How often the problems of ``data.path`` have been visited after so many steps."""
+    """How many times all problems of ``data.path`` have been visited after ``steps`` steps."""
     config, size = session.config, session.train_set.sizes[0]
     weights = (1.0, *config.data.more_sets.values())
     return steps / (size // prompts_by_set(weights, config.train.prompts_per_step)[0])
@@ -334,7 +334,7 @@ def sample_and_verify(params: PyTree, session: Session, number: int) -> Graded:
 
 
 def microbatch_maker(session: Session) -> Callable[..., list[list[Batch]]]:
-    """(graded, estimate, state) -> the microbatches of every update of a step."""
+    """Make a function (graded, estimate, state) -> the microbatches of every update of a step."""
     config = session.config
     score = make_score(session.setup.model_config, **objective_of(session))
     start = start_params(session) if config.loss.kl_coef else None
@@ -354,7 +354,7 @@ def microbatch_maker(session: Session) -> Callable[..., list[list[Batch]]]:
 
 
 def evaluate_now(params: PyTree, session: Session) -> dict[str, float]:
-    """Held-out accuracy, and the seconds it took; nothing where eval.sets is empty."""
+    """Held-out accuracy and the seconds it took; {} if eval.sets is empty."""
     if not session.held_out:
         return {}
     started = time.perf_counter()

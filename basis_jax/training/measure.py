@@ -1,4 +1,4 @@
-"""Which baseline the optimizer wants: a ``Measurement`` of an update's rollouts."""
+"""Measure which baseline makes an update least noisy: the ``Measurement`` of its rollouts."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,12 +18,12 @@ SEED = 9  # of the signs
 def make_measure(
     gradient_sum: GradientSum, optim: OptimSection
 ) -> Callable[[TrainState, list[Batch]], Measurement]:
-    """(state before an update, its microbatches) -> ``Measurement``.
+    """Make a function (state before an update, its microbatches) -> ``Measurement``.
 
-    With the gradient g_i of the loss of rollout i at advantage 1, and random signs e_i, it takes
-    G = sum e_i A_i g_i and D = sum e_i g_i. ``gradient_sum`` makes them; its loss has no KL term.
-    That costs two more backward passes over the update's rollouts, and the memory of one more
-    gradient than the update needs.
+    g_i is the gradient of the loss of rollout i at advantage 1, and e_i is a random sign. The
+    measurement needs G = sum e_i A_i g_i and D = sum e_i g_i. ``gradient_sum`` computes them; its
+    loss has no KL term. This costs two more backward passes over the update's rollouts, and the
+    memory of one more gradient than the update needs.
     """
 
     def measure(state, micros):
@@ -46,9 +46,11 @@ def make_measure(
 def signed(
     advantages: Float[Array, " N"], rows: Int[Array, " N"], count: Int[Array, ""]
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
-    """Advantages times random signs, and the signs: functions of the update's number ``count`` and
-    the row's number in the update, however it is split. Invalid rows have signs too; their loss
-    weights are 0."""
+    """Advantages times random signs, and the signs.
+
+    They are functions of the update's number ``count`` and of the row's number in the update,
+    however the update is split. Invalid rows have signs too; their loss weights are 0.
+    """
     key = jax.random.fold_in(jax.random.key(SEED), count)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
     signs = jax.vmap(lambda key: jax.random.rademacher(key, (), jnp.float32))(keys)
@@ -56,7 +58,7 @@ def signed(
 
 
 def _moments(opt_state: PyTree, name: str) -> PyTree:
-    """The part of AdamW's state of this name."""
+    """The part of AdamW's state that has this name."""
     return optax.tree.get_all_with_path(opt_state, name)[0][1]
 
 
@@ -64,11 +66,12 @@ def _moments(opt_state: PyTree, name: str) -> PyTree:
 def inner_products(
     gradient: PyTree, noise: PyTree, nu: PyTree, count: Array, optim: OptimSection
 ) -> Measurement:
-    """sum s^2 G D and sum s^2 D^2, with s what AdamW multiplies a coordinate of the gradient with.
+    """sum s^2 G D and sum s^2 D^2, where AdamW multiplies a coordinate of the gradient by s.
 
-    s = 1 / (sqrt(v / (1 - b2^(t+1))) + eps). v = b2 nu + (1 - b2) c D^2 is the second moment that
-    the update is about to have, except that c D^2, with c = |G|^2 / |D|^2 (G clipped), stands for
-    the square of the update's gradient: v must not depend on which completions were right.
+    s = 1 / (sqrt(v / (1 - b2^(t+1))) + eps), with v = b2 nu + (1 - b2) c D^2 and
+    c = |G|^2 / |D|^2 (G clipped). In AdamW's own second moment, the square of the update's gradient
+    stands in place of c D^2. It is replaced because v must not depend on which completions were
+    right.
     """
     size = optax.tree.norm(gradient, squared=True)
     if optim.max_grad_norm:  # the moments are those of clipped gradients

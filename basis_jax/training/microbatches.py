@@ -1,4 +1,4 @@
-"""A step's rollouts as the microbatches of its updates: rows of similar length together."""
+"""Split a step's rollouts into the microbatches of its updates, by length."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +20,7 @@ from basis_jax.types import Batch, Estimate
 
 
 def updates_per_step(config: Config) -> int:
-    """Optimizer updates that one step's rollouts are split into."""
+    """Number of optimizer updates that the rollouts of one step are split into."""
     rollouts = config.train.prompts_per_step * config.sampling.group_size
     return rollouts // config.train.minibatch_rollouts
 
@@ -37,11 +37,12 @@ def make_batches(
 ) -> list[list[Batch]]:
     """The microbatches of every optimizer update, rows split over the mesh.
 
-    An update takes ``train.minibatch_rollouts`` rollouts in order, which ``cut_rows`` sorts by
-    length; the loss weights are those of the whole update. Rollouts that the verifier failed on
-    leave the loss and its denominators. With one update a step the policy is still the one that
-    sampled, and ``old_logprobs`` need no pass of their own; with several they are all scored before
-    the first update. ``reference``: the parameters that the KL term of ``loss.kl_coef`` refers to.
+    An update takes the next ``train.minibatch_rollouts`` rollouts; ``cut_rows`` sorts them by
+    length. The loss weights are those of the whole update. Rollouts that the verifier could not
+    grade count neither in the loss nor in its denominators. With one update per step the policy is
+    still the one that sampled, so ``old_logprobs`` need no pass of their own. With several updates
+    all rollouts are scored before the first one. ``reference``: the parameters of the reference
+    policy in the KL term of ``loss.kl_coef``.
     """
     rollouts, rows = graded.rollouts, config.train.minibatch_rollouts
     max_width = rollouts.tokens.shape[1]
@@ -83,7 +84,7 @@ def make_batches(
 
 
 def take_rows(batch: Batch, index: np.ndarray, width: int) -> Batch:
-    """These rows of host arrays, their first ``width`` positions."""
+    """The given rows of the batch's host arrays, cut to the first ``width`` positions."""
     return jax.tree.map(lambda x: x[index, :width] if x.ndim == 2 else x[index], batch)
 
 
@@ -92,15 +93,15 @@ def cut_rows(
 ) -> list[tuple[np.ndarray, int]]:
     """(row numbers, width) of every microbatch of an update, the longest rows first.
 
-    A microbatch is as wide as the least of ``min_width`` 2^k (1, 1.25, 1.5 or 1.75) that holds its
-    longest row, at most ``max_width``. At full width it has ``rows`` rows; a narrower one has
-    ``rows`` 2^k, as many as keep its positions at or below ``rows`` x ``max_width``, so a pass
-    needs no more memory than at full width. It is halved while its shorter half would fit into half
-    the width. Rows of length 0 contribute nothing: they come last, and a microbatch that holds
-    nothing else is left out.
+    The possible widths are ``min_width`` 2^k times 1, 1.25, 1.5 or 1.75, at most ``max_width``. A
+    microbatch gets the smallest one that holds its longest row. At full width it has ``rows`` rows.
+    A narrower one has ``rows`` 2^k rows, with the largest k that keeps its positions at or below
+    ``rows`` x ``max_width``, so a pass never needs more memory than at full width. A microbatch is
+    halved while its shorter half fits into half the width. Rows of length 0 contribute nothing:
+    they come last, and a microbatch with only such rows is left out.
 
-    Every device has the same number of rows of one width, so none waits for another. There are four
-    widths an octave: 37 up to 32,768 tokens, a dozen in a step, three dozen in a run; each
+    Every device has the same number of rows of the same width, so none waits for another. There are
+    four widths per doubling: 37 up to 32,768 tokens, about 12 in a step and 36 in a run. Each
     (rows, width) is compiled when it first occurs.
     """
     order = np.argsort(-lengths, kind="stable")

@@ -1,4 +1,4 @@
-"""An optimizer's moments in half the memory: bfloat16, rounded at random."""
+"""Keep an optimizer's moments in bfloat16 with stochastic rounding: half the memory."""
 
 from collections.abc import Callable
 
@@ -9,11 +9,12 @@ from jaxtyping import Array, Float, Key, PyTree
 
 
 def kept_in_bfloat16(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer with its float32 state kept in bfloat16, rounded at random after each update.
+    """The optimizer with its float32 state kept in bfloat16, rounded stochastically per update.
 
-    Rounding to nearest would freeze a second moment: b2 = 0.999 changes it by at most 0.1 %
-    downwards, and half of bfloat16's last place is 0.2 to 0.4 %. Random rounding keeps the mean;
-    the random numbers are a function of the number of updates, so a resumed run draws the same.
+    Rounding to nearest would freeze a second moment: with b2 = 0.999 an update lowers it by at most
+    0.1 %, and half a unit in bfloat16's last place is 0.2 to 0.4 %. Stochastic rounding keeps the
+    mean. Its random numbers are a function of the number of updates, so a resumed run draws the
+    same ones.
     """
 
     def init(params):
@@ -38,9 +39,9 @@ def _map_floats(function: Callable[[Array], Array], state: PyTree) -> PyTree:
 
 
 def round_at_random(x: Float[Array, "*s"], key: Key[Array, ""]) -> Float[Array, "*s"]:
-    """x in bfloat16, one of its two neighbours there, so that the mean is x.
+    """x rounded stochastically to one of its two bfloat16 neighbours, so that the mean is x.
 
-    bfloat16 is the upper half of float32's bits: random bits are added to the lower half.
+    bfloat16 is the upper half of float32's bits. Random bits are added to the lower half.
     """
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise

@@ -1,9 +1,10 @@
-"""What the reference policy makes of each prompt, in a few numbers: features for the value filter.
+"""Features of each prompt for the value filter, from the reference policy's hidden states.
 
-One prefill a problem through half of the layers, no rollout. The state h_i of the prompt's last
-token there, through the final norm, is centred and projected on the leading principal directions of
-the problem set. Fixed once, at the start. On SmolLM2's sums the middle of the model told more of
-the values than its end or both, and plain projections more than whitened ones.
+They cost one prefill per problem through half of the layers, and no rollout. The hidden state of
+the prompt's last token there goes through the final norm, is centred, and is projected on the
+leading principal directions of the problem set. The features are computed once, at the start. On
+SmolLM2's sums the middle layer predicted the values better than the last layer or both together,
+and plain projections predicted them better than whitened ones.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards, put_rows
 from basis_jax.opening.checks import check_features
 
-SAMPLE = 8192  # problems that the principal directions are taken from
+SAMPLE = 8192  # number of problems that the principal directions are computed from
 
 
 def prompt_features(
@@ -36,15 +37,16 @@ def prompt_features(
 ) -> Float[np.ndarray, "M {size}"]:
     """Features of all M problems, in their order; call under ``jax.set_mesh``.
 
-    The directions come from the first ``SAMPLE`` problems, a random subset as uids are hashes; the
-    others are projected batch by batch, so that 1 M problems need 4 ``size`` MB and one pass.
+    The directions come from the first ``SAMPLE`` problems; this is a random subset, because uids
+    are hashes. The other problems are projected batch by batch, so 1 M problems need one pass and
+    4 ``size`` MB.
     """
     count = len(problems.problems)
     check_features(size, count, model_config.embed)
     rows = -(-min(rows_at_once, count) // batch_shards(mesh)) * batch_shards(mesh)
 
     def states(start: int) -> np.ndarray:
-        index = np.minimum(np.arange(start, start + rows), count - 1)  # the last one fills up
+        index = np.minimum(np.arange(start, start + rows), count - 1)  # repeats the last row
         tokens, lengths = put_rows(mesh, (problems.tokens[index], problems.lengths[index]))
         found = middle_states(params, model_config, tokens, lengths)
         return processes.on_host(found)[: count - start]
@@ -61,7 +63,7 @@ def prompt_features(
 def middle_states(
     params: PyTree, model_config: ModelConfig, tokens: Int[Array, "N P"], lengths: Int[Array, " N"]
 ) -> Float[Array, "N d"]:
-    """Normed hidden state of the last prompt token after half of the layers."""
+    """Normalised hidden state of the last prompt token after half of the layers."""
     half = dataclasses.replace(model_config, layers=max(1, model_config.layers // 2))
     params = {**params, "layers": jax.tree.map(lambda x: x[: half.layers], params["layers"])}
     hidden, _ = decoder.forward(params, half, tokens)
@@ -72,7 +74,7 @@ def middle_states(
 def principal(
     states: Float[np.ndarray, "M D"], size: int
 ) -> tuple[Float[np.ndarray, " D"], Float[np.ndarray, "D {size}"]]:
-    """Mean of the states, and their ``size`` leading principal directions, as unit columns."""
+    """Mean of the states, and their ``size`` leading principal directions as unit columns."""
     mean = states.mean(axis=0)
     centred = (states - mean).astype(np.float64)
     vectors = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :size]

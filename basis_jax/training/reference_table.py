@@ -1,12 +1,13 @@
 """The offline reference table: how often the reference policy solves each training problem.
 
-One .npz file: successes and trials a problem, the reward of every rollout, the problem's identity
-(content hash and prompt hash), and what made it (model fingerprint, sampling settings, verifier).
-A rollout that could not be graded says nothing about the pass rate: it is no trial, and is reported
-(``ungraded_warning``). A table is used only where what made it fits the run. Cost: M x n rollouts
-once; 1 M problems take 32 MB and 4 MB a rollout. Tables without rewards, of older versions, are
-read too. It may hold the reference policy's ``prompt_features`` as well, with any n or none:
-M prefills, 4 MB a feature.
+A table is one .npz file. It holds the successes and trials of each problem, the reward of every
+rollout, the problem's identity (content hash and prompt hash), and the table's origin (model
+fingerprint, sampling settings, verifier). A rollout that could not be graded does not count as a
+trial, and is reported (``ungraded_warning``). A table is used only if its origin fits the run.
+Making it costs M x n rollouts, once; 1 M problems take 32 MB plus 4 MB per rollout of a problem.
+Tables of older versions, which have no rewards, are read too. A table may also hold the reference
+policy's ``prompt_features``, with or without rollouts: M prefills, 4 MB per feature for 1 M
+problems.
 """
 
 import functools
@@ -37,12 +38,12 @@ FIELDS = {
     **{k: f"sampling.{k}" for k in ("temperature", "top_p", "top_k", "max_new_tokens")},
     "eos_ids": "eos_ids (sampling.stop_tokens and the model's)",
 }
-"""The config's fields behind what a table was made by."""
+"""For each entry of a table's origin, the config fields that set it."""
 
 
 @dataclass(frozen=True)
 class ReferenceTable:
-    """Counts of M problems. ``position`` rollouts of the plan are done (all: M x samples)."""
+    """Counts of M problems. ``position`` of the planned M x samples rollouts are done."""
 
     successes: np.ndarray  # [M] sum of the rewards, clipped into [0, 1]: int32, or float32
     trials: np.ndarray  # [M] int32: graded rollouts; those that failed to verify do not count
@@ -62,8 +63,8 @@ class ReferenceTable:
 def table_origin(
     setup: RolloutSetup, *, model_fingerprint: str, sampling: SamplingSection, data: DataSection
 ) -> dict:
-    """What two tables must share to count the same thing, the rounding of the dtype that rollouts
-    are decoded in aside."""
+    """What two tables must have in common to be comparable. The dtype of decoding is not part of
+    it."""
     return {
         "model": model_fingerprint,
         "verifier": described_rewards(data),
@@ -76,7 +77,7 @@ def table_origin(
 
 
 def described_rewards(data: DataSection) -> str:
-    """What grades training rollouts: names, weights, and hashes of own functions' files."""
+    """What grades training rollouts: names, weights, and the hashes of a user's own files."""
     words = [f"{data.verifier} {data.answer_mode}".strip()]
     if data.verifier_weight != 1:
         words.append(f"x {data.verifier_weight:g}")
@@ -90,7 +91,7 @@ def described_rewards(data: DataSection) -> str:
 
 
 def prompt_hashes(problems: EncodedProblems) -> np.ndarray:
-    """64-bit hash of each tokenised prompt, so that another template or few-shot is noticed."""
+    """64-bit hash of each tokenised prompt. It shows a changed template or few-shot prompt."""
     rows = zip(problems.tokens, problems.lengths, strict=True)
     digests = [
         hashlib.sha256(np.ascontiguousarray(t[:n], np.int32).tobytes()).digest() for t, n in rows
@@ -108,7 +109,7 @@ def save(table: ReferenceTable, path: Path) -> None:
 
 
 def load(path: Path) -> ReferenceTable:
-    """Read a table. Raises ValueError where the file is missing or is not one."""
+    """Read a table. Raises ValueError if the file is missing or is not a table."""
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             fields = {name: file[name] for name in file.files}
@@ -129,9 +130,9 @@ def load(path: Path) -> ReferenceTable:
 def rows_for(
     table: ReferenceTable, problems: EncodedProblems, origin: dict, path: Path
 ) -> ReferenceTable:
-    """The table of ``problems``, in their order; the one on disk may hold more of them.
+    """The rows of ``table`` for ``problems``, in their order. The table may hold more problems.
 
-    Raises ValueError where the table was made otherwise, is unfinished or lacks a problem.
+    Raises ValueError if the table has another origin, is unfinished or lacks a problem.
     """
     differing = [key for key in origin if table.made_by.get(key) != origin[key]]
     if differing:
@@ -185,10 +186,10 @@ def build(
     path: Path,
     report: Callable[[str], None] = lambda text: None,
 ) -> ReferenceTable:
-    """Make the table at ``path``, or finish the one begun there; features are made first.
+    """Make the table at ``path``, or finish the one begun there. Features are made first.
 
-    Rollout u of the plan is sample u // M of problem u mod M; the file holds how many are done, so
-    a killed run goes on where the last save (every 10 s) left it, and counts nothing twice.
+    Rollout u of the plan is sample u // M of problem u mod M. The file is saved every 10 s with the
+    number of rollouts done, so a killed run continues from its last save and counts nothing twice.
     """
     size = len(problems.problems)
     origin = {**origin, "samples": samples, "features": features, "seed": setup.seed}
@@ -231,7 +232,7 @@ def build(
 
 
 def ungraded_warning(table: ReferenceTable) -> str:
-    """A sentence where some rollouts of a finished table could not be graded, else ""."""
+    """A warning if some rollouts of a finished table could not be graded, else ""."""
     rollouts = int(table.made_by["samples"]) * len(table.uids)
     ungraded = rollouts - int(table.trials.sum())
     if not ungraded:
@@ -245,7 +246,7 @@ def ungraded_warning(table: ReferenceTable) -> str:
 
 
 def resumed(begun: ReferenceTable, empty: ReferenceTable, path: Path) -> ReferenceTable:
-    """The table begun on disk, if it is the same plan; ValueError otherwise."""
+    """The table begun on disk. Raises ValueError if its plan is another one."""
     same = (
         begun.made_by == empty.made_by
         and np.array_equal(begun.uids, empty.uids)
@@ -308,6 +309,6 @@ def _binary(rewards: np.ndarray) -> bool:
 
 
 def _successes(rewards: np.ndarray) -> np.ndarray:
-    """Sum of every problem's rewards, of those outside [0, 1] their nearest end."""
+    """Sum of every problem's rewards, each clipped into [0, 1]."""
     total = np.clip(np.nan_to_num(rewards.astype(np.float64)), 0, 1).sum(axis=1)
     return np.asarray(total, np.int32 if np.all(total == np.floor(total)) else np.float32)

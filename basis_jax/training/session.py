@@ -1,4 +1,4 @@
-"""Everything that a run holds fixed, built from its config: mesh, model, data, verifier."""
+"""What stays fixed during a run, built from its config: mesh, model, data, verifier."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,8 +51,8 @@ def open_session(
 ) -> Iterator[Session]:
     """Yield the Session; its verifier's processes end with the block.
 
-    Cheap checks come first: everything wrong with the config is said before weights are read.
-    ``training``: memory for updates is needed too.
+    Cheap checks come first: errors of the config are reported before weights are read.
+    ``training``: whether memory for updates is needed too.
     """
     check_ranges(config)
     estimator = make_estimator(config.estimator, config.sampling.group_size)
@@ -81,8 +81,9 @@ def sized(
     training: bool,
     report: Callable[[str], None],
 ) -> Config:
-    """The config with the sizes of ``with_sizes``, for the longest prompts, which may be held-out
-    ones. Raises ValueError where a step, a rollout or the features do not fit the problems."""
+    """The config with the sizes from ``with_sizes``, for the longest prompts, which may be held-out
+    ones. Raises ValueError if the problems are too few for a step or for the features, or too long
+    for a rollout."""
     size = len(train_set.problems)
     problems_of_step(config, train_set, 0)  # fits?
     width = train_set.tokens.shape[1]
@@ -106,7 +107,7 @@ def sized(
 
 
 def problems_of_step(config: Config, train_set: EncodedProblems, number: int) -> np.ndarray:
-    """Rows of the problems of step ``number``. Raises ValueError where there are too few."""
+    """Rows of the problems of step ``number``. Raises ValueError if there are too few problems."""
     return step_problems(
         config.seed,
         number,
@@ -117,7 +118,7 @@ def problems_of_step(config: Config, train_set: EncodedProblems, number: int) ->
 
 
 def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Estimator:
-    """The config's estimator. Raises ValueError for what it cannot start from."""
+    """The config's estimator. Raises ValueError if its section does not fit it."""
     with field_named("estimator.name"):
         declared = estimators.definition(section.name)
     by_run = {"group_size": "sampling.group_size", "features": "estimator.features"}
@@ -149,8 +150,8 @@ def make_estimator(section: EstimatorSection, group_size: int) -> estimators.Est
 
 
 def check_normalised(config: Config, estimator: estimators.Estimator) -> None:
-    """Raise a ValueError for rewards on the scale of each step and an estimator that remembers
-    those of other steps."""
+    """Raise ValueError if rewards are normalised in each step and the estimator remembers rewards
+    of earlier steps."""
     if not config.data.normalise_rewards:
         return
     none = np.zeros(0, np.int32)
@@ -164,7 +165,7 @@ def check_normalised(config: Config, estimator: estimators.Estimator) -> None:
 
 @contextmanager
 def field_named(name: str) -> Iterator[None]:
-    """Puts a field's name before the sentence of a ValueError."""
+    """Put a field's name before the message of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -174,7 +175,7 @@ def field_named(name: str) -> Iterator[None]:
 def load_sets(
     config: Config, tokenizer: Any, verifiers: Verifiers, report: Callable[[str], None]
 ) -> tuple[EncodedProblems, dict[str, EncodedProblems]]:
-    """Training problems and the held-out sets by name, as tokens; what was left out is reported."""
+    """Training problems, and the held-out sets by name, as tokens; reports problems left out."""
     loaded = {"training": load_training(config.data, verifiers.training)}
     for path in config.data.more_sets:
         loaded[f"training ({path})"] = load_more(path, config.data, verifiers.training)
@@ -198,7 +199,7 @@ def report_overlap(
     held_out: dict[str, EncodedProblems],
     report: Callable[[str], None],
 ) -> None:
-    """Warn once of every held-out set that shares problems or texts with the training problems."""
+    """Warn about every held-out set that shares problems or texts with the training problems."""
     training_uids = {p.uid for p in train_set.problems}
     held_out_problems = [p for problems in held_out.values() for p in problems.problems]
     words = {p: shared for p, _, shared in overlapping(held_out_problems, train_set.problems)}
@@ -223,9 +224,9 @@ def reference_table(
     session: Session, params: PyTree, path: Path, report: Callable[[str], None] = print
 ) -> ReferenceTable:
     """The training problems' table: read from ``estimator.table``, or made or finished at ``path``.
-    Rollouts of it that could not be graded are reported.
 
-    Call under ``jax.set_mesh``. Raises ValueError where the table on disk does not fit the run.
+    The share of its rollouts that could not be graded is reported. Call under ``jax.set_mesh``.
+    Raises ValueError if the table on disk does not fit the run.
     """
     section = session.config.estimator
     origin = table_origin(
@@ -259,7 +260,7 @@ def reference_table(
 
 
 def estimator_state_shapes(session: Session) -> PyTree:
-    """The shapes of the estimator's state, without a reference table or any array."""
+    """The shapes of the estimator's state. No reference table and no array is needed."""
     size, features = len(session.train_set.problems), session.config.estimator.features
     counts = jax.ShapeDtypeStruct((size,), np.int32)
     options = {"features": jax.ShapeDtypeStruct((size, features), np.float32)} if features else {}
@@ -270,7 +271,7 @@ def estimator_state_shapes(session: Session) -> PyTree:
 
 
 def _rewards_on_disk(session: Session) -> int:
-    """Reference rewards a problem that the estimator of this run started from; 0 without any."""
+    """Number of reference rewards per problem that this run's estimator started from, or 0."""
     config, section = session.config, session.config.estimator
     path = Path(section.table or Path(config.run_dir) / "reference.npz")
     uses = session.estimator.takes_rewards and (section.table or section.table_samples)
@@ -283,8 +284,10 @@ def _rewards_on_disk(session: Session) -> int:
 def first_estimator_state(
     session: Session, params: PyTree, path: Path, report: Callable[[str], None] = print
 ) -> PyTree:
-    """The estimator's state before the first step, from the reference table where it takes one. No
-    two of its arrays share a buffer: the training step donates each."""
+    """The estimator's state before the first step, from the reference table if it takes one.
+
+    No two of its arrays share a buffer, because the training step donates each of them.
+    """
     section = session.config.estimator
     uses_table = section.table or section.table_samples or section.features
     if not (uses_table and session.estimator.takes_table):

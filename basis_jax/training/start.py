@@ -31,8 +31,8 @@ from basis_jax.weights import huggingface
 
 
 def identity_of(session: Session) -> dict[str, str]:
-    """Hashes of what the config only names: the model, the problems, a user's own estimator and
-    reward functions."""
+    """Hashes of what the config refers to by name: the model, the problems, and a user's own
+    estimator and reward functions."""
     config = session.config
     own = {
         "estimator.name": estimators.source_fingerprint(config.estimator.name),
@@ -51,13 +51,13 @@ def identity_of(session: Session) -> dict[str, str]:
 
 
 def contents_of(session: Session, identity: Mapping[str, str]) -> dict[str, str]:
-    """Hashes of all that several processes must have read alike; ``identity`` is the run's."""
+    """Hashes of all files that must be the same in every process; ``identity`` is the run's."""
     held_out = {f"eval.sets {name}": s.fingerprint() for name, s in session.held_out.items()}
     return {f"the hash of {k}": v for k, v in ({**identity, **held_out}).items()}
 
 
 def objective_of(session: Session) -> dict[str, Any]:
-    """What update and scoring of log-probabilities share."""
+    """The arguments that the update and the scoring of log-probabilities have in common."""
     config, shards = session.config, batch_shards(session.setup.mesh)
     return {
         "loss": config.loss,
@@ -67,7 +67,7 @@ def objective_of(session: Session) -> dict[str, Any]:
 
 
 def total_updates(config: Config) -> int:
-    """Optimizer updates of a whole run, in which no step is without signal."""
+    """Optimizer updates of a whole run if every step has signal."""
     return config.train.steps * updates_per_step(config)
 
 
@@ -82,8 +82,8 @@ def optimizer_of(config: Config) -> Any:
 def first_state(
     session: Session, run_dir: Path, report: Callable[[str], None] = print
 ) -> TrainState:
-    """The state before the first step: weights from the model folder, estimator state from the
-    reference table where the estimator takes one (made at ``run_dir/reference.npz``)."""
+    """The state before the first step. Weights come from the model folder. If the estimator takes a
+    reference table, its state comes from there (made at ``run_dir/reference.npz``)."""
     frozen, params = frozen_params(session), start_params(session)
     whole = lora.whole(frozen, params)
     return make_state(
@@ -97,8 +97,8 @@ def first_state(
 
 
 def state_shapes(session: Session) -> TrainState:
-    """What a checkpoint is restored into: no weights are read and no table is made for it. The
-    frozen parameters are put beside it (``frozen_params``)."""
+    """Shapes and layout that a checkpoint is restored into. No weights are read and no table is
+    made. Frozen parameters are not part of it: see ``frozen_params``."""
     return abstract_state(
         optimizer_of(session.config),
         estimator_state_shapes(session),
@@ -108,27 +108,28 @@ def state_shapes(session: Session) -> TrainState:
 
 
 def start_params(session: Session) -> PyTree:
-    """What is trained, as it is before the first step: the model folder's weights, or adapters that
-    change nothing yet. With ``frozen_params`` it is what a KL term refers to."""
+    """The trained parameters before the first step: the model folder's weights, or adapters that
+    change nothing yet. Together with ``frozen_params`` they are the reference policy of a KL
+    term."""
     model_config, mesh = session.setup.model_config, session.setup.mesh
     if model_config.lora is None:
         return huggingface.load_params(session.folder, model_config, mesh)
     layout = named_tree(mesh, lora.trained(decoder.param_axes(model_config)))
     shapes = lora.trained(decoder.param_shapes(model_config))
 
-    def start() -> PyTree:  # several processes have no array in common yet
+    def start() -> PyTree:  # several processes do not share an array yet
         return lora.start(shapes, jax.random.key(session.config.seed))
 
     return jax.jit(start, out_shardings=layout)()
 
 
 def frozen_params(session: Session) -> PyTree:
-    """The model folder's weights where adapters are trained beside them, otherwise nothing."""
+    """The model folder's weights if adapters are trained, otherwise None."""
     if session.setup.model_config.lora is None:
         return None
     return huggingface.load_params(session.folder, session.setup.model_config, session.setup.mesh)
 
 
 def policy(state: TrainState) -> PyTree:
-    """The parameters that the model takes: the trained ones and those that are frozen."""
+    """The parameters of the model: the trained and the frozen ones together."""
     return lora.whole(state.frozen, state.params)

@@ -1,4 +1,4 @@
-"""The training step: state, the jitted update, metrics. ``scripts/train.py`` is the story."""
+"""The parts of a training step: state, estimate, jitted update, metrics. ``loop.py`` uses them."""
 
 import functools
 from collections.abc import Callable
@@ -32,7 +32,7 @@ ADAMW = OptimSection()
 
 
 def learning_rate(section: OptimSection, *, updates: int) -> optax.Schedule:
-    """Number of updates before -> learning rate: a warm-up, then a schedule over ``updates``."""
+    """Learning rate by number of earlier updates: a warm-up, then a schedule up to ``updates``."""
     decay = max(1, updates - section.warmup_steps)
     main_schedule = {
         "constant": optax.constant_schedule(section.lr),
@@ -45,7 +45,7 @@ def learning_rate(section: OptimSection, *, updates: int) -> optax.Schedule:
 
 
 def make_optimizer(section: OptimSection, *, updates: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW under ``learning_rate``, its moments kept in
+    """Global-norm clipping, then AdamW with the schedule ``learning_rate``. Its moments are kept in
     ``optim.moments_dtype``."""
     schedule = learning_rate(section, updates=updates)
     adamw = optax.adamw(
@@ -67,7 +67,7 @@ def make_state(
     mesh: Mesh,
     frozen: PyTree = None,
 ) -> TrainState:
-    """The state before the first step, laid out as ``abstract_state``; ``frozen`` beside it."""
+    """The state before the first step, laid out like ``abstract_state``, with ``frozen`` added."""
     like = abstract_state(optimizer, estimator_state, model_config=model_config, mesh=mesh)
 
     def layout(tree):
@@ -89,9 +89,10 @@ def abstract_state(
     model_config: ModelConfig,
     mesh: Mesh,
 ) -> TrainState:
-    """Shapes and layout of the state without any array: what a checkpoint is restored into.
+    """Shapes and layout of the state, without arrays: what a checkpoint is restored into.
 
-    Optimizer moments lie where their parameters lie, the estimator's state on every device.
+    Optimizer moments have the sharding of their parameters. The estimator's state is replicated on
+    every device.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -125,17 +126,16 @@ def abstract_state(
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
-LARGEST_NATURAL_NORM = 1e3  # of one token: of a probability of .001
+LARGEST_NATURAL_NORM = 1e3  # of one token; a probability of 0.001 has it
 
 
 def make_estimate(
     estimator: Estimator, *, aggregation: str = "token_mean", score_norms: str = "logits"
 ) -> Callable[..., tuple[PyTree, Estimate]]:
-    """The estimator's jitted step over the whole batch, before any split; ``noise_report`` is part
-    of the estimate's info.
+    """The estimator's jitted step over the whole batch, before any split.
 
-    The state that it is given is donated: a step writes the batch's problems in place and copies
-    nothing else.
+    The estimate's info includes ``noise_report``. The given state is donated: a step writes the
+    batch's problems in place and copies nothing else.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -150,17 +150,18 @@ def make_estimate(
 
 
 def make_learn(estimator: Estimator) -> Callable[[PyTree, Measurement], PyTree]:
-    """(estimator state, measurement) -> estimator state, jitted; the state is donated."""
+    """The jitted function (estimator state, measurement) -> estimator state; donates the state."""
     return jax.jit(estimator.learn or (lambda state, measurement: state), donate_argnums=0)
 
 
 def make_signals(graded: Graded, *, aggregation: str, score_norms: str) -> Signals:
     """What estimators see of the rollouts.
 
-    Score norms: ``logits``, as the sampler recorded them, or ``natural``, the sum of 1 / p - 1 over
-    the tokens: the squared norm of a token's score in the Fisher metric of its distribution, where
-    every direction is as noisy as any other, as it is for AdamW. They are those of the loss:
-    ``sequence_mean`` divides a completion's gradient by its length.
+    ``score_norms`` is ``logits``, as the sampler recorded them, or ``natural``, the sum of
+    1 / p - 1 over the tokens. The latter is the squared norm of a token's score in the Fisher
+    metric of its distribution. In this metric all directions are equally noisy, as they are for
+    AdamW. Score norms are scaled as in the loss: ``sequence_mean`` divides a completion's gradient
+    by its length.
     """
     rollouts = graded.rollouts
     lengths = np.asarray(rollouts.completion_lengths)
@@ -186,15 +187,15 @@ def finish_step(state: TrainState, estimator_state: PyTree) -> TrainState:
 
 
 def newest_learning_rate(schedule: optax.Schedule, opt_state: PyTree) -> float:
-    """The learning rate of the newest update; of the first where there was none yet."""
+    """The learning rate of the newest update, or of the first one if there was none yet."""
     counts = [int(count) for _, count in optax.tree.get_all_with_path(opt_state, "count")]
     return float(schedule(max(0, counts[0] - 1)))
 
 
 def merge_updates(outcomes: list[dict[str, Float[Array, ""]]]) -> dict[str, float]:
-    """Metrics of a step's updates: the mean, and the maximum where the name says so.
+    """Metrics of a step's updates: their mean, or their maximum if the name says so.
 
-    Raises ValueError where a gradient or an update is not finite: the parameters are then spoilt.
+    Raises ValueError if a gradient or an update is not finite: the parameters are then unusable.
     """
     outcomes = jax.device_get(outcomes)
     norms = ("policy/grad_norm", "policy/update_norm")
@@ -215,8 +216,10 @@ def merge_updates(outcomes: list[dict[str, Float[Array, ""]]]) -> dict[str, floa
 def make_score(
     model_config: ModelConfig, *, loss: LossSection, temperature: float, microbatch: int
 ) -> Callable[[PyTree, Array, Array], Array]:
-    """jitted (params, tokens [N T], mask [N T]) -> log-probabilities [N T] of the trainer's policy
-    where mask, 0 elsewhere, for one microbatch."""
+    """Make the jitted function (params, tokens [N T], mask [N T]) -> log-probabilities [N T].
+
+    They are those of the trainer's policy for one microbatch, and 0 outside the mask.
+    """
     score_micro = functools.partial(
         micro_logprobs, loss=loss, temperature=temperature, microbatch=microbatch
     )
@@ -238,8 +241,10 @@ def micro_logprobs(
     temperature: float,
     microbatch: int,
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
-    """``token_logprobs`` in chunks of microbatch x logprob_chunk tokens, of fewer positions where a
-    microbatch has more rows."""
+    """``token_logprobs`` in chunks of microbatch x logprob_chunk tokens.
+
+    A batch with more rows takes fewer positions at a time.
+    """
     chunk = max(1, loss.logprob_chunk * microbatch // tokens.shape[0])
     return token_logprobs(
         params, model_config, tokens, mask=mask, temperature=temperature, chunk=chunk
@@ -255,7 +260,7 @@ def policy_objective(
     temperature: float,
     microbatch: int,
 ) -> tuple[Float[Array, ""], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]:
-    """The microbatch's share of the loss; its sums over tokens, and its largest log-prob gap."""
+    """The microbatch's share of the loss, its sums over tokens, and its largest log-prob gap."""
     mask = jnp.asarray(batch.completion_mask)
     logprobs, entropy = micro_logprobs(
         params,
@@ -306,14 +311,13 @@ def make_update(
     temperature: float,
     microbatch: int,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """(state, microbatches) -> state, metrics: gradients of ``state.params`` added up, then one
-    optimizer update. With ``measured=True`` the metrics hold a ``Measurement``, too (AdamW's
-    settings are ``optim``'s).
+    """Make the function (state, microbatches) -> state, metrics: one optimizer update.
 
-    The microbatches' ``loss_weights`` hold the global denominators, so the summed gradients are the
-    gradient of the whole update whatever the split; nothing comes back to the host until the
-    metrics are read. Parameters and moments are donated; ``step`` and the estimator's state pass
-    through.
+    It sums the gradients of ``state.params`` over the microbatches. Their ``loss_weights`` include
+    the global denominators, so the sum is the gradient of the whole update, however it is split.
+    Nothing is copied to the host until the metrics are read. Parameters and moments are donated;
+    ``step`` and the estimator's state are passed on unchanged. With ``measured=True`` the metrics
+    also hold a ``Measurement``, which uses AdamW's settings in ``optim``.
     """
     objective = functools.partial(
         policy_objective,
@@ -344,7 +348,7 @@ def make_update(
 def apply_gradients(
     optimizer: optax.GradientTransformation, params: PyTree, opt_state: PyTree, total: PyTree
 ) -> tuple[PyTree, PyTree, dict[str, Float[Array, ""]]]:
-    """Parameters and moments after one step of the optimizer; the update's metrics per token."""
+    """Parameters and moments after one optimizer step, and the update's metrics per token."""
     gradients, (sums, gap) = total
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its counts with floats
         changes, opt_state = optimizer.update(gradients, opt_state, params)
@@ -358,13 +362,14 @@ def apply_gradients(
 
 
 def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
-    """What a step tells about rewards, verdicts, lengths and the value estimates.
+    """Metrics of a step's rewards, verdicts, lengths and value estimates.
 
-    ``reward/accuracy`` is the share of valid rows with a reward above 1/2: for rewards of 0 and 1
-    those that are right. Where there are several rewards it is the verifier's own that counts, and
-    ``rewards/...`` is the mean of each, unweighted. ``estimate/value_error`` is the mean of
-    (reward - value)^2 over valid rows: the values' own squared error plus the rewards' noise, which
-    is E[V (1 - V)] for rewards of 0 and 1, so only differences between runs count.
+    ``reward/accuracy`` is the share of valid rows with a reward above 1/2; for rewards of 0 and 1
+    this is the share of right completions. With several rewards it uses the verifier's own reward,
+    and ``rewards/...`` is the unweighted mean of each. ``estimate/value_error`` is the mean of
+    (reward - value)^2 over valid rows. It is the squared error of the values plus the variance of
+    the rewards, which is E[V (1 - V)] for rewards of 0 and 1. So only differences between runs are
+    meaningful.
     """
     valid, lengths = graded.valid, graded.rollouts.completion_lengths
     rewards = graded.rewards[valid]

@@ -1,8 +1,8 @@
-"""What goes wrong in a run without an error: reported once, with what to do about it.
+"""Warn about problems of a run that raise no error: each once, with what to do about it.
 
-A step whose valid rewards are all equal says nothing about which completion was better. Its
-advantages are at most the estimator's bias, and AdamW turns a small gradient into steps of full
-size, so such a step must not move the policy (``has_signal``).
+If all valid rewards of a step are equal, the step does not show which completion was better. Its
+advantages are then only the estimator's bias. AdamW scales even a small gradient to a step of full
+size, so the policy is not updated in such a step (``has_signal``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,14 +16,16 @@ from basis_jax.sampling.rollouts import Graded
 from basis_jax.verify.verdicts import RIGHT_ABOVE
 
 MIN_REWARDS = 32
-"""So many equal rewards are no accident: with a pass rate of .2 or .8 it happens once in a thousand
-steps, with .1 or .9 once in thirty."""
+"""So many equal rewards are unlikely by chance. With a pass rate of 0.2 or 0.8 they occur once in a
+thousand steps, with 0.1 or 0.9 once in thirty."""
 SHOWN = 3  # completions in the message that ends a run
 
 
 def has_signal(graded: Graded) -> bool:
-    """False where at least ``MIN_REWARDS`` rewards are valid and all are equal, or none is valid:
-    the policy is then not updated."""
+    """Whether the step's rewards can teach anything; if not, the policy is not updated.
+
+    False if no reward is valid, or if at least ``MIN_REWARDS`` are valid and all are equal.
+    """
     rewards = graded.rewards[graded.valid]
     if not rewards.size:
         return False
@@ -33,13 +35,13 @@ def has_signal(graded: Graded) -> bool:
 def findings(
     metrics: Mapping[str, float], first: Mapping[str, float], limits: WatchSection
 ) -> dict[str, str]:
-    """What is beyond its limit: the names of ``WatchSection`` with a sentence each.
+    """The metrics beyond their limits: a dict from fields of ``WatchSection`` to a sentence each.
 
-    ``first``: the metrics of the run's first update, which some limits are relative to.
+    ``first``: the metrics of the run's first update. Some limits are relative to them.
     """
 
     def value(key: str) -> float:
-        return metrics.get(key, np.nan)  # nan is beyond no limit
+        return metrics.get(key, np.nan)  # comparisons with nan are False: no finding
 
     def relative(key: str) -> float:
         return value(key) / first.get(key, np.nan) if first.get(key) else np.nan
@@ -87,9 +89,9 @@ def findings(
 
 
 class Watch:
-    """The warnings of a run, each given once, and its count of steps without signal.
+    """Gives each warning of a run once, and counts successive steps without signal.
 
-    ``history``: the lines of metrics.jsonl so far, so that a resumed run counts on.
+    ``history``: the lines of metrics.jsonl so far, so that a resumed run continues the count.
     """
 
     def __init__(self, config: Config, history: Sequence[Mapping[str, Any]] = ()):
@@ -97,7 +99,7 @@ class Watch:
         self._given: set[str] = set()
         self._first: Mapping[str, float] = {}
         self._alike: list[float] = []  # mean rewards of the latest steps, all without signal
-        self._right: list[float] = []  # the share of right completions of these
+        self._right: list[float] = []  # their shares of right completions
         for metrics in history:
             self.count(metrics)
 
@@ -130,9 +132,9 @@ class Watch:
     def warnings(
         self, metrics: Mapping[str, float], graded: Graded, answers: Sequence[str]
     ) -> Iterator[str]:
-        """New warnings about the step that was counted last; ``answers`` are the right ones.
+        """New warnings about the step that was counted last; ``answers`` are the right answers.
 
-        Raises ValueError where the run must end: a warning of ``train.abort_on``, or
+        Raises ValueError if the run must end: for a warning named in ``train.abort_on``, or after
         ``train.patience`` steps in a row without a right completion.
         """
         yield from self._signal_warnings(graded)
