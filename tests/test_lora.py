@@ -218,6 +218,7 @@ def batch(rows=4):
         advantages=random.normal(size=rows).astype(np.float32),
         old_logprobs=None,
         sampler_logprobs=np.where(mask, np.float32(-1), np.float32(0)),
+        rows=np.arange(rows, dtype=np.int32),
     )
 
 
