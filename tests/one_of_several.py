@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from basis_jax import command_line, processes
+from basis_jax.verify.verdicts import RIGHT, Verifier, verdict_of
 
 SILENCE_S = 12.0  # in place of 30
 
@@ -99,23 +100,18 @@ def sampled():
     return found | {"logprobs": rollouts.sampler_logprobs.tolist()}
 
 
-class OneTimesOut:
+class OneTimesOut(Verifier):
     """A verifier that runs into its limit in process 1 alone; there it ``breaks`` for some."""
 
     def __init__(self, breaks=False):
         self.breaks = breaks
 
     def grade(self, texts, answers):
-        from basis_jax.verify.verdicts import RIGHT, verdict_of
-
         if processes.is_first():
             return [RIGHT] * len(texts)
         if self.breaks:
             raise RuntimeError("the verifier is gone")
         return [verdict_of("timeout", "slow machine")] * len(texts)
-
-    def stop(self):
-        pass
 
 
 class Numbers:
