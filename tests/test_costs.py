@@ -29,22 +29,12 @@ from basis_jax.sampling.decode import sample_with
 from basis_jax.training import update
 from basis_jax.training.session import open_session
 from basis_jax.types import Batch, Prompts
+from basis_jax.weights.known_models import KNOWN_MODELS
 
 SMALL = dataclasses.replace(
     tiny.TINY, vocab_size=512, embed=64, layers=4, head_dim=16, mlp=192, max_positions=1024
 )
-SMOLLM2 = decoder.ModelConfig(
-    architecture="llama",
-    vocab_size=49152,
-    embed=576,
-    layers=30,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    mlp=1536,
-    max_positions=8192,
-    tied=True,
-)
+SMOLLM2 = KNOWN_MODELS["HuggingFaceTB/SmolLM2-135M-Instruct"]
 BAND = (0.75, 1.25)  # estimate / XLA's figure
 
 
