@@ -15,7 +15,16 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_reference_table import SAMPLING, SIZE, Numbers, problems, setup  # noqa: F401
+from test_reference_table import (  # noqa: F401
+    SAMPLING,
+    SIZE,
+    EvenLength,
+    Numbers,
+    build,
+    origin,
+    problems,
+    setup,
+)
 from whole_runs import environment, lines, run, run_killed, small
 
 from basis_jax.commands.evaluate import check_out
@@ -315,6 +324,29 @@ def test_a_file_cut_anywhere_is_finished_bit_for_bit(evaluation, tmp_path):
         (out / "completions.jsonl").write_bytes(whole[:cut])
         again, written = write(evaluation, out)
         assert written == whole and again == found
+
+
+def test_a_function_of_whole_batches_sees_no_copies(evaluation, tmp_path, problems, origin):  # noqa: F811
+    """Batches of other verifiers are filled up to one shape. Each rollout is seen once, in an
+    evaluation and in a reference table."""
+    seen = []
+
+    class Whole(EvenLength):
+        whole_batches = True
+
+        def judge(self, rows):
+            seen.extend(row.prompt for row in rows)
+            return super().judge(rows)
+
+    own = dataclasses.replace(evaluation.setup, verifier=Whole())
+    found, _ = write(dataclasses.replace(evaluation, setup=own), tmp_path / "own")
+    expected = [f"p{i}" for i in range(SIZE) for _ in range(SAMPLES)] * 2
+    assert sorted(seen) == sorted(expected)
+    assert found == write(evaluation, tmp_path / "other")[0]
+    seen.clear()
+    with jax.set_mesh(own.mesh):
+        build(tmp_path / "table.npz", own, problems, origin, samples=3)
+    assert sorted(seen) == sorted([f"p{i}" for i in range(SIZE)] * 3)
 
 
 def test_whole_lines_are_kept_and_not_made_again(evaluation, tmp_path, monkeypatch):

@@ -99,8 +99,10 @@ def chunks(
     """(number of the first rollout, rows) of each batch of a set, without batches that are done.
 
     The first ``done`` rollouts of the set are done. Batches have the same shape: the last one is
-    filled up with copies of its first rollout.
+    filled up with copies of its first rollout, unless the verifier grades whole batches, which must
+    not see copies.
     """
+    setup = evaluation.setup.for_set(name)
     problems, samples = evaluation.sets[name], evaluation.config.eval.samples_of(name)
     total = len(problems.problems) * samples
     size = min(ROWS_PER_SLOT * evaluation.setup.rows_at_once, total)
@@ -111,9 +113,11 @@ def chunks(
             continue
         units = start + np.arange(size)
         units = np.where(units < total, units, start)
+        if setup.verifier.whole_batches:
+            units = units[:count]
         graded = complete(
             params,
-            evaluation.setup.for_set(name),
+            setup,
             problems,
             units=units,
             samples=samples,
