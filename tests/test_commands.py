@@ -122,12 +122,53 @@ def test_generate_shows_samples_their_log_probs_and_the_value(monkeypatch, capsy
     run(monkeypatch, "generate", run_folder, " what is 2 + 3? ", "--samples", "3")
     lines = capsys.readouterr().out.splitlines()
     graded = seen[0]
-    assert lines[0].endswith(": what is 2 + 3?") and len(lines) == 5
+    newest = run_folder / "checkpoints" / "0"
+    assert lines[0] == (f"3 samples of {newest} at temperature 1, for the prompt: what is 2 + 3?")
+    assert len(lines) == 5
     logprobs = np.asarray(graded.rollouts.sampler_logprobs).sum(1)
     for i, line in enumerate(lines[1:4]):
         assert f"log-prob {logprobs[i]:.2f}, {graded.rollouts.completion_lengths[i]} tok" in line
         assert ("right (" in line) == bool(graded.rewards[i])
     assert lines[4] == f"right answer: 5; value: {int(graded.rewards.sum())} of 3 samples right"
+
+
+LEVELS = "def reward(completions, level): return [float(x) for x in level]\n"
+
+
+@pytest.fixture
+def two_verifiers(tmp_path):
+    """A config whose training set is graded by a function of a column, its held-out set exactly."""
+    (tmp_path / "levels.py").write_text(LEVELS)
+    for name, rows in {"train": '{"problem": "a", "level": 3}', "test": TEST_ROW}.items():
+        (tmp_path / f"{name}.jsonl").write_text(rows + "\n")
+    own, test = f"{tmp_path / 'levels.py'}:reward", str(tmp_path / "test.jsonl")
+    data = DataSection(path=str(tmp_path / "train.jsonl"), verifier=own)
+    return Config(run_dir="", data=data, eval=EvalSection((test,), set_verifiers={test: "exact"}))
+
+
+TEST_ROW = '{"problem": "b", "answer": "7"}'
+
+
+def test_generate_grades_a_problem_as_its_set_is_graded(two_verifiers):
+    """With the columns that the verifier reads; an answer that is given replaces the problem's."""
+    config = two_verifiers
+    problem, section = generate.find_problem(config, "a", None)
+    assert problem.columns == {"level": 3} and section.verifier == config.data.verifier
+    problem, section = generate.find_problem(config, "b", None)
+    assert problem.answer == "7" and section.verifier == "exact"
+    assert generate.find_problem(config, "b", "8")[0].answer == "8"
+    problem, section = generate.find_problem(config, "c", None)
+    assert problem is None and section.verifier == "exact"
+    with pytest.raises(ValueError, match="reward asks for the columns level, which only the run's"):
+        generate.find_problem(config, "c", "8")
+
+
+def test_generate_says_why_samples_are_not_graded(two_verifiers, tmp_path, capsys):
+    (tmp_path / "levels.py").unlink()
+    assert generate.find_problem(two_verifiers, "a", None)[0] is None
+    assert "note: samples are not graded: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="levels.py"):
+        generate.find_problem(two_verifiers, "a", "8")
 
 
 def table(rewards):
