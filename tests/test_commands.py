@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from test_watch import graded
 
 from basis_jax import command_line, commands
-from basis_jax.commands import generate, reference_stats
+from basis_jax.commands import evaluate, generate, reference_stats, train
 from basis_jax.config import Config, DataSection, EvalSection, ModelSection, OptimSection
 from basis_jax.data.problem import Problem
 from basis_jax.model.sharding import make_mesh
@@ -130,6 +131,58 @@ def test_generate_shows_samples_their_log_probs_and_the_value(monkeypatch, capsy
         assert f"log-prob {logprobs[i]:.2f}, {graded.rollouts.completion_lengths[i]} tok" in line
         assert ("right (" in line) == bool(graded.rewards[i])
     assert lines[4] == f"right answer: 5; value: {int(graded.rewards.sum())} of 3 samples right"
+
+
+BEFORE = {"a": 0.5, "a_low": 0.46, "a_high": 0.53}
+AFTER = {"a": 0.6, "a_low": 0.57, "a_high": 0.64}
+
+
+def test_what_was_gained_has_an_interval():
+    """0.1 - sqrt(0.03^2 + 0.03^2) to 0.1 + sqrt(0.04^2 + 0.04^2)."""
+    assert train.gain("accuracy", "a", BEFORE, AFTER) == (
+        "accuracy 50.0% -> 60.0% (+10.0 points, 95 % interval +5.8 to +15.7)"
+    )
+
+
+def test_a_run_ends_with_commands_to_paste(monkeypatch, tmp_path):
+    """They keep the run's own arguments, and the way in which it was started."""
+    long = {"problem": "p" * 100}
+    rows = [long, {"problem": [["user", "hi"]]}, {"problem": "what is it?"}]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--config", "quickstart", "--run-dir", str(tmp_path), "--data.prefix", "a b"]
+    monkeypatch.setattr(sys, "argv", ["basis-jax train", *arguments])
+    evaluate_, generate_, convert = train.next_commands(tmp_path, held_out=True)
+    given = f"--config quickstart --run-dir {tmp_path} --data.prefix 'a b'"
+    out = f"--checkpoint {tmp_path} --out {tmp_path}/evaluation"
+    assert evaluate_ == f"basis-jax evaluate {given} {out}"
+    assert generate_ == f"basis-jax generate {tmp_path} 'what is it?'"
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py", *arguments])
+    generate_, convert = train.next_commands(tmp_path, held_out=False)
+    assert convert == f"python scripts/convert.py {tmp_path} --to {tmp_path}/model"
+
+
+def test_an_option_is_left_out_with_its_value(monkeypatch):
+    words = ["x", "--out", "a", "--checkpoint=b", "--eval.size", "3", "--checkpoint", "c"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert command_line.arguments_without("--out", "--checkpoint") == ["--eval.size", "3"]
+
+
+def test_evaluate_and_reference_stats_say_first_what_they_will_do(tmp_path):
+    eval_section = EvalSection(sets=("a", "b"), samples=4, set_samples={"b": 8})
+    config = Config(
+        run_dir="", model=ModelSection(path="M"), data=DataSection(path="d"), eval=eval_section
+    )
+    assert evaluate.announcement(config, "", tmp_path) == (
+        "evaluating M on a (4 completions of each problem at temperature 1), b (8 completions of "
+        f"each problem at temperature 1); results go to {tmp_path} (new)"
+    )
+    (tmp_path / "completions.jsonl").touch()
+    assert evaluate.announcement(config, "run", tmp_path).endswith(f"{tmp_path} (continued)")
+    samples = config.estimator.table_samples
+    assert reference_stats.announcement(config, tmp_path / "t.npz") == (
+        f"making the reference table of M on d: {samples} completions of each problem; file "
+        f"{tmp_path}/t.npz (new)"
+    )
 
 
 LEVELS = "def reward(completions, level): return [float(x) for x in level]\n"

@@ -554,6 +554,19 @@ def test_the_report_shows_every_problem_with_right_and_wrong_completions(evaluat
             assert section.count("<p class=wrong>") >= (right < SAMPLES)
 
 
+def test_the_report_averages_only_several_sets(evaluation, tmp_path):
+    """And its intervals have a line of their own."""
+    for sets in (("one", "two"), ("one",)):
+        chosen = dataclasses.replace(evaluation, sets={k: evaluation.sets[k] for k in sets})
+        found, _ = write(chosen, tmp_path / "-".join(sets))
+        about = {"evaluated": "m", "protocol": {}}
+        page = "".join(report(found, about, tmp_path / "-".join(sets) / "completions.jsonl"))
+        rows = [line for line in page.split("\n<") if line.startswith("tr><td>")]
+        assert len(rows) == {2: 3, 1: 1}[len(sets)]
+        assert ("<td>average</td>" in page) == ("<li>average:" in page) == (len(sets) == 2)
+        assert re.search(r"<td>[0-9.]+%\n\[[0-9.]+%, [0-9.]+%\]</td>", page)
+
+
 def test_completions_that_could_not_be_graded_are_said_aloud(evaluation, tmp_path):
     """By set where it stands alone, as a share of all while training; nothing where there are
     none."""
