@@ -165,6 +165,7 @@ def test_a_decode_step_moves_weights_and_cache_once():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("remat", "layers", "rows", "width", "least"),
     [("none", 4, 4, 128, BAND[0]), ("dots", 16, 4, 128, BAND[0]), ("full", 4, 8, 16, 0.9)],

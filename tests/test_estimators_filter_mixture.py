@@ -97,6 +97,7 @@ def test_five_steps_equal_the_float64_loop_duplicates_included(dimension):
 
 
 # ------------------------------------------------------------------------------------ own reward
+@pytest.mark.slow
 def test_the_own_reward_is_in_no_value_and_reaches_the_next_step():
     """After four steps, so that the weights are uneven; problems occur twice, rewards are any."""
     rng = np.random.default_rng(0)

@@ -78,6 +78,7 @@ def test_a_completion_without_a_verdict_counts_as_wrong():
     assert problem_scores(rewards, rewards > 0, 4).tolist() == [0.5, 0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [("one",), ("two",), ("one", "two")], ids=" ".join)
 def test_a_set_without_a_verdict_ends_training_and_leaves_the_other_its_result(
     evaluation, tmp_path, dead

@@ -61,6 +61,7 @@ def assert_equal(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_before_the_first_step_the_policy_is_the_base_model_bit_for_bit(dtype):
     """Its log-probabilities, with weights kept in the compute dtype, and what it decodes with."""
@@ -124,6 +125,7 @@ def directions(layers, gradients):
     return expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 2)], ids=["1 device", "4 devices"])
 def test_gradients_are_those_of_the_full_model_in_the_adapters_directions(merged_gradient, sizes):
     """And the log-probabilities those of the merged model, to 1e-5 of the largest."""
@@ -222,6 +224,7 @@ def batch(rows=4):
     )
 
 
+@pytest.mark.slow
 def test_an_update_changes_the_adapters_alone_and_takes_the_base_as_an_argument():
     """Another base needs no other program: it is not a constant of it. A measurement is of the
     adapters, too."""

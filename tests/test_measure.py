@@ -44,6 +44,7 @@ def sums_of_gradients(params, micro):
     return np.stack([ravel_pytree(jax.grad(row)(params, i))[0] for i in range(4)], dtype=np.float64)
 
 
+@pytest.mark.slow
 def test_a_measurement_is_what_single_gradients_say_in_the_metric_of_adamw():
     """Two updates, so that the moments are not those of the measured batch alone; the baseline of
     the second is .3. Oracle: all row gradients and all sums by hand, in float64; the signs are

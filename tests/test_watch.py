@@ -125,6 +125,7 @@ def test_all_wrong_moves_nothing_and_ends_the_run(
     assert shown.count("valid rewards of this step are 0: there is nothing to learn") == 1
 
 
+@pytest.mark.slow
 def test_the_first_update_is_that_of_the_start_and_the_estimator_still_learns(
     monkeypatch, tiny_folder, dapo_file, tmp_path
 ):
@@ -144,6 +145,7 @@ def test_all_right_is_solved(monkeypatch, capsys, tiny_folder, dapo_file, tmp_pa
     assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
 
 
+@pytest.mark.slow
 def test_every_evaluation_says_what_could_not_be_graded(
     monkeypatch, capsys, tiny_folder, dapo_file, tmp_path
 ):
