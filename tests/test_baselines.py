@@ -258,6 +258,7 @@ def test_few_rows_draw_the_map_to_the_constant():
     assert slopes[0] < 0.8 * slopes[1]
 
 
+@pytest.mark.slow
 def test_the_values_stay_those_of_the_other_estimator():
     plain, wrapped = (estimators.make(f"spo{x}") for x in ("", "+least_variance"))
     counts = np.full(SIZE, 4), np.full(SIZE, 8)

@@ -284,6 +284,7 @@ def test_permuting_rows_within_their_folds_permutes_the_robust_estimate():
     np.testing.assert_allclose(permuted.values, e.values[order], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["robust", "published"])
 def test_invalid_rows_change_nothing_whatever_they_hold(rule):
     """Same answer as without them, NaN rewards and impossible counts included; advantage 0."""

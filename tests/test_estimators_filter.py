@@ -43,6 +43,7 @@ def test_six_steps_equal_the_float64_loop_duplicates_included(dimension):
         np.testing.assert_array_equal(state.last, expected["last"])
 
 
+@pytest.mark.slow
 def test_a_sudden_collapse_is_followed_and_not_overshot():
     """All solve for three steps, then all fail: w lands on the posterior mode at once, where full
     Newton steps from sigmoid(6) would leave by hundreds of logits."""

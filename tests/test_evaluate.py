@@ -174,6 +174,7 @@ class Mixed(Verifier):
         return [verdict_of(kinds[i % 4], "") for i in range(len(completions))]
 
 
+@pytest.mark.slow
 def test_every_kind_of_verdict_has_its_share_among_all_held_out_completions(
     setup,  # noqa: F811
     problems,  # noqa: F811

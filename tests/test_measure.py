@@ -110,6 +110,7 @@ def test_rollouts_with_a_common_gradient_do_not_add_up():
     assert np.mean(found) == pytest.approx(np.sum(rows**2), rel=0.25)
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_of_the_update():
     rng, params = np.random.default_rng(1), tiny.params()
     optimizer = make_optimizer(OPTIM, updates=9)

@@ -65,6 +65,7 @@ def completions(rollouts):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_recorded_logprobs_are_those_of_the_trainer(temperature):
     sampling = dataclasses.replace(SAMPLING, temperature=temperature)
@@ -351,6 +352,7 @@ def test_caches_stay_where_they_are(sizes):
             assert all(len(shape.split(",")) < 3 for _, shape in moved), moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new", [9, 40])
 def test_rows_are_handed_on_as_they_end(new):
     """Each once and complete, before the last of them is there."""

@@ -237,6 +237,7 @@ def test_microbatches_without_a_verdict_are_left_out_unless_there_is_nothing_els
     assert {3, 9} <= set(index.tolist()) and len(index) == 4 and width == 64 and not others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatch", [2, 4])
 def test_microbatches_do_not_change_the_gradient(whole, microbatch):
     check_same(one_update(microbatch=microbatch), whole)
