@@ -139,17 +139,11 @@ def resize_cache(slots: Slots, *, cache_length: int) -> Slots:
     """
 
     def resize(path, x):
-        fitted = resize_array(x, name=path[0].name, length=cache_length)
+        fitted = resized(x, path[0].name, cache_length)
         x.delete()
         return fitted
 
     return dataclasses.replace(slots, cache=jax.tree.map_with_path(resize, slots.cache))
-
-
-@functools.partial(jax.jit, static_argnames=("name", "length"))
-def resize_array(x: Array, *, name: str, length: int) -> Array:
-    """One array of the cache, laid out as in ``constrain_slots``."""
-    return constrain(resized(x, name, length), cache_axes(name, x))
 
 
 @jax.jit
