@@ -165,18 +165,35 @@ class EstimatorSection:
 @dataclass(frozen=True)
 class LossSection:
     objective: str = "ppo_clip"
-    """``ppo_clip``, ``gspo`` (with ``sequence_mean`` and clips of about 3e-4), ``cispo`` or
-    ``gpg``."""
+    """``ppo_clip``, ``gspo`` (clips of about 3e-4), ``cispo``, ``gpg``, or a regression on whole
+    completions: ``a_star_po``, ``rebel``, ``tbrm``. ``gspo`` and the regressions need
+    ``sequence_mean``; ``a_star_po`` and ``tbrm`` keep the starting weights in memory."""
     clip_low: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]; DAPO's clip-higher: 0.2, 0.28."""
     clip_high: float = 0.2
     """The upper end of that range."""
     dual_clip: float = 0.0
     """Upper bound, above 1, on the ratio of tokens with negative advantage (0: off; often 3)."""
-    tis_cap: float = 0.0
-    """Weight each token by p_trainer / p_sampler of the policy that sampled, at most by this (0:
-    off; often 2). It corrects for a sampler of lower precision, and is separate from the clipped
-    ratio."""
+    beta: float = 1e-3
+    """Of the regressions: the larger, the closer to the starting policy (``rebel``: to the policy
+    that sampled, with the paper's eta = 1 / beta)."""
+    sampler_correction: str = "none"
+    """Correct for a sampler of lower precision by p_trainer / p_sampler of the policy that sampled:
+    ``tis`` (weight of a token, at most ``sampler_cap``), ``sequence_tis`` (of a whole completion),
+    ``icepop`` (tokens outside ``sampler_floor`` to ``sampler_cap`` weigh 0), ``mask`` (completions
+    whose geometric mean is outside are left out), ``ais`` (TIS, as far as the whole update calls
+    for it). It is separate from the clipped ratio. ``mask`` and ``ais`` cost a forward pass if a
+    step has one update."""
+    sampler_cap: float = 2.0
+    """Largest p_trainer / p_sampler. Published: 2 (TIS), 5 (IcePop, AIS), 1.001 (mask)."""
+    sampler_floor: float = 0.5
+    """Smallest p_trainer / p_sampler, of ``icepop`` and ``mask``. Published: 0.5 and 0.999."""
+    ais_mismatch: float = 0.02
+    """Mean difference in nats a token at which ``ais`` corrects in full."""
+    ais_variance: float = 1.2
+    """Growth of the advantages' standard deviation above which ``ais`` corrects less."""
+    ais_beta: float = 1.0
+    """How much less. The paper does not print its value; 0 leaves the term out."""
     kl: str = "k3+"
     """Estimate of KL(policy || starting policy): ``k1``, ``k2``, ``k3``, or ``k3+`` (value of k3,
     gradient of k2)."""
@@ -187,6 +204,11 @@ class LossSection:
     logprob_chunk: int = 512
     """Positions whose logits exist at once, of ``train.microbatch_rollouts`` rows a device; memory
     is rows x chunk x vocabulary, also where a microbatch has more and shorter rows."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss uses the log-probabilities of the starting policy."""
+        return self.kl_coef > 0 or self.objective in ("a_star_po", "tbrm")
 
 
 @dataclass(frozen=True)
@@ -344,7 +366,17 @@ class Config:
 def config_from(values: Mapping[str, Any]) -> Config:
     """The ``Config`` that ``dataclasses.asdict`` made ``values`` of, from a run's config.json or a
     checkpoint. Fields that it lacks keep their defaults; raises ValueError for unknown ones."""
-    return _replaced(Config(run_dir=""), values)
+    return _replaced(Config(run_dir=""), renamed(values))
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config with the fields of older versions under today's names: ``loss.tis_cap`` C is
+    ``loss.sampler_correction tis`` with ``loss.sampler_cap`` C, and 0 is none."""
+    loss = dict(values.get("loss", {}))
+    cap = loss.pop("tis_cap", 0)
+    if cap:
+        loss |= {"sampler_correction": "tis", "sampler_cap": cap}
+    return {**values, "loss": loss}
 
 
 def _replaced(section: Any, values: Mapping[str, Any]) -> Any:

@@ -79,8 +79,10 @@ class Batch:
     advantages: Float[AnyArray, " N"]
     old_logprobs: Float[AnyArray, "N T"] | None  # None: strictly on-policy, old = current
     sampler_logprobs: Float[AnyArray, "N T"]
-    ref_logprobs: Float[AnyArray, "N T"] | None = None  # None: no KL term
+    ref_logprobs: Float[AnyArray, "N T"] | None = None  # None: no reference
     rows: Int[AnyArray, " N"] | None = None  # numbers of the rollouts in their update
+    row_offsets: Float[Array, " N"] | None = None  # added to the residuals of a regression
+    ais_alpha: Float[Array, ""] | None = None  # of the whole update
 
 
 @pytree

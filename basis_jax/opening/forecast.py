@@ -75,7 +75,7 @@ def step_bounds(
         width=prompt + new,
         microbatch=rollouts_per_pass(train, batch_shards(mesh)),
     )
-    passes = (updates > 1) + bool(config.loss.kl_coef)
+    passes = (updates > 1) + config.loss.needs_reference
     score = prefill_bound(model_config, mesh, chip, rows=rollouts, width=prompt + new)
     return Step(
         sampling=token.times(new * rollouts / slots),

@@ -60,7 +60,7 @@ def memory_needs(
     trained = costs.parameter_bytes(model_config, mesh, part=lora.trained)
     moment = jnp.dtype(config.optim.moments_dtype).itemsize
     moments = {"moments": trained * moment // 2} if training else {}
-    reference = {"a KL term's reference": trained} if training and config.loss.kl_coef else {}
+    reference = {"the reference": trained} if training and config.loss.needs_reference else {}
     slots = min(train.sample_rollouts, rows)
     sampler = computed_in(model_config, config.sampling.dtype)
     parts = costs.sampling_memory(

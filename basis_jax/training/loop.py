@@ -25,6 +25,7 @@ from basis_jax.runs.shared_records import SharedRecords
 from basis_jax.runs.stopping import Stopper, StopRequested
 from basis_jax.sampling.rollouts import Graded, roll_out
 from basis_jax.training.microbatches import make_batches
+from basis_jax.training.objective import make_score
 from basis_jax.training.session import (
     Session,
     open_session,
@@ -46,7 +47,6 @@ from basis_jax.training.update import (
     finish_step,
     make_estimate,
     make_learn,
-    make_score,
     make_update,
     merge_updates,
     newest_learning_rate,
@@ -274,6 +274,8 @@ def make_step(
         session.setup.model_config,
         optimizer_of(session.config),
         optim=session.config.optim,
+        group_size=session.config.sampling.group_size,
+        rollouts=session.config.train.minibatch_rollouts,
         **objective_of(session),
     )
     learn = make_learn(session.estimator)
@@ -337,7 +339,7 @@ def microbatch_maker(session: Session) -> Callable[..., list[list[Batch]]]:
     """Make a function (graded, estimate, state) -> the microbatches of every update of a step."""
     config = session.config
     score = make_score(session.setup.model_config, **objective_of(session))
-    start = start_params(session) if config.loss.kl_coef else None
+    start = start_params(session) if config.loss.needs_reference else None
 
     def make(graded: Graded, estimate: Estimate, *, state: TrainState) -> list[list[Batch]]:
         return make_batches(

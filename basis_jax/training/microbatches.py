@@ -42,7 +42,7 @@ def make_batches(
     grade count neither in the loss nor in its denominators. With one update per step the policy is
     still the one that sampled, so ``old_logprobs`` need no pass of their own. With several updates
     all rollouts are scored before the first one. ``reference``: the parameters of the reference
-    policy in the KL term of ``loss.kl_coef``.
+    policy, where ``loss.needs_reference``.
     """
     rollouts, rows = graded.rollouts, config.train.minibatch_rollouts
     max_width = rollouts.tokens.shape[1]

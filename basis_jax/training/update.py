@@ -10,21 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from basis_jax import processes
 from basis_jax.config import LossSection, OptimSection
 from basis_jax.estimators import Estimator, noise_report
-from basis_jax.losses import kl_loss, policy_loss, sampler_weights
-from basis_jax.masked import masked_max, masked_sum
 from basis_jax.model import decoder, lora
 from basis_jax.model.decoder import ModelConfig
-from basis_jax.model.logprobs import token_logprobs
 from basis_jax.model.sharding import named_tree
 from basis_jax.sampling.rollouts import Graded
+from basis_jax.training.first_pass import make_first_pass
 from basis_jax.training.gradient_sum import make_gradient_sum
 from basis_jax.training.measure import make_measure
 from basis_jax.training.moments import kept_in_bfloat16
+from basis_jax.training.objective import policy_objective
 from basis_jax.types import Batch, Estimate, Measurement, Signals, TrainState
 from basis_jax.verify.verdicts import RIGHT_ABOVE, shares
 
@@ -213,95 +212,6 @@ def merge_updates(outcomes: list[dict[str, Float[Array, ""]]]) -> dict[str, floa
     return merged
 
 
-def make_score(
-    model_config: ModelConfig, *, loss: LossSection, temperature: float, microbatch: int
-) -> Callable[[PyTree, Array, Array], Array]:
-    """Make the jitted function (params, tokens [N T], mask [N T]) -> log-probabilities [N T].
-
-    They are those of the trainer's policy for one microbatch, and 0 outside the mask.
-    """
-    score_micro = functools.partial(
-        micro_logprobs, loss=loss, temperature=temperature, microbatch=microbatch
-    )
-
-    @jax.jit
-    def score(params, tokens, mask):
-        return score_micro(params, model_config, tokens, mask)[0]
-
-    return score
-
-
-def micro_logprobs(
-    params: PyTree,
-    model_config: ModelConfig,
-    tokens: Int[Array, "N T"],
-    mask: Bool[Array, "N T"],
-    *,
-    loss: LossSection,
-    temperature: float,
-    microbatch: int,
-) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
-    """``token_logprobs`` in chunks of microbatch x logprob_chunk tokens.
-
-    A batch with more rows takes fewer positions at a time.
-    """
-    chunk = max(1, loss.logprob_chunk * microbatch // tokens.shape[0])
-    return token_logprobs(
-        params, model_config, tokens, mask=mask, temperature=temperature, chunk=chunk
-    )
-
-
-def policy_objective(
-    params: PyTree,
-    batch: Batch,
-    *,
-    model_config: ModelConfig,
-    loss: LossSection,
-    temperature: float,
-    microbatch: int,
-) -> tuple[Float[Array, ""], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]:
-    """The microbatch's share of the loss, its sums over tokens, and its largest log-prob gap."""
-    mask = jnp.asarray(batch.completion_mask)
-    logprobs, entropy = micro_logprobs(
-        params,
-        model_config,
-        jnp.asarray(batch.tokens),
-        mask,
-        loss=loss,
-        temperature=temperature,
-        microbatch=microbatch,
-    )
-    value, clipped = policy_loss(
-        logprobs,
-        batch,
-        loss.objective,
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        dual_clip=loss.dual_clip,
-        tis_cap=loss.tis_cap,
-    )
-    old = logprobs if batch.old_logprobs is None else jnp.asarray(batch.old_logprobs)
-    gap = jnp.abs(old - batch.sampler_logprobs)
-    sums = {
-        "tokens": jnp.sum(mask).astype(jnp.float32),
-        "policy/loss": value,
-        "policy/clip_fraction": jnp.sum(clipped).astype(jnp.float32),
-        "policy/entropy": masked_sum(entropy, mask),
-        "policy/kl_old": masked_sum(old - logprobs, mask),
-        "sampler/logprob_gap_mean": masked_sum(gap, mask),
-    }
-    if loss.tis_cap:
-        weights = sampler_weights(logprobs, batch, cap=loss.tis_cap)
-        capped = mask & (weights >= loss.tis_cap)
-        sums["sampler/weight_mean"] = masked_sum(weights, mask)
-        sums["sampler/weight_capped"] = jnp.sum(capped).astype(jnp.float32)
-    if loss.kl_coef:
-        penalty, kl = kl_loss(logprobs, batch, loss.kl)
-        value += loss.kl_coef * penalty
-        sums |= {"policy/loss": value, "policy/kl_ref": jnp.sum(kl)}
-    return value, jax.lax.stop_gradient((sums, masked_max(gap, mask)))
-
-
 def make_update(
     model_config: ModelConfig,
     optimizer: optax.GradientTransformation,
@@ -310,6 +220,8 @@ def make_update(
     loss: LossSection,
     temperature: float,
     microbatch: int,
+    group_size: int = 1,
+    rollouts: int = 0,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Make the function (state, microbatches) -> state, metrics: one optimizer update.
 
@@ -317,7 +229,8 @@ def make_update(
     the global denominators, so the sum is the gradient of the whole update, however it is split.
     Nothing is copied to the host until the metrics are read. Parameters and moments are donated;
     ``step`` and the estimator's state are passed on unchanged. With ``measured=True`` the metrics
-    also hold a ``Measurement``, which uses AdamW's settings in ``optim``.
+    also hold a ``Measurement``, which uses AdamW's settings in ``optim``. ``group_size`` and
+    ``rollouts``, those of an update, are for losses that compare the rollouts of a prompt.
     """
     objective = functools.partial(
         policy_objective,
@@ -327,6 +240,14 @@ def make_update(
         microbatch=microbatch,
     )
     axes = lora.trained(decoder.param_axes(model_config))
+    first_pass = make_first_pass(
+        model_config,
+        loss=loss,
+        temperature=temperature,
+        microbatch=microbatch,
+        group_size=group_size,
+        rollouts=rollouts,
+    )
     gradient_sum = make_gradient_sum(objective, axes)
     without_kl = functools.partial(objective, loss=replace(loss, kl_coef=0.0))
     measure = make_measure(
@@ -337,6 +258,7 @@ def make_update(
     def update(
         state: TrainState, micros: list[Batch], *, measured: bool = False
     ) -> tuple[TrainState, dict[str, Any]]:
+        micros = first_pass(state, micros)
         found = {"measurement": measure(state, micros)} if measured else {}
         total = gradient_sum(state.params, state.frozen, micros)
         params, opt_state, metrics = apply(state.params, state.opt_state, total)
