@@ -160,6 +160,7 @@ def oracle(objective, beta, group=4):
     return jax.tree.map(jnp.subtract, tiny.params(), gradient), value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["a_star_po", "tbrm", "rebel"])
 def test_an_update_is_the_regression_over_all_rows_however_it_is_split(objective):
     """Rows in the order of their lengths, prompts of four spread over microbatches of two."""

@@ -23,7 +23,7 @@ from basis_jax.estimators.declare import (
 )
 from basis_jax.estimators.filter_mixture import value_filter_init, value_filter_update
 from basis_jax.estimators.group import dr_grpo, gpg, grpo, opo, reinforce_pp_baseline, rloo
-from basis_jax.estimators.group_best import best_of_group, pass_at_k
+from basis_jax.estimators.group_best import best_of_group, pass_at_k, ucpo
 from basis_jax.estimators.history import (
     dbb_init,
     dbb_update,
@@ -89,6 +89,7 @@ ESTIMATORS = {
         takes=("table",),
         options=("decay", "convention", "low", "high"),  # no run measures ``staleness``
     ),
+    "ucpo": Definition(ucpo, needs=(*GROUPS, "logprob_sum", "lengths")),
     "v05": Definition(v05, needs=(*GROUPS, "table")),
     "value_filter": Definition(
         value_filter_update, value_filter_init, needs=HISTORY, takes=("table", "features")
@@ -107,7 +108,6 @@ LIBRARY_ONLY = {
     "gae": "a critic's token values",
     "remax": "the rewards of greedy completions",
     "sr_ppo": "a critic's prefix values",
-    "ucpo": "log-probabilities of the completions",
     "vineppo": "rollouts from inside the completions",
 }
 """Functions of more than a training step's Signals and table, and what they need besides."""
