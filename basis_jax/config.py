@@ -34,13 +34,8 @@ class ModelSection:
     lora_alpha: float = 32.0
     """Weight of the adapters, divided by their rank."""
     lora_targets: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
     )
     """Projections that have an adapter in every layer."""
 
@@ -155,7 +150,6 @@ class EstimatorSection:
     """Weight of a completion in baselines of least noise, summed over its tokens: ``logits``, the
     squared norm of the score in the logits (right for plain gradient descent), or ``natural``,
     1 / p - 1 for a token of probability p (closer to AdamW's scaling)."""
-
     measure_every: int = 8
     """Steps between measurements of the gradient, for estimators that learn from them:
     measured_mean. Each costs two more backward passes over an update's rollouts, and the memory of
@@ -165,9 +159,9 @@ class EstimatorSection:
 @dataclass(frozen=True)
 class LossSection:
     objective: str = "ppo_clip"
-    """``ppo_clip``, ``gspo`` (clips of about 3e-4), ``cispo``, ``gpg``, or a regression on whole
-    completions: ``a_star_po``, ``rebel``, ``tbrm``. ``gspo`` and the regressions need
-    ``sequence_mean``; ``a_star_po`` and ``tbrm`` keep the starting weights in memory."""
+    """``ppo_clip``, ``gspo`` (clips of about 3e-4), ``cispo``, ``gpg``, or a regression:
+    ``a_star_po``, ``rebel``, ``tbrm``. ``gspo`` and the regressions need ``sequence_mean``;
+    ``a_star_po`` and ``tbrm`` keep the starting weights in memory."""
     clip_low: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]; DAPO's clip-higher: 0.2, 0.28."""
     clip_high: float = 0.2
@@ -178,12 +172,11 @@ class LossSection:
     """Of the regressions: the larger, the closer to the starting policy (``rebel``: to the policy
     that sampled, with the paper's eta = 1 / beta)."""
     sampler_correction: str = "none"
-    """Correct for a sampler of lower precision by p_trainer / p_sampler of the policy that sampled:
-    ``tis`` (weight of a token, at most ``sampler_cap``), ``sequence_tis`` (of a whole completion),
-    ``icepop`` (tokens outside ``sampler_floor`` to ``sampler_cap`` weigh 0), ``mask`` (completions
-    whose geometric mean is outside are left out), ``ais`` (TIS, as far as the whole update calls
-    for it). It is separate from the clipped ratio. ``mask`` and ``ais`` cost a forward pass if a
-    step has one update."""
+    """Correct for a sampler of lower precision by p_trainer / p_sampler: ``tis`` (weight of a token,
+    at most ``sampler_cap``), ``sequence_tis`` (of a completion), ``icepop`` (tokens outside
+    ``sampler_floor`` to ``sampler_cap`` weigh 0), ``mask`` (completions whose geometric mean is
+    outside are left out), ``ais`` (TIS, as far as the whole update calls for it). ``mask`` and
+    ``ais`` cost a forward pass if a step has one update."""
     sampler_cap: float = 2.0
     """Largest p_trainer / p_sampler. Published: 2 (TIS), 5 (IcePop, AIS), 1.001 (mask)."""
     sampler_floor: float = 0.5
@@ -212,6 +205,27 @@ class LossSection:
 
 
 @dataclass(frozen=True)
+class CriticSection:
+    """Of ``estimator.name gae``: a linear value head on the policy's final states, which have no
+    gradient from it."""
+
+    lr: float = 3e-3
+    """Adam's learning rate of the head. The states have length 1, so an update moves a value by at
+    most about lr times the root of the model's width."""
+    warmup_steps: int = 0
+    """First steps in which only the critic is updated."""
+    clip: float = 0.5
+    """A value counts in the loss as no nearer to its return than if it had moved by this in a step
+    (0: off)."""
+    discount: float = 1.0
+    """GAE's gamma."""
+    trace_decay: float = 1.0
+    """GAE's lambda; at 1 an advantage is the reward minus the token's value."""
+    whiten: bool = True
+    """Whether advantages are whitened over the tokens of the step."""
+
+
+@dataclass(frozen=True)
 class OptimSection:
     lr: float = 1e-6
     """AdamW's learning rate, after warm-up and before decay."""
@@ -229,10 +243,9 @@ class OptimSection:
     """AdamW's decoupled weight decay."""
     moments_dtype: str = "float32"
     """The dtype of AdamW's two moments: ``float32``, or ``bfloat16`` with half the memory. They are
-    computed in float32 and rounded stochastically, which keeps the mean. Rounded to nearest, the
-    second moment would not change, because its relative changes of (1 - b2) are below half a unit
-    in bfloat16's last place. The noise of rounding is at most 2^-8 / sqrt(1 - b^2) of a moment:
-    0.9 % of the first at b1 = 0.9, 8.7 % of the second at b2 = 0.999."""
+    computed in float32 and rounded stochastically, which keeps the mean. The noise of rounding is
+    at most 2^-8 / sqrt(1 - b^2) of a moment: 0.9 % of the first at b1 = 0.9, 8.7 % of the second at
+    b2 = 0.999."""
     max_grad_norm: float = 1.0
     """Global-norm gradient clipping (0: off)."""
 
@@ -349,6 +362,7 @@ class Config:
     sampling: SamplingSection = SamplingSection()
     estimator: EstimatorSection = EstimatorSection()
     loss: LossSection = LossSection()
+    critic: CriticSection = CriticSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     watch: WatchSection = WatchSection()

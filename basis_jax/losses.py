@@ -39,6 +39,14 @@ def loss_weights(
     raise ValueError(f"loss.aggregation is {aggregation!r}; allowed are {', '.join(AGGREGATIONS)}")
 
 
+def token_advantages(batch: Batch) -> Float[Array, "N T"]:
+    """The batch's advantages by token; those of a row are the same for each of its tokens."""
+    advantages = jnp.asarray(batch.advantages)
+    if advantages.ndim == 1:
+        advantages = jnp.broadcast_to(advantages[:, None], batch.completion_mask.shape)
+    return advantages
+
+
 def policy_loss(
     logprobs: Float[Array, "N T"],
     batch: Batch,
@@ -68,7 +76,7 @@ def policy_loss(
     with respect to logp. ``factors``, such as ``corrections.sampler_weights``, multiply every
     token's term and have no gradient. Raises ValueError for another objective.
     """
-    mask, a = jnp.asarray(batch.completion_mask), jnp.asarray(batch.advantages)[:, None]
+    mask, a = jnp.asarray(batch.completion_mask), token_advantages(batch)
     logprobs = jnp.where(mask, logprobs, 0.0)
     fixed = jax.lax.stop_gradient(logprobs)
     old = fixed if batch.old_logprobs is None else jnp.where(mask, batch.old_logprobs, 0.0)
@@ -147,6 +155,23 @@ def regression_loss(
     weights = jnp.sum(batch.loss_weights, axis=1)
     residuals = jnp.where(weights > 0, residuals, 0.0)
     return jnp.sum(weights * residuals**2), residuals
+
+
+def value_loss(values: Float[Array, "N T"], batch: Batch, *, clip: float) -> Float[Array, ""]:
+    """PPO's value loss, sum of w / 2 max((V - R)^2, (V' - R)^2) over the tokens in the mask.
+
+    R = ``batch.returns``, V' = V_old + clip(V - V_old, -clip, clip), V_old = ``batch.old_values``.
+    Without clipping (0) V' = V (Schulman et al. 2017; 0.5 in verl and OpenRLHF, 0.2 in tunix). w
+    are the loss weights: with ``token_mean`` it is half the mean over tokens. Raises ValueError for
+    a batch without returns or old values.
+    """
+    if batch.returns is None or batch.old_values is None:
+        raise ValueError("the batch has no returns or old_values, which a value loss needs")
+    errors = (values - batch.returns) ** 2
+    if clip:
+        near = batch.old_values + jnp.clip(values - batch.old_values, -clip, clip)
+        errors = jnp.maximum(errors, (near - batch.returns) ** 2)
+    return 0.5 * jnp.sum(batch.loss_weights * jnp.where(batch.completion_mask, errors, 0.0))
 
 
 def kl_loss(

@@ -39,6 +39,7 @@ def signals(seed=0, **changes):
         lengths=jnp.asarray(rng.integers(1, 9, ROWS), jnp.int32),
         score_norms=jnp.asarray(rng.gamma(0.5, size=ROWS), jnp.float32),
         logprob_sum=jnp.asarray(-rng.random(ROWS), jnp.float32),
+        start_values=jnp.asarray(rng.random(ROWS), jnp.float32),
     )
     return dataclasses.replace(made, **{k: jnp.asarray(v) for k, v in changes.items()})
 

@@ -45,7 +45,13 @@ ROOMS["commands"] = {*ROOMS} - {"commands"}
 
 ONLY = {
     "flax": {"model.decoder"},
-    "optax": {"training.measure", "training.moments", "training.start", "training.update"},
+    "optax": {
+        "training.critic",
+        "training.measure",
+        "training.moments",
+        "training.start",
+        "training.update",
+    },
     "orbax": {"runs.checkpoint", "weights.trained"},
     "transformers": {"weights.huggingface"},
     "matplotlib": {"runs.plots"},

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from basis_jax.estimators import by_reference
 from basis_jax.estimators.batchwise import basis
+from basis_jax.estimators.critic import start_advantages
 from basis_jax.estimators.declare import (
     OPTIONAL,
     SIGNALS,
@@ -61,6 +62,7 @@ ESTIMATORS = {
     "dbb": Definition(dbb_update, dbb_init, needs=HISTORY),
     "dr_grpo": Definition(dr_grpo, needs=GROUPS),
     "ema": Definition(ema_update, ema_init, needs=ROWS),
+    "gae": Definition(start_advantages, needs=(*ROWS, "start_values")),
     "gpg": Definition(gpg, needs=GROUPS),
     "grpo": Definition(grpo, needs=GROUPS),
     "james_stein": Definition(james_stein, needs=GROUPS),
@@ -105,7 +107,6 @@ LEAST_VARIANCE = "+least_variance"
 """Behind a name: ``value_filter+least_variance`` is ``least_variance(make("value_filter"))``."""
 
 LIBRARY_ONLY = {
-    "gae": "a critic's token values",
     "remax": "the rewards of greedy completions",
     "sr_ppo": "a critic's prefix values",
     "vineppo": "rollouts from inside the completions",

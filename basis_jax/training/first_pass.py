@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from basis_jax.config import LossSection
 from basis_jax.corrections import ais_alpha, ais_sums, kept_rows, sampler_gap
-from basis_jax.losses import regression_loss
+from basis_jax.losses import regression_loss, token_advantages
 from basis_jax.model import lora
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.training.objective import micro_scores
@@ -106,8 +106,7 @@ def finish_rebel(
 
 def sums_for_ais(loss: LossSection, logprobs: Float[Array, "N T"], micro: Batch) -> Sums:
     gap, mask = sampler_gap(logprobs, micro), jnp.asarray(micro.completion_mask)
-    advantages = jnp.broadcast_to(jnp.asarray(micro.advantages)[:, None], mask.shape)
-    return ais_sums(gap, advantages, mask, cap=loss.sampler_cap)
+    return ais_sums(gap, token_advantages(micro), mask, cap=loss.sampler_cap)
 
 
 def finish_ais(loss: LossSection, sums: Sums, logprobs: Float[Array, "N T"], micro: Batch) -> Batch:

@@ -1,6 +1,7 @@
 """What a run starts from: weights, optimizer, estimator state, and hashes of all of it."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from basis_jax.config import Config
 from basis_jax.model import decoder, lora
 from basis_jax.model.sharding import batch_shards, named_tree
 from basis_jax.opening.checks import rollouts_per_pass
+from basis_jax.training.critic import abstract_critic, first_critic
 from basis_jax.training.microbatches import updates_per_step
 from basis_jax.training.session import (
     Session,
@@ -86,7 +88,7 @@ def first_state(
     reference table, its state comes from there (made at ``run_dir/reference.npz``)."""
     frozen, params = frozen_params(session), start_params(session)
     whole = lora.whole(frozen, params)
-    return make_state(
+    state = make_state(
         params,
         optimizer_of(session.config),
         first_estimator_state(session, whole, run_dir / "reference.npz", report),
@@ -94,17 +96,21 @@ def first_state(
         mesh=session.setup.mesh,
         frozen=frozen,
     )
+    setup = session.setup
+    return replace(state, critic=first_critic(session.config, setup.model_config, setup.mesh))
 
 
 def state_shapes(session: Session) -> TrainState:
     """Shapes and layout that a checkpoint is restored into. No weights are read and no table is
     made. Frozen parameters are not part of it: see ``frozen_params``."""
-    return abstract_state(
+    state = abstract_state(
         optimizer_of(session.config),
         estimator_state_shapes(session),
         model_config=session.setup.model_config,
         mesh=session.setup.mesh,
     )
+    setup = session.setup
+    return replace(state, critic=abstract_critic(session.config, setup.model_config, setup.mesh))
 
 
 def start_params(session: Session) -> PyTree:

@@ -22,6 +22,7 @@ from basis_jax.sampling.rollouts import Graded
 from basis_jax.training.first_pass import make_first_pass
 from basis_jax.training.gradient_sum import make_gradient_sum
 from basis_jax.training.measure import make_measure
+from basis_jax.training.microbatches import Targets
 from basis_jax.training.moments import kept_in_bfloat16
 from basis_jax.training.objective import policy_objective
 from basis_jax.types import Batch, Estimate, Measurement, Signals, TrainState
@@ -134,7 +135,7 @@ def make_estimate(
     """The estimator's jitted step over the whole batch, before any split.
 
     The estimate's info includes ``noise_report``. The given state is donated: a step writes the
-    batch's problems in place and copies nothing else.
+    batch's problems in place and copies nothing else. ``targets``: of a critic.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -142,8 +143,13 @@ def make_estimate(
         state, found = estimator.update(state, signals)
         return state, replace(found, info=found.info | noise_report(signals, found))
 
-    def estimate(state: PyTree, graded: Graded) -> tuple[PyTree, Estimate]:
-        return update(state, make_signals(graded, aggregation=aggregation, score_norms=score_norms))
+    def estimate(
+        state: PyTree, graded: Graded, targets: Targets | None = None
+    ) -> tuple[PyTree, Estimate]:
+        signals = make_signals(graded, aggregation=aggregation, score_norms=score_norms)
+        if targets is not None:
+            signals = replace(signals, start_values=jnp.asarray(targets.start_values))
+        return update(state, signals)
 
     return estimate
 
@@ -197,8 +203,8 @@ def merge_updates(outcomes: list[dict[str, Float[Array, ""]]]) -> dict[str, floa
     Raises ValueError if a gradient or an update is not finite: the parameters are then unusable.
     """
     outcomes = jax.device_get(outcomes)
-    norms = ("policy/grad_norm", "policy/update_norm")
-    if not all(np.isfinite(o[name]) for o in outcomes for name in norms):
+    norms = ("policy/grad_norm", "policy/update_norm", "critic/grad_norm")
+    if not all(np.isfinite(o.get(name, 0.0)) for o in outcomes for name in norms):
         raise ValueError(
             "the update of this step is not finite, and none of it is saved; likely causes, in "
             "this order, are token ids beyond the model's vocabulary, NaN in the model's weights, "
