@@ -172,8 +172,8 @@ class LossSection:
     """Of the regressions: the larger, the closer to the starting policy (``rebel``: to the policy
     that sampled, with the paper's eta = 1 / beta)."""
     sampler_correction: str = "none"
-    """Correct for a sampler of lower precision by p_trainer / p_sampler: ``tis`` (weight of a token,
-    at most ``sampler_cap``), ``sequence_tis`` (of a completion), ``icepop`` (tokens outside
+    """Correct for a sampler of lower precision by p_trainer / p_sampler: ``tis`` (weight of a token
+    up to ``sampler_cap``), ``sequence_tis`` (of a completion), ``icepop`` (tokens outside
     ``sampler_floor`` to ``sampler_cap`` weigh 0), ``mask`` (completions whose geometric mean is
     outside are left out), ``ais`` (TIS, as far as the whole update calls for it). ``mask`` and
     ``ais`` cost a forward pass if a step has one update."""
@@ -206,17 +206,14 @@ class LossSection:
 
 @dataclass(frozen=True)
 class CriticSection:
-    """Of ``estimator.name gae``: a linear value head on the policy's final states, which have no
-    gradient from it."""
+    """Of ``estimator.name gae``: a linear value head on the policy's final states."""
 
     lr: float = 3e-3
-    """Adam's learning rate of the head. The states have length 1, so an update moves a value by at
-    most about lr times the root of the model's width."""
+    """Adam's learning rate of the head, whose states have length 1."""
     warmup_steps: int = 0
     """First steps in which only the critic is updated."""
     clip: float = 0.5
-    """A value counts in the loss as no nearer to its return than if it had moved by this in a step
-    (0: off)."""
+    """PPO's value clipping: values gain nothing by moving further than this in a step (0: off)."""
     discount: float = 1.0
     """GAE's gamma."""
     trace_decay: float = 1.0
@@ -242,10 +239,9 @@ class OptimSection:
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     moments_dtype: str = "float32"
-    """The dtype of AdamW's two moments: ``float32``, or ``bfloat16`` with half the memory. They are
-    computed in float32 and rounded stochastically, which keeps the mean. The noise of rounding is
-    at most 2^-8 / sqrt(1 - b^2) of a moment: 0.9 % of the first at b1 = 0.9, 8.7 % of the second at
-    b2 = 0.999."""
+    """The dtype of AdamW's two moments: ``float32``, or ``bfloat16`` with half the memory, rounded
+    stochastically. The noise of rounding is at most 2^-8 / sqrt(1 - b^2) of a moment: 0.9 % of the
+    first at b1 = 0.9, 8.7 % of the second at b2 = 0.999."""
     max_grad_norm: float = 1.0
     """Global-norm gradient clipping (0: off)."""
 
@@ -384,11 +380,9 @@ def config_from(values: Mapping[str, Any]) -> Config:
 
 
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved config with the fields of older versions under today's names: ``loss.tis_cap`` C is
-    ``loss.sampler_correction tis`` with ``loss.sampler_cap`` C, and 0 is none."""
+    """A saved config in today's names: ``loss.tis_cap`` is ``loss.sampler_correction`` tis now."""
     loss = dict(values.get("loss", {}))
-    cap = loss.pop("tis_cap", 0)
-    if cap:
+    if cap := loss.pop("tis_cap", 0):
         loss |= {"sampler_correction": "tis", "sampler_cap": cap}
     return {**values, "loss": loss}
 

@@ -167,11 +167,14 @@ def value_loss(values: Float[Array, "N T"], batch: Batch, *, clip: float) -> Flo
     """
     if batch.returns is None or batch.old_values is None:
         raise ValueError("the batch has no returns or old_values, which a value loss needs")
-    errors = (values - batch.returns) ** 2
+    values, returns, old = (
+        jnp.where(batch.completion_mask, x, 0.0) for x in (values, batch.returns, batch.old_values)
+    )
+    errors = (values - returns) ** 2
     if clip:
-        near = batch.old_values + jnp.clip(values - batch.old_values, -clip, clip)
-        errors = jnp.maximum(errors, (near - batch.returns) ** 2)
-    return 0.5 * jnp.sum(batch.loss_weights * jnp.where(batch.completion_mask, errors, 0.0))
+        near = old + jnp.clip(values - old, -clip, clip)
+        errors = jnp.maximum(errors, (near - returns) ** 2)
+    return 0.5 * jnp.sum(batch.loss_weights * errors)
 
 
 def kl_loss(

@@ -165,11 +165,17 @@ def make_critic_update(
         values = token_values(model_config, params, head, tokens, mask)
         return value_loss(values, micro, clip=section.clip)
 
+    def everywhere(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), tree)
+
+    @jax.jit
+    def zero(head: PyTree) -> Any:
+        return everywhere((jnp.float32(0), jax.tree.map(jnp.zeros_like, head)))
+
     @jax.jit
     def add(total: Any, head: PyTree, params: PyTree, frozen: PyTree, micro: Batch) -> Any:
         found = jax.value_and_grad(loss)(head, lora.whole(frozen, params), micro)
-        found = jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), found)
-        return found if total is None else jax.tree.map(jnp.add, total, found)
+        return everywhere(jax.tree.map(jnp.add, total, found))
 
     @jax.jit
     def apply(critic: CriticState, total: Any) -> tuple[CriticState, dict[str, Array]]:
@@ -181,7 +187,7 @@ def make_critic_update(
         return CriticState(head=head, opt_state=opt_state), told
 
     def update(state: TrainState, micros: list[Batch]) -> tuple[TrainState, dict[str, Array]]:
-        total = None
+        total = zero(state.critic.head)
         for micro in micros:
             total = add(total, state.critic.head, state.params, state.frozen, micro)
         critic, told = apply(state.critic, total)
