@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from basis_jax import processes
@@ -130,15 +130,15 @@ def make_optimizer(section: CriticSection) -> optax.GradientTransformation:
 
 def first_critic(config: Config, model_config: ModelConfig, mesh: Mesh) -> CriticState | None:
     """The critic before the first step, or None if the run has none."""
-    like = abstract_critic(config, model_config, mesh)
+    like = abstract_critic(config, model_config)
     if like is None:
         return None
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
     return processes.put_everywhere(mesh, zeros)
 
 
-def abstract_critic(config: Config, model_config: ModelConfig, mesh: Mesh) -> CriticState | None:
-    """Its shapes and layout: what a checkpoint is restored into."""
+def abstract_critic(config: Config, model_config: ModelConfig) -> CriticState | None:
+    """The critic's shapes, or None if the run has none."""
     if config.estimator.name != CRITIC:
         return None
 
@@ -146,11 +146,7 @@ def abstract_critic(config: Config, model_config: ModelConfig, mesh: Mesh) -> Cr
         head = {"weight": jnp.zeros(model_config.embed), "bias": jnp.float32(0)}
         return CriticState(head=head, opt_state=make_optimizer(config.critic).init(head))
 
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        jax.eval_shape(first),
-    )
+    return jax.eval_shape(first)
 
 
 def make_critic_update(

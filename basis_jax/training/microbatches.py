@@ -65,11 +65,7 @@ def make_batches(
         jnp.asarray(rollouts.prompt_lengths), jnp.asarray(rollouts.completion_lengths), max_width
     )
     mask = mask & jnp.asarray(graded.valid)[:, None]
-    off_policy = updates_per_step(config) > 1
-    credit: dict[str, Any] = {"advantages": np.asarray(estimate.advantages)}
-    if targets is not None:
-        credit = {"advantages": targets.advantages, "returns": targets.returns}
-        credit["old_values"] = targets.values
+    off_policy, credit = updates_per_step(config) > 1, credit_of(estimate, targets)
     updates = []
     for start in range(0, len(graded.valid), rows):
         weights = loss_weights(
@@ -99,6 +95,17 @@ def make_batches(
             micros.append(replace(part, old_logprobs=old, ref_logprobs=ref))
         updates.append(micros)
     return updates
+
+
+def credit_of(estimate: Estimate, targets: Targets | None) -> dict[str, Any]:
+    """The fields of a ``Batch`` that say what is learnt from every row or token."""
+    if targets is None:
+        return {"advantages": np.asarray(estimate.advantages)}
+    return {
+        "advantages": targets.advantages,
+        "returns": targets.returns,
+        "old_values": targets.values,
+    }
 
 
 def take_rows(batch: Batch, index: np.ndarray, width: int) -> Batch:

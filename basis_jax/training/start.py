@@ -1,7 +1,6 @@
 """What a run starts from: weights, optimizer, estimator state, and hashes of all of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,29 +87,29 @@ def first_state(
     reference table, its state comes from there (made at ``run_dir/reference.npz``)."""
     frozen, params = frozen_params(session), start_params(session)
     whole = lora.whole(frozen, params)
-    state = make_state(
+    setup = session.setup
+    return make_state(
         params,
         optimizer_of(session.config),
         first_estimator_state(session, whole, run_dir / "reference.npz", report),
-        model_config=session.setup.model_config,
-        mesh=session.setup.mesh,
+        model_config=setup.model_config,
+        mesh=setup.mesh,
         frozen=frozen,
+        critic=first_critic(session.config, setup.model_config, setup.mesh),
     )
-    setup = session.setup
-    return replace(state, critic=first_critic(session.config, setup.model_config, setup.mesh))
 
 
 def state_shapes(session: Session) -> TrainState:
     """Shapes and layout that a checkpoint is restored into. No weights are read and no table is
     made. Frozen parameters are not part of it: see ``frozen_params``."""
-    state = abstract_state(
+    setup = session.setup
+    return abstract_state(
         optimizer_of(session.config),
         estimator_state_shapes(session),
-        model_config=session.setup.model_config,
-        mesh=session.setup.mesh,
+        model_config=setup.model_config,
+        mesh=setup.mesh,
+        critic=abstract_critic(session.config, setup.model_config),
     )
-    setup = session.setup
-    return replace(state, critic=abstract_critic(session.config, setup.model_config, setup.mesh))
 
 
 def start_params(session: Session) -> PyTree:

@@ -66,8 +66,10 @@ def make_state(
     model_config: ModelConfig,
     mesh: Mesh,
     frozen: PyTree = None,
+    critic: PyTree = None,
 ) -> TrainState:
-    """The state before the first step, laid out like ``abstract_state``, with ``frozen`` added."""
+    """The state before the first step, laid out like ``abstract_state``, with ``frozen`` and
+    ``critic`` added."""
     like = abstract_state(optimizer, estimator_state, model_config=model_config, mesh=mesh)
 
     def layout(tree):
@@ -79,6 +81,7 @@ def make_state(
         opt_state=jax.jit(optimizer.init, out_shardings=layout(like.opt_state))(params),
         estimator_state=processes.put_everywhere(mesh, estimator_state),
         frozen=frozen,
+        critic=critic,
     )
 
 
@@ -88,15 +91,16 @@ def abstract_state(
     *,
     model_config: ModelConfig,
     mesh: Mesh,
+    critic: PyTree = None,
 ) -> TrainState:
     """Shapes and layout of the state, without arrays: what a checkpoint is restored into.
 
-    Optimizer moments have the sharding of their parameters. The estimator's state is replicated on
-    every device.
+    Optimizer moments have the sharding of their parameters. The estimator's state and ``critic``,
+    the critic's shapes, are replicated on every device.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def first(whole, estimator_state):
+    def first(whole, estimator_state, critic):
         params = lora.trained(whole)
         return TrainState(
             step=jnp.int32(0),
@@ -104,9 +108,10 @@ def abstract_state(
             opt_state=optimizer.init(params),
             estimator_state=estimator_state,
             frozen=lora.frozen(whole),
+            critic=critic,
         )
 
-    shapes = jax.eval_shape(first, decoder.param_shapes(model_config), estimator_state)
+    shapes = jax.eval_shape(first, decoder.param_shapes(model_config), estimator_state, critic)
     of_whole = named_tree(mesh, decoder.param_axes(model_config))
     of_params = lora.trained(of_whole)
     of_moments = optax.tree.map_params(
@@ -116,9 +121,10 @@ def abstract_state(
         of_params,
         transform_non_params=lambda _: everywhere,
     )
-    of_estimator = jax.tree.map(lambda _: everywhere, estimator_state)
+    of_estimator, of_critic = jax.tree.map(lambda _: everywhere, (estimator_state, critic))
     of_frozen = lora.frozen(of_whole)
-    layout = jax.tree.leaves((everywhere, of_params, of_moments, of_estimator, of_frozen))
+    parts = (everywhere, of_params, of_moments, of_estimator, of_frozen, of_critic)
+    layout = jax.tree.leaves(parts)
     leaves = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         for x, sharding in zip(jax.tree.leaves(shapes), layout, strict=True)
