@@ -68,11 +68,11 @@ def test_unknown_corrections_and_ais_without_its_number_are_refused():
 
 
 def test_rows_are_kept_by_their_geometric_mean():
-    """Ratios 2 and 1/2 (kept), 2 and 1 (not), 1/2 alone (not), no token (not)."""
-    gap = np.log(np.float32([[2, 0.5], [2, 1], [0.5, 9], [9, 9]]))
-    mask = jnp.array([[True, True], [True, True], [True, False], [False, False]])
+    """Ratios 2 and 1/2, and 1.15 twice, are kept; 2 and 1, 1/2 alone and no token are not."""
+    gap = np.log(np.float32([[2, 0.5], [2, 1], [0.5, 9], [9, 9], [1.15, 1.15]]))
+    mask = jnp.array([[True, True], [True, True], [True, False], [False, False], [True, True]])
     kept = kept_rows(jnp.asarray(gap), mask, floor=0.8, cap=1.2)
-    assert kept.tolist() == [True, False, False, False]
+    assert kept.tolist() == [True, False, False, False, True]
 
 
 def alpha_by_hand(gap, advantages, mask, beta, mismatch=0.02, variance=1.2):

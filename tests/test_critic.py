@@ -209,6 +209,10 @@ def test_the_policy_waits_for_the_critic_and_a_resumed_run_is_the_same(
 ):
     """Three steps at once against two and then a third: metrics, policy and critic bit for bit. In
     the first step, of warm-up, the critic alone changes."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "def reward(prompts, completions, answers): return [len(c) % 2 for c in completions]"
+    )
     made = []
     for name, stops in (("once", [3]), ("twice", [2, 3])):
         seen = {}
@@ -219,6 +223,7 @@ def test_the_policy_waits_for_the_critic_and_a_resumed_run_is_the_same(
         for steps in stops:
             changes = {"train.steps": steps, "estimator.name": "gae", "critic.warmup-steps": 1}
             changes |= {"estimator.table-samples": 0, "checkpoint.every": 1}
+            changes |= {"optim.schedule": "constant", "data.verifier": f"{own}:reward"}
             arguments = small(tiny_folder, dapo_file, tmp_path / name, **changes)
             config, _ = command_line.parse("", argv=["--config", "quickstart", *arguments])
             train(config, callbacks=[remember], report=lambda _: None)
