@@ -429,3 +429,18 @@ def test_top_k_and_top_p_keep_the_likeliest():
 def test_truncating_or_greedy_samplers_are_refused_for_training(option):
     with pytest.raises(ValueError, match="training|full softmax"):
         check_trainable(dataclasses.replace(SAMPLING, **option))
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_growing_cache_holds_one_array_twice_at_most(scanned):
+    """Each old array is deleted before the next one is resized; what it held is kept."""
+    model_config = dataclasses.replace(tiny.TINY, scan_decode=scanned)
+    slots = refill.empty_slots(model_config, rows=4, length=16, cache_length=8)
+    slots = dataclasses.replace(slots, cache=jax.tree.map(lambda x: x + 1, slots.cache))
+    old = jax.tree.leaves(slots.cache)
+    size = old[0].size
+    grown = refill.resize_cache(slots, cache_length=16)
+    assert grown.cache.length == 16 and all(x.is_deleted() for x in old)
+    assert [float(x.sum()) for x in jax.tree.leaves(grown.cache)] == [size] * len(old)
+    back = refill.resize_cache(grown, cache_length=8)
+    assert all(np.all(np.asarray(x) == 1) for x in jax.tree.leaves(back.cache))
