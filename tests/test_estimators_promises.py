@@ -39,6 +39,7 @@ def signals(seed=0, **changes):
         lengths=jnp.asarray(rng.integers(1, 9, ROWS), jnp.int32),
         score_norms=jnp.asarray(rng.gamma(0.5, size=ROWS), jnp.float32),
         logprob_sum=jnp.asarray(-rng.random(ROWS), jnp.float32),
+        start_values=jnp.asarray(rng.random(ROWS), jnp.float32),
     )
     return dataclasses.replace(made, **{k: jnp.asarray(v) for k, v in changes.items()})
 
@@ -177,8 +178,8 @@ def test_the_functions_that_no_name_makes_have_ranges_too(value):
         lambda: e.remax_original(one, x, mask, kl_coef=value),
         lambda: e.sr_ppo(one, x, one, mask, k=value),
         lambda: e.whiten(x, mask, convention=value),
-        lambda: e.ucpo(np.ones(4), np.ones(4), group_size=4, weight=value),
-        lambda: e.ucpo(np.ones(4), np.ones(4), group_size=value),
+        lambda: e.ucpo(np.ones(4), np.ones(4), np.ones(4), group_size=4, weight=value),
+        lambda: e.ucpo(np.ones(4), np.ones(4), np.ones(4), group_size=value),
         lambda: e.soft_value(one, value),
         lambda: e.fuse(one, one, one, spread=value),
         lambda: e.spo_decay(one, half=value),

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "basis_jax"
 FOLDERS = ("basis_jax", "scripts", "studies", "benchmarks", "configs")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
-WORDS = {"config", "types", "pytree", "masked", "losses", "files", "references", "processes"}
+WORDS = {"config", "types", "pytree", "masked", "losses", "corrections", "files", "references"}
+WORDS |= {"processes"}
 """Modules that stand alone: what everybody speaks."""
 
 ROOMS = {
@@ -26,6 +27,7 @@ ROOMS = {
     "processes": set(),
     "types": {"pytree"},
     "losses": {"types"},
+    "corrections": {"types"},
     "estimators": {"types", "pytree", "masked", "references"},
     "verify": {"references"},
     "model": {"pytree"},
@@ -43,7 +45,13 @@ ROOMS["commands"] = {*ROOMS} - {"commands"}
 
 ONLY = {
     "flax": {"model.decoder"},
-    "optax": {"training.measure", "training.moments", "training.start", "training.update"},
+    "optax": {
+        "training.critic",
+        "training.measure",
+        "training.moments",
+        "training.start",
+        "training.update",
+    },
     "orbax": {"runs.checkpoint", "weights.trained"},
     "transformers": {"weights.huggingface"},
     "matplotlib": {"runs.plots"},

@@ -13,9 +13,10 @@ over all M problems and ``update(state, signals)`` on the rollouts of one step.
 Both use these words:
 
 - every field of ``Signals`` (``rewards``, ``valid``, ``problem_ids``, ``lengths``,
-  ``score_norms``, ``logprob_sum``), [N]: a stateless function gets it as the argument of that
-  name, ``update`` finds it in ``signals``. Training gives all of them; where a caller leaves out
-  one of the last two, an estimator that ``needs`` it raises a ValueError;
+  ``score_norms``, ``logprob_sum``, ``start_values``), [N]: a stateless function gets it as the
+  argument of that name, ``update`` finds it in ``signals``. Training gives all of them, but
+  ``start_values`` only to ``gae``; where a caller leaves out one of the last three, an estimator
+  that ``needs`` it raises a ValueError;
 - ``table``, the offline reference table: a stateless function gets the arguments ``successes`` and
   ``trials`` of its rows' problems, [N]; ``init`` gets those of all problems, [M], in any case, with
   trials 0 where there is no table;
@@ -40,7 +41,7 @@ from basis_jax.types import Estimate, Measurement, Signals
 
 Function = TypeVar("Function", bound=Callable)
 SIGNALS = tuple(field.name for field in dataclasses.fields(Signals))
-OPTIONAL = ("score_norms", "logprob_sum")  # those that may be None
+OPTIONAL = ("score_norms", "logprob_sum", "start_values")  # those that may be None
 WORDS = (*SIGNALS, "table", "reference_rewards", "features", "group_size")
 BY_KEYWORD = ("reference_rewards", "features", "group_size")
 TABLE = ("successes", "trials")  # the arguments that stand for the word ``table``

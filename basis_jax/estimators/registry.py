@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from basis_jax.estimators import by_reference
 from basis_jax.estimators.batchwise import basis
+from basis_jax.estimators.critic import start_advantages
 from basis_jax.estimators.declare import (
     OPTIONAL,
     SIGNALS,
@@ -23,7 +24,7 @@ from basis_jax.estimators.declare import (
 )
 from basis_jax.estimators.filter_mixture import value_filter_init, value_filter_update
 from basis_jax.estimators.group import dr_grpo, gpg, grpo, opo, reinforce_pp_baseline, rloo
-from basis_jax.estimators.group_best import best_of_group, pass_at_k
+from basis_jax.estimators.group_best import best_of_group, pass_at_k, ucpo
 from basis_jax.estimators.history import (
     dbb_init,
     dbb_update,
@@ -61,6 +62,7 @@ ESTIMATORS = {
     "dbb": Definition(dbb_update, dbb_init, needs=HISTORY),
     "dr_grpo": Definition(dr_grpo, needs=GROUPS),
     "ema": Definition(ema_update, ema_init, needs=ROWS),
+    "gae": Definition(start_advantages, needs=(*ROWS, "start_values")),
     "gpg": Definition(gpg, needs=GROUPS),
     "grpo": Definition(grpo, needs=GROUPS),
     "james_stein": Definition(james_stein, needs=GROUPS),
@@ -89,6 +91,7 @@ ESTIMATORS = {
         takes=("table",),
         options=("decay", "convention", "low", "high"),  # no run measures ``staleness``
     ),
+    "ucpo": Definition(ucpo, needs=(*GROUPS, "logprob_sum", "lengths")),
     "v05": Definition(v05, needs=(*GROUPS, "table")),
     "value_filter": Definition(
         value_filter_update, value_filter_init, needs=HISTORY, takes=("table", "features")
@@ -104,10 +107,8 @@ LEAST_VARIANCE = "+least_variance"
 """Behind a name: ``value_filter+least_variance`` is ``least_variance(make("value_filter"))``."""
 
 LIBRARY_ONLY = {
-    "gae": "a critic's token values",
     "remax": "the rewards of greedy completions",
     "sr_ppo": "a critic's prefix values",
-    "ucpo": "log-probabilities of the completions",
     "vineppo": "rollouts from inside the completions",
 }
 """Functions of more than a training step's Signals and table, and what they need besides."""

@@ -18,7 +18,7 @@ from basis_jax.model.sharding import AXES, abstract_mesh, batch_shards
 from basis_jax.sampling.refill import MIN_CACHE
 
 MOST_DEVICES = 256  # larger topologies are not searched
-REFERENCE = "a KL term's reference"
+REFERENCE = "the reference"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def memory_needs(
     trained = costs.parameter_bytes(model_config, mesh, part=lora.trained)
     moment = jnp.dtype(config.optim.moments_dtype).itemsize
     moments = {"moments": trained * moment // 2} if training else {}
-    reference = {REFERENCE: trained} if training and config.loss.kl_coef else {}
+    reference = {REFERENCE: trained} if training and config.loss.needs_reference else {}
     slots = min(train.sample_rollouts, rows)
     sampler = computed_in(model_config, config.sampling.dtype)
     parts = costs.sampling_memory(
@@ -102,7 +102,7 @@ def update_need(
         chunk=config.loss.logprob_chunk,
         moment=jnp.dtype(config.optim.moments_dtype).itemsize,
     )
-    if config.loss.kl_coef:
+    if config.loss.needs_reference:
         parts |= {REFERENCE: trained}
     if definition(config.estimator.name).learn is not None:
         parts |= {"a measurement's second gradient": trained}

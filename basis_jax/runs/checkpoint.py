@@ -121,13 +121,18 @@ def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState 
             f"checkpoint {checkpoints.directory / str(step)} cannot be read ({error}); remove that "
             "folder to resume from the one before"
         ) from error
-    stored = (like.step, like.params, like.opt_state, like.estimator_state)
-    number, params, opt_state, estimator_state = jax.tree.unflatten(
+    stored = (like.step, like.params, like.opt_state, like.estimator_state, like.critic)
+    number, params, opt_state, estimator_state, critic = jax.tree.unflatten(
         jax.tree.structure(stored), jax.tree.leaves(restored)
     )
-    check_finite({"params": params, "opt_state": opt_state}, str(checkpoints.directory / str(step)))
+    learned = {"params": params, "opt_state": opt_state, "critic": critic}
+    check_finite(learned, str(checkpoints.directory / str(step)))
     return TrainState(
-        step=number, params=params, opt_state=opt_state, estimator_state=estimator_state
+        step=number,
+        params=params,
+        opt_state=opt_state,
+        estimator_state=estimator_state,
+        critic=critic,
     )
 
 

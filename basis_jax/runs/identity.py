@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from basis_jax.config import Config
+from basis_jax.config import Config, renamed
 from basis_jax.files import lock, replace_file
 from basis_jax.runs.provenance import provenance
 
@@ -133,7 +133,7 @@ def _check_same(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 
 def _with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A config of an older version. Fields that it did not have yet get their defaults."""
-    defaults = json.loads(json.dumps(asdict(Config(run_dir=""))))
+    defaults, fields = json.loads(json.dumps(asdict(Config(run_dir="")))), renamed(fields)
     merged = {**defaults, **fields}
     for name, section in defaults.items():
         if isinstance(section, dict) and name in fields:

@@ -25,12 +25,10 @@ from basis_jax.runs.shared_records import SharedRecords
 from basis_jax.runs.stopping import Stopper, StopRequested
 from basis_jax.runs.terminal import announcement
 from basis_jax.sampling.rollouts import Graded, roll_out
-from basis_jax.training.microbatches import make_batches
-from basis_jax.training.session import (
-    Session,
-    open_session,
-    problems_of_step,
-)
+from basis_jax.training.critic import make_critic
+from basis_jax.training.microbatches import Targets, make_batches
+from basis_jax.training.objective import make_score
+from basis_jax.training.session import Session, open_session, problems_of_step
 from basis_jax.training.start import (
     contents_of,
     first_state,
@@ -47,7 +45,6 @@ from basis_jax.training.update import (
     finish_step,
     make_estimate,
     make_learn,
-    make_score,
     make_update,
     merge_updates,
     newest_learning_rate,
@@ -275,25 +272,33 @@ def make_step(
         session.setup.model_config,
         optimizer_of(session.config),
         optim=session.config.optim,
+        group_size=session.config.sampling.group_size,
+        rollouts=session.config.train.minibatch_rollouts,
         **objective_of(session),
     )
     learn = make_learn(session.estimator)
+    critic = make_critic(session.config, session.setup.model_config, session.setup.mesh)
 
     def step(state: TrainState, number: int) -> Step:
         with droppable():
             graded = sample_and_verify(policy(state), session, number)
         started = time.perf_counter()
-        estimator_state, estimate = estimate_values(state.estimator_state, graded)
+        targets = critic.targets(state, graded)
+        estimator_state, estimate = estimate_values(state.estimator_state, graded, targets)
         estimate = processes.on_host(estimate)
         outcomes = []
         if has_signal(graded):
             measured = measuring(session, number)
-            for microbatches in make_microbatches(graded, estimate, state=state):
+            for microbatches in make_microbatches(graded, estimate, targets, state=state):
+                state, of_critic = critic.update(state, microbatches)
+                if critic.alone(number):
+                    outcomes.append(of_critic)
+                    continue
                 state, outcome = update(state, microbatches, measured=measured)
                 if measured:
                     estimator_state = learn(estimator_state, outcome.pop("measurement"))
                     measured = False  # later updates of a step are off-policy
-                outcomes.append(outcome)
+                outcomes.append(outcome | of_critic)
         state = finish_step(state, estimator_state)
         metrics = reward_metrics(graded, estimate) | merge_updates(outcomes)
         metrics["estimate/no_signal"] = float(not outcomes)
@@ -335,12 +340,15 @@ def sample_and_verify(params: PyTree, session: Session, number: int) -> Graded:
 
 
 def microbatch_maker(session: Session) -> Callable[..., list[list[Batch]]]:
-    """Make a function (graded, estimate, state) -> the microbatches of every update of a step."""
+    """Make a function (graded, estimate, a critic's targets or None, state) -> the microbatches of
+    every update of a step."""
     config = session.config
     score = make_score(session.setup.model_config, **objective_of(session))
-    start = start_params(session) if config.loss.kl_coef else None
+    start = start_params(session) if config.loss.needs_reference else None
 
-    def make(graded: Graded, estimate: Estimate, *, state: TrainState) -> list[list[Batch]]:
+    def make(
+        graded: Graded, estimate: Estimate, targets: Targets | None, *, state: TrainState
+    ) -> list[list[Batch]]:
         return make_batches(
             graded,
             estimate,
@@ -348,6 +356,7 @@ def microbatch_maker(session: Session) -> Callable[..., list[list[Batch]]]:
             score=score,
             params=policy(state),
             reference=None if start is None else lora.whole(state.frozen, start),
+            targets=targets,
             mesh=session.setup.mesh,
         )
 

@@ -77,7 +77,7 @@ def findings(
         found["logprob_gap"] = (
             "the sampler's log-probabilities differ from the trainer's by "
             f"{value('sampler/logprob_gap_mean'):.3g} nats a token; set sampling.dtype to "
-            "model.compute_dtype, or loss.tis_cap to 2"
+            "model.compute_dtype, or loss.sampler_correction to tis"
         )
     if relative("policy/grad_norm") < limits.grad_norm:
         found["grad_norm"] = (
