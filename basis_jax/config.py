@@ -133,7 +133,14 @@ class SamplingSection:
     """The dtype of decoding, ``bfloat16`` or ``float32`` (empty: ``model.compute_dtype``). If it is
     less precise than the trainer's, watch ``sampler/logprob_gap_mean``."""
     group_size: int = 1
-    """Rollouts per prompt. BASIS needs one; group estimators need two or more."""
+    """Rollouts per prompt. BASIS needs one; group estimators need two or more. With a plan that
+    asks for groups of unequal size: the most."""
+    plan: str = "uniform"
+    """Which problems a step samples, and how often: ``uniform``, ``weighted``, ``sticky``,
+    ``greedy_beside``, ``sequential``, or your own: ``FILE.py:NAME`` (a path relative to the current
+    directory) or ``package.module:NAME``."""
+    plan_options: dict[str, bool | int | float | str] = field(default_factory=dict, hash=False)
+    """The plan's options."""
 
 
 @dataclass(frozen=True)

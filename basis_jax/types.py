@@ -48,6 +48,7 @@ class Signals:
     lengths: Int[Array, " N"]  # completion tokens
     score_norms: Float[Array, " N"] | None = None  # like |gradient of log p(completion)|^2
     logprob_sum: Float[Array, " N"] | None = None  # log p(completion), as it was sampled
+    greedy_rewards: Float[Array, " N"] | None = None  # of the prompt's greedy completion, or NaN
 
 
 @pytree

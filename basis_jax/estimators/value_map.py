@@ -128,7 +128,9 @@ def least_variance(
         state = _learned(replace(state, inner=inner), _fit(state, logit, y, w), memory)
         return state, estimate(rewards - baselines, told.values, valid, baselines=baselines, **info)
 
-    return estimator._replace(init=init, update=update)
+    predict = estimator.predict
+    of_inner = None if predict is None else lambda state: predict(state.inner)
+    return estimator._replace(init=init, update=update, predict=of_inner)
 
 
 def _logit(values: Float[Array, " N"], low: float, high: float) -> Float[Array, " N"]:

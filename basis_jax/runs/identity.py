@@ -153,6 +153,7 @@ CONTENTS = {
     "contents of.data.path": "the training problems of data.path have changed since the run began",
     "contents of.model.path": "the model in model.path has changed since the run began",
     "contents of.estimator.name": "the estimator's file has changed since the run began",
+    "contents of.sampling.plan": "the file of the rollout plan has changed since the run began",
     "contents of.data.verifier": "the file of the reward function in data.verifier has changed "
     "since the run began",
 }

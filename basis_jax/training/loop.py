@@ -23,13 +23,10 @@ from basis_jax.runs.log import errors_logged, log_line
 from basis_jax.runs.loggers import check_loggers
 from basis_jax.runs.shared_records import SharedRecords
 from basis_jax.runs.stopping import Stopper, StopRequested
-from basis_jax.sampling.rollouts import Graded, roll_out
+from basis_jax.sampling.rollouts import Graded
 from basis_jax.training.microbatches import make_batches
-from basis_jax.training.session import (
-    Session,
-    open_session,
-    problems_of_step,
-)
+from basis_jax.training.planned import make_sample_and_verify
+from basis_jax.training.session import Session, open_session
 from basis_jax.training.start import (
     contents_of,
     first_state,
@@ -268,7 +265,10 @@ def make_step(
         aggregation=session.config.loss.aggregation,
         score_norms=session.config.estimator.score_norms,
     )
-    make_microbatches = microbatch_maker(session)
+    sample_and_verify, make_microbatches = (
+        make_sample_and_verify(session),
+        microbatch_maker(session),
+    )
     schedule = schedule_of(session.config)
     update = make_update(
         session.setup.model_config,
@@ -280,7 +280,7 @@ def make_step(
 
     def step(state: TrainState, number: int) -> Step:
         with droppable():
-            graded = sample_and_verify(policy(state), session, number)
+            graded = sample_and_verify(policy(state), state.estimator_state, number)
         started = time.perf_counter()
         estimator_state, estimate = estimate_values(state.estimator_state, graded)
         estimate = processes.on_host(estimate)
@@ -314,22 +314,10 @@ def epochs(session: Session, steps: int) -> float:
     """How many times all problems of ``data.path`` have been visited after ``steps`` steps."""
     config, size = session.config, session.train_set.sizes[0]
     weights = (1.0, *config.data.more_sets.values())
-    return steps / (size // prompts_by_set(weights, config.train.prompts_per_step)[0])
-
-
-def sample_and_verify(params: PyTree, session: Session, number: int) -> Graded:
-    """The rollouts of step ``number``: ``sampling.group_size`` adjacent ones of each problem."""
-    config, group_size = session.config, session.config.sampling.group_size
-    problems = problems_of_step(config, session.train_set, number)
-    return roll_out(
-        params,
-        session.setup,
-        session.train_set,
-        ids=np.repeat(problems, group_size),
-        samples=np.tile(np.arange(group_size, dtype=np.int32), len(problems)),
-        sampling=config.sampling,
-        stream="train",
-        step=number,
+    return (
+        steps
+        / session.plan.hold
+        / (size // prompts_by_set(weights, config.train.prompts_per_step)[0])
     )
 
 
@@ -371,7 +359,7 @@ def answers_of(session: Session, graded: Graded) -> list[str]:
 
 
 def shown_rows(session: Session, graded: Graded, estimate: Estimate, count: int) -> list[dict]:
-    """The first ``count`` rollouts of the step, for a person to look at."""
+    """The first ``count`` rollouts of the step that are present, for a person to look at."""
     problems = session.train_set.problems
     return [
         {
@@ -386,5 +374,5 @@ def shown_rows(session: Session, graded: Graded, estimate: Estimate, count: int)
             "advantage": float(estimate.advantages[i]),
             "terminated": bool(graded.rollouts.terminated[i]),
         }
-        for i in range(min(count, len(graded.completions)))
+        for i in np.flatnonzero(graded.present)[:count]
     ]
