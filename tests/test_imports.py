@@ -33,7 +33,8 @@ ROOMS = {
     "data": {"config", "files", "verify"},
     "sampling": {"config", "types", "pytree", "model", "data", "processes"},
     "runs": {"config", "files", "types", "references", "processes"},
-    "opening": WORDS | {"estimators", "verify", "model", "weights", "data", "sampling"},
+    "plans": {"references", "data", "sampling"},
+    "opening": WORDS | {"estimators", "verify", "model", "weights", "data", "sampling", "plans"},
     "evaluation": WORDS | {"verify", "model", "weights", "data", "sampling", "runs", "opening"},
 }
 ROOMS["training"] = {*ROOMS} - {"training"}

@@ -30,6 +30,7 @@ from basis_jax.estimators.rows import (
     split,
     total,
 )
+from basis_jax.estimators.value_filter import FilterState
 from basis_jax.types import Estimate, Signals
 
 
@@ -124,14 +125,14 @@ def v05(
 @nan_reported
 @Options(group_size=GROUP, leave_one_out=SWITCH, low=FINITE, high=FINITE)
 def v05_filter_update(
-    state: MixtureState,
+    state: MixtureState | FilterState,
     signals: Signals,
     *,
     group_size: int,
     leave_one_out: bool = True,
     low: float = 0.0,
     high: float = 1.0,
-) -> tuple[MixtureState, Estimate]:
+) -> tuple[MixtureState | FilterState, Estimate]:
     """V_0.5 with the value of ``value_filter`` as prior: no table and no value model is needed. The
     filter then learns from the group's rewards. arXiv 2603.10848 for the rest; see ``fuse``.
 

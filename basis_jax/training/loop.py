@@ -265,10 +265,8 @@ def make_step(
         aggregation=session.config.loss.aggregation,
         score_norms=session.config.estimator.score_norms,
     )
-    sample_and_verify, make_microbatches = (
-        make_sample_and_verify(session),
-        microbatch_maker(session),
-    )
+    sample_and_verify = make_sample_and_verify(session)
+    make_microbatches = microbatch_maker(session)
     schedule = schedule_of(session.config)
     update = make_update(
         session.setup.model_config,
@@ -314,11 +312,8 @@ def epochs(session: Session, steps: int) -> float:
     """How many times all problems of ``data.path`` have been visited after ``steps`` steps."""
     config, size = session.config, session.train_set.sizes[0]
     weights = (1.0, *config.data.more_sets.values())
-    return (
-        steps
-        / session.plan.hold
-        / (size // prompts_by_set(weights, config.train.prompts_per_step)[0])
-    )
+    of_set = prompts_by_set(weights, config.train.prompts_per_step)[0]
+    return steps / session.plan.hold / (size // of_set)
 
 
 def microbatch_maker(session: Session) -> Callable[..., list[list[Batch]]]:

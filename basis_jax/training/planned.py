@@ -60,10 +60,10 @@ def next_round(
 
     def decide() -> Requests | None:
         with naming(session.config.sampling.plan, number):
+            asked: Requests | None = None
             if not rounds:
                 asked = plan.ask(number, belief)
-            else:
-                assert plan.more is not None
+            elif plan.more is not None:
                 asked = plan.more(rounds, graded, belief)
             if asked is not None or not rounds:
                 check_requests(asked, rounds, session)
