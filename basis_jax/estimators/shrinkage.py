@@ -31,6 +31,7 @@ from basis_jax.estimators.rows import (
     total,
 )
 from basis_jax.estimators.value_filter import FilterState
+from basis_jax.masked import masked_mean
 from basis_jax.types import Estimate, Signals
 
 
@@ -73,7 +74,7 @@ def james_stein(
     own = divide(jax.vmap(others_sum)(w * r), left)
     shrink = jnp.where(left > 0, jnp.where(prompts > 1, shrink, 0)[:, None], 1)
     baseline = (1 - shrink) * own + shrink * pooled[:, None]
-    return join(r - baseline, baseline, r, w, shrinkage=jnp.mean(shrink))
+    return join(r - baseline, baseline, r, w, shrinkage=masked_mean(shrink, w > 0))
 
 
 def _mean_over(

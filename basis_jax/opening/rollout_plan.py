@@ -7,11 +7,10 @@ from basis_jax.config import Config
 from basis_jax.plans import Plan, Setting
 
 
-def open_plan(config: Config, sizes: Sequence[int], estimator: estimators.Estimator) -> Plan:
-    """The plan for training sets of these sizes. Raises ValueError for options that it refuses, and
-    as ``check_plan``."""
+def setting_of(config: Config, sizes: Sequence[int]) -> Setting:
+    """What the plan is made for, with training sets of these sizes."""
     options = config.estimator.options
-    setting = Setting(
+    return Setting(
         seed=config.seed,
         prompts=config.train.prompts_per_step,
         group_size=config.sampling.group_size,
@@ -20,6 +19,12 @@ def open_plan(config: Config, sizes: Sequence[int], estimator: estimators.Estima
         low=float(options.get("low", 0.0)),
         high=float(options.get("high", 1.0)),
     )
+
+
+def open_plan(config: Config, sizes: Sequence[int], estimator: estimators.Estimator) -> Plan:
+    """The plan for training sets of these sizes. Raises ValueError for options that it refuses, and
+    as ``check_plan``."""
+    setting = setting_of(config, sizes)
     made = plans.make(config.sampling.plan, setting, config.sampling.plan_options)
     check_plan(config, made, estimator)
     return made

@@ -34,12 +34,13 @@ class Setting:
 class Belief(NamedTuple):
     """What the estimator knows before the step.
 
-    ``state`` is its state. ``values`` [M] are the expected rewards of all problems, scaled from the
-    range of the rewards to 0..1; None unless the plan has ``needs_values``.
+    ``values`` [M] are the expected rewards of all problems, scaled from the range of the rewards to
+    0..1; None unless the plan has ``needs_values``. ``state`` is the estimator's state as NumPy
+    arrays; None unless the plan has ``needs_state``.
     """
 
-    state: Any
-    values: np.ndarray | None
+    values: np.ndarray | None = None
+    state: Any = None
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,13 @@ class Plan:
     ask: Callable[[int, Belief], Requests]
     more: Callable[[Sequence[Requests], Sequence[Graded], Belief], Requests | None] | None = None
     needs_values: bool = False  # of the estimator, in Belief
+    needs_state: bool = False
     greedy: bool = False  # whether it asks for greedy completions
     alike: bool = False
     """Whether problems count alike in the loss, however many rollouts each has: a rollout of a
     problem with k of them gets the weight 1 / k, up to a factor that makes the mean weight 1."""
     hold: int = 1  # steps for which the same problems are kept
+    name: str = ""  # in messages; ``plans.make`` sets it
 
 
 Maker = Callable[..., Plan]

@@ -1,5 +1,6 @@
 """The plans by name or by reference, with their options."""
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -62,7 +63,7 @@ def make(name: str, setting: Setting, options: Mapping[str, Any] | None = None) 
         raise ValueError(
             f"sampling.plan {name} returned a {type(plan).__name__}; return a plans.Plan"
         )
-    return plan
+    return dataclasses.replace(plan, name=name)
 
 
 def source_fingerprint(name: str) -> str | None:

@@ -26,7 +26,7 @@ def sequential(setting: Setting, *, first: int = 4, add: int = 4, cost: float = 
     """
     whole("first", first, least=1, most=setting.group_size - 1)
     whole("add", add, least=1)
-    number("cost", cost, above=0)
+    number("cost", cost, above=0.0)
     span = setting.high - setting.low
 
     def ask(step: int, belief: Belief) -> Requests:

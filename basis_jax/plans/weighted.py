@@ -27,7 +27,7 @@ def weighted(
     easy and impossible ones count less. Of several training sets, each has its own draw.
     """
     word("by", by, tuple(SPREADS))
-    number("floor", floor, above=0)
+    number("floor", floor, above=0.0)
     switch("importance", importance)
     counts = prompts_by_set(setting.set_weights, setting.prompts)
     starts = np.cumsum([0, *setting.sizes[:-1]])

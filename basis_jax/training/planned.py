@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from basis_jax import processes, references
-from basis_jax.plans import Belief, Plan, Requests
+from basis_jax.opening.rollout_plan import setting_of
+from basis_jax.plans import Belief, Plan, Requests, Setting
 from basis_jax.sampling.rollouts import Graded, roll_out
 from basis_jax.training.session import Session
 
@@ -26,25 +27,33 @@ ABSENT = "absent"  # the kind of a row that the plan did not ask for
 def make_sample_and_verify(session: Session) -> Callable[[PyTree, PyTree, int], Graded]:
     """Make the function (parameters, estimator state, step) -> the graded rollouts of the step."""
     plan, predict = session.plan, session.estimator.predict
+    setting = setting_of(session.config, session.train_set.sizes)
     values_of = jax.jit(predict) if plan.needs_values and predict is not None else None
 
     def sample_and_verify(params: PyTree, estimator_state: PyTree, number: int) -> Graded:
-        values = None if values_of is None else processes.on_host(values_of(estimator_state))
-        belief = Belief(estimator_state, values)
+        belief = Belief(
+            None if values_of is None else processes.on_host(values_of(estimator_state)),
+            processes.on_host(estimator_state) if plan.needs_state else None,
+        )
         rounds: list[Requests] = []
         graded: list[Graded] = []
-        asked = next_round(session, number, rounds, graded, belief)
+
+        def ask() -> Requests | None:
+            return next_round(plan, setting, number, rounds, graded, belief)
+
+        asked = ask()
         while asked is not None:
             graded.append(sample_round(params, session, number, asked))
             rounds.append(asked)
-            asked = next_round(session, number, rounds, graded, belief)
-        return as_rows(rounds, graded, session)
+            asked = ask()
+        return as_rows(rounds, graded, plan, setting)
 
     return sample_and_verify
 
 
 def next_round(
-    session: Session,
+    plan: Plan,
+    setting: Setting,
     number: int,
     rounds: Sequence[Requests],
     graded: Sequence[Graded],
@@ -54,19 +63,18 @@ def next_round(
 
     Raises ValueError if it asks for what a step cannot have, naming the plan and the step.
     """
-    plan = session.plan
     if rounds and plan.more is None:
         return None
 
     def decide() -> Requests | None:
-        with naming(session.config.sampling.plan, number):
+        with naming(plan.name, number):
             asked: Requests | None = None
             if not rounds:
                 asked = plan.ask(number, belief)
             elif plan.more is not None:
                 asked = plan.more(rounds, graded, belief)
             if asked is not None or not rounds:
-                check_requests(asked, rounds, session)
+                check_requests(asked, rounds, plan, setting)
             return asked
 
     return processes.by_first(decide)
@@ -90,15 +98,16 @@ def naming(name: str, number: int) -> Iterator[None]:
         ) from error
 
 
-def check_requests(asked: Any, rounds: Sequence[Requests], session: Session) -> None:
+def check_requests(asked: Any, rounds: Sequence[Requests], plan: Plan, setting: Setting) -> None:
     """Raise ValueError unless the plan asks for rollouts that a step has room for."""
-    config, size = session.config, len(session.train_set.problems)
-    prompts, group = config.train.prompts_per_step, config.sampling.group_size
     if not isinstance(asked, Requests):
         raise ValueError(f"it returned a {type(asked).__name__}; return plans.Requests")
     if not asked.problems.size:
         raise ValueError("it asks for no rollout; ask for at least one, or return None from more")
-    for name, given, limit in (("problem", asked.problems, size), ("sample", asked.samples, group)):
+    for name, given, limit in (
+        ("problem", asked.problems, setting.problems),
+        ("sample", asked.samples, setting.group_size),
+    ):
         outside = given[(given < 0) | (given >= limit)]
         if outside.size:
             raise ValueError(f"it asks for {name} {outside[0]}; give 0 to {limit - 1}")
@@ -107,15 +116,16 @@ def check_requests(asked: Any, rounds: Sequence[Requests], session: Session) -> 
         raise ValueError("it gives a weight that is negative or not finite; give 0 or more")
     sampled = [(p, s) for r in rounds if not r.greedy for p, s in pairs(r)]
     if asked.greedy:
-        check_greedy(asked, rounds, session.plan)
+        check_greedy(asked, rounds, plan)
         return
     sampled += pairs(asked)
     if len({*sampled}) < len(sampled):
         raise ValueError("it asks for the same sample of a problem twice; number them 0, 1, ...")
     count = len({problem for problem, _ in sampled})
-    if count > prompts:
+    if count > setting.prompts:
         raise ValueError(
-            f"it asks for {count} problems; a step has room for train.prompts_per_step = {prompts}"
+            f"it asks for {count} problems; a step has room for train.prompts_per_step = "
+            f"{setting.prompts}"
         )
 
 
@@ -156,20 +166,20 @@ def sample_round(params: PyTree, session: Session, number: int, asked: Requests)
     )
 
 
-def as_rows(rounds: Sequence[Requests], graded: Sequence[Graded], session: Session) -> Graded:
+def as_rows(
+    rounds: Sequence[Requests], graded: Sequence[Graded], plan: Plan, setting: Setting
+) -> Graded:
     """All rollouts of the step in their rows, absent rows between them, with the plan's weights and
     metrics. The greedy completions are only there as ``greedy_rewards``."""
-    config, plan = session.config, session.plan
     trained = [k for k, asked in enumerate(rounds) if not asked.greedy]
     problems = np.concatenate([rounds[k].problems for k in trained])
     samples = np.concatenate([rounds[k].samples for k in trained])
     number = {problem: g for g, problem in enumerate(dict.fromkeys(problems.tolist()))}
-    group = config.sampling.group_size
-    rows = np.array([number[p] for p in problems.tolist()]) * group + samples
-    total = config.train.prompts_per_step * group
+    rows = np.array([number[p] for p in problems.tolist()]) * setting.group_size + samples
+    total = setting.prompts * setting.group_size
     whole = graded[trained[0]]
     if len(trained) > 1 or not np.array_equal(rows, np.arange(total)):
-        ids = np.repeat(np.resize([*number], config.train.prompts_per_step), group)
+        ids = np.repeat(np.resize([*number], setting.prompts), setting.group_size)
         whole = scattered([graded[k] for k in trained], rows, ids.astype(np.int32))
     added = [(asked, found) for asked, found in zip(rounds, graded, strict=True) if asked.greedy]
     weights = weights_of([rounds[k] for k in trained], rows, total, alike=plan.alike)
@@ -181,9 +191,7 @@ def as_rows(rounds: Sequence[Requests], graded: Sequence[Graded], session: Sessi
         more_tokens=sum(found.tokens for _, found in added),
         sample_seconds=sum(found.sample_seconds for found in graded),
         verify_seconds=sum(found.verify_seconds for found in graded),
-        plan_metrics=plan_metrics(rounds, whole, weights, added)
-        if config.sampling.plan != "uniform"
-        else {},
+        plan_metrics=plan_metrics(rounds, whole, weights, added) if plan.name != "uniform" else {},
     )
 
 
