@@ -37,6 +37,7 @@ def one_seed(name, seed):
             ),
             lengths=jnp.asarray(rng.integers(1, 9, ROWS), jnp.int32),
             score_norms=jnp.asarray(rng.gamma(0.5, size=ROWS), jnp.float32),
+            greedy_rewards=jnp.asarray(rng.integers(0, 2, ROWS), jnp.float32),
         )
         for _ in range(2)
     ]
