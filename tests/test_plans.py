@@ -1,12 +1,24 @@
 """Rollout plans: what they ask for, what a step makes of it, and what is refused."""
 
 import dataclasses
+import functools
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from whole_runs import (
+    documented_metrics,
+    final_arrays,
+    lines,
+    repeatable,
+    run,
+    run_killed,
+    small,
+)
 
-from basis_jax import estimators, plans
+from basis_jax import command_line, estimators, plans
 from basis_jax.config import Config, DataSection, EstimatorSection, SamplingSection, TrainSection
 from basis_jax.data.order import step_problems
 from basis_jax.opening.rollout_plan import open_plan
@@ -14,7 +26,10 @@ from basis_jax.plans import Belief, Plan, Requests, Setting
 from basis_jax.plans.sequential import COST, saving
 from basis_jax.plans.weighted import inclusion, systematic
 from basis_jax.sampling.rollouts import Graded
+from basis_jax.training.loop import make_step
 from basis_jax.training.planned import as_rows, next_round
+from basis_jax.training.session import open_session
+from basis_jax.training.start import first_state, identity_of
 from basis_jax.training.update import make_estimate, make_signals, reward_metrics
 from basis_jax.types import Rollouts
 
@@ -429,3 +444,97 @@ def test_the_values_of_a_problem_are_rates_that_its_rewards_move(estimator):
     right = {p for p in rows.rollouts.problem_ids.tolist() if p % 2}
     for problem in right if estimator not in ("a_star_po", "basis", "v05") else ():
         assert after[problem] > before[problem]
+
+
+# ------------------------------------------------------------------------------------ own plans
+EXAMPLE = Path(__file__).parent.parent / "examples" / "own_plan.py"
+
+
+def test_the_examples_plan_mixes_the_hardest_problems_into_the_order():
+    plan = make(f"{EXAMPLE}:hard_again", share=0.5)
+    belief = Belief(values())
+    asked = plan.ask(2, belief)
+    in_order = make("uniform").ask(2, belief).problems[::6]
+    chosen = asked.problems[::6]
+    assert len({*chosen}) == 4 and {*chosen[2:]} == {*in_order[2:]}
+    left = np.delete(belief.values, chosen)
+    assert belief.values[chosen[:2]].max() <= left.min()
+
+
+def test_an_own_plan_that_raises_is_named_with_its_line(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from basis_jax import plans\n\n\ndef broken(setting):\n    def ask(step, belief):\n"
+        "        return belief.values[0]\n\n    return plans.Plan(ask)\n\n\n"
+        "def no_plan(setting):\n    return 3\n"
+    )
+    plan = make(f"{path}:broken")
+    with pytest.raises(ValueError, match=r"raised TypeError in line 6 in step 1: .*; correct it$"):
+        next_round(plan, SETTING, 0, [], [], Belief())
+    with pytest.raises(ValueError, match="no_plan returned a int; return a plans.Plan"):
+        make(f"{path}:no_plan")
+    before = plans.source_fingerprint(f"{path}:broken")
+    path.write_text(path.read_text() + "\n")
+    assert plans.source_fingerprint(f"{path}:broken") != before
+    assert plans.source_fingerprint("weighted") is None
+
+
+# ------------------------------------------------------------------------------------ whole steps
+RUNS = {
+    "weighted": ("value_filter", {}),
+    "greedy_beside": ("remax", {}),
+    "sequential": ("v05_filter", {"sampling.group-size": 4, "train.prompts-per-step": 4}),
+    f"{EXAMPLE}:hard_again": ("spo", {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS, ids=lambda name: Path(name).name)
+def test_a_step_taken_again_from_its_state_is_the_same_step(name, tiny_folder, dapo_file, tmp_path):
+    """Bit for bit: rollouts, metrics and the next state; so a run resumed from a checkpoint, which
+    holds that state, goes on as if it had not stopped. Every metric is documented."""
+    estimator, more = RUNS[name]
+    changes = {"estimator.name": estimator, "estimator.table-samples": 0, "sampling.plan": name}
+    changes |= {"sampling.max-new-tokens": 4, "train.minibatch-rollouts": 8} | more
+    arguments = small(tiny_folder, dapo_file, tmp_path / "run", **changes)
+    if name == "sequential":
+        arguments += ["--sampling.plan-options", "first", "1", "add", "2", "cost", "0.0001"]
+    config = command_line.parse("", argv=["--config", "quickstart", *arguments])[0]
+    with open_session(config, lambda _: None, training=True) as session:
+        assert ("sampling.plan" in identity_of(session)) == (":" in name)
+        with jax.set_mesh(session.setup.mesh):
+            step, state = make_step(session), first_state(session, tmp_path, lambda _: None)
+            for number in range(2):
+                kept = jax.tree.map(jnp.copy, state)
+                state, metrics, graded, _ = step(state, number)
+            again, metrics_again, graded_again, _ = step(kept, 1)
+    same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    same((again, graded_again.rollouts), (state, graded.rollouts))
+    assert graded_again.completions == graded.completions
+    assert repeatable([metrics_again]) == repeatable([metrics])
+    assert metrics.keys() <= documented_metrics()
+    assert metrics["plan/rounds"] >= (2 if name in ("greedy_beside", "sequential") else 1)
+
+
+@pytest.mark.slow
+def test_a_run_with_rounds_is_killed_and_goes_on_bit_for_bit(tiny_folder, dapo_file, tmp_path):
+    """scripts/train.py with the plan ``sequential``, killed at a random moment."""
+    changes = {"estimator.name": "v05_filter", "estimator.table-samples": 0, "train.steps": 3}
+    changes |= {"sampling.plan": "sequential", "sampling.group-size": 4, "checkpoint.every": 1}
+    changes |= {"train.prompts-per-step": 4, "sampling.max-new-tokens": 4}
+    done = []
+    for name in ("whole", "killed"):
+        arguments = small(tiny_folder, dapo_file, tmp_path / name, **changes)
+        arguments += ["--sampling.plan-options", "first", "1", "add", "2", "cost", "0.0001"]
+        if name == "killed":
+            written = tmp_path / name / "metrics.jsonl"
+            run_killed("train.py", "quickstart.py", *arguments, written=written, line_count=2)
+        done.append(run("train.py", "quickstart.py", *arguments))
+    assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+    assert repeatable(lines(whole / "metrics.jsonl")) == repeatable(lines(killed / "metrics.jsonl"))
+    assert lines(whole / "samples.jsonl") == lines(killed / "samples.jsonl")
+    (step, found), (_, wanted) = final_arrays(killed), final_arrays(whole)
+    assert step == 3
+    for name, leaf in found.items():
+        np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)

@@ -214,7 +214,7 @@ def filter_values(state: MixtureState | FilterState, ids: Int[Array, " n"]) -> F
 
     >>> state = estimators.value_filter_init(np.array([4, 0]), np.array([8, 8]), own_drift=0.02)
     >>> print(estimators.filter_values(state, jnp.array([0, 1])))
-    [0.417 0.155]
+    [0.467 0.117]
     """
     phi = jnp.concatenate([jnp.ones((ids.size, 1)), at(state.features, ids)], 1)
     mean, variance = at(state.own_mean, ids), at(state.own_variance, ids)

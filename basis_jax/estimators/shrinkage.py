@@ -146,8 +146,8 @@ def v05_filter_update(
     >>> signals = estimators.Signals(rewards=jnp.ones(4), valid=jnp.ones(4, bool),
     ...                              problem_ids=jnp.full(4, 3), lengths=jnp.full(4, 5))
     >>> state, estimate = estimators.v05_filter_update(state, signals, group_size=4)
-    >>> print(estimate.values)  # the others do not contradict 1/2 enough
-    [0.5 0.5 0.5 0.5]
+    >>> print(estimate.values)  # the prior was 1/2, and three others were right
+    [0.833 0.833 0.833 0.833]
     """
     Rewards(low, high).check("v05_filter", signals.rewards, signals.valid)
     prior = from_unit(filter_values(state, signals.problem_ids), low, high)

@@ -72,7 +72,7 @@ class Graded:
     signals: Mapping[str, np.ndarray] = field(default_factory=dict)
     """[N], by field of ``Signals``: what the plan found out for the estimator."""
     more_tokens: int = 0  # of completions that are not trained on
-    plan_metrics: Mapping[str, float] = field(default_factory=dict)
+    plan_metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.present.size:

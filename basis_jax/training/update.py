@@ -373,7 +373,7 @@ def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
     meaningful. Absent rows are not counted anywhere.
     """
     valid, present = graded.valid, graded.present
-    lengths, ended = graded.rollouts.completion_lengths[present], graded.rollouts.terminated
+    lengths, ended = graded.rollouts.completion_lengths, graded.rollouts.terminated
     rewards = graded.rewards[valid]
     own = next(iter(graded.parts.values()), graded.rewards)[valid]
     advantages = np.abs(np.asarray(estimate.advantages))[valid]
@@ -385,17 +385,16 @@ def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
         "reward/invalid": 1.0 - valid[present].mean(),
         "estimate/value_error": errors.mean() if rewards.size else 0.0,
         "estimate/advantage_abs": advantages.mean() if advantages.size else 0.0,
-        "completion/length_mean": lengths.mean(),
+        "completion/length_mean": lengths[present].mean(),
         "completion/truncated": 1.0 - ended[present].mean(),
         "time/sample_s": graded.sample_seconds,
         "time/verify_s": graded.verify_seconds,
         "throughput/sample_tokens_per_s": graded.tokens / graded.sample_seconds,
     }
-    metrics |= shares([graded.kinds[i] for i in np.flatnonzero(present)])
+    metrics |= shares([graded.kinds[i] for i in np.flatnonzero(present)]) | graded.plan_metrics
     for name, part in graded.parts.items():
         metrics[f"rewards/{name}"] = part[valid].mean() if rewards.size else 0.0
     for name, value in estimate.info.items():
         if np.ndim(value) == 0:
             metrics[f"estimate/{name}"] = value
-    metrics |= graded.plan_metrics
     return {name: float(value) for name, value in metrics.items()}
