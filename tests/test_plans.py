@@ -480,7 +480,7 @@ def test_an_own_plan_that_raises_is_named_with_its_line(tmp_path):
 
 
 # ------------------------------------------------------------------------------------ whole steps
-RUNS = {"greedy_beside": "remax", "weighted": "spo"}
+RUNS = {"greedy_beside": "remax", "sequential": "v05_filter", "weighted": "spo"}
 
 
 @pytest.mark.slow
@@ -491,21 +491,26 @@ def test_a_step_taken_again_from_its_state_is_the_same_step(name, tiny_folder, d
     changes = {"estimator.name": RUNS[name], "estimator.table-samples": 0, "sampling.plan": name}
     changes |= {"sampling.max-new-tokens": 4}
     arguments = small(tiny_folder, dapo_file, tmp_path / "run", **changes)
+    if name == "sequential":
+        arguments += ["--sampling.group-size", "4", "--train.prompts-per-step", "4"]
+        arguments += ["--sampling.plan-options", "first", "2", "add", "1"]
     config = command_line.parse("", argv=["--config", "quickstart", *arguments])[0]
     with open_session(config, lambda _: None, training=True) as session:
         assert "sampling.plan" not in identity_of(session)
         with jax.set_mesh(session.setup.mesh):
             step, state = make_step(session), first_state(session, tmp_path, lambda _: None)
+            rounds = []
             for number in range(2):
                 kept = jax.tree.map(jnp.copy, state)
                 state, metrics, graded, _ = step(state, number)
-            again, metrics_again, graded_again, _ = step(kept, 1)
-    same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
-    same((again, graded_again.rollouts), (state, graded.rollouts))
-    assert graded_again.completions == graded.completions
-    assert repeatable([metrics_again]) == repeatable([metrics])
-    assert metrics.keys() <= documented_metrics()
-    assert metrics["plan/rounds"] == (2 if name == "greedy_beside" else 1)
+                again, metrics_again, graded_again, _ = step(kept, number)
+                same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+                same((again, graded_again.rollouts), (state, graded.rollouts))
+                assert graded_again.completions == graded.completions
+                assert repeatable([metrics_again]) == repeatable([metrics])
+                assert metrics.keys() <= documented_metrics()
+                rounds.append(metrics["plan/rounds"])
+    assert max(rounds) == {"greedy_beside": 2, "sequential": 3, "weighted": 1}[name]
 
 
 def test_the_file_of_an_own_plan_is_part_of_the_run(tiny_folder, dapo_file, tmp_path):
@@ -523,7 +528,7 @@ def test_the_file_of_an_own_plan_is_part_of_the_run(tiny_folder, dapo_file, tmp_
     assert hashes[0] != hashes[1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_with_rounds_is_killed_and_goes_on_bit_for_bit(tiny_folder, dapo_file, tmp_path):
     """scripts/train.py with the plan ``sequential``, killed at a random moment."""
     changes = {"estimator.name": "v05_filter", "estimator.table-samples": 0, "train.steps": 3}
