@@ -21,12 +21,14 @@ from whole_runs import (
 from basis_jax import command_line, estimators, plans
 from basis_jax.config import Config, DataSection, EstimatorSection, SamplingSection, TrainSection
 from basis_jax.data.order import step_problems
+from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.rollout_plan import open_plan
 from basis_jax.plans import Belief, Plan, Requests, Setting
 from basis_jax.plans.sequential import COST, saving
 from basis_jax.plans.weighted import inclusion, systematic
 from basis_jax.sampling.rollouts import Graded
 from basis_jax.training.loop import make_step
+from basis_jax.training.microbatches import make_batches
 from basis_jax.training.planned import as_rows, next_round
 from basis_jax.training.session import open_session
 from basis_jax.training.start import first_state, identity_of
@@ -253,6 +255,35 @@ def test_only_problems_that_contradict_the_value_get_more_rollouts():
     for row in np.flatnonzero(rows.present):
         name = f"{rows.rollouts.problem_ids[row]}.{row % 6}"
         assert rows.completions[row] == name
+
+
+def test_the_weights_multiply_the_loss_and_not_its_denominators():
+    """Row by row; absent rows have none."""
+    _, rows = step_with_absent_rows()
+    weights = np.where(rows.present, np.arange(24) + 1, 0).astype(np.float32)
+    estimate = estimators.reinforce(rows.rewards, valid=rows.valid)
+    config = Config(
+        run_dir="",
+        train=TrainSection(prompts_per_step=4, minibatch_rollouts=24, microbatch_rollouts=6),
+        sampling=SamplingSection(group_size=6),
+    )
+
+    def of_rows(graded):
+        fixed = {
+            "config": config,
+            "score": lambda *_: jnp.zeros(0),
+            "params": None,
+            "mesh": make_mesh(),
+        }
+        total = np.zeros(24)
+        for micro in make_batches(graded, estimate, **fixed)[0]:
+            total[np.asarray(micro.rows)] += np.asarray(micro.loss_weights).sum(1)
+        return total
+
+    plain = of_rows(rows)
+    assert plain.sum() == pytest.approx(1) and np.count_nonzero(plain) == 6  # one is invalid
+    weighted = of_rows(dataclasses.replace(rows, weights=weights))
+    np.testing.assert_allclose(weighted, plain * weights, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------------ absent rows
