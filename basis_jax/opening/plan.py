@@ -18,6 +18,7 @@ from basis_jax.model.sharding import AXES, abstract_mesh, batch_shards
 from basis_jax.sampling.refill import MIN_CACHE
 
 MOST_DEVICES = 256  # larger topologies are not searched
+REFERENCE = "a KL term's reference"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def memory_needs(
     trained = costs.parameter_bytes(model_config, mesh, part=lora.trained)
     moment = jnp.dtype(config.optim.moments_dtype).itemsize
     moments = {"moments": trained * moment // 2} if training else {}
-    reference = {"a KL term's reference": trained} if training and config.loss.kl_coef else {}
+    reference = {REFERENCE: trained} if training and config.loss.kl_coef else {}
     slots = min(train.sample_rollouts, rows)
     sampler = computed_in(model_config, config.sampling.dtype)
     parts = costs.sampling_memory(
@@ -75,42 +76,56 @@ def memory_needs(
     fewer += "mesh.tensor or mesh.sample_tensor"
     sampling = f"sampling {slots} rollouts of {length} tokens at once"
     before = cache_before(length)
-    grown = {"the cache before it grew": parts["key-value cache"] * before // length, "prefill": 0}
+    old = parts["key-value cache"] * before // length // cache_arrays(sampler)
+    grown = {"an array of the cache before it grew": old, "prefill": 0}
     beside = moments | reference
     needs = [
         Need(sampling, parts | beside, fewer),
         Need(f"{sampling}, their cache grown from {before}", parts | grown | beside, fewer),
     ]
     if training:
-        count = rollouts_per_pass(train, batch_shards(mesh))
-        parts = costs.update_memory(
-            model_config,
-            mesh,
-            rows=count,
-            width=length,
-            chunk=config.loss.logprob_chunk,
-            moment=moment,
-        )
-        measures = definition(config.estimator.name).learn is not None
-        measurement = {"a measurement's second gradient": trained} if measures else {}
-        fewer = "train.microbatch_rollouts, " if train.microbatch_rollouts > 1 else ""
-        remat = "" if model_config.remat == "full" else "set model.remat to full, "
-        needs.append(
-            Need(
-                f"an update over microbatches of {count} rollouts of {length} tokens",
-                parts | reference | measurement,
-                f"lower {fewer}loss.logprob_chunk or sampling.max_new_tokens, {remat}or raise "
-                "mesh.fsdp or mesh.tensor",
-            )
-        )
+        needs.append(update_need(config, model_config, mesh, length=length))
     return needs
 
 
+def update_need(
+    config: Config, model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, length: int
+) -> Need:
+    """Memory for an update with rows of ``length`` tokens."""
+    train, trained = config.train, costs.parameter_bytes(model_config, mesh, part=lora.trained)
+    count = rollouts_per_pass(train, batch_shards(mesh))
+    parts = costs.update_memory(
+        model_config,
+        mesh,
+        rows=count,
+        width=length,
+        chunk=config.loss.logprob_chunk,
+        moment=jnp.dtype(config.optim.moments_dtype).itemsize,
+    )
+    if config.loss.kl_coef:
+        parts |= {REFERENCE: trained}
+    if definition(config.estimator.name).learn is not None:
+        parts |= {"a measurement's second gradient": trained}
+    fewer = "train.microbatch_rollouts, " if train.microbatch_rollouts > 1 else ""
+    remat = "" if model_config.remat == "full" else "set model.remat to full, "
+    return Need(
+        f"an update over microbatches of {count} rollouts of {length} tokens",
+        parts,
+        f"lower {fewer}loss.logprob_chunk or sampling.max_new_tokens, {remat}or raise "
+        "mesh.fsdp or mesh.tensor",
+    )
+
+
 def cache_before(length: int) -> int:
-    """Positions of the cache before it grows to ``length``. The old cache is held until the new one
-    is made (``refill.resize_cache``)."""
+    """Positions of the cache before it grows to ``length``."""
     doublings = math.log2(max(1.0, length / MIN_CACHE))
     return MIN_CACHE * 2 ** max(0, math.ceil(doublings) - 1)
+
+
+def cache_arrays(model_config: ModelConfig) -> int:
+    """Arrays of the sampler's cache. While it grows, one of them is held twice
+    (``refill.resize_cache``)."""
+    return 2 if model_config.scan_decode else 2 * model_config.layers
 
 
 DECODING = ("weights laid out for decoding", "key-value cache", "logits")

@@ -23,6 +23,7 @@ from basis_jax.runs.log import errors_logged, log_line
 from basis_jax.runs.loggers import check_loggers
 from basis_jax.runs.shared_records import SharedRecords
 from basis_jax.runs.stopping import Stopper, StopRequested
+from basis_jax.runs.terminal import announcement
 from basis_jax.sampling.rollouts import Graded
 from basis_jax.training.microbatches import make_batches
 from basis_jax.training.planned import make_sample_and_verify
@@ -77,7 +78,7 @@ def train(
     settings that cannot work, before weights are read. Raises StopRequested if SIGINT or SIGTERM
     stopped the run; all finished steps are saved then.
     """
-    opening: list[str] = []
+    opening = [announcement(config)]
     report = processes.spoken(report)
 
     def report_and_keep(line: str) -> None:
