@@ -4,9 +4,7 @@
 (``--optim.lr 3e-6``). The text below each field describes it.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,14 @@ class SamplingSection:
     """The dtype of decoding, ``bfloat16`` or ``float32`` (empty: ``model.compute_dtype``). If it is
     less precise than the trainer's, watch ``sampler/logprob_gap_mean``."""
     group_size: int = 1
-    """Rollouts per prompt. BASIS needs one; group estimators need two or more."""
+    """Rollouts per prompt. BASIS needs one; group estimators need two or more. With a plan that
+    asks for groups of unequal size: the most."""
+    plan: str = "uniform"
+    """Which problems a step samples, and how often: ``uniform``, ``weighted``, ``sticky``,
+    ``greedy_beside``, ``sequential``, or your own: ``FILE.py:NAME`` (a path relative to the current
+    directory) or ``package.module:NAME``."""
+    plan_options: dict[str, bool | int | float | str] = field(default_factory=dict, hash=False)
+    """The plan's options."""
 
 
 @dataclass(frozen=True)
@@ -371,30 +376,3 @@ class Config:
         verifier = self.eval.set_verifiers.get(name, self.data.verifier)
         mode = self.data.answer_mode if verifier == self.data.verifier else ""
         return replace(self.data, verifier=verifier, answer_mode=mode, rewards={})
-
-
-def config_from(values: Mapping[str, Any]) -> Config:
-    """The ``Config`` that ``dataclasses.asdict`` made ``values`` of, from a run's config.json or a
-    checkpoint. Fields that it lacks keep their defaults; raises ValueError for unknown ones."""
-    return _replaced(Config(run_dir=""), renamed(values))
-
-
-def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved config in today's names: ``loss.tis_cap`` is ``loss.sampler_correction`` tis now."""
-    loss = dict(values.get("loss", {}))
-    if cap := loss.pop("tis_cap", 0):
-        loss |= {"sampler_correction": "tis", "sampler_cap": cap}
-    return {**values, "loss": loss}
-
-
-def _replaced(section: Any, values: Mapping[str, Any]) -> Any:
-    known = {field.name for field in fields(section)}
-    if unknown := sorted(values.keys() - known):
-        raise ValueError(f"the saved config has the field {unknown[0]}, unknown to this version")
-    changed = {}
-    for name, value in values.items():
-        before = getattr(section, name)
-        if is_dataclass(before):
-            value = _replaced(before, value)
-        changed[name] = tuple(value) if isinstance(value, list) else value
-    return replace(section, **changed)

@@ -49,6 +49,7 @@ class Signals:
     score_norms: Float[Array, " N"] | None = None  # like |gradient of log p(completion)|^2
     logprob_sum: Float[Array, " N"] | None = None  # log p(completion), as it was sampled
     start_values: Float[Array, " N"] | None = None  # a critic's values of the prompts
+    greedy_rewards: Float[Array, " N"] | None = None  # of the prompt's greedy completion, or NaN
 
 
 @pytree

@@ -8,11 +8,12 @@ import pytest
 import tiny
 from test_train import CONFIG, assert_same, graded, one_update
 
-from basis_jax.config import Config, LossSection, config_from, renamed
+from basis_jax.config import Config, LossSection
 from basis_jax.corrections import ais_alpha, ais_sums, kept_rows, sampler_weights
 from basis_jax.losses import loss_weights
 from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.checks import check
+from basis_jax.saved_config import config_from, renamed
 from basis_jax.types import Batch
 
 CAP, FLOOR = 1.5, 0.7

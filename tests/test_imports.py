@@ -14,7 +14,17 @@ PACKAGE = ROOT / "basis_jax"
 FOLDERS = ("basis_jax", "scripts", "studies", "benchmarks", "configs")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
-WORDS = {"config", "types", "pytree", "masked", "losses", "corrections", "files", "references"}
+WORDS = {
+    "config",
+    "saved_config",
+    "types",
+    "pytree",
+    "masked",
+    "losses",
+    "corrections",
+    "files",
+    "references",
+}
 WORDS |= {"processes"}
 """Modules that stand alone: what everybody speaks."""
 
@@ -22,6 +32,7 @@ ROOMS = {
     "pytree": set(),
     "masked": set(),
     "config": set(),
+    "saved_config": {"config"},
     "files": set(),
     "references": set(),
     "processes": set(),
@@ -34,8 +45,9 @@ ROOMS = {
     "weights": {"files", "model", "processes"},
     "data": {"config", "files", "verify"},
     "sampling": {"config", "types", "pytree", "model", "data", "processes"},
-    "runs": {"config", "files", "types", "references", "processes"},
-    "opening": WORDS | {"estimators", "verify", "model", "weights", "data", "sampling"},
+    "runs": {"config", "saved_config", "files", "types", "references", "processes"},
+    "plans": {"references", "data", "sampling"},
+    "opening": WORDS | {"estimators", "verify", "model", "weights", "data", "sampling", "plans"},
     "evaluation": WORDS | {"verify", "model", "weights", "data", "sampling", "runs", "opening"},
 }
 ROOMS["training"] = {*ROOMS} - {"training"}

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from basis_jax.config import Config, renamed
+from basis_jax.config import Config
 from basis_jax.files import lock, replace_file
 from basis_jax.runs.provenance import provenance
+from basis_jax.saved_config import renamed
 
 MAY_DIFFER = (
     "run_dir",  # the folder may be moved
@@ -153,6 +154,7 @@ CONTENTS = {
     "contents of.data.path": "the training problems of data.path have changed since the run began",
     "contents of.model.path": "the model in model.path has changed since the run began",
     "contents of.estimator.name": "the estimator's file has changed since the run began",
+    "contents of.sampling.plan": "the file of the rollout plan has changed since the run began",
     "contents of.data.verifier": "the file of the reward function in data.verifier has changed "
     "since the run began",
 }

@@ -51,8 +51,9 @@ def make_batches(
     """The microbatches of every optimizer update, rows split over the mesh.
 
     An update takes the next ``train.minibatch_rollouts`` rollouts; ``cut_rows`` sorts them by
-    length. The loss weights are those of the whole update. Rollouts that the verifier could not
-    grade count neither in the loss nor in its denominators. With one update per step the policy is
+    length. The loss weights are those of the whole update, times the plan's weights, which do not
+    enter the denominators. Rollouts that the verifier could not grade and absent ones count neither
+    in the loss nor in its denominators. With one update per step the policy is
     still the one that sampled, so ``old_logprobs`` need no pass of their own. With several updates
     all rollouts are scored before the first one. ``reference``: the parameters of the reference
     policy, where ``loss.needs_reference``. ``targets``: of a critic; their advantages stand in
@@ -73,6 +74,8 @@ def make_batches(
             config.loss.aggregation,
             max_length=config.sampling.max_new_tokens,
         )
+        if graded.weights is not None:
+            weights = weights * graded.weights[start : start + rows, None]
         minibatch = Batch(
             tokens=rollouts.tokens[start : start + rows],
             completion_mask=np.asarray(mask[start : start + rows]),

@@ -8,7 +8,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from basis_jax import estimators
+from basis_jax import estimators, plans
 from basis_jax.config import Config
 from basis_jax.model import decoder, lora
 from basis_jax.model.sharding import batch_shards, named_tree
@@ -37,6 +37,7 @@ def identity_of(session: Session) -> dict[str, str]:
     config = session.config
     own = {
         "estimator.name": estimators.source_fingerprint(config.estimator.name),
+        "sampling.plan": plans.source_fingerprint(config.sampling.plan),
         "data.verifier": source_fingerprint(config.data.verifier),
         **{f"data.rewards {name}": source_fingerprint(name) for name in config.data.rewards},
         **{

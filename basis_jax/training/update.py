@@ -189,6 +189,7 @@ def make_signals(graded: Graded, *, aggregation: str, score_norms: str) -> Signa
         lengths=jnp.asarray(lengths),
         score_norms=jnp.asarray(norms),
         logprob_sum=jnp.asarray(np.sum(rollouts.sampler_logprobs, axis=1)),
+        **{name: jnp.asarray(found) for name, found in graded.signals.items()},
     )
 
 
@@ -303,9 +304,10 @@ def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
     and ``rewards/...`` is the unweighted mean of each. ``estimate/value_error`` is the mean of
     (reward - value)^2 over valid rows. It is the squared error of the values plus the variance of
     the rewards, which is E[V (1 - V)] for rewards of 0 and 1. So only differences between runs are
-    meaningful.
+    meaningful. Absent rows are not counted anywhere.
     """
-    valid, lengths = graded.valid, graded.rollouts.completion_lengths
+    valid, present = graded.valid, graded.present
+    lengths, ended = graded.rollouts.completion_lengths, graded.rollouts.terminated
     rewards = graded.rewards[valid]
     own = next(iter(graded.parts.values()), graded.rewards)[valid]
     advantages = np.abs(np.asarray(estimate.advantages))[valid]
@@ -314,16 +316,16 @@ def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
         "reward/mean": rewards.mean() if rewards.size else 0.0,
         "reward/accuracy": (own > RIGHT_ABOVE).mean() if rewards.size else 0.0,
         "reward/variance": rewards.var() if rewards.size else 0.0,
-        "reward/invalid": 1.0 - valid.mean(),
+        "reward/invalid": 1.0 - valid[present].mean(),
         "estimate/value_error": errors.mean() if rewards.size else 0.0,
         "estimate/advantage_abs": advantages.mean() if advantages.size else 0.0,
-        "completion/length_mean": lengths.mean(),
-        "completion/truncated": 1.0 - graded.rollouts.terminated.mean(),
+        "completion/length_mean": lengths[present].mean(),
+        "completion/truncated": 1.0 - ended[present].mean(),
         "time/sample_s": graded.sample_seconds,
         "time/verify_s": graded.verify_seconds,
         "throughput/sample_tokens_per_s": graded.tokens / graded.sample_seconds,
     }
-    metrics |= shares(graded.kinds)
+    metrics |= shares([graded.kinds[i] for i in np.flatnonzero(present)]) | graded.plan_metrics
     for name, part in graded.parts.items():
         metrics[f"rewards/{name}"] = part[valid].mean() if rewards.size else 0.0
     for name, value in estimate.info.items():

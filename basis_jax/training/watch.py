@@ -188,7 +188,7 @@ class Watch:
     def _nothing_to_learn(self, graded: Graded, answers: Sequence[str]) -> str:
         shown = "; ".join(
             f"{graded.completions[i][-80:]!r} ({graded.reasons[i]}; right answer {answers[i]!r})"
-            for i in range(min(SHOWN, len(answers)))
+            for i in np.flatnonzero(graded.present)[:SHOWN]
         )
         if self._rewards_verdicts and not any(self._right):
             what = f"no completion of the last {len(self._alike)} steps was right"
