@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from basis_jax.config import Config
 from basis_jax.losses import loss_weights
@@ -52,20 +52,16 @@ def make_batches(
 
     An update takes the next ``train.minibatch_rollouts`` rollouts; ``cut_rows`` sorts them by
     length. The loss weights are those of the whole update, times the plan's weights, which do not
-    enter the denominators. Rollouts that the verifier could not grade and absent ones count neither
-    in the loss nor in its denominators. With one update per step the policy is
-    still the one that sampled, so ``old_logprobs`` need no pass of their own. With several updates
-    all rollouts are scored before the first one. ``reference``: the parameters of the reference
-    policy, where ``loss.needs_reference``. ``targets``: of a critic; their advantages stand in
-    place of the estimate's.
+    enter the denominators. With one update per step the policy is still the one that sampled, so
+    ``old_logprobs`` need no pass of their own. With several updates all rollouts are scored before
+    the first one. ``reference``: the parameters of the reference policy, where
+    ``loss.needs_reference``. ``targets``: of a critic; their advantages stand in place of the
+    estimate's.
     """
     rollouts, rows = graded.rollouts, config.train.minibatch_rollouts
     max_width = rollouts.tokens.shape[1]
     lengths = np.where(graded.valid, rollouts.prompt_lengths + rollouts.completion_lengths, 0)
-    mask = completion_mask(
-        jnp.asarray(rollouts.prompt_lengths), jnp.asarray(rollouts.completion_lengths), max_width
-    )
-    mask = mask & jnp.asarray(graded.valid)[:, None]
+    mask = counted_tokens(graded)
     off_policy, credit = updates_per_step(config) > 1, credit_of(estimate, targets)
     updates = []
     for start in range(0, len(graded.valid), rows):
@@ -98,6 +94,15 @@ def make_batches(
             micros.append(replace(part, old_logprobs=old, ref_logprobs=ref))
         updates.append(micros)
     return updates
+
+
+def counted_tokens(graded: Graded) -> Bool[Array, "N T"]:
+    """The tokens of completions that count in the loss and in its denominators: not those that the
+    verifier could not grade, and not absent ones."""
+    rollouts = graded.rollouts
+    lengths = jnp.asarray(rollouts.prompt_lengths), jnp.asarray(rollouts.completion_lengths)
+    mask = completion_mask(*lengths, rollouts.tokens.shape[1])
+    return mask & jnp.asarray(graded.valid)[:, None]
 
 
 def credit_of(estimate: Estimate, targets: Targets | None) -> dict[str, Any]:
