@@ -89,7 +89,7 @@ def main() -> None:
     found = {}
     for name in options.only:
         found[name] = run(name, options.out, steps=options.steps, overrides=overrides)
-        print(line(name, found[name]), flush=True)
+    print("\n".join(line(name, row) for name, row in found.items()))
     Path(options.report).parent.mkdir(parents=True, exist_ok=True)
     about = {"steps": options.steps, "rollouts": ROLLOUTS, **provenance()}
     content = {"about": about, "algorithms": found}
@@ -140,7 +140,7 @@ def run(name: str, out: str, *, steps: int, overrides: Sequence[str]) -> dict[st
         "after": evaluated[-1]["eval/accuracy"],
         "low": evaluated[-1]["eval/accuracy_low"],
         "high": evaluated[-1]["eval/accuracy_high"],
-        "updates": sum("policy/grad_norm" in row for row in lines),
+        "updates": sum(row.get("estimate/no_signal") == 0 for row in lines),
         "seconds": sum(row["time/update_s"] + row["time/sample_s"] for row in taken),
     }
 
