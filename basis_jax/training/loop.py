@@ -137,7 +137,7 @@ def run_steps(
 ) -> None:
     """Take the remaining steps. Each is logged before its checkpoint is saved: see ``Records``."""
     try:
-        restored = checkpoint.restore(checkpoints, state_shapes(session))
+        restored = checkpoint.restore(checkpoints, state_shapes(session), report)
         with stopper.droppable():
             if restored is None:
                 state = first_state(session, run_dir, report)
