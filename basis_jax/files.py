@@ -81,10 +81,13 @@ def seal(folder: Path) -> None:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     with ThreadPoolExecutor() as pool:  # hashing large blocks lets other threads run
-        found = dict(zip([_within(folder, path) for path in files], pool.map(digest, files)))
+        digests = list(pool.map(digest, files))
+    names = [path.relative_to(folder).as_posix() for path in files]
     for inner in (path for path in folder.rglob("*") if path.is_dir()):
         push_names_to_disk(inner)
-    replace_file(folder / DIGESTS, json.dumps(found, indent=0) + "\n")
+    replace_file(
+        folder / DIGESTS, json.dumps(dict(zip(names, digests, strict=True)), indent=0) + "\n"
+    )
 
 
 def is_sealed(folder: Path) -> bool:
@@ -109,16 +112,12 @@ def damage(folder: Path) -> str | None:
                 same = hashlib.file_digest(file, "sha256").hexdigest() == wanted[name]
         except FileNotFoundError:
             return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read ({error})"
         return None if same else f"{name} is not as it was written"
 
     with ThreadPoolExecutor() as pool:
         return next(filter(None, pool.map(wrong, wanted)), None)
-
-
-def _within(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix()
 
 
 def append_json_lines(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -215,11 +215,12 @@ def restore(
     shapes), or None.
 
     It has no frozen parameters. Damaged ones are reported. Raises ValueError if it cannot be read,
-    or if parameters or moments are not finite.
+    if it is of another state than ``like``, or if parameters or moments are not finite.
     """
     step = newest_good(checkpoints, report)
     if step is None:
         return None
+    check_same_leaves(Path(checkpoints.directory) / str(step), like)
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))
     items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
     try:
@@ -237,6 +238,79 @@ def restore(
     return TrainState(
         step=number, params=params, opt_state=opt_state, estimator_state=estimator_state
     )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A leaf of a state on disk: its name there, and what it holds."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def stored_leaves(folder: Path) -> dict[str, Stored]:
+    """The leaves of a checkpoint by their path in the state, such as ``.params['embedding']``."""
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata((folder / "state").absolute()).tree
+        return {
+            name.lstrip("0123456789"): Stored(name, tuple(leaf.shape), str(leaf.dtype))
+            for name, leaf in tree.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"checkpoint {folder} cannot be read ({_reason(error)})") from error
+
+
+def leaves_of(state: TrainState) -> dict[str, Any]:
+    """The leaves that a checkpoint of this state has, by their path in it."""
+    return {name.lstrip("0123456789"): leaf for name, leaf in _as_dict(state).items()}
+
+
+PARTS = {
+    ".params": ("the parameters", "model.path and model.lora"),
+    ".opt_state": ("the optimizer's moments", "optim"),
+    ".estimator_state": ("the estimator's state", "estimator and data.path"),
+}
+
+
+def differing_leaf(part: str, stored: Mapping[str, Stored], wanted: Mapping[str, Any]) -> str:
+    """Name the first leaf of a part of the state that differs, or "" if none does."""
+    here = {p: (x.shape, str(x.dtype)) for p, x in wanted.items() if p.startswith(part)}
+    there = {p: (x.shape, x.dtype) for p, x in stored.items() if p.startswith(part)}
+    for path in sorted(here.keys() | there.keys()):
+        if here.get(path) != there.get(path):
+            shown = [
+                f"{x[path][1]}{list(x[path][0])}" if path in x else "absent" for x in (there, here)
+            ]
+            return f"{path.removeprefix('.')} is {shown[0]} there and {shown[1]} here"
+    return ""
+
+
+def check_same_leaves(folder: Path, like: TrainState) -> None:
+    """Raise ValueError naming the part of the state, and a leaf of it, that the checkpoint has and
+    ``like`` has not, or has in another shape."""
+    stored, wanted = stored_leaves(folder), leaves_of(like)
+    for part, (what, fields) in PARTS.items():
+        if differing := differing_leaf(part, stored, wanted):
+            raise ValueError(
+                f"checkpoint {folder} holds {what} of another run: {differing}; give the {fields} "
+                "that it was made with, or another --run-dir"
+            )
+
+
+def read_leaves(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Any]) -> dict:
+    """Some leaves of a checkpoint by their path, laid out like ``wanted``."""
+    item = {stored[path].name: like for path, like in wanted.items()}
+    layout = {
+        name: ocp.ArrayRestoreArgs(sharding=like.sharding, dtype=like.dtype)
+        for name, like in item.items()
+    }
+    args = ocp.args.PyTreeRestore(item=item, restore_args=layout, partial_restore=True)
+    try:
+        found = ocp.PyTreeCheckpointHandler().restore((folder / "state").absolute(), args=args)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {folder} cannot be read ({_reason(error)})") from error
+    return {path: found[stored[path].name] for path in wanted}
 
 
 def check_finite(tree: PyTree, folder: str) -> None:

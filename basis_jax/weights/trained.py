@@ -56,8 +56,8 @@ def load_checkpoint_params(
     """What was trained, all parameters or adapters, in float32 as the checkpoint has it, laid out
     over the mesh; without one, NumPy arrays.
 
-    Raises ValueError where it is damaged or cannot be read, its parameters are not those of ``model_config``, or
-    they hold NaN or infinity.
+    Raises ValueError where it is damaged or cannot be read, its parameters are not those of
+    ``model_config``, or they hold NaN or infinity.
     """
     if wrong := files.damage(checkpoint):
         raise ValueError(f"checkpoint {checkpoint} is damaged ({wrong}); give another checkpoint")
