@@ -77,7 +77,7 @@ def open_run(
     """
     run_dir = Path(config.run_dir)
     path = run_dir / "config.json"
-    fields = json.loads(json.dumps(asdict(config)))
+    fields = asdict(config)
     starts, forked = [], fork_from
     if path.exists():
         before = read_config(path)
@@ -155,7 +155,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
 
 def described(config: Mapping[str, Any], identity: Mapping[str, str]) -> dict[str, Any]:
     """A run as ``differences`` compares it. The config may be of an older version."""
-    return {**_with_defaults(config), "contents of": dict(identity)}
+    fields = json.loads(json.dumps(_with_defaults(config)))  # tuples as lists
+    return {**fields, "contents of": dict(identity)}
 
 
 def _with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
