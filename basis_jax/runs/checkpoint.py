@@ -26,6 +26,11 @@ from basis_jax.runs.metrics import read_metrics
 from basis_jax.types import TrainState
 
 
+WRITING_S = 24 * 3600
+"""Writing a checkpoint fails after so many seconds. Orbax counts them by the wall clock, which may
+be set forward meanwhile, so they are many."""
+
+
 class Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """A folder that is being written. A checkpoint gets the digests of its files just before its
     name; the folders of its parts, which orbax names in the same way, have none of their own."""
@@ -74,6 +79,7 @@ def open_checkpoints(run_dir: Path, section: CheckpointSection) -> Iterator[ocp.
         preservation_policy=kept,
         temporary_path_class=Sealed,
         enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(timeout_secs=WRITING_S),
         cleanup_tmp_directories=True,
     )
     folder = (run_dir / "checkpoints").absolute()

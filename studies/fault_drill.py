@@ -1,0 +1,375 @@
+"""What a run survives: break it in every way we know, resume it, compare it bit for bit.
+
+    python -m studies.fault_drill                       # everything, with 100 random kills
+    python -m studies.fault_drill calls --out drill.json
+    python -m studies.fault_drill kills --kills 20
+
+Parts: ``calls`` (the run folder as a kill after every write, fsync, rename and process start of a
+step leaves it; needs strace), ``kills`` (random SIGKILL and SIGTERM), ``disk`` (full), ``readonly``
+(folder of another user), ``clock`` (jumps), ``workers`` (of a verifier, killed and stopped),
+``lines`` (a torn last line), ``files`` (each file of the newest checkpoint flipped, cut, removed).
+
+A case is a broken run that is resumed to its end. It is ``same`` if metrics, samples, parameters,
+moments and estimator state are those of the unbroken run, bit for bit; ``said`` if, besides, a
+warning named something that was lost; ``refused`` if one sentence ended it; otherwise ``wrong``,
+and then this program ends with 1.
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+from studies import fault_calls
+from studies.fault_runs import (
+    STEPS,
+    differing,
+    keep_programs,
+    result,
+    start_process,
+    take_steps,
+    wait_for,
+)
+
+Case = tuple[str, str, str]  # what was broken; same, said, refused or wrong; what was said
+
+
+class Drill:
+    """The unbroken run, and a broken-off one to begin cases from."""
+
+    def __init__(self, work: Path):
+        self.work = work
+        keep_programs(work / "programs")
+        take_steps(work / "whole")
+        self.wanted = result(work / "whole")
+        take_steps(work / "broken", until=STEPS - 1)
+        if int(max(p.name for p in (work / "broken" / "checkpoints").iterdir())) != STEPS - 1:
+            raise SystemExit(f"error: {work} was used by another drill; give an empty --work")
+
+    def folder(self) -> Path:
+        """A copy of the broken-off run."""
+        case = self.work / "case"
+        shutil.rmtree(case, ignore_errors=True)
+        return shutil.copytree(self.work / "broken", case)
+
+    def resume(self, what: str, run_dir: Path) -> Case:
+        """Resume the run to its end and compare it."""
+        try:
+            said = take_steps(run_dir)
+        except ValueError as error:
+            return what, "refused", str(error)
+        except Exception as error:
+            return what, "wrong", f"{type(error).__name__}: {error}"
+        return self.compared(what, run_dir, said)
+
+    def compared(self, what: str, run_dir: Path, said: list[str]) -> Case:
+        found = result(run_dir)
+        if other := differing(found, self.wanted):
+            return what, "wrong", f"differs: {', '.join(other)}; said: {'; '.join(said)}"
+        lost = [line for line in said if "damaged" in line or "lost" in line or "sha256" in line]
+        return what, "said" if lost else "same", "; ".join(lost)
+
+
+def calls(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
+    """The last two steps are recorded: sampling, update, evaluation, records, checkpoints."""
+    if shutil.which("strace") is None:
+        print("calls: left out, because strace is not installed", flush=True)
+        return
+    run_dir, pause = drill.work / "traced", drill.work / "pause"
+    for path in (run_dir, pause):
+        shutil.rmtree(path, ignore_errors=True)
+    pause.mkdir()
+    process = child(run_dir, pause)
+    if not wait_for(pause / "ready", process):
+        raise SystemExit(f"error: the traced run ended early: {process.communicate()[0]}")
+    recorder = fault_calls.Recorder(run_dir, drill.work / "store")
+    stops = fault_calls.record_calls(process, recorder, pause / "go")
+    said = f"calls: {stops} stops after calls, {len(recorder.states)} different states of the files"
+    print(said, flush=True)
+    for number, state in enumerate(recorder.states[:: options.every], 1):
+        recorder.put_back(state, drill.work / "case")
+        yield drill.resume(f"state {number}", drill.work / "case")
+
+
+def child(run_dir: Path, pause: Path, **settings):
+    """A process that takes all steps and waits, after the second last but one, for ``pause/go``."""
+    import subprocess
+
+    command = [sys.executable, "-m", "studies.fault_drill", "child", "--run-dir", run_dir]
+    return subprocess.Popen(
+        list(map(str, [*command, "--pause", pause])),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **settings,
+    )
+
+
+def be_child(options: argparse.Namespace) -> None:
+    from basis_jax.training.loop import train
+    from studies.fault_runs import config_of
+
+    keep_programs(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+
+    def pause(step: int, *_: object) -> None:
+        if step == STEPS - 2:
+            (options.pause / "ready").touch()
+            wait_for(options.pause / "go")
+
+    train(config_of(options.run_dir), callbacks=[pause])
+
+
+def kills(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
+    """Processes of their own, each ended at a random moment after its run folder is open, until the
+    run is finished; then the next run begins. No process of a verifier may be left over."""
+    rng, done, run = random.Random(options.seed), 0, 0
+    while done < options.kills:
+        run, killed = run + 1, []
+        run_dir = drill.work / f"killed-{run}"
+        while True:
+            here = drill.work / f"tmp-{done}"
+            here.mkdir(exist_ok=True)
+            process = start_process(run_dir, env={**os.environ, "TMPDIR": str(here)})
+            opened = time.time()
+            while process.poll() is None and last_write(run_dir) < opened:
+                time.sleep(0.01)
+            number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+            if done < options.kills:
+                time.sleep(rng.uniform(0, options.seconds))
+                if process.poll() is None:
+                    process.send_signal(number)
+            output = process.communicate()[0]
+            phase = phase_of(run_dir)
+            if process.returncode == 0:
+                break
+            done += 1
+            if process.returncode not in (-9, -15, 128 + signal.SIGTERM):
+                yield f"{number.name} in {phase}", "wrong", output[-500:]
+                return
+            killed.append(f"{number.name} in {phase}")
+        case = drill.compared("", run_dir, [])
+        for what in killed:
+            yield what, case[1], case[2]
+        shutil.rmtree(run_dir)
+
+
+def last_write(run_dir: Path) -> float:
+    """When the run folder was last opened by a run."""
+    path = run_dir / "config.json"
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def phase_of(run_dir: Path) -> str:
+    """What the run did when it was killed, as far as its folder tells."""
+    if not (run_dir / "reference.npz").exists():
+        return "table"
+    rows = (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
+    if any("tmp" in path.name for path in (run_dir / "checkpoints").glob("*")):
+        return "checkpoint"
+    return "first evaluation" if rows == 0 else f"step {rows}"
+
+
+def disk(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
+    """A small file system in memory, as large as a part of the run needs; later it grows."""
+    place = drill.work / "small"
+    place.mkdir(exist_ok=True)
+    needed = sum(p.stat().st_size for p in (drill.work / "whole").rglob("*") if p.is_file())
+    for percent in range(5, 100, options.percent):
+        size = f"size={needed * percent // 100 // 1024 + 8}k"
+        if os.system(f"mount -t tmpfs -o {size} none {place} 2>/dev/null"):
+            print("disk: left out, because this user cannot mount a tmpfs", flush=True)
+            return
+        try:
+            what = f"disk of {percent} % of the run"
+            try:
+                take_steps(place / "run")
+                first = "the run ended in spite of it"
+            except ValueError as error:
+                first = str(error)
+            except Exception as error:
+                yield what, "wrong", f"{type(error).__name__}: {error}"
+                continue
+            os.system(f"mount -o remount,size=1g {place}")
+            _, outcome, said = drill.resume(what, place / "run")
+            yield what, outcome, f"{first} | {said}"
+        finally:
+            os.system(f"umount {place}")
+
+
+def readonly(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
+    """The run folder belongs to another user. One sentence is printed, and nothing is changed."""
+    run_dir = drill.folder()
+    nobody = {"user": 65534, "group": 65534} if os.getuid() == 0 else {}
+    if not nobody:
+        for path in [run_dir, *run_dir.rglob("*")]:
+            path.chmod(path.stat().st_mode & ~0o222)
+    process = start_process(run_dir, **nobody)
+    output = process.communicate()[0].strip().splitlines()
+    for path in [run_dir, *run_dir.rglob("*")]:
+        path.chmod(path.stat().st_mode | 0o200)
+    if process.returncode != 1 or not output[-1].startswith("error: "):
+        yield "read-only folder", "wrong", "\n".join(output[-5:])
+        return
+    _, outcome, said = drill.resume("", run_dir)
+    yield "read-only folder", outcome, f"{output[-1]} | {said}"
+
+
+def clock(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
+    """Python's wall clock jumps by up to six hours, forwards and backwards, at every look."""
+    now, rng = time.time, random.Random(options.seed)
+
+    def jumping() -> float:
+        return now() + rng.uniform(-1, 1) * 6 * 3600
+
+    for steps in (2, STEPS - 1):
+        run_dir = drill.work / "clock"
+        shutil.rmtree(run_dir, ignore_errors=True)
+        with (
+            mock.patch.object(time, "time", jumping),
+            mock.patch.object(time, "time_ns", lambda: int(jumping() * 1e9)),
+        ):
+            take_steps(run_dir, until=steps)
+            case = drill.resume(f"clock jumps, resumed after step {steps}", run_dir)
+        yield case
+
+
+def workers(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
+    """The processes that grade answers are killed, or stopped for ever, while they work."""
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        run_dir = drill.work / f"workers-{number.name}"
+        with hunted(number, 0.3 if number == signal.SIGKILL else 5.0) as hit:
+            try:
+                said = take_steps(run_dir, **{"data.verifier": "math"})
+            except ValueError as error:
+                yield f"grading processes, {number.name}", "refused", str(error)
+                continue
+        rows = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        failed = sum(row.get("verify/failure", 0) for row in rows)
+        what = f"grading processes, {len(hit)} x {number.name}"
+        fine = rows[-1]["step"] == STEPS and (failed or not hit)
+        told = f"verify/failure adds up to {failed:g}; {'; '.join(said)}"
+        yield what, "said" if fine else "wrong", told
+
+
+@contextmanager
+def hunted(number: signal.Signals, every: float) -> Iterator[list[int]]:
+    """Send a signal to a grading process of this process now and then; yields who was hit."""
+    import threading
+
+    over, hit = threading.Event(), []
+
+    def hunt() -> None:
+        while not over.wait(every):
+            for pid in fault_calls.family(os.getpid())[1:]:
+                command = Path(f"/proc/{pid}/cmdline")
+                if command.exists() and b"verify.worker" in command.read_bytes():
+                    os.kill(pid, number)
+                    hit.append(pid)
+                    break
+            if number == signal.SIGSTOP and hit:
+                return
+
+    thread = threading.Thread(target=hunt)
+    thread.start()
+    try:
+        yield hit
+    finally:
+        over.set()
+        thread.join()
+
+
+def lines(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
+    """The last line of metrics.jsonl or samples.jsonl is cut anywhere, or followed by a piece."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        for piece in ('{"step": 4, "rew', '{"step": 4}', "\0" * 100):
+            run_dir = drill.folder()
+            with (run_dir / name).open("a") as file:
+                file.write(piece)
+            yield drill.resume(f"{name} ends with {piece[:16]!r}", run_dir)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def files(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
+    """Each file of the newest checkpoint is flipped in one bit, cut in half, removed."""
+    newest = Path("checkpoints") / str(STEPS - 1)
+    base = drill.work / "broken"
+    names = sorted(p.relative_to(base) for p in (base / newest).rglob("*") if p.is_file())
+    harms: tuple[Callable[[Path], None], ...] = (flip, cut, Path.unlink)
+    cases = [(name, harm) for name in names for harm in harms]
+    for name, harm in cases[:: options.every]:
+        run_dir = drill.folder()
+        harm(run_dir / name)
+        what = f"{name.relative_to(newest)}: {harm.__name__}"
+        case = drill.resume(what, run_dir)
+        yield case if case[1] != "same" else (what, "wrong", "used without a word")
+
+
+PARTS: dict[str, Callable[[Drill, argparse.Namespace], Iterator[Case]]] = {
+    f.__name__: f for f in (files, lines, clock, readonly, disk, workers, calls, kills)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help="the parts to run; all without a name")
+    parser.add_argument("--out", type=Path, help="write every case to this JSON file")
+    parser.add_argument("--work", type=Path, help="keep files here (default: a temporary folder)")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=8.0, help="latest moment of a kill")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th call or file only")
+    parser.add_argument("--percent", type=int, default=10, help="step between sizes of the disk")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--talk", action="store_true", help="print every case")
+    parser.add_argument("--run-dir", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--pause", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.parts == ["child"]:
+        be_child(options)
+        return
+    if unknown := set(options.parts) - set(PARTS):
+        raise SystemExit(f"error: no part {min(unknown)}; parts are {', '.join(PARTS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(not run(options.work or Path(folder), options))
+
+
+def run(work: Path, options: argparse.Namespace) -> bool:
+    """Run the parts and print a table; returns whether nothing went wrong."""
+    work.mkdir(parents=True, exist_ok=True)
+    drill, found = Drill(work), {}
+    for part in options.parts or PARTS:
+        started, cases = time.monotonic(), []
+        for case in PARTS[part](drill, options):
+            cases.append(case)
+            if case[1] in ("wrong", "refused") or options.talk:
+                print(f"{part}: {' | '.join(case)}", flush=True)
+        counts = collections.Counter(outcome for _, outcome, _ in cases)
+        shown = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items()))
+        seconds = time.monotonic() - started
+        print(f"{part}: {len(cases)} cases, {shown or 'none'} ({seconds:.0f} s)", flush=True)
+        found[part] = cases
+        if options.out:
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
+    return not any(case[1] in ("wrong", "refused") for cases in found.values() for case in cases)
+
+
+if __name__ == "__main__":
+    main()
