@@ -27,8 +27,8 @@ from basis_jax.types import TrainState
 
 
 WRITING_S = 24 * 3600
-"""Writing a checkpoint fails after so many seconds. Orbax counts them by the wall clock, which may
-be set forward meanwhile, so they are many."""
+"""Writing a checkpoint fails after so many seconds; orbax's own limit of 600 s is short for a large
+model and a slow disk."""
 
 
 class Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
