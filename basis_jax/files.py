@@ -67,6 +67,19 @@ def push_names_to_disk(folder: Path) -> None:
         os.close(opened)
 
 
+def check_links(folder: Path) -> None:
+    """Raise ValueError if something in ``folder`` is a link to a place outside of it, because what
+    is written there would change other files. The folder itself may be a link."""
+    inside = folder.resolve()
+    for parent, folders, names in os.walk(folder):
+        for path in (Path(parent) / name for name in (*folders, *names)):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise ValueError(
+                    f"{path} is a link to {path.resolve()}, outside of the run folder; remove it, "
+                    "or give another --run-dir (which may itself be a link)"
+                )
+
+
 DIGESTS = "sha256.json"
 """A file in a sealed folder: the SHA-256 digests of all others, by their path in the folder."""
 
@@ -144,13 +157,22 @@ def whole_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
         yield line, end
 
 
+LARGEST_JSON = 1 << 26
+"""Bytes of a JSON file of settings. Larger ones are not what they should be."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a byte-order mark before it is ignored.
 
-    Raises ValueError if the file is not readable or not a JSON object.
+    Raises ValueError if the file is not readable, larger than ``LARGEST_JSON``, nested too deep or
+    not a JSON object.
     """
     try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"it has {size:,} bytes, and {LARGEST_JSON:,} are allowed")
         value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError(f"{path} cannot be read as JSON: it is nested too deep") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

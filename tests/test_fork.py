@@ -19,7 +19,11 @@ def base(tiny_folder, dapo_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fork")
 
     def config(name, **changes):
-        changes = {"checkpoint.keep": 5, "checkpoint.every": 1, "train.minibatch-rollouts": 4} | changes
+        changes = {
+            "checkpoint.keep": 5,
+            "checkpoint.every": 1,
+            "train.minibatch-rollouts": 4,
+        } | changes
         arguments = small(tiny_folder, dapo_file, folder / name, **changes)
         return command_line.parse("", argv=["--config", "quickstart", *arguments])[0]
 

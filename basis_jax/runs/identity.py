@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from basis_jax.config import Config
-from basis_jax.files import lock, replace_file
+from basis_jax.files import check_links, lock, replace_file
 from basis_jax.runs.provenance import provenance
 
 MAY_DIFFER = (
@@ -42,7 +42,8 @@ on it."""
 def lock_run(run_dir: str | Path) -> Iterator[Path]:
     """Make the folder and lock it for this process until the block ends.
 
-    Raises ValueError if another process has locked it, or if it cannot be made.
+    Raises ValueError if another process has locked it, if it cannot be made, or if a link in it
+    leads outside.
     """
     if not str(run_dir).strip():
         raise ValueError("run_dir is empty; give a folder with --run-dir")
@@ -53,6 +54,7 @@ def lock_run(run_dir: str | Path) -> Iterator[Path]:
         raise ValueError(
             f"run folder {run_dir} cannot be made ({error.strerror}); give another --run-dir"
         ) from None
+    check_links(run_dir)
     with (run_dir / ".lock").open("w") as file:
         lock(file, f"the run folder {run_dir}", "--run-dir")
         yield run_dir
