@@ -25,7 +25,6 @@ from basis_jax.runs.log import log_line
 from basis_jax.runs.metrics import read_metrics
 from basis_jax.types import TrainState
 
-
 WRITING_S = 24 * 3600
 """Writing a checkpoint fails after so many seconds; orbax's own limit of 600 s is short for a large
 model and a slow disk."""
