@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from basis_jax.runs.compiles import count_compiles
 from basis_jax.training.loop import train
 from studies.fault_runs import BrokenOff, config_of, keep_programs
 
@@ -40,7 +42,7 @@ def take_segment(run_dir: Path, until: int, steps: int, rows: Path) -> None:
             "memory": int(Path("/proc/self/statm").read_text().split()[1]) * page,
             "files": len(os.listdir("/proc/self/fd")),
             "seconds": now - before,
-            "programs": metrics["compile/programs"],
+            "programs": compiled.take()["compile/programs"],
             "reward": metrics["reward/mean"],
         }
         before = now
@@ -49,10 +51,9 @@ def take_segment(run_dir: Path, until: int, steps: int, rows: Path) -> None:
         if step == until < steps:
             raise BrokenOff
 
-    try:
-        train(config_of(run_dir, {**EVERY, "train.steps": steps}), callbacks=[note])
-    except BrokenOff:
-        os._exit(0)
+    config = config_of(run_dir, {**EVERY, "train.steps": steps})
+    with count_compiles() as compiled, suppress(BrokenOff):
+        train(config, callbacks=[note])
 
 
 def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
