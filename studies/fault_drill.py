@@ -218,7 +218,7 @@ def readonly(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
     try:
         take_steps(run_dir)
         first = "the run ended in spite of it"
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         first = str(error)
     finally:
         if mounted:
@@ -264,20 +264,33 @@ def clock(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
     yield "clock set in each of five starts", "said" if outcome == "same" else outcome, said[-1]
 
 
+OWN_REWARD = """
+import time
+
+def same(completion, answer):
+    time.sleep(0.05)
+    return completion.strip() == answer
+"""
+
+
 def workers(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
     """The processes that grade answers are killed, or stopped for ever, while they work."""
+    own = drill.work / "own.py"
+    own.write_text(OWN_REWARD)
     for number in (signal.SIGKILL, signal.SIGSTOP):
         run_dir = drill.work / f"workers-{number.name}"
-        with hunted(number, 0.3 if number == signal.SIGKILL else 5.0) as hit:
+        graded = {"data.verifier": f"{own}:same", "data.reward-workers": 2}
+        graded |= {"data.reward-seconds": 1}
+        with hunted(number, 0.3 if number == signal.SIGKILL else 2.0) as hit:
             try:
-                said = take_steps(run_dir, **{"data.verifier": "math"})
+                said = take_steps(run_dir, **graded)
             except ValueError as error:
                 yield f"grading processes, {number.name}", "refused", str(error)
                 continue
         rows = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
         failed = sum(row.get("verify/failure", 0) for row in rows)
         what = f"grading processes, {len(hit)} x {number.name}"
-        fine = rows[-1]["step"] == STEPS and (failed or not hit)
+        fine = rows[-1]["step"] == STEPS and failed and hit
         told = f"verify/failure adds up to {failed:g}; {'; '.join(said)}"
         yield what, "said" if fine else "wrong", told
 

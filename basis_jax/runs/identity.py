@@ -55,7 +55,14 @@ def lock_run(run_dir: str | Path) -> Iterator[Path]:
             f"run folder {run_dir} cannot be made ({error.strerror}); give another --run-dir"
         ) from None
     check_links(run_dir)
-    with (run_dir / ".lock").open("w") as file:
+    try:
+        opened = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"run folder {run_dir} cannot be written to ({error.strerror}); mend that, or give "
+            "another --run-dir"
+        ) from None
+    with opened as file:
         lock(file, f"the run folder {run_dir}", "--run-dir")
         yield run_dir
 
