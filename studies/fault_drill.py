@@ -267,9 +267,9 @@ def clock(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
 OWN_REWARD = """
 import time
 
-def same(completion, answer):
+def same(completions, answers):
     time.sleep(0.05)
-    return completion.strip() == answer
+    return [float(text.strip() == answer) for text, answer in zip(completions, answers)]
 """
 
 
@@ -281,7 +281,7 @@ def workers(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
         run_dir = drill.work / f"workers-{number.name}"
         graded = {"data.verifier": f"{own}:same", "data.reward-workers": 2}
         graded |= {"data.reward-seconds": 1}
-        with hunted(number, 0.3 if number == signal.SIGKILL else 2.0) as hit:
+        with hunted(number, 2.0) as hit:
             try:
                 said = take_steps(run_dir, **graded)
             except ValueError as error:
@@ -297,21 +297,25 @@ def workers(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
 
 @contextmanager
 def hunted(number: signal.Signals, every: float) -> Iterator[list[int]]:
-    """Send a signal to a grading process of this process now and then; yields who was hit."""
+    """Send a signal to each grading process some seconds after its start; yields who was hit."""
     import threading
 
     over, hit = threading.Event(), []
 
     def hunt() -> None:
-        while not over.wait(every):
+        seen: dict[int, float] = {}
+        while not over.wait(0.1):
             for pid in fault_calls.family(os.getpid())[1:]:
                 command = Path(f"/proc/{pid}/cmdline")
                 if command.exists() and b"verify.worker" in command.read_bytes():
-                    os.kill(pid, number)
-                    hit.append(pid)
-                    break
-            if number == signal.SIGSTOP and hit:
-                return
+                    seen.setdefault(pid, time.monotonic())
+            now = time.monotonic()
+            ready = [pid for pid, since in seen.items() if now - since > every]  # has started
+            for pid in set(ready) - set(hit):
+                os.kill(pid, number)
+                hit.append(pid)
+                if number == signal.SIGSTOP:
+                    return
 
     thread = threading.Thread(target=hunt)
     thread.start()
