@@ -204,6 +204,21 @@ def same_command() -> str:
     return python + " ".join([program, *map(shlex.quote, arguments)])
 
 
+def other_command(name: str, *words: object) -> str:
+    """Another command of this package, called in the way in which this process was started."""
+    program = Path(sys.argv[0])
+    start = f"basis-jax {name}"
+    if program.suffix == ".py":
+        start = f"python {program.with_name(name.replace('-', '_') + '.py')}"
+    return " ".join([start, *(shlex.quote(str(word)) for word in words)])
+
+
+def arguments_without(*options: str) -> list[str]:
+    """The arguments of this process, without these options and their values."""
+    words = zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)
+    return [word for before, word in words if not {before, word.split("=")[0]} & {*options}]
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a script's main; with ``--debug`` among its arguments, errors keep their tracebacks.
 

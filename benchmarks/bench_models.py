@@ -1,4 +1,4 @@
-"""What benchmarks run: a Hugging Face folder, or a shape by name with random weights."""
+"""What benchmarks run: a Hugging Face folder, or a known model's shape with random weights."""
 
 import argparse
 import json
@@ -18,26 +18,9 @@ from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import named_tree
 from basis_jax.runs.provenance import provenance
 from basis_jax.weights import huggingface
+from basis_jax.weights.known_models import KNOWN_MODELS
 
-QWEN3_4B = ModelConfig(
-    architecture="qwen3",
-    vocab_size=151_936,
-    embed=2560,
-    layers=36,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    mlp=9728,
-    max_positions=40_960,
-    rope_theta=1e6,
-    tied=True,
-    qk_norm=True,
-)
-SHAPES = {
-    "qwen3-0.6b": replace(QWEN3_4B, embed=1024, layers=28, heads=16, mlp=3072),
-    "qwen3-4b": QWEN3_4B,
-}
-MODEL_HELP = f"Hugging Face folder, or {' or '.join(SHAPES)} with random weights"
+MODEL_HELP = "Hugging Face folder, or the hub id of a known model: its shape with random weights"
 
 Sampler = Callable[[np.ndarray, int, tuple[int, ...], int], np.ndarray]
 """(tokens [N P], slots, eos_ids, new) -> lengths [N] of the completions, the end token counted."""
@@ -46,8 +29,9 @@ Sampler = Callable[[np.ndarray, int, tuple[int, ...], int], np.ndarray]
 def named_model_config(
     name: str, *, compute_dtype: str = "float32", remat: str = "none", attention: str = "plain"
 ) -> ModelConfig:
-    if name in SHAPES:
-        return replace(SHAPES[name], compute_dtype=compute_dtype, remat=remat, attention=attention)
+    if name in KNOWN_MODELS:
+        known = KNOWN_MODELS[name]
+        return replace(known, compute_dtype=compute_dtype, remat=remat, attention=attention)
     return huggingface.read_model_config(
         huggingface.resolve_folder(name),
         compute_dtype=compute_dtype,
@@ -57,7 +41,7 @@ def named_model_config(
 
 
 def our_params(name: str, model_config: ModelConfig, mesh: Mesh) -> PyTree:
-    if name not in SHAPES:
+    if name not in KNOWN_MODELS:
         return huggingface.load_params(huggingface.resolve_folder(name), model_config, mesh)
     layout = named_tree(mesh, decoder.param_axes(model_config))
     return jax.jit(decoder.init, static_argnums=0, out_shardings=layout)(
@@ -78,15 +62,15 @@ def torch_model(name: str, model_config: ModelConfig) -> tuple[Any, Any] | None:
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
     dtype, causal = getattr(torch, model_config.compute_dtype), transformers.AutoModelForCausalLM
-    if name in SHAPES:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name in KNOWN_MODELS:
         described = huggingface.describe(model_config)
-        kind = described.pop("model_type")
-        loaded = causal.from_config(
-            transformers.AutoConfig.for_model(kind, **described), dtype=dtype
-        )
+        shape = transformers.AutoConfig.for_model(described.pop("model_type"), **described)
+        with device:  # random numbers are drawn there: on CPUs they take minutes
+            loaded = causal.from_config(shape, dtype=dtype)
     else:
         loaded = causal.from_pretrained(huggingface.resolve_folder(name), dtype=dtype)
-    return torch, loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    return torch, loaded.to(device)
 
 
 def write_result(options: argparse.Namespace, rows: list[dict], **more: Any) -> None:

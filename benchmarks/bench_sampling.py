@@ -3,7 +3,8 @@ r"""Tokens a second of the sampler, beside transformers' generate on the same mo
     python -m benchmarks.bench_sampling --model models/smollm2
     python -m benchmarks.bench_sampling --model FOLDER --rows 256 --slots 64 --new 256 \
         --stop . , the
-    python -m benchmarks.bench_sampling --model qwen3-4b --dtype bfloat16 --equal 64 256 --rows 0
+    python -m benchmarks.bench_sampling --model Qwen/Qwen3-4B --dtype bfloat16 --equal 64 256 \
+        --rows 0
 
 Two settings. ``equal``: nothing stops, every row gets ``--new`` tokens, all rows in one batch; the
 time of one more token is that of ``--new`` tokens less that of 32, over the difference, and is held
@@ -18,11 +19,14 @@ out.
 import argparse
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from basis_jax import command_line
 from basis_jax.config import SamplingSection
@@ -46,7 +50,12 @@ def main() -> None:
         tokenizer = huggingface.load_tokenizer(huggingface.resolve_folder(options.model))
         stop = tuple(tokenizer.encode(s, add_special_tokens=False)[0] for s in options.stop)
         settings.append(("mixed", options.rows, options.slots, stop))
-    ours, rows = our_sampler(options.model, model_config), []
+    mesh = make_mesh(devices=jax.devices()[:1])
+    params = bench_models.our_params(options.model, model_config, mesh)
+    ours, rows = {"ours": our_sampler(params, model_config, mesh)}, []
+    if options.scanned:
+        scanned = replace(model_config, scan_decode=True)
+        ours["ours, layers scanned"] = our_sampler(params, scanned, mesh)
     ceiling = ceilings.measured(options.dtype)
     rivals = {
         "transformers": transformers_sampler(options.model, model_config),
@@ -54,9 +63,10 @@ def main() -> None:
     }
     for name, count, slots, eos_ids in settings:
         prompts = random_prompts(count, options.prompt, model_config.vocab_size)
-        samplers = {"ours": partial(ours, prompts, slots, eos_ids)}
+        samplers = {key: partial(run, prompts, slots, eos_ids) for key, run in ours.items()}
         if count > slots:
-            samplers["ours, not refilled"] = partial(by_batches, ours, prompts, slots, eos_ids)
+            in_batches = partial(by_batches, ours["ours"], prompts, slots, eos_ids)
+            samplers["ours, not refilled"] = in_batches
         for rival, sampler in rivals.items():
             if sampler is not None:
                 samplers[rival] = partial(by_batches, sampler, prompts, slots, eos_ids)
@@ -82,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="most tokens of a completion")
     parser.add_argument("--stop", nargs="+", default=["."], help="each stands for its first token")
+    parser.add_argument("--scanned", action="store_true", help="also with the layers in a loop")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", metavar="FILE.json")
     options = parser.parse_args()
@@ -95,10 +106,7 @@ def random_prompts(rows: int, width: int, vocabulary: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocabulary, (rows, width)).astype(np.int32)
 
 
-def our_sampler(name: str, model_config: ModelConfig) -> Sampler:
-    mesh = make_mesh(devices=jax.devices()[:1])
-    params = bench_models.our_params(name, model_config, mesh)
-
+def our_sampler(params: PyTree, model_config: ModelConfig, mesh: Mesh) -> Sampler:
     def run(tokens: np.ndarray, slots: int, eos_ids: tuple[int, ...], new: int) -> np.ndarray:
         ids = np.arange(len(tokens), dtype=np.int32)
         lengths = np.full(len(tokens), tokens.shape[1], np.int32)

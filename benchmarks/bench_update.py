@@ -2,7 +2,7 @@ r"""Tokens a second of the update, beside torch's on the same model.
 
     python -m benchmarks.bench_update --model models/smollm2
     python -m benchmarks.bench_update --model FOLDER --rows 32 --width 256 --microbatch 8
-    python -m benchmarks.bench_update --model qwen3-0.6b --dtype bfloat16 --attention cudnn \
+    python -m benchmarks.bench_update --model Qwen/Qwen3-0.6B --dtype bfloat16 --attention cudnn \
         --rows 8 --width 2048
 
 Two settings. ``equal``: every row fills the width. ``mixed``: lengths are long-tailed (log-normal,

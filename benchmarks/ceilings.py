@@ -20,14 +20,16 @@ def quickest(function: Callable[..., Array], *args: Array, repeats: int = 7) -> 
     return min(seconds)
 
 
-def flops_per_s(dtype: str, size: int = 2048) -> float:
+def flops_per_s(dtype: str) -> float:
     """2 n^3 over the time of a product of two n x n matrices."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
     a = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)
     return 2 * size**3 / quickest(jax.jit(jnp.matmul), a, a)
 
 
-def bytes_per_s(size: int = 2**28) -> float:
-    """Reading ``size`` bytes of float32 once: a product with a vector."""
+def bytes_per_s() -> float:
+    """Reading float32 numbers once: a product with a vector."""
+    size = 2**28 if jax.default_backend() == "cpu" else 2**32
     matrix = jnp.ones((size // 4 // 4096, 4096), jnp.float32)
     return size / quickest(jax.jit(jnp.dot), matrix, jnp.ones(4096, jnp.float32))
 

@@ -26,7 +26,8 @@ from basis_jax.sampling.decode import sample
 from basis_jax.sampling.draw import row_keys
 from basis_jax.types import Prompts
 from basis_jax.weights import huggingface
-from benchmarks.bench_models import SHAPES, Sampler
+from basis_jax.weights.known_models import KNOWN_MODELS
+from benchmarks.bench_models import Sampler
 
 
 def main() -> None:
@@ -72,7 +73,7 @@ def our_tokens(folder: Path, tokens: np.ndarray, new: int) -> np.ndarray:
 
 def tunix_sampler(name: str, model_config: ModelConfig) -> Sampler | None:
     """None where Tunix is not installed or would have to make up weights."""
-    if importlib.util.find_spec("tunix") is None or name in SHAPES:
+    if importlib.util.find_spec("tunix") is None or name in KNOWN_MODELS:
         return None
     generate = tunix_tokens(huggingface.resolve_folder(name), model_config)
 

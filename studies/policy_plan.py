@@ -182,9 +182,11 @@ def testing(regime: str, found: Mapping[str, Found], best: Mapping[str, int]) ->
 
 
 def jobs_of(regime: str, found: Mapping[str, Found]) -> list[Job]:
-    """All runs of a regime that can be started now, tuning first."""
+    """All runs of a regime that can be started now: tuning first, and last the methods that are
+    tried in one regime only."""
     methods = [name for name, method in METHODS.items() if regime in method.regimes]
     tuned = {method: tuning(found[method]) for method in methods}
     missing = [Job(regime, m, p, seed) for m in methods for p, seed in tuned[m][1]]
     best = {method: power for method, (power, _) in tuned.items() if power is not None}
-    return missing + testing(regime, found, best)
+    jobs = missing + testing(regime, found, best)
+    return sorted(jobs, key=lambda job: METHODS[job.method].regimes != REGIMES)

@@ -53,6 +53,7 @@ def mapped(values):
 
 
 # ------------------------------------------------------------------------------- the score norms
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_recorded_score_norms_are_those_of_the_models_distributions(temperature):
     """Per completion the sum over its tokens of |onehot - p|^2, from a full forward pass."""
@@ -146,6 +147,7 @@ def test_a_group_baseline_weighted_by_score_norms():
 
 
 # ----------------------------------------------------------------------------------- bad weights
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weighted_mean", "batch_mean+least_variance"])
 @pytest.mark.parametrize(
     "norms",
@@ -256,6 +258,7 @@ def test_few_rows_draw_the_map_to_the_constant():
     assert slopes[0] < 0.8 * slopes[1]
 
 
+@pytest.mark.slow
 def test_the_values_stay_those_of_the_other_estimator():
     plain, wrapped = (estimators.make(f"spo{x}") for x in ("", "+least_variance"))
     counts = np.full(SIZE, 4), np.full(SIZE, 8)

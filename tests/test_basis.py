@@ -163,6 +163,7 @@ def test_the_robust_fallback_is_equation_5_with_half_a_success_and_half_a_failur
         assert float(value) == pytest.approx(np.sum(w * r) / np.sum(w), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_continuous_rewards_are_worth_their_table():
     """All of them below 1/2, so that counts of rewards above 1/2 know nothing: the mean squared
     error of the values is under half of the batch mean's, with the counts above it."""
@@ -283,6 +284,7 @@ def test_permuting_rows_within_their_folds_permutes_the_robust_estimate():
     np.testing.assert_allclose(permuted.values, e.values[order], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["robust", "published"])
 def test_invalid_rows_change_nothing_whatever_they_hold(rule):
     """Same answer as without them, NaN rewards and impossible counts included; advantage 0."""
@@ -304,6 +306,7 @@ def test_invalid_rows_change_nothing_whatever_they_hold(rule):
         assert float(e.info[name]) == pytest.approx(float(value), rel=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["robust", "published"])
 def test_jit_and_vmap_over_seeds_agree_with_eager(rule):
     seeds = [synthetic(seed, 16)[:3] for seed in range(3)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from test_watch import graded
 
 from basis_jax import command_line, commands
-from basis_jax.commands import generate, reference_stats
+from basis_jax.commands import evaluate, generate, reference_stats, train
 from basis_jax.config import Config, DataSection, EvalSection, ModelSection, OptimSection
 from basis_jax.data.problem import Problem
 from basis_jax.model.sharding import make_mesh
@@ -122,12 +123,105 @@ def test_generate_shows_samples_their_log_probs_and_the_value(monkeypatch, capsy
     run(monkeypatch, "generate", run_folder, " what is 2 + 3? ", "--samples", "3")
     lines = capsys.readouterr().out.splitlines()
     graded = seen[0]
-    assert lines[0].endswith(": what is 2 + 3?") and len(lines) == 5
+    newest = run_folder / "checkpoints" / "0"
+    assert lines[0] == (f"3 samples of {newest} at temperature 1, for the prompt: what is 2 + 3?")
+    assert len(lines) == 5
     logprobs = np.asarray(graded.rollouts.sampler_logprobs).sum(1)
     for i, line in enumerate(lines[1:4]):
         assert f"log-prob {logprobs[i]:.2f}, {graded.rollouts.completion_lengths[i]} tok" in line
         assert ("right (" in line) == bool(graded.rewards[i])
     assert lines[4] == f"right answer: 5; value: {int(graded.rewards.sum())} of 3 samples right"
+
+
+BEFORE = {"a": 0.5, "a_low": 0.46, "a_high": 0.53}
+AFTER = {"a": 0.6, "a_low": 0.57, "a_high": 0.64}
+
+
+def test_what_was_gained_has_an_interval():
+    """0.1 - sqrt(0.03^2 + 0.03^2) to 0.1 + sqrt(0.04^2 + 0.04^2)."""
+    assert train.gain("accuracy", "a", BEFORE, AFTER) == (
+        "accuracy 50.0% -> 60.0% (+10.0 points, 95 % interval +5.8 to +15.7)"
+    )
+
+
+def test_a_run_ends_with_commands_to_paste(monkeypatch, tmp_path):
+    """They keep the run's own arguments, and the way in which it was started."""
+    long = {"problem": "p" * 100}
+    rows = [long, {"problem": [["user", "hi"]]}, {"problem": "what is it?"}]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--config", "quickstart", "--run-dir", str(tmp_path), "--data.prefix", "a b"]
+    monkeypatch.setattr(sys, "argv", ["basis-jax train", *arguments])
+    evaluate_, generate_, convert = train.next_commands(tmp_path, held_out=True)
+    given = f"--config quickstart --run-dir {tmp_path} --data.prefix 'a b'"
+    out = f"--checkpoint {tmp_path} --out {tmp_path}/evaluation"
+    assert evaluate_ == f"basis-jax evaluate {given} {out}"
+    assert generate_ == f"basis-jax generate {tmp_path} 'what is it?'"
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py", *arguments])
+    generate_, convert = train.next_commands(tmp_path, held_out=False)
+    assert convert == f"python scripts/convert.py {tmp_path} --to {tmp_path}/model"
+
+
+def test_an_option_is_left_out_with_its_value(monkeypatch):
+    words = ["x", "--out", "a", "--checkpoint=b", "--eval.size", "3", "--checkpoint", "c"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert command_line.arguments_without("--out", "--checkpoint") == ["--eval.size", "3"]
+
+
+def test_evaluate_and_reference_stats_say_first_what_they_will_do(tmp_path):
+    eval_section = EvalSection(sets=("a", "b"), samples=4, set_samples={"b": 8})
+    config = Config(
+        run_dir="", model=ModelSection(path="M"), data=DataSection(path="d"), eval=eval_section
+    )
+    assert evaluate.announcement(config, "", tmp_path) == (
+        "evaluating M on a (4 completions of each problem at temperature 1), b (8 completions of "
+        f"each problem at temperature 1); results go to {tmp_path} (new)"
+    )
+    (tmp_path / "completions.jsonl").touch()
+    assert evaluate.announcement(config, "run", tmp_path).endswith(f"{tmp_path} (continued)")
+    samples = config.estimator.table_samples
+    assert reference_stats.announcement(config, tmp_path / "t.npz") == (
+        f"making the reference table of M on d: {samples} completions of each problem; file "
+        f"{tmp_path}/t.npz (new)"
+    )
+
+
+LEVELS = "def reward(completions, level): return [float(x) for x in level]\n"
+
+
+@pytest.fixture
+def two_verifiers(tmp_path):
+    """A config whose training set is graded by a function of a column, its held-out set exactly."""
+    (tmp_path / "levels.py").write_text(LEVELS)
+    for name, rows in {"train": '{"problem": "a", "level": 3}', "test": TEST_ROW}.items():
+        (tmp_path / f"{name}.jsonl").write_text(rows + "\n")
+    own, test = f"{tmp_path / 'levels.py'}:reward", str(tmp_path / "test.jsonl")
+    data = DataSection(path=str(tmp_path / "train.jsonl"), verifier=own)
+    return Config(run_dir="", data=data, eval=EvalSection((test,), set_verifiers={test: "exact"}))
+
+
+TEST_ROW = '{"problem": "b", "answer": "7"}'
+
+
+def test_generate_grades_a_problem_as_its_set_is_graded(two_verifiers):
+    """With the columns that the verifier reads; an answer that is given replaces the problem's."""
+    config = two_verifiers
+    problem, section = generate.find_problem(config, "a", None)
+    assert problem.columns == {"level": 3} and section.verifier == config.data.verifier
+    problem, section = generate.find_problem(config, "b", None)
+    assert problem.answer == "7" and section.verifier == "exact"
+    assert generate.find_problem(config, "b", "8")[0].answer == "8"
+    problem, section = generate.find_problem(config, "c", None)
+    assert problem is None and section.verifier == "exact"
+    with pytest.raises(ValueError, match="reward asks for the columns level, which only the run's"):
+        generate.find_problem(config, "c", "8")
+
+
+def test_generate_says_why_samples_are_not_graded(two_verifiers, tmp_path, capsys):
+    (tmp_path / "levels.py").unlink()
+    assert generate.find_problem(two_verifiers, "a", None)[0] is None
+    assert "note: samples are not graded: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="levels.py"):
+        generate.find_problem(two_verifiers, "a", "8")
 
 
 def table(rewards):

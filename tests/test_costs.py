@@ -143,6 +143,7 @@ def test_a_prefills_flops_are_those_xla_counts():
     assert BAND[0] < costs.prefill(one, rows=rows, width=width).flops / counted < BAND[1]
 
 
+@pytest.mark.slow
 def test_an_updates_flops_are_those_xla_counts(monkeypatch):
     monkeypatch.setattr(logprobs, "PIECES", 1)  # XLA counts a loop's body once
     one, rows, width = dataclasses.replace(SMALL, layers=1), 16, 16
@@ -165,6 +166,7 @@ def test_a_decode_step_moves_weights_and_cache_once():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("remat", "layers", "rows", "width", "least"),
     [("none", 4, 4, 128, BAND[0]), ("dots", 16, 4, 128, BAND[0]), ("full", 4, 8, 16, 0.9)],
@@ -177,6 +179,7 @@ def test_an_updates_memory_is_what_xla_plans(remat, layers, rows, width, least):
     assert least < sum(parts.values()) / held(compiled) < BAND[1]
 
 
+@pytest.mark.slow
 def test_samplings_memory_is_what_xla_plans():
     parts = costs.sampling_memory(SMALL, one_device(), slots=64, length=128, width=32)
     planned = held(compiled_sample(SMALL, 64, 32, 96))

@@ -126,28 +126,71 @@ def commands(text):
         yield from re.sub(r"\\\n\s*", "", block).splitlines()
 
 
-COMMAND_LINES = sorted(
-    {
-        line
-        for text in DOCUMENTS.values()
-        for line in commands(text)
-        if line.startswith(("basis-jax train", "basis-jax eval", "basis-jax reference-stats"))
-    }
+def inline_code(text):
+    outside = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", outside)]
+
+
+PROGRAM = r"(?:basis-jax|python scripts/)\s*([\w-]+)(?:\.py)?((?: [^'&#]+| '[^']*')*)"
+STARTED = [
+    (name.replace("_", "-"), arguments.strip())
+    for text in DOCUMENTS.values()
+    for line in [*commands(text), *inline_code(text)]
+    for name, arguments in re.findall(PROGRAM, re.sub(r" +# .*", "", line))
+    if arguments.strip() and not arguments.strip().startswith("--help")
+]
+"""Every command of this package on a page, also inside another command or a sentence."""
+
+
+def started(*names):
+    return sorted({(name, arguments) for name, arguments in STARTED if name in names})
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), started("train", "evaluate", "reference-stats"), ids=lambda text: text[:120]
 )
-
-
-@pytest.mark.parametrize("line", COMMAND_LINES)
-def test_every_command_of_the_pages_is_accepted(line, tmp_path, monkeypatch):
+def test_every_command_of_the_pages_is_accepted(name, line, tmp_path, monkeypatch):
     """Its configuration exists, its fields do, and its values have their types."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(ROOT)
     (example,) = [b for b in blocks(PAGES["getting-started"], "python") if "def config" in b]
-    Path("gsm8k.py").write_text(example)
-    _, command, *arguments = shlex.split(line, comments=True)
-    arguments = ["0" if argument == "S" else argument for argument in arguments]  # a seed
-    assert command in COMMANDS
+    (tmp_path / "gsm8k.py").write_text(example)
+    line = line.replace("gsm8k.py", str(tmp_path / "gsm8k.py"))
+    line = re.sub(r"\$\([^)]*\)", "HOST", line)
+    arguments = [{"S": "0"}.get(word, word) for word in shlex.split(line)]  # a seed
     own = {"evaluate": ("checkpoint", "out"), "reference-stats": ("out",), "train": ("topology",)}
-    options = (*own[command], *command_line.PROCESSES)
+    options = (*own[name], *command_line.PROCESSES)
     command_line.parse("", options=options, flags=("dry-run", "compile"), argv=arguments)
+
+
+def options_in(line):
+    return {word.split("=")[0] for word in shlex.split(line) if word.startswith("--")}
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), started("generate", "plot", "convert"), ids=lambda text: text[:120]
+)
+def test_every_option_of_the_other_commands_exists(name, line):
+    text = (ROOT / "basis_jax" / "commands" / f"{name}.py").read_text()
+    for option in options_in(line):
+        parameter = option[2:].replace("-", "_")
+        assert f'"{option}"' in text or re.search(rf"^    {parameter}: ", text, re.MULTILINE)
+
+
+def test_the_pages_start_commands_that_there_are():
+    assert {name for name, _ in STARTED} == {*COMMANDS}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_field_that_a_page_names_exists(document):
+    """As an option, and as ``section.field`` in the text; names of other libraries stand apart."""
+    known = {*command_line.field_names(command_line.load_config("quickstart"))}
+    sections = "|".join({name.split(".")[0] for name in known if "." in name})
+    text = DOCUMENTS[document]
+    named = {name.replace("-", "_") for name in re.findall(r"--(?:no-)?(\w+\.[\w-]*\w)", text)}
+    for code in inline_code(text) if document != "docs/coming-from.md" else ():
+        named |= {*re.findall(rf"(?<![\w./-])((?:{sections})\.[a-z]\w+)(?![\w/(.])", code)}
+    files = {name for name in named if name.endswith((".csv", ".jsonl", ".json", ".parquet"))}
+    assert named - files <= known | {"data.benchmarks"}  # a module
 
 
 def test_the_configurations_of_the_pages_are_built(tmp_path):
@@ -159,11 +202,27 @@ def test_the_configurations_of_the_pages_are_built(tmp_path):
         command_line.load_config(path)
 
 
-def test_modules_that_are_run_exist():
-    for name in re.findall(
-        r"python -m ((?:studies|benchmarks)\.[a-z_]+)", "".join(DOCUMENTS.values())
-    ):
-        assert (ROOT / name.replace(".", "/")).with_suffix(".py").exists(), name
+STUDY = r"python -m ((?:studies|benchmarks)\.[a-z_]+)([^#&]*)"
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    sorted(
+        {
+            (module, arguments.strip())
+            for text in DOCUMENTS.values()
+            for code in [*commands(text), *inline_code(text)]
+            for module, arguments in re.findall(STUDY, code)
+        }
+    ),
+    ids=lambda text: text[:120],
+)
+def test_studies_and_benchmarks_take_the_options_of_the_pages(module, line):
+    text = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
+    text += (ROOT / "basis_jax" / "command_line.py").read_text()  # for --config
+    for option in options_in(line):
+        parameter = option[2:].replace("-", "_")
+        assert f'"{option}"' in text or re.search(rf"^    {parameter}: ", text, re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------------- from code

@@ -58,7 +58,10 @@ def test_a_run_writes_its_records_and_says_where_they_are(reference_run):
     assert compiled[1] > 0 and compiled[2:] == [0, 0, 0]
     for name in ("metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints"):
         assert (run_dir / name).exists() and str(run_dir / name) in output
-    assert "held-out accuracy before" in output and "held-out accuracy after" in output
+    first, *_, last = [line for line in output.splitlines() if not line.startswith("compiled")]
+    assert first.startswith("training ") and first.endswith(f"run folder {run_dir} (new)")
+    assert f"scripts/convert.py {run_dir} --to {run_dir}/model" in last
+    assert "held-out accuracy" in output and "points, 95 % interval" in output
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ def two_steps(name):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(estimators.ESTIMATORS))
 def test_vmap_over_seeds_and_rows_over_devices_change_nothing(name):
     seeds = [one_seed(name, seed) for seed in range(3)]

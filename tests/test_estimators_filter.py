@@ -22,6 +22,7 @@ def as_reference(state):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimension", [0, 3])
 def test_six_steps_equal_the_float64_loop_duplicates_included(dimension):
     rng = np.random.default_rng(dimension)
@@ -42,6 +43,7 @@ def test_six_steps_equal_the_float64_loop_duplicates_included(dimension):
         np.testing.assert_array_equal(state.last, expected["last"])
 
 
+@pytest.mark.slow
 def test_a_sudden_collapse_is_followed_and_not_overshot():
     """All solve for three steps, then all fail: w lands on the posterior mode at once, where full
     Newton steps from sigmoid(6) would leave by hundreds of logits."""
@@ -81,6 +83,7 @@ def test_a_jump_of_the_policy_is_followed_within_the_step():
     assert np.mean((np.asarray(e.values) - truth) ** 2) < 0.01  # without: .1
 
 
+@pytest.mark.slow
 def test_a_table_that_no_longer_holds_is_left():
     """The difficulties are dealt anew between table and training: after half of the problems the
     filter has the error of one that never had the table (twelve other seeds: 1.01 +- .013 of it;
@@ -102,6 +105,7 @@ def test_a_table_that_no_longer_holds_is_left():
     assert errors[0] < 1.2 * errors[1]
 
 
+@pytest.mark.slow
 def test_the_own_reward_is_in_no_value_with_features():
     rng = np.random.default_rng(0)
     est = estimators.make("value_filter", features=rng.normal(size=(64, 5)).astype(np.float32))
@@ -114,6 +118,7 @@ def test_the_own_reward_is_in_no_value_with_features():
         assert np.any(np.asarray(after.values) != np.asarray(before))
 
 
+@pytest.mark.slow
 def test_rewards_in_a_range_are_values_in_that_range():
     """[-1, 3] is an affine image of [0, 1]; partial credit is allowed."""
     unit = estimators.make("value_filter")
@@ -205,6 +210,7 @@ def simulated_error(estimator, trials, *, problems=1024, rows=128, epochs=5, see
     return np.mean((values - rates) ** 2), np.mean(rates * (1 - rates)) / 8
 
 
+@pytest.mark.slow
 def test_eight_offline_rollouts_a_problem_give_the_filter_the_error_of_a_group_of_eight():
     """filter < robust BASIS < batch mean; the filter is below the error of fresh groups of 8.
 

@@ -97,6 +97,7 @@ def test_five_steps_equal_the_float64_loop_duplicates_included(dimension):
 
 
 # ------------------------------------------------------------------------------------ own reward
+@pytest.mark.slow
 def test_the_own_reward_is_in_no_value_and_reaches_the_next_step():
     """After four steps, so that the weights are uneven; problems occur twice, rewards are any."""
     rng = np.random.default_rng(0)
@@ -117,6 +118,7 @@ def test_the_own_reward_is_in_no_value_and_reaches_the_next_step():
 
 
 # ----------------------------------------------------------------------------- fixed or learned
+@pytest.mark.slow
 def test_a_fixed_own_drift_is_the_single_filter_and_a_state_of_the_other_kind_is_refused():
     learned, fixed = estimators.make("value_filter"), estimators.make("value_filter", own_drift=0.0)
     counts, batch = (np.int32([3, 5, 0]), np.int32([8, 8, 0])), signals([1, 0], [0, 2])

@@ -13,6 +13,7 @@ SINGLE = np.float32([1, 0, 1, 0, 0, 1])  # six prompts, one rollout each
 LENGTHS = np.int32([2, 6, 3, 5, 4, 1])
 SUCCESSES, TRIALS = np.int32([0, 2, 4, 8, 6, 5]), np.full(6, 8, np.int32)
 STATEFUL = ("ema", "spo", "spo_pp", "dbb", "kae", "value_filter")
+THE_FILTER_SLOWLY = [*STATEFUL[:-1], pytest.param("value_filter", marks=pytest.mark.slow)]
 
 
 def close(actual, expected, atol=2e-6):
@@ -178,7 +179,7 @@ def leaves(tree):
     return [np.asarray(x) for x in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", THE_FILTER_SLOWLY)
 def test_invalid_rows_change_neither_state_nor_the_others(name):
     """The same state and values as without them, whatever they hold."""
     est = estimators.make(name)
@@ -194,7 +195,7 @@ def test_invalid_rows_change_neither_state_nor_the_others(name):
     close(np.asarray(junk.advantages)[[0, 3]], 0)
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", THE_FILTER_SLOWLY)
 def test_the_order_of_rows_does_not_matter_duplicates_included(name):
     """Row numbers decide only the folds of the value filter: rows are swapped within a fold."""
     options = {"folds": 2} if name == "value_filter" else {}

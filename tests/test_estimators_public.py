@@ -41,7 +41,16 @@ def check_example(text, name):
     assert test.examples and not failures, "".join(failures)
 
 
-@pytest.mark.parametrize("name", sorted(PUBLIC.keys() - OF_TYPES - NOT_CALLED))
+COMPILED_LONG = ("estimators.basis", "estimators.value_filter_update", "estimators.least_variance")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in COMPILED_LONG else name
+        for name in sorted(PUBLIC.keys() - OF_TYPES - NOT_CALLED)
+    ],
+)
 def test_every_public_name_has_an_example_that_runs_as_shown(name):
     """It calls the name itself, and prints what the docstring says it prints."""
     text = PUBLIC[name].__doc__
@@ -83,6 +92,7 @@ PAGE = (Path(__file__).parent.parent / "docs" / "estimators.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_estimators_are_called_as_the_page_shows():
     """The first two blocks, in one scope; each call of the first gives one advantage per row."""
     scope = {}

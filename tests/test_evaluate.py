@@ -15,7 +15,16 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_reference_table import SAMPLING, SIZE, Numbers, problems, setup  # noqa: F401
+from test_reference_table import (  # noqa: F401
+    SAMPLING,
+    SIZE,
+    EvenLength,
+    Numbers,
+    build,
+    origin,
+    problems,
+    setup,
+)
 from whole_runs import environment, lines, run, run_killed, small
 
 from basis_jax.commands.evaluate import check_out
@@ -69,6 +78,7 @@ def test_a_completion_without_a_verdict_counts_as_wrong():
     assert problem_scores(rewards, rewards > 0, 4).tolist() == [0.5, 0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [("one",), ("two",), ("one", "two")], ids=" ".join)
 def test_a_set_without_a_verdict_ends_training_and_leaves_the_other_its_result(
     evaluation, tmp_path, dead
@@ -164,6 +174,7 @@ class Mixed(Verifier):
         return [verdict_of(kinds[i % 4], "") for i in range(len(completions))]
 
 
+@pytest.mark.slow
 def test_every_kind_of_verdict_has_its_share_among_all_held_out_completions(
     setup,  # noqa: F811
     problems,  # noqa: F811
@@ -315,6 +326,29 @@ def test_a_file_cut_anywhere_is_finished_bit_for_bit(evaluation, tmp_path):
         (out / "completions.jsonl").write_bytes(whole[:cut])
         again, written = write(evaluation, out)
         assert written == whole and again == found
+
+
+def test_a_function_of_whole_batches_sees_no_copies(evaluation, tmp_path, problems, origin):  # noqa: F811
+    """Batches of other verifiers are filled up to one shape. Each rollout is seen once, in an
+    evaluation and in a reference table."""
+    seen = []
+
+    class Whole(EvenLength):
+        whole_batches = True
+
+        def judge(self, rows):
+            seen.extend(row.prompt for row in rows)
+            return super().judge(rows)
+
+    own = dataclasses.replace(evaluation.setup, verifier=Whole())
+    found, _ = write(dataclasses.replace(evaluation, setup=own), tmp_path / "own")
+    expected = [f"p{i}" for i in range(SIZE) for _ in range(SAMPLES)] * 2
+    assert sorted(seen) == sorted(expected)
+    assert found == write(evaluation, tmp_path / "other")[0]
+    seen.clear()
+    with jax.set_mesh(own.mesh):
+        build(tmp_path / "table.npz", own, problems, origin, samples=3)
+    assert sorted(seen) == sorted([f"p{i}" for i in range(SIZE)] * 3)
 
 
 def test_whole_lines_are_kept_and_not_made_again(evaluation, tmp_path, monkeypatch):
@@ -520,6 +554,19 @@ def test_the_report_shows_every_problem_with_right_and_wrong_completions(evaluat
             assert str(mine[0]["uid"]) in section and "2 more in completions.jsonl" in section
             assert section.count("<p class=right>") >= (right > 0)
             assert section.count("<p class=wrong>") >= (right < SAMPLES)
+
+
+def test_the_report_averages_only_several_sets(evaluation, tmp_path):
+    """And its intervals have a line of their own."""
+    for sets in (("one", "two"), ("one",)):
+        chosen = dataclasses.replace(evaluation, sets={k: evaluation.sets[k] for k in sets})
+        found, _ = write(chosen, tmp_path / "-".join(sets))
+        about = {"evaluated": "m", "protocol": {}}
+        page = "".join(report(found, about, tmp_path / "-".join(sets) / "completions.jsonl"))
+        rows = [line for line in page.split("\n<") if line.startswith("tr><td>")]
+        assert len(rows) == {2: 3, 1: 1}[len(sets)]
+        assert ("<td>average</td>" in page) == ("<li>average:" in page) == (len(sets) == 2)
+        assert re.search(r"<td>[0-9.]+%\n\[[0-9.]+%, [0-9.]+%\]</td>", page)
 
 
 def test_completions_that_could_not_be_graded_are_said_aloud(evaluation, tmp_path):

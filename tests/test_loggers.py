@@ -4,6 +4,8 @@ the same remote run. wandb, trackio and mlflow are tested where they are install
 import importlib.util
 import io
 import json
+import posixpath
+import re
 import sys
 import types
 
@@ -193,6 +195,29 @@ def test_mlflow_in_a_folder(folder, monkeypatch):
     assert run.info.status == "FINISHED" and run.data.metrics["eval/accuracy"] == 0.25
     history = client.get_metric_history(run.info.run_id, "reward/mean")
     assert {(m.step, m.value) for m in history} == {(i, 0.5 + i) for i in range(5)}
+
+
+def test_mlflow_names_are_allowed_ones_and_stay_different():
+    """The rules are those of ``mlflow.utils.validation``, checked with MLflow where it is there."""
+    kept = ["reward/mean", "eval/task:number_words/accuracy", "time/sample_s"]
+    changed = [
+        *("eval/org/set?split=test/accuracy", "eval/org/set_split_test/accuracy"),
+        *("eval/org/set?split=test/accuracy", "eval/org/set=split?test/accuracy"),
+        *("eval//data/a.csv/accuracy", "eval/./a.csv/accuracy", "eval/../a.csv/accuracy"),
+        *("eval/" + "x" * 300 + "/accuracy", "eval/" + "x" * 300 + "/greedy_accuracy"),
+        *("/a", "../a", "é%"),
+    ]
+    assert [loggers.mlflow_name(name) for name in kept] == kept
+    made = {loggers.mlflow_name(name) for name in changed}
+    assert len(made) == len({*changed})
+    for name in made:
+        assert re.fullmatch(r"[\w.:/ -]{1,250}", name)
+        assert posixpath.normpath(name) == name and name[0] not in "./"
+    if importlib.util.find_spec("mlflow"):
+        from mlflow.utils.validation import _validate_metric_name
+
+        for name in made:
+            _validate_metric_name(name)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("trackio"), reason="trackio is not installed")

@@ -65,6 +65,7 @@ def compiled_bytes(function, *args):
     return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_logits_exist_for_one_chunk_at_a_time(monkeypatch):
     """Forward and backward: no array with N x T x V numbers is written down, none is allocated."""
     rows, steps, vocab, chunk = 2, 129, 16384, 8

@@ -50,6 +50,7 @@ def run(config):
     return seen
 
 
+@pytest.mark.slow
 def test_callbacks_see_every_step_with_the_metrics_that_were_logged(config, run):
     logged = read_metrics(config.run_dir)
     assert [step for step, _, _ in run] == [1, 2]
@@ -69,6 +70,7 @@ def test_a_size_that_is_chosen_stands_in_the_run_folder(config, run):
     assert record["config"]["train"]["microbatch_rollouts"] == 1  # 4 an update, 4 devices
 
 
+@pytest.mark.slow
 def test_steps_taken_by_hand_give_the_same_policy(config, run, tmp_path):
     with open_session(config, lambda _: None, training=True) as session:
         with jax.set_mesh(session.setup.mesh):

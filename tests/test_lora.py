@@ -61,6 +61,7 @@ def assert_equal(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_before_the_first_step_the_policy_is_the_base_model_bit_for_bit(dtype):
     """Its log-probabilities, with weights kept in the compute dtype, and what it decodes with."""
@@ -124,6 +125,7 @@ def directions(layers, gradients):
     return expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 2)], ids=["1 device", "4 devices"])
 def test_gradients_are_those_of_the_full_model_in_the_adapters_directions(merged_gradient, sizes):
     """And the log-probabilities those of the merged model, to 1e-5 of the largest."""
@@ -222,6 +224,7 @@ def batch(rows=4):
     )
 
 
+@pytest.mark.slow
 def test_an_update_changes_the_adapters_alone_and_takes_the_base_as_an_argument():
     """Another base needs no other program: it is not a constant of it. A measurement is of the
     adapters, too."""
@@ -463,8 +466,11 @@ def test_a_run_is_evaluated_and_exported_merged(run, tiny_folder, dapo_file, tmp
 @pytest.fixture(scope="module")
 def saved(tiny_folder, tmp_path_factory):
     """A run folder whose only checkpoint holds learnt adapters of rank 3."""
-    run_dir = tmp_path_factory.mktemp("saved") / "run"
-    section = ModelSection(path=str(tiny_folder), lora_rank=3, lora_alpha=6.0)
+    return saved_run(tiny_folder, tmp_path_factory.mktemp("saved") / "run")
+
+
+def saved_run(tiny_folder, run_dir, **options):
+    section = ModelSection(path=str(tiny_folder), lora_rank=3, lora_alpha=6.0, **options)
     config = with_lora(huggingface.read_model_config(tiny_folder))
     state = TrainState(
         step=jnp.int32(1), params=learnt(config), opt_state=(), estimator_state=jnp.float32(0)
@@ -476,6 +482,30 @@ def saved(tiny_folder, tmp_path_factory):
     record = {"config": described, "identity": identity, "starts": []}
     (run_dir / "config.json").write_text(json.dumps(record))
     return run_dir
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_merged_into_the_weights_that_they_were_trained_beside(
+    tiny_folder, tmp_path, dtype
+):
+    """A run in bfloat16 keeps the model's float32 weights rounded, and so does its export."""
+    run_dir = saved_run(tiny_folder, tmp_path / "run", compute_dtype=dtype)
+    convert.run(run_dir, to=tmp_path / "out", dtype="float32")
+    before, after = in_float32(tiny_folder), in_float32(tmp_path / "out")
+    config = with_lora(huggingface.read_model_config(tiny_folder), base_dtype=dtype)
+    shapes = lora.frozen(decoder.param_shapes(config))
+    rounded = jax.tree.map(lambda x, like: x.astype(like.dtype), before, shapes)
+    change = learnt(config)["layers"]
+    for name, value in lora.base(rounded)["layers"].items():
+        expected = np.float64(value)
+        if name in TARGETS:
+            a, b = (np.float64(change[f"{name}_{part}"]) for part in "ab")
+            flat = a.reshape(len(a), -1, 3) @ b.reshape(len(b), 3, -1)  # alpha / rank is 2
+            expected = expected + 2 * flat.reshape(value.shape)
+        np.testing.assert_allclose(after["layers"][name], expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(after["embedding"], np.float32(rounded["embedding"]))
+    same = np.array_equal(np.float32(rounded["embedding"]), before["embedding"])
+    assert same == (dtype == "float32")
 
 
 def test_adapters_beside_other_weights_are_refused(saved, tiny_folder, tmp_path):

@@ -44,6 +44,7 @@ def sums_of_gradients(params, micro):
     return np.stack([ravel_pytree(jax.grad(row)(params, i))[0] for i in range(4)], dtype=np.float64)
 
 
+@pytest.mark.slow
 def test_a_measurement_is_what_single_gradients_say_in_the_metric_of_adamw():
     """Two updates, so that the moments are not those of the measured batch alone; the baseline of
     the second is .3. Oracle: all row gradients and all sums by hand, in float64; the signs are
@@ -109,6 +110,7 @@ def test_rollouts_with_a_common_gradient_do_not_add_up():
     assert np.mean(found) == pytest.approx(np.sum(rows**2), rel=0.25)
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_of_the_update():
     rng, params = np.random.default_rng(1), tiny.params()
     optimizer = make_optimizer(OPTIM, updates=9)

@@ -102,6 +102,7 @@ def test_every_axis_of_every_parameter_has_a_known_meaning(model_config):
         assert all(name is not None and name in RULES for name in names), names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}])
 def test_a_mesh_does_not_change_logprobs_and_gradients(sizes):
     params, tokens = random_params(EVERYTHING), tokens_of((4, 12))

@@ -80,6 +80,7 @@ def test_the_same_update_rounds_in_the_same_way_and_another_in_another():
     assert len(np.unique(once[1])) == 2  # neighbours: numbers differ in how they are rounded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 2)])
 def test_a_checkpoint_gives_them_back_and_costs_count_them(sizes, tmp_path):
     mesh = make_mesh(

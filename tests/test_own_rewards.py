@@ -397,6 +397,23 @@ def test_normalised_rewards_have_deviations_of_their_weights():
     assert [v.valid for v in none.settle(none.judge(ROWS[:2]))] == [False, False]
 
 
+@pytest.mark.parametrize("size", [1e200, 1e-200, 1.7e308])
+def test_normalised_rewards_may_have_any_size(size):
+    """Their squares, or even their sum, need not fit in a float."""
+    column = [size, -size, 0.5 * size, 0.0]
+    several = rewards.SeveralRewards({"a": Fixed(column)}, [2.0], normalised=True)
+    verdicts = several.settle(several.judge([*ROWS, ROWS[0]]))
+    expected = 2 * np.array([1, -1, 0.5, 0]) / np.std([1, -1, 0.5, 0])
+    np.testing.assert_allclose([v.reward for v in verdicts], expected, rtol=1e-12)
+
+
+def test_a_sum_of_rewards_too_large_for_a_float_is_not_a_number():
+    """``Graded`` counts it as a failure of the verifier."""
+    column = [1.7e308, 1.7e308, 0.0]
+    several = rewards.SeveralRewards({"a": Fixed(column), "b": Fixed(column)}, [1.0, 1.0])
+    assert [math.isfinite(v.reward) for v in several.judge(ROWS)] == [False, False, True]
+
+
 def test_the_leak_of_the_own_reward_into_the_scale_is_as_small_as_the_docstring_says():
     random = np.random.default_rng(1).normal(size=400)
     z = (random - random.mean()) / random.std()

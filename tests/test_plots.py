@@ -56,6 +56,9 @@ def test_held_out_accuracy_has_its_interval(tmp_path, figures):
     (band,) = figures[0].axes[1].collections
     box = band.get_datalim(figures[0].axes[1].transData)
     np.testing.assert_allclose(box.extents, [0, 0.4, 2, 0.7])
+    reward, held_out = figures[0].axes
+    assert reward.get_xlim() == held_out.get_xlim()  # steps stand below one another
+    assert [held_out.yaxis.get_major_formatter()(x, 0) for x in (0.54, 0.545)] == ["54%", "54.5%"]
 
 
 def test_the_moving_average_keeps_a_line_and_halves_noise():

@@ -60,6 +60,7 @@ def exact_pass_rates(params, tokenizer, *, held_out):
     return np.exp(np.where(answered, np.asarray(logprobs), 0.0).sum(axis=1)), prompts.problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held_out", [False, True])
 def test_pass_rates_are_spread(params, tokenizer, held_out):
     """Mean in .3-.6 and sd >= .25: there is something to learn, and values differ by prompt."""

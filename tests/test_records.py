@@ -17,11 +17,21 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from basis_jax.config import Config, EstimatorSection, MeshSection, OptimSection, TrainSection
+from basis_jax.config import (
+    Config,
+    DataSection,
+    EstimatorSection,
+    MeshSection,
+    ModelSection,
+    OptimSection,
+    SamplingSection,
+    TrainSection,
+)
 from basis_jax.runs import identity, provenance
 from basis_jax.runs.identity import lock_run, open_run
 from basis_jax.runs.log import errors_logged
 from basis_jax.runs.metrics import Records, read_metrics
+from basis_jax.runs.terminal import Pace, announcement, duration
 
 ROOT = Path(__file__).parent.parent
 
@@ -171,7 +181,7 @@ def test_off_a_terminal_one_plain_line_a_step(folder):
     lines = terminal.getvalue().splitlines()
     assert lines[:2] == ["evaluating", "step 0/3  held-out 25.0%"]
     step = "reward 0.500  value error 0.125  3.2 s (sample 2.0, update 1.2)"
-    assert lines[2] == f"step 1/3  {step}  about 0:00:00 left"
+    assert lines[2] == f"step 1/3  {step}  about 0 s left"
     assert lines[4] == f"step 3/3  {step}"
 
 
@@ -194,9 +204,54 @@ def test_the_time_left_is_the_remaining_steps_at_the_usual_pace(folder, monkeypa
         run.log(1, {"compile/seconds": 90.0})
         run.log(2, {})
     assert terminal.getvalue().splitlines() == [
-        "step  1/10  about 0:01:30 left",
-        "step  2/10  about 0:01:20 left",
+        "step  1/10  about 1 min 30 s left",
+        "step  2/10  about 1 min 20 s left",
     ]
+
+
+def test_a_time_is_said_in_its_two_largest_units():
+    said = {0.4: "0 s", 59.7: "1 min", 125.0: "2 min 5 s", 3600.0: "1 h"}
+    said[12010.0] = "3 h 20 min"
+    said[4 * 86400 + 3600 + 59.0] = "4 d 1 h"
+    assert {seconds: duration(seconds) for seconds in said} == said
+
+
+def test_the_time_to_compile_is_part_of_the_steps_time(folder):
+    terminal = io.StringIO()
+    with Records(folder, 1, stream=terminal) as run:
+        run.log(1, {"time/update_s": 12.0, "compile/seconds": 9.0})
+    assert terminal.getvalue() == "step 1/1  12.0 s (update 12.0; 9.0 of it to compile)\n"
+
+
+def test_the_pace_of_this_process_alone_says_what_is_left(monkeypatch):
+    """Forty of a hundred were done by an earlier one; twenty took ten seconds."""
+    clock = iter([0.0, 10.0])
+    clock_module = SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr("basis_jax.runs.terminal.time", clock_module)
+    pace = Pace(40, 100)
+    assert pace.left(60) == ", about 20 s left"
+    assert pace.left(40) == pace.left(100) == ""
+
+
+@pytest.mark.parametrize(
+    ("saved", "state"),
+    [([], "new"), (["2", "4"], "resumed at step 4"), (["10"], "all steps are done")],
+    ids=["new", "resumed", "done"],
+)
+def test_a_run_is_announced_in_one_line(tmp_path, saved, state):
+    for name in [*saved, "7.tmp"]:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    config = Config(
+        run_dir=str(tmp_path),
+        model=ModelSection(path="M"),
+        data=DataSection(path="a.csv", more_sets={"b.csv": 1.0}),
+        sampling=SamplingSection(group_size=8),
+        train=TrainSection(steps=10, prompts_per_step=16),
+    )
+    assert announcement(config) == (
+        "training M on a.csv, b.csv: 10 steps of 16 prompts with 8 completions each; run folder "
+        f"{tmp_path} ({state})"
+    )
 
 
 def test_on_a_terminal_a_bar_stands_below_the_same_lines(folder):

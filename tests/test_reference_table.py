@@ -219,6 +219,7 @@ def session_with(setup, problems, path, name):
     return session.Session(config, path.parent, setup, estimator, problems, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["basis", "spo", "dbb", "value_filter"])
 @pytest.mark.parametrize("verifier", [EvenLength(), Fractional()], ids=["binary", "fractional"])
 def test_a_run_starts_from_the_rewards_where_the_counts_do_not_say_all(

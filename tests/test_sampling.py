@@ -65,6 +65,7 @@ def completions(rollouts):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_recorded_logprobs_are_those_of_the_trainer(temperature):
     sampling = dataclasses.replace(SAMPLING, temperature=temperature)
@@ -93,6 +94,7 @@ def test_greedy_cached_decode_equals_full_recompute():
         assert found == tuple(tokens[start:])
 
 
+@pytest.mark.slow
 def test_frequencies_are_the_models_probabilities():
     """20,000 first tokens against the softmax: chi-square below its 1 - 1e-6 quantile (df < 32)."""
     prompts = tiny.prompts(rows=1)
@@ -148,6 +150,7 @@ def test_devices_that_share_the_vocabulary_draw_what_one_draws(sizes, temperatur
     np.testing.assert_allclose(shared.score_norms, one.score_norms, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_token_moves_the_logits_of_a_vocabulary():
     """Devices exchange one block of logits a row at a token: less than a third of what one has."""
     model_config = dataclasses.replace(tiny.TINY, vocab_size=1000)
@@ -322,6 +325,7 @@ def test_every_device_prefills_and_halves_its_own_slots():
     assert not list(places.prefill_groups(everything[:0], free[:0], 128, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 1, 2)])
 def test_caches_stay_where_they_are(sizes):
     """No program of refilling gathers keys or values: what every device holds of a layer."""
@@ -348,6 +352,7 @@ def test_caches_stay_where_they_are(sizes):
             assert all(len(shape.split(",")) < 3 for _, shape in moved), moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new", [9, 40])
 def test_rows_are_handed_on_as_they_end(new):
     """Each once and complete, before the last of them is there."""
@@ -366,6 +371,7 @@ def test_rows_are_handed_on_as_they_end(new):
         np.testing.assert_array_equal(rollouts.completion_lengths[numbers], lengths)
 
 
+@pytest.mark.slow
 def test_rollouts_may_be_decoded_in_another_dtype_than_the_trainers():
     sampling = dataclasses.replace(SAMPLING, dtype="bfloat16")
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -399,6 +405,7 @@ def test_rows_end_with_their_first_eos_or_at_the_limit():
     assert {len(t) for t in completions(rollouts)} > {1}  # EOS first among them
 
 
+@pytest.mark.slow
 def test_what_follows_a_row_is_zero_and_the_prompt_is_kept():
     prompts = tiny.prompts(rows=16)
     rollouts = run(prompts, eos_ids=tuple(range(3, 16)))
@@ -429,3 +436,18 @@ def test_top_k_and_top_p_keep_the_likeliest():
 def test_truncating_or_greedy_samplers_are_refused_for_training(option):
     with pytest.raises(ValueError, match="training|full softmax"):
         check_trainable(dataclasses.replace(SAMPLING, **option))
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_growing_cache_holds_one_array_twice_at_most(scanned):
+    """Each old array is deleted before the next one is resized; what it held is kept."""
+    model_config = dataclasses.replace(tiny.TINY, scan_decode=scanned)
+    slots = refill.empty_slots(model_config, rows=4, length=16, cache_length=8)
+    slots = dataclasses.replace(slots, cache=jax.tree.map(lambda x: x + 1, slots.cache))
+    old = jax.tree.leaves(slots.cache)
+    size = old[0].size
+    grown = refill.resize_cache(slots, cache_length=16)
+    assert grown.cache.length == 16 and all(x.is_deleted() for x in old)
+    assert [float(x.sum()) for x in jax.tree.leaves(grown.cache)] == [size] * len(old)
+    back = refill.resize_cache(grown, cache_length=8)
+    assert all(np.all(np.asarray(x) == 1) for x in jax.tree.leaves(back.cache))

@@ -121,6 +121,7 @@ def whole():
     return one_update()
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_weighted_sum(whole):
     """Against a direct loop over live tokens with the DAPO denominator."""
     data = graded()
@@ -149,6 +150,7 @@ def check_same(found, whole):
         assert value == pytest.approx(whole[1][name], abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_positions_that_no_row_reached_change_nothing(whole):
     data = graded()
     wide = {
@@ -235,6 +237,7 @@ def test_microbatches_without_a_verdict_are_left_out_unless_there_is_nothing_els
     assert {3, 9} <= set(index.tolist()) and len(index) == 4 and width == 64 and not others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatch", [2, 4])
 def test_microbatches_do_not_change_the_gradient(whole, microbatch):
     check_same(one_update(microbatch=microbatch), whole)
@@ -261,6 +264,7 @@ def test_the_kl_term_is_the_same_over_microbatches_and_devices():
     assert "policy/kl_ref" not in without[1]
 
 
+@pytest.mark.slow
 def test_rows_without_a_verdict_do_not_reach_the_gradient(whole):
     data = graded()
     data.rollouts.tokens[3] = 5
@@ -283,6 +287,7 @@ def test_the_log_prob_gap_is_that_of_the_sampler_and_the_trainer(whole):
     assert whole[1]["sampler/logprob_gap_mean"] == pytest.approx(np.mean(gaps), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_for_the_sampler_and_their_metrics(whole):
     """The gradient of one update is that of the terms times min(p / sampler's, cap) by hand."""
     loss = LossSection(tis_cap=1.3)
@@ -309,6 +314,7 @@ def test_weights_for_the_sampler_and_their_metrics(whole):
     assert "sampler/weight_mean" not in whole[1]
 
 
+@pytest.mark.slow
 def test_a_second_update_is_off_policy_and_scored_before_the_first():
     """With two minibatches the ratio of the second is not 1, and its old log-probs are those of
     the parameters before the step: at lr 0 nothing is clipped and the policy has not moved."""

@@ -100,6 +100,7 @@ def test_an_estimator_that_returns_the_truth_has_error_zero_and_another_its_squa
     assert part.rows[0]["slices"]["all"]["low"] == pytest.approx(0.01, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 2, 8])
 def test_the_group_means_error_is_the_variance_of_its_mean(group):
     """E (V - mean of G)^2 = V (1 - V) / G. Over 64,000 rows of error at most 1 with sd below

@@ -109,6 +109,7 @@ UNGRADABLE = {
 }
 
 
+@pytest.mark.slow
 def test_the_ungradable_is_wrong_and_counted_and_its_neighbours_are_graded():
     with make_verifier("math", workers=2, seconds=2.0) as verifier:
         for gold in ("5", r"\sqrt{2}"):

@@ -39,6 +39,7 @@ def verifier():
         yield made
 
 
+@pytest.mark.slow
 def test_grading_agrees_with_people_but_where_explained(verifier):
     """At least 95 % of a labelled list, and each disagreement is known and has its reason."""
     verdicts = verifier.grade([boxed(p["answer"]) for p in PAIRS], [p["gold"] for p in PAIRS])
@@ -321,6 +322,7 @@ def test_a_worker_has_the_limits_and_nothing_of_the_trainers_environment(monkeyp
             assert re.search(r"Seccomp:\s+2", Path(f"/proc/{pid}/status").read_text())
 
 
+@pytest.mark.slow
 def test_a_verdict_does_not_depend_on_what_its_worker_did_before():
     """Nor on where its memory went: what is due to earlier jobs is repeated by a fresh process."""
     heavy = [

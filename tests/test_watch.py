@@ -10,7 +10,7 @@ import pytest
 from whole_runs import small
 
 from basis_jax import command_line
-from basis_jax.config import Config, TrainSection, WatchSection
+from basis_jax.config import Config, DataSection, TrainSection, WatchSection
 from basis_jax.opening import rollout_setup
 from basis_jax.opening.checks import check_words
 from basis_jax.runs.metrics import read_metrics
@@ -125,6 +125,7 @@ def test_all_wrong_moves_nothing_and_ends_the_run(
     assert shown.count("valid rewards of this step are 0: there is nothing to learn") == 1
 
 
+@pytest.mark.slow
 def test_the_first_update_is_that_of_the_start_and_the_estimator_still_learns(
     monkeypatch, tiny_folder, dapo_file, tmp_path
 ):
@@ -144,6 +145,7 @@ def test_all_right_is_solved(monkeypatch, capsys, tiny_folder, dapo_file, tmp_pa
     assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
 
 
+@pytest.mark.slow
 def test_every_evaluation_says_what_could_not_be_graded(
     monkeypatch, capsys, tiny_folder, dapo_file, tmp_path
 ):
@@ -227,6 +229,32 @@ def test_a_step_with_signal_starts_the_count_again():
     for alike in (1, 1, 0, 1, 1):
         say(watched, HEALTHY | {"estimate/no_signal": float(alike)}, [0.0] * 40)
     assert not watched.solved
+
+
+@pytest.mark.parametrize(
+    ("weight", "right", "ended"),
+    [
+        (1.0, 0.0, "no completion of the last 3 steps was right"),
+        (0.0, 0.0, "all rewards were equal in each of the last 3 steps"),
+        (0.0, 1.0, "all rewards were equal in each of the last 3 steps"),
+        (1.0, 0.6, "all rewards were equal in each of the last 3 steps"),
+        (1.0, 1.0, ""),
+    ],
+)
+def test_right_and_wrong_end_a_run_only_where_they_are_rewarded(weight, right, ended):
+    """With a verifier of weight 0, equal rewards say nothing about answers."""
+    section = TrainSection(patience=3)
+    data = DataSection(verifier_weight=weight, rewards={"format": 1.0})
+    watched = Watch(dataclasses.replace(Config(run_dir=""), train=section, data=data))
+    alike = HEALTHY | {"estimate/no_signal": 1.0, "reward/accuracy": right}
+    for _ in range(2):
+        say(watched, alike, [0.0] * 40)
+    if ended:
+        with pytest.raises(ValueError, match=ended):
+            say(watched, alike, [0.0] * 40)
+    else:
+        say(watched, alike, [0.0] * 40)
+    assert watched.solved is not bool(ended)
 
 
 def test_few_equal_rewards_are_warned_about_and_still_used():

@@ -88,6 +88,10 @@ def run(
             max_shard_bytes=int(shard_gb * 1e9),
         )
         print(f"wrote {folder} from {checkpoint}, weights in {stored}")
+        print(
+            f"next: --model.path {folder} in any command of this package, or "
+            f'transformers.AutoModelForCausalLM.from_pretrained("{folder}")'
+        )
     if upload is not None:
         print(f"pushed it to {upload(folder, f'Step {checkpoint.name} of {run.name}')}")
 

@@ -56,26 +56,47 @@ def evaluate(config: Config, checkpoint: str, out: Path) -> list[str]:
     """Evaluate, and write and print all results in the first process. Returns the sets without a
     result."""
     say = processes.spoken(print)
+    say(announcement(config, checkpoint, out))
     with open_evaluation(config, say) as evaluation, jax.set_mesh(evaluation.setup.mesh):
         params, source = load(evaluation, checkpoint, say)
-        say(f"evaluating {source}")
+        say(f"weights: {source}")
         fixed = protocol(evaluation, params)
         processes.check_same(lambda: {**fixed, "failed sets": evaluation.failed})
         path = write_completions(params, evaluation, out, fixed, say)
         found = processes.by_first(lambda: results(path, evaluation))
     devices = [str(device) for device in jax.devices()]
     about = {"evaluated": source, "protocol": fixed, **provenance(), "devices": devices}
-    processes.by_first(lambda: write_report(found, about, out))
+    processes.by_first(lambda: write_report(found, about, out, checkpoint))
     return list(found["failed"])
 
 
-def write_report(found: Mapping[str, Any], about: Mapping[str, Any], out: Path) -> None:
-    """Write results.json and report.html, and print the main metrics and the files' paths."""
+def announcement(config: Config, checkpoint: str, out: Path) -> str:
+    """What the evaluation is about to do, in one line."""
+    section = config.eval
+    sets = ", ".join(
+        f"{name} ({section.samples_of(name)} completions of each problem at temperature "
+        f"{section.temperature_of(name):g})"
+        for name in section.sets
+    )
+    begun = "continued" if (out / "completions.jsonl").exists() else "new"
+    return f"evaluating {checkpoint or config.model.path} on {sets}; results go to {out} ({begun})"
+
+
+def write_report(
+    found: Mapping[str, Any], about: Mapping[str, Any], out: Path, checkpoint: str
+) -> None:
+    """Write results.json and report.html, and print the main metrics, the files' paths and what to
+    do next."""
     replace_file(out / "results.json", json.dumps({**found, **about}, indent=2) + "\n")
     replace_file(out / "report.html", "".join(report(found, about, out / "completions.jsonl")))
     print("\n".join([*table(found), *warnings(found)]))
     for name in ("completions.jsonl", "protocol.json", "results.json", "report.html"):
         print(f"{name:18} {out / name}")
+    print(f"next: open {out / 'report.html'} in a browser to read the completions")
+    if checkpoint:
+        start = command_line.arguments_without("--checkpoint", "--out")
+        command = command_line.other_command("evaluate", *start, "--out", f"{out}_start")
+        print(f"      evaluate the starting model, to compare: {command}")
 
 
 def check_out(out: str) -> Path:

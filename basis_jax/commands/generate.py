@@ -11,20 +11,20 @@ run's own problems and these can be read without a download.
 """
 
 import argparse
-import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from basis_jax import command_line
-from basis_jax.config import Config, EvalSection, config_from
+from basis_jax.config import Config, DataSection, EvalSection, config_from
 from basis_jax.data.encoding import encode_prompts
 from basis_jax.data.problem import Problem
 from basis_jax.data.sources import load_held_out, load_training
 from basis_jax.opening.ranges import check_ranges
-from basis_jax.opening.rollout_setup import locate_model, open_setup
+from basis_jax.opening.rollout_setup import Verifiers, locate_model, open_setup, open_verifiers
 from basis_jax.opening.sizes import with_sizes
 from basis_jax.sampling.rollouts import Graded, roll_out
 from basis_jax.training import reference_table
@@ -37,20 +37,22 @@ def main() -> None:
     checkpoint = trained.find_checkpoint(options.run)
     config = config_from(trained.saved_config(checkpoint))
     if options.temperature is not None:
-        sampling = dataclasses.replace(config.sampling, temperature=options.temperature)
-        config = dataclasses.replace(config, sampling=sampling)
-    model = dataclasses.replace(config.model, lora_rank=0)  # adapters are merged
-    config = dataclasses.replace(config, seed=options.seed, model=model)
+        sampling = replace(config.sampling, temperature=options.temperature)
+        config = replace(config, sampling=sampling)
+    model = replace(config.model, lora_rank=0)  # adapters are merged
+    config = replace(config, seed=options.seed, model=model)
     check_ranges(config)
-    problem = find_problem(config, options.prompt, options.answer)
-    known = problem is not None
-    graded, unknown_tokens = generate(
-        config, checkpoint, problem or unanswered(options.prompt), options, known=known
+    problem, section = find_problem(config, options.prompt, options.answer)
+    print(
+        f"{options.samples} samples of {checkpoint} at temperature "
+        f"{config.sampling.temperature:g}, for the prompt: {options.prompt}",
+        flush=True,
     )
+    asked = problem or Problem(prompt=options.prompt, answer="(unknown)")
+    graded, unknown_tokens = generate(replace(config, data=section), checkpoint, asked, options)
     if unknown_tokens:
         print(f"warning: {unknown_tokens} tokens of the prompt are unknown to this model")
-    print(f"{checkpoint}: {options.prompt}")
-    print("\n".join(sample_lines(graded, known)))
+    print("\n".join(sample_lines(graded, problem is not None)))
     if problem is not None:
         print(value_line(graded, problem, checkpoint))
 
@@ -76,39 +78,62 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def unanswered(prompt: str) -> Problem:
-    return Problem(prompt=prompt, answer="(unknown)")
+def find_problem(
+    config: Config, prompt: str, answer: str | None
+) -> tuple[Problem | None, DataSection]:
+    """The problem of this prompt, and how it is graded; None if no right answer is known.
 
-
-def find_problem(config: Config, prompt: str, answer: str | None) -> Problem | None:
-    """The prompt with its right answer: the given one, or that of a problem of the run."""
-    if answer is not None:
-        return Problem(prompt=prompt, answer=answer)
-    for path in (config.data.path, *config.eval.sets):
-        if path.startswith("task:") or Path(path).is_file():
-            training = path == config.data.path
-            problems = load_training(config.data) if training else []
-            if path in config.eval.sets:
-                problems = problems + load_held_out(
-                    path, config.eval.folder, config.held_out_data(path)
-                )
-            for problem in problems:
+    If the run has a problem with this prompt, it is that one, graded as its set is; ``answer``
+    replaces its right answer. If the run's problems or verifiers cannot be opened, this is printed.
+    Raises ValueError if an answer is given and cannot be graded.
+    """
+    ungraded = replace(config.data, verifier="exact", answer_mode="")
+    try:
+        with open_verifiers(config) as verifiers:
+            needed = verifiers.training.required_columns
+            for problem, section in own_problems(config, verifiers):
                 if problem.prompt == prompt:
-                    return problem
-    return None
+                    return (problem if answer is None else replace(problem, answer=answer)), section
+    except ValueError as error:
+        if answer is not None:
+            raise
+        print(f"note: samples are not graded: {error}")
+        return None, ungraded
+    if answer is None:
+        return None, ungraded
+    if needed:
+        raise ValueError(
+            f"{config.data.verifier} asks for the columns {', '.join(needed)}, which only the "
+            "run's own problems have; give one of their prompts, or leave out --answer"
+        )
+    return Problem(prompt=prompt, answer=answer), config.data
+
+
+def own_problems(config: Config, verifiers: Verifiers) -> Iterator[tuple[Problem, DataSection]]:
+    """Problems of the run that can be read without a download, each with how its set is graded."""
+    data, folder = config.data, config.eval.folder
+    if readable(data.path):
+        for problem in load_training(data, verifiers.training):
+            yield problem, data
+    for name in filter(readable, config.eval.sets):
+        section = config.held_out_data(name)
+        for problem in load_held_out(name, folder, section, verifiers.held_out[name]):
+            yield problem, section
+
+
+def readable(path: str) -> bool:
+    return path.startswith("task:") or Path(path).is_file()
 
 
 def generate(
-    config: Config, checkpoint: Path, problem: Problem, options: argparse.Namespace, *, known: bool
+    config: Config, checkpoint: Path, problem: Problem, options: argparse.Namespace
 ) -> tuple[Graded, int]:
     """``options.samples`` completions, and the number of prompt tokens that the tokenizer does not
     know."""
     folder, model_config, mesh = locate_model(config)
     room = model_config.max_positions - config.sampling.max_new_tokens
-    data = dataclasses.replace(config.data, max_prompt_tokens=room, rewards={}, verifier_weight=1.0)
-    if not known:
-        data = dataclasses.replace(data, verifier="exact", answer_mode="")
-    config = dataclasses.replace(config, data=data, eval=EvalSection(sets=()))
+    data = replace(config.data, max_prompt_tokens=room, rewards={}, verifier_weight=1.0)
+    config = replace(config, data=data, eval=EvalSection(sets=()))
     tokenizer = huggingface.load_tokenizer(folder)
     encoded = encode_prompts([problem], data, tokenizer)
     sizes = {"prompt_width": encoded.tokens.shape[1], "rows": options.samples}
@@ -152,7 +177,7 @@ def value_line(graded: Graded, problem: Problem, checkpoint: Path) -> str:
         value = f"{int(rewards.sum())} of {rewards.size} samples right"
     else:
         value = f"mean reward {rewards.mean():.3f} of {rewards.size} samples"
-    line = f"right answer: {problem.answer}; value: {value}"
+    line = f"right answer: {problem.answer}; value: {value}" if problem.answer else value
     path = checkpoint.parent.parent / "reference.npz"
     if path.is_file():
         table = reference_table.load(path)

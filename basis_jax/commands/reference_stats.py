@@ -37,15 +37,31 @@ def main() -> None:
         if processes.is_first():
             print_summary(table)
             print(f"reference table: {options.out}")
+            print("next:")
+            arguments = command_line.arguments_without("--out")
+            use = ("--estimator.table", options.out)
+            print(f"  {command_line.other_command('train', *arguments, *use)}")
 
 
 def make_table(config: Config, path: Path) -> ReferenceTable:
     report = processes.spoken(print)
+    report(announcement(config, path))
     processes.check_same(lambda: {"--out": str(path), **start_facts(config)})
     with open_session(config, report) as session, jax.set_mesh(session.setup.mesh):
         processes.check_same(lambda: contents_of(session, identity_of(session)))
         params = lora.whole(frozen_params(session), start_params(session))
         return reference_table(session, params, path, report)
+
+
+def announcement(config: Config, path: Path) -> str:
+    """What the command is about to do, in one line."""
+    section = config.estimator
+    features = f" and {section.features} prompt features" if section.features else ""
+    return (
+        f"making the reference table of {config.model.path} on {config.data.path}: "
+        f"{section.table_samples} completions{features} of each problem; file {path} "
+        f"({'continued' if path.exists() else 'new'})"
+    )
 
 
 def print_summary(table: ReferenceTable) -> None:

@@ -17,15 +17,21 @@ for devices that are not present. ``--compile`` adds the compiler's figures, for
 (with libtpu) and for the devices that are present.
 """
 
+import json
+import math
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from basis_jax import command_line, processes
 from basis_jax.commands import dry_run
+from basis_jax.files import whole_lines
 from basis_jax.runs import plots
 from basis_jax.runs.compiles import keep_compiled
 from basis_jax.runs.metrics import read_metrics
 from basis_jax.runs.stopping import StopRequested
+from basis_jax.runs.terminal import announcement
 from basis_jax.training.loop import train
 
 
@@ -41,6 +47,7 @@ def main() -> None:
         raise ValueError("--topology and --compile are for plans; add --dry-run")
     with processes.joined(own.processes, own.coordinator, own.process_id):
         report = processes.spoken(print)
+        report(announcement(config))
         if processes.count() == 1:  # several need a folder that all of them see
             keep_compiled(report)
         try:
@@ -52,18 +59,61 @@ def main() -> None:
 
 
 def summarise(run_dir: Path) -> None:
-    """Print held-out accuracy before and after training, and the paths of the files."""
+    """Print what was gained in held-out accuracy, where the files are, and what to do next."""
     curves = plots.draw([run_dir], run_dir / "curves.png")
     evaluated = [m for m in read_metrics(run_dir) if "eval/accuracy" in m]
-    for line in evaluated[:1] + evaluated[1:][-1:]:
-        print(
-            f"held-out accuracy {'after' if line['step'] else 'before'} (step {line['step']}): "
-            f"{line['eval/accuracy']:.1%} [{line['eval/accuracy_low']:.1%}, "
-            f"{line['eval/accuracy_high']:.1%}], greedy {line['eval/greedy_accuracy']:.1%} "
-            f"[{line['eval/greedy_accuracy_low']:.1%}, {line['eval/greedy_accuracy_high']:.1%}]"
-        )
     if evaluated:
-        print("intervals: 95 % bootstrap over held-out problems")
+        print(gain("held-out accuracy", "eval/accuracy", evaluated[0], evaluated[-1]))
+        print(gain("greedy accuracy", "eval/greedy_accuracy", evaluated[0], evaluated[-1]))
+        print(
+            f"(steps {evaluated[0]['step']} and {evaluated[-1]['step']}; bootstrap over held-out "
+            "problems, both evaluations taken as independent)"
+        )
+    else:
+        print("no held-out accuracy, because eval.sets is empty")
     for name in ("metrics.jsonl", "samples.jsonl", "checkpoints"):
         print(f"{name:14} {run_dir / name}")
     print(f"{'curves':14} {curves}")
+    print("next:")
+    for command in next_commands(run_dir, held_out=bool(evaluated)):
+        print(f"  {command}")
+
+
+def gain(label: str, key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The change of an accuracy with its 95 % interval: of the two intervals [l_b, u_b] and
+    [l_a, u_a] around b and a, it goes from d - sqrt((a - l_a)^2 + (u_b - b)^2) to
+    d + sqrt((u_a - a)^2 + (b - l_b)^2) around d = a - b (Newcombe 1998, method 10)."""
+
+    def below(metrics: Mapping[str, Any]) -> float:
+        return metrics[key] - metrics[f"{key}_low"]
+
+    def above(metrics: Mapping[str, Any]) -> float:
+        return metrics[f"{key}_high"] - metrics[key]
+
+    change = after[key] - before[key]
+    low = change - math.hypot(below(after), above(before))
+    high = change + math.hypot(above(after), below(before))
+    return (
+        f"{label} {before[key]:.1%} -> {after[key]:.1%} ({100 * change:+.1f} points, 95 % interval "
+        f"{100 * low:+.1f} to {100 * high:+.1f})"
+    )
+
+
+def next_commands(run_dir: Path, *, held_out: bool) -> Iterator[str]:
+    """Commands that evaluate, try and export the run, ready to paste."""
+    if held_out:
+        out = run_dir / "evaluation"
+        arguments = command_line.arguments_without()
+        yield command_line.other_command(
+            "evaluate", *arguments, "--checkpoint", run_dir, "--out", out
+        )
+    yield command_line.other_command("generate", run_dir, example_prompt(run_dir))
+    yield command_line.other_command("convert", run_dir, "--to", run_dir / "model")
+
+
+def example_prompt(run_dir: Path) -> str:
+    """A short prompt of the run, or the word PROMPT if it has none."""
+    with (run_dir / "samples.jsonl").open("rb") as file:
+        prompts = [json.loads(line)["problem"] for line, _ in whole_lines(file)]
+    short = (p for p in prompts if isinstance(p, str) and len(p) <= 80 and p.isprintable())
+    return next(short, "PROMPT")

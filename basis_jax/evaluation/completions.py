@@ -21,6 +21,7 @@ from basis_jax.data.encoding import EncodedProblems
 from basis_jax.evaluation import scores
 from basis_jax.evaluation.evaluate import Evaluation, complete, sha256
 from basis_jax.files import append_json_lines, lock, read_json, replace_file, whole_lines
+from basis_jax.runs.terminal import Pace
 from basis_jax.sampling.rollouts import ROWS_PER_SLOT, Graded
 from basis_jax.verify import extraction_mode, is_own
 from basis_jax.verify.compare import simplify, unwrapped, without_name
@@ -99,21 +100,25 @@ def chunks(
     """(number of the first rollout, rows) of each batch of a set, without batches that are done.
 
     The first ``done`` rollouts of the set are done. Batches have the same shape: the last one is
-    filled up with copies of its first rollout.
+    filled up with copies of its first rollout, unless the verifier grades whole batches, which must
+    not see copies.
     """
+    setup = evaluation.setup.for_set(name)
     problems, samples = evaluation.sets[name], evaluation.config.eval.samples_of(name)
     total = len(problems.problems) * samples
     size = min(ROWS_PER_SLOT * evaluation.setup.rows_at_once, total)
-    reported = time.monotonic()
+    reported, pace = time.monotonic(), Pace(done, total)
     for start in range(0, total, size):
         count = min(size, total - start)
         if start + count <= done:
             continue
         units = start + np.arange(size)
         units = np.where(units < total, units, start)
+        if setup.verifier.whole_batches:
+            units = units[:count]
         graded = complete(
             params,
-            evaluation.setup.for_set(name),
+            setup,
             problems,
             units=units,
             samples=samples,
@@ -123,7 +128,8 @@ def chunks(
         data = evaluation.config.held_out_data(name)
         yield start, as_rows(graded, problems, name, numbers=numbers, data=data)
         if time.monotonic() - reported > PROGRESS_EVERY_S or start + count == total:
-            report(f"{name}: {start + count} of {total} completions")
+            left = pace.left(start + count)
+            report(f"{name}: {start + count} of {total} completions{left}")
             reported = time.monotonic()
 
 

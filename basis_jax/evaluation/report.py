@@ -25,7 +25,8 @@ def table(found: Mapping[str, Any]) -> list[str]:
     if len(found["sets"]) > 1:
         lines.append(["average", "", "", "", *(percent(found["average"].get(m)) for m in shown)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    padded = [[c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines]
+    return ["  ".join(line).rstrip() for line in padded]
 
 
 def main_metrics(found: Mapping[str, Any]) -> list[str]:
@@ -56,23 +57,32 @@ def percent(metric: Mapping[str, float | int] | None) -> str:
     return f"{metric['value']:.1%} [{metric['low']:.1%}, {metric['high']:.1%}]"
 
 
+def two_lines(metric: Mapping[str, float | int] | None) -> str:
+    """``percent`` for a cell of the report, the interval below the value."""
+    return percent(metric).replace(" [", "\n[")
+
+
 def report(found: Mapping[str, Any], about: Mapping[str, Any], path: Path) -> Iterator[str]:
     """The parts of report.html. Text from a model or a file is escaped."""
     yield HEAD
     yield f"<h1>{text(about['evaluated'])}</h1>\n<table>\n"
+    several = len(found["sets"]) > 1
     every = (found["average"], *(of_set["metrics"] for of_set in found["sets"].values()))
     names = list(dict.fromkeys(name for metrics in every for name in metrics))
     yield row("th", ["set", "problems", "invalid", "cut short", *names])
     for name, of_set in found["sets"].items():
         sizes = [name, of_set["problems"], of_set["invalid"], f"{of_set['truncated']:.1%}"]
-        yield row("td", [*sizes, *(percent(of_set["metrics"].get(m)) for m in names)])
-    yield row("td", ["average", "", "", "", *(percent(found["average"].get(m)) for m in names)])
+        yield row("td", [*sizes, *(two_lines(of_set["metrics"].get(m)) for m in names)])
+    if several:
+        average = (two_lines(found["average"].get(m)) for m in names)
+        yield row("td", ["average", "", "", "", *average])
     yield "</table>\n"
     for warning in warnings(found):
         yield f"<p>{text(warning)}</p>\n"
     yield "<ul>\n"
     for name, rule in found["rules"].items():
-        yield f"<li>{text(name)}: {text(rule)}</li>\n"
+        if several or name != "average":
+            yield f"<li>{text(name)}: {text(rule)}</li>\n"
     protocol_text = json.dumps(about["protocol"], indent=2)
     yield f"</ul>\n<details><summary>protocol</summary><pre>{text(protocol_text)}</pre></details>\n"
     for name, of_set in groupby(read_lines(path), key=lambda line: line["set"]):
@@ -146,7 +156,7 @@ HEAD = """<!doctype html>
 <style>
 body { font: 15px sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
 pre { white-space: pre-wrap; background: #f4f4f4; padding: .5em; margin: .2em 0 1em }
-td, th { text-align: left; padding: .1em 1em .1em 0 }
+td, th { text-align: left; vertical-align: top; padding: .1em 1em .1em 0; white-space: pre-line }
 p { margin: .3em 0 } .right { color: #060 } .wrong { color: #900 }
 </style></head><body>
 """

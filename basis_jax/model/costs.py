@@ -213,10 +213,9 @@ def sampling_memory(
     """Bytes on one device while ``slots`` rows of ``length`` positions decode, by part.
 
     Prompts have ``width`` tokens and share no prefix. A quarter of the slots is prefilled at once
-    (``places.prefill_groups``). While the cache grows, the part in use is held twice. Everything
-    but the trainer's weights has the layout of the mesh ``sharding.regrouped`` by
-    ``sample_tensor``. If prefills do not read the decode weights, there is another copy of the
-    parameters in this layout.
+    (``places.prefill_groups``). Everything but the trainer's weights has the layout of the mesh
+    ``sharding.regrouped`` by ``sample_tensor``. If prefills do not read the decode weights, there
+    is another copy of the parameters in this layout.
     """
     size, weights = compute_bytes(model_config), parameter_bytes(model_config, mesh)
     trainer, mesh = mesh, regrouped(mesh, sample_tensor)

@@ -208,17 +208,13 @@ def filled_cache(kept: KeyValues, length: int, *, scanned: bool = False) -> Cach
     return Cache(keys=lay_out("keys", kept.keys), values=lay_out("values", kept.values))
 
 
-def resized(cache: Cache, length: int) -> Cache:
-    """The cache with ``length`` positions: cut at the end, or padded with zeros."""
-
-    def fit(path, x):
-        axis = cache_axes(path[0].name, x).index("time")
-        if length <= x.shape[axis]:
-            return jax.lax.slice_in_dim(x, 0, length, axis=axis)
-        padding = [(0, length - size if i == axis else 0) for i, size in enumerate(x.shape)]
-        return jnp.pad(x, padding)
-
-    return jax.tree.map_with_path(fit, cache)
+def resized(x: Array, name: str, length: int) -> Array:
+    """An array of the cache with ``length`` positions: cut at the end, or padded with zeros."""
+    axis = cache_axes(name, x).index("time")
+    if length <= x.shape[axis]:
+        return jax.lax.slice_in_dim(x, 0, length, axis=axis)
+    padding = [(0, length - size if i == axis else 0) for i, size in enumerate(x.shape)]
+    return jnp.pad(x, padding)
 
 
 def decode_step(

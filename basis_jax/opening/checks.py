@@ -121,9 +121,9 @@ def check_model(config: Config, model_config: ModelConfig, platform: str) -> Non
     fits = platform == "gpu" and fits_cudnn(section.compute_dtype, size)
     if section.attention == "cudnn" and not fits:
         raise ValueError(
-            "model.attention cudnn needs NVIDIA GPUs, model.compute_dtype bfloat16 and heads of up "
-            f"to 128 in eights, and this is {platform} with {section.compute_dtype} and heads of "
-            f"{size}; use auto"
+            "model.attention cudnn needs NVIDIA GPUs, model.compute_dtype bfloat16 and a head size "
+            f"that is a multiple of 8 and at most 128, and this is {platform} with "
+            f"{section.compute_dtype} and heads of size {size}; use auto"
         )
     if section.attention == "splash" and platform != "tpu":
         raise ValueError(f"model.attention splash needs TPUs and this is {platform}; use auto")

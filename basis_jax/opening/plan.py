@@ -75,7 +75,8 @@ def memory_needs(
     fewer += "mesh.tensor or mesh.sample_tensor"
     sampling = f"sampling {slots} rollouts of {length} tokens at once"
     before = cache_before(length)
-    grown = {"the cache before it grew": parts["key-value cache"] * before // length, "prefill": 0}
+    old = parts["key-value cache"] * before // length // cache_arrays(sampler)
+    grown = {"an array of the cache before it grew": old, "prefill": 0}
     beside = moments | reference
     needs = [
         Need(sampling, parts | beside, fewer),
@@ -107,10 +108,15 @@ def memory_needs(
 
 
 def cache_before(length: int) -> int:
-    """Positions of the cache before it grows to ``length``. The old cache is held until the new one
-    is made (``refill.resize_cache``)."""
+    """Positions of the cache before it grows to ``length``."""
     doublings = math.log2(max(1.0, length / MIN_CACHE))
     return MIN_CACHE * 2 ** max(0, math.ceil(doublings) - 1)
+
+
+def cache_arrays(model_config: ModelConfig) -> int:
+    """Arrays of the sampler's cache. While it grows, one of them is held twice
+    (``refill.resize_cache``)."""
+    return 2 if model_config.scan_decode else 2 * model_config.layers
 
 
 DECODING = ("weights laid out for decoding", "key-value cache", "logits")

@@ -6,9 +6,12 @@ a resumed run gets it again. A logger that fails during the run is reported and 
 the run goes on.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
+import posixpath
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +23,7 @@ from basis_jax import references
 from basis_jax.files import read_json, replace_file
 
 PROJECT = "basis_jax"
+MLFLOW_LONGEST = 250  # characters of a metric's name
 REMEMBERED = "loggers.json"  # in the run folder: the remote run of each logger
 
 
@@ -144,11 +148,25 @@ class MLflow:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        values = [Metric(name, value, now, step) for name, value in metrics.items()]
+        values = [Metric(mlflow_name(name), x, now, step) for name, x in metrics.items()]
         self._client.log_batch(self.remote_id, metrics=values)
 
     def close(self) -> None:
         self._client.set_terminated(self.remote_id)
+
+
+def mlflow_name(name: str) -> str:
+    """The metric's name if MLflow allows it, otherwise one that it allows.
+
+    MLflow allows letters, digits, spaces and ``_-.:/``, relative paths without empty parts, and 250
+    characters. A changed name ends in a hash of the original, so that different names stay
+    different.
+    """
+    allowed = posixpath.normpath(re.sub(r"[^\w.:/ -]", "_", name)).lstrip("./")
+    if allowed == name and len(name) <= MLFLOW_LONGEST:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{allowed[: MLFLOW_LONGEST - 9]}-{digest}"
 
 
 BUILT_IN: dict[str, tuple[Callable[[Run], Any], str]] = {

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from basis_jax.runs.metrics import read_metrics
 
@@ -49,12 +49,15 @@ def draw(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     if not panels:
         keys = ", ".join(panel.key for panel in PANELS)
         raise ValueError(f"none of the runs has a metric that is drawn; these are {keys}")
+    last = max(row["step"] for rows in runs.values() for row in rows)
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(4.3 * columns, 2.9 * lines + 0.6), dpi=150, layout=layout)
     for index, panel in enumerate(panels):
-        _draw_panel(figure.add_subplot(lines, columns, index + 1), panel, runs)
+        axes = figure.add_subplot(lines, columns, index + 1)
+        _draw_panel(axes, panel, runs)
+        axes.set_xlim(-0.02 * last - 0.1, 1.02 * last + 0.1)  # the same in all panels
     _legend(figure, list(runs), columns=columns)
     figure.align_ylabels()
     return _save(figure, Path(out))
@@ -115,7 +118,7 @@ def _style_axes(axes: Axes, panel: Panel) -> None:
     axes.set_xlabel("step")
     axes.set_yscale(panel.scale)
     if panel.key == "eval/accuracy":
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)

@@ -3,17 +3,19 @@
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from datetime import timedelta
 from io import TextIOBase
+from pathlib import Path
 from statistics import median_low
 from typing import Any, TextIO
+
+from basis_jax.config import Config
 
 FIELDS = (
     ("reward {:.3f}", "reward/mean"),
     ("accuracy {:.1%}", "reward/accuracy"),
     ("held-out {:.1%}", "eval/accuracy"),
     ("value error {:.3f}", "estimate/value_error"),
-    ("length {:.1f}", "completion/length_mean"),
+    ("length {:.1f} tokens", "completion/length_mean"),
     ("{:.0f} tokens/s", "throughput/sample_tokens_per_s"),
 )
 """Text and metric key of what the terminal shows of a step, before its times."""
@@ -52,7 +54,7 @@ class Terminal:
         parts = [f"step {step:>{len(str(self._total))}}/{self._total}", *shown(metrics)]
         if self._seconds and step < self._total:
             left = median_low(self._seconds) * (self._total - step)
-            parts.append(f"about {timedelta(seconds=round(left))} left")
+            parts.append(f"about {duration(left)} left")
         line = "  ".join(parts)
         self._show(step, line)
         return line
@@ -93,7 +95,54 @@ def shown(metrics: Mapping[str, float]) -> Iterator[str]:
     seconds = {label: metrics[key] for label, key in TIMES if metrics.get(key, 0) >= 0.05}
     if seconds:
         parts = ", ".join(f"{label} {value:.1f}" for label, value in seconds.items())
+        compiling = metrics.get("compile/seconds", 0.0)
+        parts += f"; {compiling:.1f} of it to compile" if compiling >= 1 else ""
         yield f"{sum(seconds.values()):.1f} s ({parts})"
+
+
+def duration(seconds: float) -> str:
+    """A time in its largest units: 7 s, 2 min 5 s, 3 h 20 min, 4 d 1 h."""
+    left = round(seconds)
+    parts: list[str] = []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        number, left = divmod(left, size)
+        if number or parts or unit == "s":
+            parts.append(f"{number} {unit}")
+    return " ".join(part for part in parts[:2] if not part.startswith("0 ")) or "0 s"
+
+
+class Pace:
+    """The time left of work whose units take the same time each."""
+
+    def __init__(self, done: int, total: int):
+        self._first, self._total, self._began = done, total, time.monotonic()
+
+    def left(self, done: int) -> str:
+        """ ", about 20 s left", or "" if nothing is left."""
+        if not self._first < done < self._total:
+            return ""
+        seconds = time.monotonic() - self._began
+        left = seconds / (done - self._first) * (self._total - done)
+        return f", about {duration(left)} left"
+
+
+def announcement(config: Config) -> str:
+    """What a run is about to do, in one line."""
+    train, group_size = config.train, config.sampling.group_size
+    saved = [int(p.name) for p in Path(config.run_dir, "checkpoints").glob("*") if p.name.isdigit()]
+    if not saved:
+        state = "new"
+    elif max(saved) < train.steps:
+        state = f"resumed at step {max(saved)}"
+    else:
+        state = "all steps are done"
+    sets = ", ".join([config.data.path, *config.data.more_sets])
+    return (
+        f"training {config.model.path} on {sets}: {train.steps} steps of "
+        f"{train.prompts_per_step} prompts with {group_size} "
+        f"{'completion' if group_size == 1 else 'completions'} each; run folder {config.run_dir} "
+        f"({state})"
+    )
 
 
 def _live(stream: Stream) -> Any:

@@ -131,10 +131,25 @@ def advance(
     return constrain_slots(slots)
 
 
-@functools.partial(jax.jit, static_argnames="cache_length")
 def resize_cache(slots: Slots, *, cache_length: int) -> Slots:
-    """The slots with a cache of ``cache_length`` positions."""
-    return constrain_slots(dataclasses.replace(slots, cache=resized(slots.cache, cache_length)))
+    """The slots with a cache of ``cache_length`` positions.
+
+    The arrays of the old cache are replaced and deleted one after the other, so that two whole
+    caches are never in memory. Do not use the old slots afterwards.
+    """
+
+    def resize(path, x):
+        fitted = resize_array(x, name=path[0].name, length=cache_length)
+        x.delete()
+        return fitted
+
+    return dataclasses.replace(slots, cache=jax.tree.map_with_path(resize, slots.cache))
+
+
+@functools.partial(jax.jit, static_argnames=("name", "length"))
+def resize_array(x: Array, *, name: str, length: int) -> Array:
+    """One array of the cache, laid out as in ``constrain_slots``."""
+    return constrain(resized(x, name, length), cache_axes(name, x))
 
 
 @jax.jit
@@ -284,8 +299,8 @@ def refill(
     first step.
 
     Each device has its own slots, so rows are not sent between devices. Memory per device: a copy
-    of the weights; the slots' cache at the length in use, and once more while it grows; tokens and
-    log-probabilities at full length.
+    of the weights; the slots' cache at the length in use; tokens and log-probabilities at full
+    length.
     """
     shards, waiting = batch_shards(mesh), 0  # the first row without a slot so far
     rows, length = rollouts.tokens.shape

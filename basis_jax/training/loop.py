@@ -23,6 +23,7 @@ from basis_jax.runs.log import errors_logged, log_line
 from basis_jax.runs.loggers import check_loggers
 from basis_jax.runs.shared_records import SharedRecords
 from basis_jax.runs.stopping import Stopper, StopRequested
+from basis_jax.runs.terminal import announcement
 from basis_jax.sampling.rollouts import Graded, roll_out
 from basis_jax.training import fork
 from basis_jax.training.microbatches import make_batches
@@ -83,7 +84,7 @@ def train(
     stopped the run; all finished steps are saved then. With ``fork_from`` (RUN or RUN@STEP), a new
     run begins with a checkpoint of another run: see ``training.fork``.
     """
-    opening: list[str] = []
+    opening = [announcement(config)]
     report = processes.spoken(report)
 
     def report_and_keep(line: str) -> None:

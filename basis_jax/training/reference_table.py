@@ -27,6 +27,7 @@ from basis_jax import processes
 from basis_jax.config import DataSection, SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.files import replace_file
+from basis_jax.runs.terminal import Pace
 from basis_jax.sampling.rollouts import ROWS_PER_SLOT, RolloutSetup, roll_out
 from basis_jax.training.prompt_features import prompt_features
 from basis_jax.verify import source_fingerprint
@@ -213,14 +214,15 @@ def build(
         with_features = table
         processes.by_first(lambda: save(with_features, path))
         report(f"reference table: {features} features of {size} problems")
-    saved = time.monotonic()
+    saved, pace = time.monotonic(), Pace(table.position, size * samples)
 
     def keep(table: ReferenceTable) -> None:
         nonlocal saved
         if table.position == size * samples or time.monotonic() - saved > SAVE_EVERY_S:
             save(table, path)
             saved = time.monotonic()
-            report(f"reference table: {table.position} of {size * samples} rollouts")
+            left = pace.left(table.position)
+            report(f"reference table: {table.position} of {size * samples} rollouts{left}")
 
     while table.position < size * samples:
         units = np.arange(

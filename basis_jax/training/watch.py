@@ -109,15 +109,21 @@ class Watch:
             self._first = {k: float(v) for k, v in metrics.items() if v is not None}
         if metrics.get("estimate/no_signal"):
             self._alike.append(metrics["reward/mean"])
-            self._right.append(metrics.get("reward/accuracy", metrics["reward/mean"]))
+            known = float(metrics["reward/mean"] > RIGHT_ABOVE)
+            self._right.append(metrics.get("reward/accuracy", known))
         else:
             self._alike.clear()
             self._right.clear()
 
     @property
     def solved(self) -> bool:
-        """Whether every completion of the last ``train.patience`` steps was right."""
-        return self._out_of_patience and min(self._right) > RIGHT_ABOVE
+        """Whether every completion of the last ``train.patience`` steps was right. Never if the
+        verifier's verdict is no part of the reward."""
+        return self._out_of_patience and self._rewards_verdicts and min(self._right) == 1
+
+    @property
+    def _rewards_verdicts(self) -> bool:
+        return self._config.data.verifier_weight != 0
 
     @property
     def _out_of_patience(self) -> bool:
@@ -135,7 +141,7 @@ class Watch:
         """New warnings about the step that was counted last; ``answers`` are the right answers.
 
         Raises ValueError if the run must end: for a warning named in ``train.abort_on``, or after
-        ``train.patience`` steps in a row without a right completion.
+        ``train.patience`` steps in a row without signal that are not ``solved``.
         """
         yield from self._signal_warnings(graded)
         yield from self._range_warning(graded.rewards[graded.valid])
@@ -184,9 +190,13 @@ class Watch:
             f"{graded.completions[i][-80:]!r} ({graded.reasons[i]}; right answer {answers[i]!r})"
             for i in range(min(SHOWN, len(answers)))
         )
+        if self._rewards_verdicts and not any(self._right):
+            what = f"no completion of the last {len(self._alike)} steps was right"
+            where = "data.verifier, the answers, the prompt format and sampling.max_new_tokens"
+        else:
+            what = f"all rewards were equal in each of the last {len(self._alike)} steps"
+            where = "data.rewards and their weights, and at the prompts"
         return (
-            f"no completion of the last {len(self._alike)} steps was right (mean reward "
-            f"{np.mean(self._alike):g}), so there is nothing to learn from; look at data.verifier, "
-            "the answers, the prompt format and sampling.max_new_tokens; the last completions "
-            f"were {shown}"
+            f"{what} (mean reward {np.mean(self._alike):g}), so there is nothing to learn from; "
+            f"look at {where}; the last completions were {shown}"
         )

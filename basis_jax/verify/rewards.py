@@ -143,12 +143,21 @@ class SeveralRewards(Verifier):
 
 
 def _weighted(weights: Sequence[float], parts: Sequence[float]) -> float:
-    return math.fsum(w * r for w, r in zip(weights, parts, strict=True))
+    """The weighted sum; NaN, which counts as not graded, if it is too large for a float."""
+    try:
+        return math.fsum(w * r for w, r in zip(weights, parts, strict=True))
+    except (OverflowError, ValueError):  # a partial sum, or inf - inf
+        return math.nan
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """The root of the mean squared distance from the mean; 0 for values that are all the same."""
+    """The root of the mean squared distance from the mean; 0 for values that are all the same.
+
+    Values are divided by the largest first, because squares of 1e200 overflow.
+    """
     if min(values) == max(values):
         return 0.0
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+    largest = max(map(abs, values))
+    scaled = [value / largest for value in values]
+    mean = math.fsum(scaled) / len(scaled)
+    return largest * math.sqrt(math.fsum((x - mean) ** 2 for x in scaled) / len(scaled))

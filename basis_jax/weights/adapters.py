@@ -5,13 +5,13 @@ in Hugging Face's files.
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
@@ -38,7 +38,8 @@ def load_policy(
 ) -> PyTree:
     """All parameters of a checkpoint, its adapters merged into the weights of ``folder``.
 
-    They are float32 and laid out over the mesh; without one, NumPy arrays. Raises ValueError as
+    They are float32 and laid out over the mesh; without one, NumPy arrays. The weights below the
+    adapters are first rounded to the dtype in which training had them. Raises ValueError as
     ``trained.load_checkpoint_params``, and where the adapters were trained beside other weights.
     """
     found = saved_lora(checkpoint)
@@ -46,16 +47,17 @@ def load_policy(
     if found is None:
         return trained.load_checkpoint_params(checkpoint, plain, mesh)
     check_base(checkpoint, folder)
-    adapters = trained.load_checkpoint_params(
-        checkpoint, dataclasses.replace(model_config, lora=found), mesh
-    )
+    with_adapters = dataclasses.replace(model_config, lora=found)
+    adapters = trained.load_checkpoint_params(checkpoint, with_adapters, mesh)
+
+    def merge(base: PyTree, adapters: PyTree) -> PyTree:
+        base = jax.tree.map(lambda x: x.astype(jnp.float32), base)
+        return lora.merged_params(base, adapters, found.scale)
+
+    base = huggingface.load_params(folder, with_adapters, mesh)
     shardings = None if mesh is None else named_tree(mesh, decoder.param_axes(plain))
-    merge = jax.jit(
-        functools.partial(lora.merged_params, scale=found.scale),
-        out_shardings=shardings,
-        donate_argnums=0,
-    )
-    merged = merge(huggingface.load_params(folder, plain, mesh), adapters)
+    donated = (0,) if found.base_dtype == "float32" else ()
+    merged = jax.jit(merge, out_shardings=shardings, donate_argnums=donated)(base, adapters)
     return jax.device_get(merged) if mesh is None else merged
 
 
