@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -112,3 +113,42 @@ def wait_for(path: Path, process: subprocess.Popen | None = None, seconds: float
             return False
         time.sleep(0.005)
     return True
+
+
+Case = tuple[str, str, str]  # what was broken; same, said, refused or wrong; what was said
+
+
+class Drill:
+    """The unbroken run, and a broken-off one to begin cases from."""
+
+    def __init__(self, work: Path):
+        self.work = work
+        keep_programs(work / "programs")
+        take_steps(work / "whole")
+        self.wanted = result(work / "whole")
+        take_steps(work / "broken", until=STEPS - 1)
+        if int(max(p.name for p in (work / "broken" / "checkpoints").iterdir())) != STEPS - 1:
+            raise SystemExit(f"error: {work} was used by another drill; give an empty --work")
+
+    def folder(self) -> Path:
+        """A copy of the broken-off run."""
+        case = self.work / "case"
+        shutil.rmtree(case, ignore_errors=True)
+        return shutil.copytree(self.work / "broken", case)
+
+    def resume(self, what: str, run_dir: Path) -> Case:
+        """Resume the run to its end and compare it."""
+        try:
+            said = take_steps(run_dir)
+        except ValueError as error:
+            return what, "refused", str(error)
+        except Exception as error:
+            return what, "wrong", f"{type(error).__name__}: {error}"
+        return self.compared(what, run_dir, said)
+
+    def compared(self, what: str, run_dir: Path, said: list[str]) -> Case:
+        found = result(run_dir)
+        if other := differing(found, self.wanted):
+            return what, "wrong", f"differs: {', '.join(other)}; said: {'; '.join(said)}"
+        lost = [line for line in said if "damaged" in line or "lost" in line or "sha256" in line]
+        return what, "said" if lost else "same", "; ".join(lost)
