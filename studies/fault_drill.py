@@ -118,13 +118,14 @@ def clock(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
 
 
 def lines(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
-    """The last line of metrics.jsonl or samples.jsonl is cut anywhere, or followed by a piece."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        for piece in ('{"step": 4, "rew', '{"step": 4}', "\0" * 100):
-            run_dir = drill.folder()
-            with (run_dir / name).open("a") as file:
-                file.write(piece)
-            yield drill.resume(f"{name} ends with {piece[:16]!r}", run_dir)
+    """The last line of metrics.jsonl or samples.jsonl is torn, foreign or no text at all."""
+    pieces = ('{"step": 4, "rew', '{"step": 4}', "\0" * 100)
+    cases = [(name, piece) for name in ("metrics.jsonl", "samples.jsonl") for piece in pieces]
+    for name, piece in cases[:: options.every]:
+        run_dir = drill.folder()
+        with (run_dir / name).open("a") as file:
+            file.write(piece)
+        yield drill.resume(f"{name} ends with {piece[:16]!r}", run_dir)
 
 
 def flip(path: Path) -> None:
