@@ -74,15 +74,13 @@ def be_child(options: argparse.Namespace) -> None:
 
 def kills(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
     """Processes of their own, each ended at a random moment after its run folder is open, until the
-    run is finished; then the next run begins. No process of a verifier may be left over."""
+    run is finished; then the next run begins."""
     rng, done, run = random.Random(options.seed), 0, 0
     while done < options.kills:
         run, killed = run + 1, []
         run_dir = drill.work / f"killed-{run}"
         while True:
-            here = drill.work / f"tmp-{done}"
-            here.mkdir(exist_ok=True)
-            process = start_process(run_dir, env={**os.environ, "TMPDIR": str(here)})
+            process = start_process(run_dir)
             opened = time.time()
             while process.poll() is None and last_write(run_dir) < opened:
                 time.sleep(0.01)
