@@ -350,6 +350,9 @@ class CheckpointSection:
     """Steps between checkpoints; the last step is always kept."""
     keep: int = 2
     """Newest checkpoints kept."""
+    keep_best: int = 0
+    """Checkpoints of highest held-out accuracy kept besides; only steps that are evaluated count
+    (``eval.every``)."""
 
 
 @dataclass(frozen=True)

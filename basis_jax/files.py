@@ -1,9 +1,11 @@
 """Files that survive a kill: one writer at a time, replaced in one step, read by complete lines."""
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -48,16 +50,87 @@ def replace_file(path: Path, content: str | bytes | memoryview) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             push_to_disk(file)
         partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)  # writes the new name to disk, too
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        push_names_to_disk(path.parent)
 
 
 def push_to_disk(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def push_names_to_disk(folder: Path) -> None:
+    """Write the names of a folder's files to disk; their contents are not part of it."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def check_links(folder: Path) -> None:
+    """Raise ValueError if something in ``folder`` is a link to a place outside of it, because what
+    is written there would change other files. The folder itself may be a link."""
+    inside = folder.resolve()
+    for parent, folders, names in os.walk(folder):
+        for path in (Path(parent) / name for name in (*folders, *names)):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise ValueError(
+                    f"{path} is a link to {path.resolve()}, outside of the run folder; remove it, "
+                    "or give another --run-dir (which may itself be a link)"
+                )
+
+
+DIGESTS = "sha256.json"
+"""A file in a sealed folder: the SHA-256 digests of all others, by their path in the folder."""
+
+
+def seal(folder: Path) -> None:
+    """Push everything in ``folder`` to disk and write its ``sha256.json``."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:  # hashing large blocks lets other threads run
+        digests = list(pool.map(digest, files))
+    names = [path.relative_to(folder).as_posix() for path in files]
+    for inner in (path for path in folder.rglob("*") if path.is_dir()):
+        push_names_to_disk(inner)
+    replace_file(
+        folder / DIGESTS, json.dumps(dict(zip(names, digests, strict=True)), indent=0) + "\n"
+    )
+
+
+def is_sealed(folder: Path) -> bool:
+    return (folder / DIGESTS).exists()
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, beginning with a file's name, or None.
+
+    A folder without ``sha256.json`` was not sealed or has lost it; there is nothing to check then.
+    """
+    if not is_sealed(folder):
+        return None
+    try:
+        wanted = read_json(folder / DIGESTS)
+    except ValueError:
+        return f"{DIGESTS} is not readable"
+
+    def wrong(name: str) -> str | None:
+        try:
+            with (folder / name).open("rb") as file:
+                same = hashlib.file_digest(file, "sha256").hexdigest() == wanted[name]
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read ({error})"
+        return None if same else f"{name} is not as it was written"
+
+    with ThreadPoolExecutor() as pool:
+        return next(filter(None, pool.map(wrong, wanted)), None)
 
 
 def append_json_lines(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -84,13 +157,22 @@ def whole_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
         yield line, end
 
 
+LARGEST_JSON = 1 << 26
+"""Bytes of a JSON file of settings. Larger ones are not what they should be."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a byte-order mark before it is ignored.
 
-    Raises ValueError if the file is not readable or not a JSON object.
+    Raises ValueError if the file is not readable, larger than ``LARGEST_JSON``, nested too deep or
+    not a JSON object.
     """
     try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"it has {size:,} bytes, and {LARGEST_JSON:,} are allowed")
         value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError(f"{path} cannot be read as JSON: it is nested too deep") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

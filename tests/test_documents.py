@@ -157,7 +157,11 @@ def test_every_command_of_the_pages_is_accepted(name, line, tmp_path, monkeypatc
     line = line.replace("gsm8k.py", str(tmp_path / "gsm8k.py"))
     line = re.sub(r"\$\([^)]*\)", "HOST", line)
     arguments = [{"S": "0"}.get(word, word) for word in shlex.split(line)]  # a seed
-    own = {"evaluate": ("checkpoint", "out"), "reference-stats": ("out",), "train": ("topology",)}
+    own = {
+        "evaluate": ("checkpoint", "out"),
+        "reference-stats": ("out",),
+        "train": ("topology", "fork-from"),
+    }
     options = (*own[name], *command_line.PROCESSES)
     command_line.parse("", options=options, flags=("dry-run", "compile"), argv=arguments)
 

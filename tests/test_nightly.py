@@ -85,3 +85,9 @@ def test_the_notebooks_run_from_top_to_bottom(name, tmp_path):
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     shown = python("-c", "\n".join(code), cwd=tmp_path, PYTHONPATH=str(ROOT), MPLBACKEND="Agg")
     assert ("step 24/24" in shown) == (name == "train_tiny")
+
+
+def test_whatever_breaks_a_run_it_ends_as_the_unbroken_one(tmp_path):
+    """The whole fault drill, with 100 random kills."""
+    shown = python("-m", "studies.fault_drill", "--work", tmp_path, cwd=ROOT, PYTHONPATH=str(ROOT))
+    assert "kills: 100 cases, 100 same" in shown

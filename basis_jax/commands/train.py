@@ -8,6 +8,9 @@ command again resumes the run in ``--run-dir`` from its newest checkpoint. On se
 start it on each with ``--processes auto``, or with ``--processes N --coordinator HOST:PORT
 --process-id K`` (docs/several-processes.md).
 
+``--fork-from RUN`` begins a new run with the newest checkpoint of another one, and ``RUN@STEP``
+with that of a step; settings may differ (docs/resume.md).
+
 ``--dry-run`` reads no weights and trains nothing. It prints the memory and time that the run needs,
 by part, and exits with 1 if the run does not fit. ``--topology v5e:4x4`` (or h100:8, l4, ...) plans
 for devices that are not present. ``--compile`` adds the compiler's figures, for TPU topologies
@@ -35,7 +38,7 @@ from basis_jax.training.loop import train
 def main() -> None:
     config, own = command_line.parse(
         __doc__,
-        options=("topology", *command_line.PROCESSES),
+        options=("topology", "fork-from", *command_line.PROCESSES),
         flags=("dry-run", "compile"),
     )
     if own.dry_run:
@@ -48,7 +51,7 @@ def main() -> None:
         if processes.count() == 1:  # several need a folder that all of them see
             keep_compiled(report)
         try:
-            run_dir = train(config)
+            run_dir = train(config, fork_from=own.fork_from)
         except StopRequested as stopped:
             report(f"{stopped}:\n  {command_line.same_command()}")
             sys.exit(stopped.exit_code)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from basis_jax.data.tables import CSV, JSON, PARQUET, Rows, file_kind, read_table
+from basis_jax.data.tables import CSV, JSON, LARGEST_TEXT, PARQUET, Rows, file_kind, read_table
 
 MEDIA = ("Image", "Audio", "Video", "Pdf")
 """Features of columns that are not read: decoding them needs packages of its own."""
@@ -43,6 +43,7 @@ def read_dataset(path: str, *, split: str, option: str) -> Any:
     name, _, subset = path.partition(":")
     try:
         if local.is_file() and file_kind(local) is PARQUET:
+            check_parquet(local)
             files = glob.escape(str(local))
             return datasets.load_dataset("parquet", data_files=files, split="train")
         if any((local / made).is_file() for made in SAVED):
@@ -58,6 +59,17 @@ def read_dataset(path: str, *, split: str, option: str) -> Any:
             f"({broken_file(local) or causes(error)}); give a local .json, .jsonl, .csv or "
             f".parquet file or a data set folder with {option}"
         ) from error
+
+
+def check_parquet(path: Path) -> None:
+    """Raise ValueError if a file says that it unpacks to more than ``LARGEST_TEXT``, or has so many
+    rows; a few bytes can stand for a thousand million equal rows."""
+    import pyarrow.parquet
+
+    about = pyarrow.parquet.read_metadata(path)
+    size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+    if max(size, about.num_rows * 8) > LARGEST_TEXT:
+        raise ValueError(f"it unpacks to {about.num_rows:,} rows, which is too large to read")
 
 
 def the_split(saved: Mapping[str, Any], split: str) -> Any:

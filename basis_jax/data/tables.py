@@ -10,14 +10,20 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
 JSON, CSV, PARQUET = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".parquet",)
-COMPRESSED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+COMPRESSED: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    ".gz": lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file)),
+    ".bz2": lambda file: cast(BinaryIO, bz2.BZ2File(file)),
+    ".xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),
+}
+LARGEST_TEXT = 8 << 30
+"""Bytes that a compressed file may unpack to."""
 SIGNATURES = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -61,7 +67,9 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
         for signature, suffix in SIGNATURES.items():
             if data.startswith(signature):
-                data = COMPRESSED[suffix](data)
+                data = COMPRESSED[suffix](io.BytesIO(data)).read(LARGEST_TEXT + 1)
+                if len(data) > LARGEST_TEXT:
+                    raise ValueError(f"it unpacks to more than {LARGEST_TEXT:,} bytes")
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
         raise ValueError(f"cannot read {path} ({error}); give another file") from error
     encoding = "utf-8"

@@ -114,6 +114,7 @@ RANGES = {
     "mesh.sample_tensor": COUNT_OR_NONE,
     "checkpoint.every": COUNT,
     "checkpoint.keep": COUNT,
+    "checkpoint.keep_best": COUNT_OR_NONE,
 }
 """The allowed range of every number in a config. Integer fields take integers only."""
 

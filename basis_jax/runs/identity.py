@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from basis_jax.config import Config
-from basis_jax.files import lock, replace_file
+from basis_jax.files import check_links, lock, replace_file
 from basis_jax.runs.provenance import provenance
 from basis_jax.saved_config import renamed
 
@@ -43,7 +43,8 @@ on it."""
 def lock_run(run_dir: str | Path) -> Iterator[Path]:
     """Make the folder and lock it for this process until the block ends.
 
-    Raises ValueError if another process has locked it, or if it cannot be made.
+    Raises ValueError if another process has locked it, if it cannot be made, or if a link in it
+    leads outside.
     """
     if not str(run_dir).strip():
         raise ValueError("run_dir is empty; give a folder with --run-dir")
@@ -54,43 +55,67 @@ def lock_run(run_dir: str | Path) -> Iterator[Path]:
         raise ValueError(
             f"run folder {run_dir} cannot be made ({error.strerror}); give another --run-dir"
         ) from None
-    with (run_dir / ".lock").open("w") as file:
+    check_links(run_dir)
+    try:
+        opened = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"run folder {run_dir} cannot be written to ({error.strerror}); mend that, or give "
+            "another --run-dir"
+        ) from None
+    with opened as file:
         lock(file, f"the run folder {run_dir}", "--run-dir")
         yield run_dir
 
 
 def open_run(
-    config: Config, *, devices: Sequence[str], identity: Mapping[str, str] | None = None
+    config: Config,
+    *,
+    devices: Sequence[str],
+    identity: Mapping[str, str] | None = None,
+    fork_from: str = "",
 ) -> None:
     """Write ``config.json`` into ``config.run_dir``, or check that it holds a run of ``config``.
 
     The file is ``{"config": ..., "identity": ..., "starts": [...]}``. ``identity`` holds hashes of
     what the config refers to by name, such as the model and the problems. A start has the commit,
     uncommitted changes, versions and devices. It is added if it differs from the one before.
+    ``fork_from`` is the checkpoint that a new run begins with; the file then names it, too.
 
     Raises ValueError naming the fields that differ, except those in ``MAY_DIFFER``. A run without a
     checkpoint starts from the beginning, so all its fields may differ.
     """
     run_dir = Path(config.run_dir)
     path = run_dir / "config.json"
-    fields = json.loads(json.dumps(asdict(config)))
-    starts = []
+    fields = asdict(config)
+    starts, forked = [], fork_from
     if path.exists():
-        before = _read_config(path)
+        before = read_config(path)
         done = [int(p.name) for p in (run_dir / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
         if done:
             _check_same(
                 run_dir,
-                {**_with_defaults(before["config"]), "contents of": before.get("identity", {})},
-                {**fields, "contents of": dict(identity or {})},
+                described(before["config"], before.get("identity", {})),
+                described(fields, identity or {}),
             )
             _check_steps(config, max(done))
-            starts = before["starts"]
+            starts, forked = before["starts"], before.get("forked_from", "")
+            if fork_from and fork_from != forked:
+                raise ValueError(
+                    f"run folder {run_dir} holds a run {_origin(forked)}, and --fork-from is "
+                    f"{fork_from}; give another --run-dir for a new run"
+                )
     start = {**provenance(), "devices": list(devices)}
     if start not in starts[-1:]:
         starts.append(start)
     record = {"config": fields, "identity": dict(identity or {}), "starts": starts}
+    if forked:
+        record["forked_from"] = forked
     replace_file(path, json.dumps(record, indent=2) + "\n")
+
+
+def _origin(forked: str) -> str:
+    return f"that was forked from {forked}" if forked else "that is no fork"
 
 
 def start_facts(config: Config) -> dict[str, Any]:
@@ -107,7 +132,8 @@ def _check_steps(config: Config, done: int) -> None:
         )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a run's config.json. Raises ValueError if it is something else."""
     try:
         record = json.loads(path.read_text())
     except ValueError:
@@ -118,18 +144,29 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_same(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old, new = dict(_leaves(before)), dict(_leaves(now))
-    differing = [
-        _difference(name, old, new)
-        for name in sorted(old.keys() | new.keys())
-        if not (name in old and name in new and old[name] == new[name])
-        and not _may_differ(name, new)
-    ]
+    differing = [said for name, said in differences(before, now) if not _may_differ(name, now)]
     if differing:
         raise ValueError(
             f"run folder {run_dir} holds a run of another configuration: {'; '.join(differing)}; "
             "take the values that are there, or give another --run-dir"
         )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(dotted name, what differs in words) of the fields and hashes of two runs."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    return [
+        (name, _difference(name, old, new))
+        for name in sorted(old.keys() | new.keys())
+        if not (name in old and name in new and old[name] == new[name])
+        and not (name.startswith(OWN_SET) and name not in old)  # of an older version
+    ]
+
+
+def described(config: Mapping[str, Any], identity: Mapping[str, str]) -> dict[str, Any]:
+    """A run as ``differences`` compares it. The config may be of an older version."""
+    fields = json.loads(json.dumps(_with_defaults(config)))  # tuples as lists
+    return {**fields, "contents of": dict(identity)}
 
 
 def _with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,6 +199,7 @@ CONTENTS = {
 
 OWN_REWARD = "contents of.data.rewards "
 OWN_VERIFIER = "contents of.eval.set_verifiers "
+OWN_SET = "contents of.eval.sets "
 
 
 def _difference(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -173,6 +211,9 @@ def _difference(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> st
     if name.startswith(OWN_VERIFIER):
         held_out = name.removeprefix(OWN_VERIFIER)
         return f"the file of the verifier of {held_out} has changed since the run began"
+    if name.startswith(OWN_SET):
+        held_out = name.removeprefix(OWN_SET)
+        return f"the held-out problems of {held_out} have changed since the run began"
     return f"{name} is {_shown(old, name)} there and {_shown(new, name)} here"
 
 
@@ -182,5 +223,5 @@ def _shown(leaves: Mapping[str, Any], name: str) -> str:
 
 def _may_differ(name: str, config: Mapping[str, Any]) -> bool:
     if name == "train.steps":
-        return config.get("optim.schedule") == "constant"
+        return config["optim"]["schedule"] == "constant"
     return any(name == field or field[-1] == "." and name.startswith(field) for field in MAY_DIFFER)

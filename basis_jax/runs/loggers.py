@@ -50,17 +50,30 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """Events in the folder ``tensorboard``. Steps that are logged again replace the old ones."""
+    """Events in the folder ``tensorboard``. Steps that are logged again replace the old ones.
+
+    They are written at once. tensorboardX's own thread ends on a full disk and on a clock that is
+    set back, and then its full queue would stop the run.
+    """
 
     def __init__(self, run: Run):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
 
-        folder = str(run.folder / "tensorboard")
-        self._events = SummaryWriter(folder, purge_step=run.next_step, flush_secs=1)
+        self._event, self._scalar = Event, scalar
+        folder = run.folder / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        replaces = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(step=run.next_step, session_log=replaces))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        now = time.time()
         for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+            summary = self._scalar(name, value)
+            self._events.write_event(self._event(wall_time=now, step=step, summary=summary))
+        self._events.flush()
 
     def close(self) -> None:
         self._events.close()

@@ -25,6 +25,7 @@ from basis_jax.runs.shared_records import SharedRecords
 from basis_jax.runs.stopping import Stopper, StopRequested
 from basis_jax.runs.terminal import announcement
 from basis_jax.sampling.rollouts import Graded
+from basis_jax.training import fork
 from basis_jax.training.critic import make_critic
 from basis_jax.training.microbatches import Targets, make_batches
 from basis_jax.training.objective import make_score
@@ -70,6 +71,7 @@ class Step(NamedTuple):
 def train(
     config: Config,
     *,
+    fork_from: str = "",
     callbacks: Sequence[Callback] = (),
     report: Callable[[str], None] = print,
 ) -> Path:
@@ -77,7 +79,8 @@ def train(
 
     ``report`` is called with lines of text while model and data are opened. Raises ValueError for
     settings that cannot work, before weights are read. Raises StopRequested if SIGINT or SIGTERM
-    stopped the run; all finished steps are saved then.
+    stopped the run; all finished steps are saved then. With ``fork_from`` (RUN or RUN@STEP), a new
+    run begins with a checkpoint of another run: see ``training.fork``.
     """
     opening = [announcement(config)]
     report = processes.spoken(report)
@@ -87,11 +90,12 @@ def train(
         opening.append(line)
 
     check_loggers(config.train.loggers)
-    processes.check_same(lambda: start_facts(config))
+    processes.check_same(lambda: start_facts(config) | {"--fork-from": fork_from})
+    origin = fork.find(fork_from, config) if fork_from else None
     opened = open_session(config, report_and_keep, training=True)
     with (
         opened as session,
-        open_folder(session, opening) as run_dir,
+        open_folder(session, opening, fork_from) as run_dir,
         jax.set_mesh(session.setup.mesh),
         checkpoint.open_checkpoints(run_dir, config.checkpoint) as checkpoints,
         Stopper(processes.largest if processes.count() > 1 else None) as stopper,
@@ -100,6 +104,7 @@ def train(
             session,
             run_dir,
             checkpoints,
+            origin=origin,
             stopper=stopper,
             callbacks=callbacks,
             report=report,
@@ -108,7 +113,7 @@ def train(
 
 
 @contextmanager
-def open_folder(session: Session, opening: Sequence[str]) -> Iterator[Path]:
+def open_folder(session: Session, opening: Sequence[str], fork_from: str = "") -> Iterator[Path]:
     """Open the run's folder; only the first process locks it and writes to it."""
     config, identity = session.config, identity_of(session)
     processes.check_same(lambda: contents_of(session, identity))
@@ -119,7 +124,7 @@ def open_folder(session: Session, opening: Sequence[str]) -> Iterator[Path]:
             run_dir = held.enter_context(lock_run(config.run_dir))
             held.enter_context(errors_logged(run_dir))
             log_line(run_dir, "\n".join(opening))
-            open_run(config, devices=devices, identity=identity)
+            open_run(config, devices=devices, identity=identity, fork_from=fork_from)
             return run_dir
 
         yield processes.by_first(hold)
@@ -130,26 +135,26 @@ def run_steps(
     run_dir: Path,
     checkpoints: Any,
     *,
+    origin: Path | None,
     stopper: Stopper,
     callbacks: Sequence[Callback],
     report: Callable[[str], None],
 ) -> None:
     """Take the remaining steps. Each is logged before its checkpoint is saved: see ``Records``."""
     try:
-        restored = checkpoint.restore(checkpoints, state_shapes(session))
+        restored = checkpoint.restore(checkpoints, state_shapes(session), report)
+        if restored is None and origin is not None:
+            restored = fork.begin(session, run_dir, origin, report)
+            save_once(checkpoints, restored, session.config)
         with stopper.droppable():
             if restored is None:
                 state = first_state(session, run_dir, report)
             else:
                 state = dataclasses.replace(restored, frozen=frozen_params(session))
         resume_step = -1 if restored is None else int(state.step)
-        config = session.config
+        train, settings = session.config.train, dataclasses.asdict(session.config)
         with SharedRecords(
-            run_dir,
-            config.train.steps,
-            resume_step,
-            loggers=config.train.loggers,
-            config=dataclasses.asdict(config),
+            run_dir, train.steps, resume_step, loggers=train.loggers, config=settings
         ) as records:
             take_steps(session, state, records, checkpoints, stopper=stopper, callbacks=callbacks)
         checkpoint.finish(checkpoints)

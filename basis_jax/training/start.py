@@ -32,8 +32,8 @@ from basis_jax.weights import huggingface
 
 
 def identity_of(session: Session) -> dict[str, str]:
-    """Hashes of what the config refers to by name: the model, the problems, and a user's own
-    estimator and reward functions."""
+    """Hashes of what the config refers to by name: the model, the training and held-out problems,
+    and a user's own estimator and reward functions."""
     config = session.config
     own = {
         "estimator.name": estimators.source_fingerprint(config.estimator.name),
@@ -44,6 +44,7 @@ def identity_of(session: Session) -> dict[str, str]:
             f"eval.set_verifiers {name}": source_fingerprint(verifier)
             for name, verifier in config.eval.set_verifiers.items()
         },
+        **{f"eval.sets {name}": of_set.fingerprint() for name, of_set in session.held_out.items()},
     }
     return {
         "model.path": huggingface.fingerprint(session.folder),

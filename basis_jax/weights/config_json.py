@@ -27,6 +27,7 @@ SIZES = {  # config.json -> ModelConfig
     "intermediate_size": "mlp",
     "max_position_embeddings": "max_positions",
 }
+LARGEST = {"num_hidden_layers": 10_000}
 ASSUMED = {  # by transformers where they are absent, whatever the other sizes are
     "llama": {},
     "qwen2": {"num_key_value_heads": 32},
@@ -106,6 +107,9 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
     wrong = [f"{n} {raw.get(n)!r}" for n in [*SIZES, *given] if not _is_whole(raw.get(n))]
     if wrong:
         raise ValueError(f"{list_names(wrong)} must be given as whole numbers, 1 or more")
+    absurd = [f"{n} {raw[n]}" for n in [*SIZES, *given] if raw[n] > LARGEST.get(n, 1 << 31)]
+    if absurd:
+        raise ValueError(f"{list_names(absurd)} is more than any model has; is the file damaged?")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported; silu is")
     if raw.get("quantization_config"):

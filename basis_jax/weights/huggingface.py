@@ -253,7 +253,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
         words = tokenizer.get_vocab()
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
         reason = " ".join(str(error).split())

