@@ -111,6 +111,7 @@ def config_of(name: str, out: str, *, steps: int, overrides: Sequence[str] = ())
         "train.prompts-per-step": ROLLOUTS // group,
         "train.minibatch-rollouts": ROLLOUTS,
         "train.microbatch-rollouts": ROLLOUTS,
+        "optim.lr": 2e-4,
         "optim.schedule": "constant",
         "eval.every": 0,
         "eval.samples": 16,
