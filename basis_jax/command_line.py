@@ -18,7 +18,8 @@ from basis_jax.config import Config
 
 LONGEST = 400  # characters shown of a library's message
 BY_NAME = (
-    *("estimator.options", "data.chat_template_options", "data.rewards", "data.more_sets"),
+    *("estimator.options", "sampling.plan_options", "data.chat_template_options"),
+    *("data.rewards", "data.more_sets"),
     *("eval.set_samples", "eval.set_temperatures", "eval.set_verifiers"),
 )
 """Fields that hold a dict. On the command line, names and values follow the field."""

@@ -4,9 +4,7 @@
 (``--optim.lr 3e-6``). The text below each field describes it.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,8 @@ class ModelSection:
     lora_alpha: float = 32.0
     """Weight of the adapters, divided by their rank."""
     lora_targets: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
     )
     """Projections that have an adapter in every layer."""
 
@@ -133,7 +126,14 @@ class SamplingSection:
     """The dtype of decoding, ``bfloat16`` or ``float32`` (empty: ``model.compute_dtype``). If it is
     less precise than the trainer's, watch ``sampler/logprob_gap_mean``."""
     group_size: int = 1
-    """Rollouts per prompt. BASIS needs one; group estimators need two or more."""
+    """Rollouts per prompt. BASIS needs one; group estimators need two or more. With a plan that
+    asks for groups of unequal size: the most."""
+    plan: str = "uniform"
+    """Which problems a step samples, and how often: ``uniform``, ``weighted``, ``sticky``,
+    ``greedy_beside``, ``sequential``, or your own: ``FILE.py:NAME`` (a path relative to the current
+    directory) or ``package.module:NAME``."""
+    plan_options: dict[str, bool | int | float | str] = field(default_factory=dict, hash=False)
+    """The plan's options."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,6 @@ class EstimatorSection:
     """Weight of a completion in baselines of least noise, summed over its tokens: ``logits``, the
     squared norm of the score in the logits (right for plain gradient descent), or ``natural``,
     1 / p - 1 for a token of probability p (closer to AdamW's scaling)."""
-
     measure_every: int = 8
     """Steps between measurements of the gradient, for estimators that learn from them:
     measured_mean. Each costs two more backward passes over an update's rollouts, and the memory of
@@ -165,18 +164,34 @@ class EstimatorSection:
 @dataclass(frozen=True)
 class LossSection:
     objective: str = "ppo_clip"
-    """``ppo_clip``, ``gspo`` (with ``sequence_mean`` and clips of about 3e-4), ``cispo`` or
-    ``gpg``."""
+    """``ppo_clip``, ``gspo`` (clips of about 3e-4), ``cispo``, ``gpg``, or a regression:
+    ``a_star_po``, ``rebel``, ``tbrm``. ``gspo`` and the regressions need ``sequence_mean``;
+    ``a_star_po`` and ``tbrm`` keep the starting weights in memory."""
     clip_low: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]; DAPO's clip-higher: 0.2, 0.28."""
     clip_high: float = 0.2
     """The upper end of that range."""
     dual_clip: float = 0.0
     """Upper bound, above 1, on the ratio of tokens with negative advantage (0: off; often 3)."""
-    tis_cap: float = 0.0
-    """Weight each token by p_trainer / p_sampler of the policy that sampled, at most by this (0:
-    off; often 2). It corrects for a sampler of lower precision, and is separate from the clipped
-    ratio."""
+    beta: float = 1e-3
+    """Of the regressions: the larger, the closer to the starting policy (``rebel``: to the policy
+    that sampled, with the paper's eta = 1 / beta)."""
+    sampler_correction: str = "none"
+    """Correct for a sampler of lower precision by p_trainer / p_sampler: ``tis`` (weight of a token
+    up to ``sampler_cap``), ``sequence_tis`` (of a completion), ``icepop`` (tokens outside
+    ``sampler_floor`` to ``sampler_cap`` weigh 0), ``mask`` (completions whose geometric mean is
+    outside are left out), ``ais`` (TIS, as far as the whole update calls for it). ``mask`` and
+    ``ais`` cost a forward pass if a step has one update."""
+    sampler_cap: float = 2.0
+    """Largest p_trainer / p_sampler. Published: 2 (TIS), 5 (IcePop, AIS), 1.001 (mask)."""
+    sampler_floor: float = 0.5
+    """Smallest p_trainer / p_sampler, of ``icepop`` and ``mask``. Published: 0.5 and 0.999."""
+    ais_mismatch: float = 0.02
+    """Mean difference in nats a token at which ``ais`` corrects in full."""
+    ais_variance: float = 1.2
+    """Growth of the advantages' standard deviation above which ``ais`` corrects less."""
+    ais_beta: float = 1.0
+    """How much less. The paper does not print its value; 0 leaves the term out."""
     kl: str = "k3+"
     """Estimate of KL(policy || starting policy): ``k1``, ``k2``, ``k3``, or ``k3+`` (value of k3,
     gradient of k2)."""
@@ -187,6 +202,29 @@ class LossSection:
     logprob_chunk: int = 512
     """Positions whose logits exist at once, of ``train.microbatch_rollouts`` rows a device; memory
     is rows x chunk x vocabulary, also where a microbatch has more and shorter rows."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss uses the log-probabilities of the starting policy."""
+        return self.kl_coef > 0 or self.objective in ("a_star_po", "tbrm")
+
+
+@dataclass(frozen=True)
+class CriticSection:
+    """Of ``estimator.name gae``: a linear value head on the policy's final states."""
+
+    lr: float = 3e-3
+    """Adam's learning rate of the head, whose states have length 1."""
+    warmup_steps: int = 0
+    """First steps in which only the critic is updated."""
+    clip: float = 0.5
+    """PPO's value clipping: values gain nothing by moving further than this in a step (0: off)."""
+    discount: float = 1.0
+    """GAE's gamma."""
+    trace_decay: float = 1.0
+    """GAE's lambda; at 1 an advantage is the reward minus the token's value."""
+    whiten: bool = True
+    """Whether advantages are whitened over the tokens of the step."""
 
 
 @dataclass(frozen=True)
@@ -206,11 +244,9 @@ class OptimSection:
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     moments_dtype: str = "float32"
-    """The dtype of AdamW's two moments: ``float32``, or ``bfloat16`` with half the memory. They are
-    computed in float32 and rounded stochastically, which keeps the mean. Rounded to nearest, the
-    second moment would not change, because its relative changes of (1 - b2) are below half a unit
-    in bfloat16's last place. The noise of rounding is at most 2^-8 / sqrt(1 - b^2) of a moment:
-    0.9 % of the first at b1 = 0.9, 8.7 % of the second at b2 = 0.999."""
+    """The dtype of AdamW's two moments: ``float32``, or ``bfloat16`` with half the memory, rounded
+    stochastically. The noise of rounding is at most 2^-8 / sqrt(1 - b^2) of a moment: 0.9 % of the
+    first at b1 = 0.9, 8.7 % of the second at b2 = 0.999."""
     max_grad_norm: float = 1.0
     """Global-norm gradient clipping (0: off)."""
 
@@ -330,6 +366,7 @@ class Config:
     sampling: SamplingSection = SamplingSection()
     estimator: EstimatorSection = EstimatorSection()
     loss: LossSection = LossSection()
+    critic: CriticSection = CriticSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     watch: WatchSection = WatchSection()
@@ -342,22 +379,3 @@ class Config:
         verifier = self.eval.set_verifiers.get(name, self.data.verifier)
         mode = self.data.answer_mode if verifier == self.data.verifier else ""
         return replace(self.data, verifier=verifier, answer_mode=mode, rewards={})
-
-
-def config_from(values: Mapping[str, Any]) -> Config:
-    """The ``Config`` that ``dataclasses.asdict`` made ``values`` of, from a run's config.json or a
-    checkpoint. Fields that it lacks keep their defaults; raises ValueError for unknown ones."""
-    return _replaced(Config(run_dir=""), values)
-
-
-def _replaced(section: Any, values: Mapping[str, Any]) -> Any:
-    known = {field.name for field in fields(section)}
-    if unknown := sorted(values.keys() - known):
-        raise ValueError(f"the saved config has the field {unknown[0]}, unknown to this version")
-    changed = {}
-    for name, value in values.items():
-        before = getattr(section, name)
-        if is_dataclass(before):
-            value = _replaced(before, value)
-        changed[name] = tuple(value) if isinstance(value, list) else value
-    return replace(section, **changed)

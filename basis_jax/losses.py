@@ -1,7 +1,8 @@
-"""Policy objectives and KL terms as weighted sums of per-token terms.
+"""Policy objectives, KL terms and sequence regressions as weighted sums.
 
 The loss is ``jnp.sum(loss_weights * per_token)``. ``loss_weights`` are computed once from the mask
-of the whole update and include all denominators, so microbatches and devices only add up.
+of the whole update and include all denominators, so microbatches and devices only add up. A
+regression has one term a row, whose weight is the sum of the row's ``loss_weights``.
 """
 
 import jax
@@ -11,7 +12,9 @@ from jaxtyping import Array, Bool, Float
 from basis_jax.types import Batch
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
-OBJECTIVES = ("ppo_clip", "gspo", "cispo", "gpg")
+TOKEN_OBJECTIVES = ("ppo_clip", "gspo", "cispo", "gpg")
+REGRESSIONS = ("a_star_po", "rebel", "tbrm")
+OBJECTIVES = (*TOKEN_OBJECTIVES, *REGRESSIONS)
 KL_FORMS = ("k1", "k2", "k3", "k3+")
 
 
@@ -36,6 +39,14 @@ def loss_weights(
     raise ValueError(f"loss.aggregation is {aggregation!r}; allowed are {', '.join(AGGREGATIONS)}")
 
 
+def token_advantages(batch: Batch) -> Float[Array, "N T"]:
+    """The batch's advantages by token; those of a row are the same for each of its tokens."""
+    advantages = jnp.asarray(batch.advantages)
+    if advantages.ndim == 1:
+        advantages = jnp.broadcast_to(advantages[:, None], batch.completion_mask.shape)
+    return advantages
+
+
 def policy_loss(
     logprobs: Float[Array, "N T"],
     batch: Batch,
@@ -44,7 +55,7 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     dual_clip: float = 0.0,
-    tis_cap: float = 0.0,
+    factors: Float[Array, "N T"] | None = None,
 ) -> tuple[Float[Array, ""], Bool[Array, "N T"]]:
     """The loss, sum of w x over tokens, and the tokens whose clipped branch was active.
 
@@ -62,10 +73,10 @@ def policy_loss(
 
     Exponents are clipped to [-20, 20]. Without ``old_logprobs`` the update is strictly on-policy:
     rho has the value 1 and the gradient of logp, and all four objectives have the gradient -w A
-    with respect to logp. If ``tis_cap`` is above 0, every token's term is also multiplied by
-    ``sampler_weights``. Raises ValueError for another objective.
+    with respect to logp. ``factors``, such as ``corrections.sampler_weights``, multiply every
+    token's term and have no gradient. Raises ValueError for another objective.
     """
-    mask, a = jnp.asarray(batch.completion_mask), jnp.asarray(batch.advantages)[:, None]
+    mask, a = jnp.asarray(batch.completion_mask), token_advantages(batch)
     logprobs = jnp.where(mask, logprobs, 0.0)
     fixed = jax.lax.stop_gradient(logprobs)
     old = fixed if batch.old_logprobs is None else jnp.where(mask, batch.old_logprobs, 0.0)
@@ -87,27 +98,83 @@ def policy_loss(
     elif objective == "gpg":
         terms, clipped = -a * logprobs, jnp.zeros_like(mask)
     else:
-        raise ValueError(f"loss.objective is {objective!r}; allowed are {', '.join(OBJECTIVES)}")
-    if tis_cap:
-        terms = terms * sampler_weights(fixed, batch, cap=tis_cap)
+        raise ValueError(
+            f"loss.objective is {objective!r}; allowed are {', '.join(TOKEN_OBJECTIVES)}"
+        )
+    if factors is not None:
+        terms = terms * jax.lax.stop_gradient(factors)
     return jnp.sum(batch.loss_weights * terms), mask & clipped
 
 
-def sampler_weights(
-    logprobs: Float[Array, "N T"], batch: Batch, *, cap: float
-) -> Float[Array, "N T"]:
-    """Truncated importance weights: min(exp(old - sampler), cap) in the mask, 1 elsewhere.
+def regression_loss(
+    logprobs: Float[Array, "N T"],
+    batch: Batch,
+    objective: str,
+    *,
+    beta: float,
+    start_lse: Float[Array, " N"] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, " N"]]:
+    """The loss, sum over rows of w e^2, and the residuals e. w: sum of the row's ``loss_weights``.
 
-    They correct for a sampler whose probabilities differ slightly from the trainer's (TIS, Yao et
-    al. 2025). old is the trainer's log-probability under the policy that sampled. In a strictly
-    on-policy update it is ``logprobs``. The objectives' ratio policy / old is a separate factor, so
-    nothing is counted twice. The weights have no gradient, and the exponent is clipped to
-    [-20, 20].
+    x is the sum over a completion's tokens of logp - anchor, A the row's advantage.
+
+    - ``a_star_po``: e = beta x - A, anchor ref. A = r - V*, by the estimator ``a_star_po``
+      (Brantley et al. 2025, arXiv 2505.20686; beta = 1e-3).
+    - ``rebel``: e = x - A / beta - (the mean of that over the rows of the prompt), anchor old.
+      A = r, and the paper's eta is 1 / beta (Gao et al. 2024, arXiv 2404.16767). For two rows a
+      prompt the authors' loss, the mean over pairs of (x_1 - x_2 - eta (r_1 - r_2))^2, is 4 times
+      this one. More than two rows are our reading of it. The mean is ``batch.row_offsets``, which
+      may be a constant: the residuals of a prompt sum to 0, so its gradient adds up to 0.
+    - ``tbrm``: e = x + V - A / beta, anchor ref, A = r. V is ``start_lse``, the log of the sum of
+      exp(logits / temperature) at the first token of the completion (arXiv 2505.15311, as told by
+      arXiv 2603.23355; its beta is not published).
+
+    ``residuals`` has e without a mean taken off where there are no ``row_offsets``. x is 0 in value
+    where the update is strictly on-policy and the anchor is old. Raises ValueError for another
+    objective, a batch without ``ref_logprobs`` where the anchor is ref, and tbrm without
+    ``start_lse``.
     """
-    old = logprobs if batch.old_logprobs is None else batch.old_logprobs
-    gap = jnp.where(batch.completion_mask, old - batch.sampler_logprobs, 0.0)
-    weights = jnp.minimum(jnp.exp(jnp.clip(gap, -20.0, 20.0)), cap)
-    return jax.lax.stop_gradient(jnp.where(batch.completion_mask, weights, 1.0))
+    if objective not in REGRESSIONS:
+        raise ValueError(f"loss.objective is {objective!r}; allowed are {', '.join(REGRESSIONS)}")
+    anchor = batch.old_logprobs if objective == "rebel" else batch.ref_logprobs
+    if objective == "rebel" and anchor is None:
+        anchor = jax.lax.stop_gradient(logprobs)
+    values = start_lse if objective == "tbrm" else jnp.zeros(logprobs.shape[0])
+    if anchor is None or values is None:
+        missing = "ref_logprobs, the log-probabilities of the reference"
+        missing = missing if anchor is None else "start_lse, of the logits at the first token"
+        raise ValueError(f"loss.objective {objective} needs {missing}; give them")
+    mask = jnp.asarray(batch.completion_mask)
+    x = jnp.sum(jnp.where(mask, logprobs - anchor, 0.0), axis=1)
+    if objective == "a_star_po":
+        residuals = beta * x - batch.advantages
+    else:
+        residuals = x + values - batch.advantages / beta
+    if batch.row_offsets is not None:
+        residuals = residuals + batch.row_offsets
+    weights = jnp.sum(batch.loss_weights, axis=1)
+    residuals = jnp.where(weights > 0, residuals, 0.0)
+    return jnp.sum(weights * residuals**2), residuals
+
+
+def value_loss(values: Float[Array, "N T"], batch: Batch, *, clip: float) -> Float[Array, ""]:
+    """PPO's value loss, sum of w / 2 max((V - R)^2, (V' - R)^2) over the tokens in the mask.
+
+    R = ``batch.returns``, V' = V_old + clip(V - V_old, -clip, clip), V_old = ``batch.old_values``.
+    Without clipping (0) V' = V (Schulman et al. 2017; 0.5 in verl and OpenRLHF, 0.2 in tunix). w
+    are the loss weights: with ``token_mean`` it is half the mean over tokens. Raises ValueError for
+    a batch without returns or old values.
+    """
+    if batch.returns is None or batch.old_values is None:
+        raise ValueError("the batch has no returns or old_values, which a value loss needs")
+    values, returns, old = (
+        jnp.where(batch.completion_mask, x, 0.0) for x in (values, batch.returns, batch.old_values)
+    )
+    errors = (values - returns) ** 2
+    if clip:
+        near = old + jnp.clip(values - old, -clip, clip)
+        errors = jnp.maximum(errors, (near - returns) ** 2)
+    return 0.5 * jnp.sum(batch.loss_weights * errors)
 
 
 def kl_loss(

@@ -48,6 +48,8 @@ class Signals:
     lengths: Int[Array, " N"]  # completion tokens
     score_norms: Float[Array, " N"] | None = None  # like |gradient of log p(completion)|^2
     logprob_sum: Float[Array, " N"] | None = None  # log p(completion), as it was sampled
+    start_values: Float[Array, " N"] | None = None  # a critic's values of the prompts
+    greedy_rewards: Float[Array, " N"] | None = None  # of the prompt's greedy completion, or NaN
 
 
 @pytree
@@ -76,11 +78,15 @@ class Batch:
     tokens: Int[AnyArray, "N T"]
     completion_mask: Bool[AnyArray, "N T"]
     loss_weights: Float[AnyArray, "N T"]
-    advantages: Float[AnyArray, " N"]
+    advantages: Float[AnyArray, " N"] | Float[AnyArray, "N T"]
     old_logprobs: Float[AnyArray, "N T"] | None  # None: strictly on-policy, old = current
     sampler_logprobs: Float[AnyArray, "N T"]
-    ref_logprobs: Float[AnyArray, "N T"] | None = None  # None: no KL term
+    ref_logprobs: Float[AnyArray, "N T"] | None = None  # None: no reference
     rows: Int[AnyArray, " N"] | None = None  # numbers of the rollouts in their update
+    row_offsets: Float[Array, " N"] | None = None  # added to the residuals of a regression
+    ais_alpha: Float[Array, ""] | None = None  # of the whole update
+    returns: Float[AnyArray, "N T"] | None = None  # what a critic's values are fitted to
+    old_values: Float[AnyArray, "N T"] | None = None  # a critic's values before the step
 
 
 @pytree
@@ -96,3 +102,4 @@ class TrainState:
     opt_state: Any
     estimator_state: Any
     frozen: Any = None  # the base model's, if adapters are trained
+    critic: Any = None  # the value head and its moments: see training.critic

@@ -34,7 +34,8 @@ from basis_jax.model.decoder import REMAT, ModelConfig
 from basis_jax.model.sharding import make_mesh
 from basis_jax.sampling.rollouts import Graded
 from basis_jax.training.microbatches import make_batches
-from basis_jax.training.update import make_optimizer, make_score, make_state, make_update
+from basis_jax.training.objective import make_score
+from basis_jax.training.update import make_optimizer, make_state, make_update
 from basis_jax.types import Estimate, Rollouts
 from benchmarks import bench_models, ceilings
 

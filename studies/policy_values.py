@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from basis_jax.config import Config, SamplingSection, config_from
+from basis_jax.config import Config, SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.data.problem import content_hash
 from basis_jax.model import decoder
@@ -20,6 +20,7 @@ from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards, put_rows
 from basis_jax.runs import checkpoint
 from basis_jax.sampling.rollouts import RolloutSetup, roll_out
+from basis_jax.saved_config import config_from
 
 LEADS = ("", " ")  # what may stand before the answer in a completion that is taken as right
 ROWS_AT_ONCE = 32

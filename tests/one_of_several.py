@@ -163,6 +163,25 @@ def verdicts():
     }
 
 
+def planned():
+    """What a process samples whose plan, which is not pure, asks for another problem in each."""
+    from basis_jax import estimators, plans
+    from basis_jax.model.sharding import make_mesh
+    from basis_jax.training.planned import next_round
+
+    mesh, made = make_mesh(), estimators.make("spo")
+    with jax.set_mesh(mesh):
+        state = processes.put_everywhere(mesh, made.init(np.arange(6), np.full(6, 8)))
+        values = processes.on_host(jax.jit(made.predict)(state))
+
+    def ask(step, belief):
+        return plans.of_problems(np.array([processes.index()]), 1)
+
+    setting = plans.Setting(seed=0, prompts=1, group_size=1, sizes=(6,))
+    asked = next_round(plans.Plan(ask), setting, 0, [], [], plans.Belief(values))
+    return {"problems": asked.problems.tolist(), "values": values.tolist()}
+
+
 def failing():
     """Process 1 fails while process 0 waits for it."""
     if processes.index() == 1:

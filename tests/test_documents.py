@@ -272,6 +272,8 @@ def infos(name):
         lengths=jnp.ones(8, jnp.int32),
         score_norms=jnp.ones(8),
         logprob_sum=jnp.zeros(8),
+        start_values=jnp.zeros(8),
+        greedy_rewards=jnp.zeros(8),
     )
     state = estimator.init(np.zeros(9, np.int32), np.full(9, 8, np.int32))
     _, estimate = jax.eval_shape(estimator.update, state, signals)

@@ -233,7 +233,7 @@ def test_the_flagship_says_in_one_sentence_what_cannot_be_reached(
         (["--loss.objective", "ppo"], "loss.objective is 'ppo'"),
         (["--loss.objective", "gspo"], "set it to sequence_mean"),
         (["--loss.dual-clip", "0.5"], "loss.dual_clip is 0.5"),
-        (["--loss.tis-cap", "-1"], "loss.tis_cap is -1"),
+        (["--loss.sampler-cap", "-1"], "loss.sampler_cap is -1"),
         (["--model.remat", "some"], "model.remat is 'some'; allowed are none, dots, full"),
         (["--model.compute-dtype", "float8"], "model.compute_dtype is 'float8'; allowed are"),
         (["--train.steps", "0"], "train.steps is 0; give 1 or more"),

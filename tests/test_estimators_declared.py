@@ -256,7 +256,7 @@ def test_dataclasses_and_deferred_annotations_work_in_a_file(own):
         ("my_file.py:number", {}, "it is of type int.; put @estimators.stateless"),
         ("my_file.py:", {}, "write FILE.py:NAME or package.module:NAME"),
         ("some/file:shifted", {}, "write FILE.py:NAME or package.module:NAME"),
-        ("my_file.py", {}, "unknown estimator 'my_file.py' .*FILE.py:NAME"),
+        ("my_file.py", {}, "unknown estimator 'my_file.py'.*FILE.py:NAME"),
         ("no_such_package.a:b", {}, "no module no_such_package.a on the import path"),
         ("json.nothing:b", {}, "no module json.nothing on the import path"),
         ("my_file.py:shifted", {"shif": 1}, "my_file.py:shifted has no option 'shif'; did you me"),

@@ -83,12 +83,13 @@ def test_best_of_group_worked_vector():
 
 def test_ucpo_leans_to_the_unlikely_right_rollout():
     """Vector rows 0 and 3: mean log-probs .3 apart; the mass 2 x .866025 stays."""
-    logprobs = np.float32([-0.5, -0.1, -0.9, -0.8])
-    e = estimators.ucpo(GROUPS[:4], logprobs, group_size=4)
+    lengths = np.array([3, 6, 5, 2])
+    sums = np.float32([-0.5, -0.1, -0.9, -0.8]) * lengths.astype(np.float32)
+    e = estimators.ucpo(GROUPS[:4], sums, lengths, group_size=4)
     close(e.advantages, [0.840238, -0.866025, -0.866025, 0.891813], atol=5e-6)
     one_right = np.float32([1, 0, 0, 0])
     grpo = estimators.grpo(one_right, group_size=4, convention="oat").advantages
-    close(estimators.ucpo(one_right, logprobs, group_size=4).advantages, grpo)
+    close(estimators.ucpo(one_right, sums, lengths, group_size=4).advantages, grpo)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,9 @@ FUNCTIONS = {
     "james_stein": lambda r, **x: estimators.james_stein(r, group_size=4, **x),
     "pass_at_k": lambda r, **x: estimators.pass_at_k(r, group_size=4, k=2, **x),
     "best_of_group": lambda r, **x: estimators.best_of_group(r, group_size=4, **x),
-    "ucpo": lambda r, **x: estimators.ucpo(r, -np.ones(len(r), np.float32), group_size=4, **x),
+    "ucpo": lambda r, **x: estimators.ucpo(
+        r, -np.ones(len(r), np.float32), np.ones(len(r)), group_size=4, **x
+    ),
     "v05": lambda r, **x: estimators.v05(r, np.ones(len(r)), np.full(len(r), 3), group_size=4, **x),
 }
 

@@ -28,6 +28,7 @@ def signals(rewards, ids, *, lengths=None, valid=None):
         problem_ids=jnp.asarray(ids, jnp.int32),
         lengths=jnp.full(n, 4, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32),
         score_norms=jnp.arange(1.0, n + 1),
+        greedy_rewards=jnp.zeros(n),
     )
 
 
@@ -242,8 +243,8 @@ def test_every_estimator_has_a_pure_jittable_step(name):
 
 
 def test_what_signals_do_not_carry_is_said():
-    with pytest.raises(ValueError, match="remax needs the rewards of greedy completions"):
-        estimators.make("remax")
+    with pytest.raises(ValueError, match="vineppo needs rollouts from inside the completions"):
+        estimators.make("vineppo")
     with pytest.raises(ValueError, match="decay=1.0"):
         estimators.make("spo", decay=1.0)
     with pytest.raises(ValueError, match="window=0"):

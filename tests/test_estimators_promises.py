@@ -17,7 +17,8 @@ NAMES = sorted(estimators.ESTIMATORS)
 M, ROWS, GROUP = 7, 12, 4
 SUCCESSES, TRIALS = np.int32([0, 2, 4, 8, 6, 5, 0]), np.int32([8, 8, 8, 8, 8, 8, 0])
 RANGED = (
-    *("a_star_po", "basis", "dbb", "measured_mean", "spo", "spo_pp", "v05", "value_filter"),
+    *("a_star_po", "basis", "dbb", "measured_mean", "spo", "spo_pp", "v05", "v05_filter"),
+    "value_filter",
     "weighted_mean",
 )
 
@@ -39,6 +40,8 @@ def signals(seed=0, **changes):
         lengths=jnp.asarray(rng.integers(1, 9, ROWS), jnp.int32),
         score_norms=jnp.asarray(rng.gamma(0.5, size=ROWS), jnp.float32),
         logprob_sum=jnp.asarray(-rng.random(ROWS), jnp.float32),
+        start_values=jnp.asarray(rng.random(ROWS), jnp.float32),
+        greedy_rewards=jnp.asarray(rng.integers(0, 2, ROWS), jnp.float32),
     )
     return dataclasses.replace(made, **{k: jnp.asarray(v) for k, v in changes.items()})
 
@@ -177,8 +180,8 @@ def test_the_functions_that_no_name_makes_have_ranges_too(value):
         lambda: e.remax_original(one, x, mask, kl_coef=value),
         lambda: e.sr_ppo(one, x, one, mask, k=value),
         lambda: e.whiten(x, mask, convention=value),
-        lambda: e.ucpo(np.ones(4), np.ones(4), group_size=4, weight=value),
-        lambda: e.ucpo(np.ones(4), np.ones(4), group_size=value),
+        lambda: e.ucpo(np.ones(4), np.ones(4), np.ones(4), group_size=4, weight=value),
+        lambda: e.ucpo(np.ones(4), np.ones(4), np.ones(4), group_size=value),
         lambda: e.soft_value(one, value),
         lambda: e.fuse(one, one, one, spread=value),
         lambda: e.spo_decay(one, half=value),
@@ -240,7 +243,8 @@ UNBIASED = {
         n: {}
         for n in ("a_star_po", "basis", "batch_mean", "ema", "james_stein", "kae", "measured_mean")
     },
-    **{n: {} for n in ("reinforce", "rloo", "spo", "spo_pp", "value_filter", "weighted_mean")},
+    **{n: {} for n in ("reinforce", "remax", "rloo", "spo", "spo_pp", "v05_filter")},
+    **{n: {} for n in ("value_filter", "weighted_mean")},
     **{f"{n}+least_variance": {} for n in ("basis", "rloo", "spo", "value_filter")},
     "grpo": {"convention": "nemo"},
 }
@@ -269,6 +273,7 @@ def test_not_one_bit_of_a_baseline_depends_on_the_own_completion(name):
             lengths=jnp.asarray(lengths, jnp.int32),
             score_norms=jnp.asarray(norms, jnp.float32),
             logprob_sum=jnp.asarray(-norms, jnp.float32),
+            greedy_rewards=jnp.asarray(ids % 2, jnp.float32),
         )
         return update(state, batch)
 
@@ -285,7 +290,15 @@ def test_not_one_bit_of_a_baseline_depends_on_the_own_completion(name):
             for field in ("values", "baselines"):
                 assert getattr(after, field)[i] == getattr(before, field)[i], (field, i, new)
             moved |= bool(np.any(np.asarray(after.baselines != before.baselines)[valid]))
-    assert moved or name in ("a_star_po", "ema", "measured_mean", "reinforce", "spo", "spo_pp")
+    assert moved or name in (
+        "a_star_po",
+        "ema",
+        "measured_mean",
+        "reinforce",
+        "remax",
+        "spo",
+        "spo_pp",
+    )
 
 
 # ------------------------------------------------------------------------------ cost and buffers
@@ -294,7 +307,7 @@ def compiled(name, problems):
     estimator = make(name)
     counts = jax.ShapeDtypeStruct((problems,), np.float32)
     given = {}
-    if name.startswith("value_filter"):
+    if name.startswith(("value_filter", "v05_filter")):
         given["features"] = jax.ShapeDtypeStruct((problems, 3), np.float32)
     if name == "basis":
         given["reference_rewards"] = jax.ShapeDtypeStruct((problems, 5), np.float32)

@@ -17,7 +17,7 @@ from basis_jax.verify import make_verifier
 from basis_jax.verify.verdicts import Submission
 
 EXAMPLES = ROOT / "examples"
-PAGES = sorted((ROOT / "docs").glob("own-*.md"))
+PAGES = [*sorted((ROOT / "docs").glob("own-*.md")), ROOT / "docs" / "rollout-plans.md"]
 
 
 def example(name):
@@ -97,7 +97,8 @@ def test_the_line_counts_of_the_page_are_those_of_the_file():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_shows_what_stands_in_its_example(page):
     text = page.read_text()
-    (name,) = {f"{page.stem.replace('-', '_')}.py"} & set(re.findall(r"examples/(\w+\.py)", text))
+    own = "own_plan" if page.stem == "rollout-plans" else page.stem.replace("-", "_")
+    (name,) = {f"{own}.py"} & set(re.findall(r"examples/(\w+\.py)", text))
     file = (EXAMPLES / name).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks and all(block in file for block in blocks)

@@ -14,26 +14,40 @@ PACKAGE = ROOT / "basis_jax"
 FOLDERS = ("basis_jax", "scripts", "studies", "benchmarks", "configs")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
-WORDS = {"config", "types", "pytree", "masked", "losses", "files", "references", "processes"}
+WORDS = {
+    "config",
+    "saved_config",
+    "types",
+    "pytree",
+    "masked",
+    "losses",
+    "corrections",
+    "files",
+    "references",
+}
+WORDS |= {"processes"}
 """Modules that stand alone: what everybody speaks."""
 
 ROOMS = {
     "pytree": set(),
     "masked": set(),
     "config": set(),
+    "saved_config": {"config"},
     "files": set(),
     "references": set(),
     "processes": set(),
     "types": {"pytree"},
     "losses": {"types"},
+    "corrections": {"types"},
     "estimators": {"types", "pytree", "masked", "references"},
     "verify": {"references"},
     "model": {"pytree"},
     "weights": {"files", "model", "processes"},
     "data": {"config", "files", "verify"},
     "sampling": {"config", "types", "pytree", "model", "data", "processes"},
-    "runs": {"config", "files", "types", "references", "processes"},
-    "opening": WORDS | {"estimators", "verify", "model", "weights", "data", "sampling"},
+    "runs": {"config", "saved_config", "files", "types", "references", "processes"},
+    "plans": {"references", "data", "sampling"},
+    "opening": WORDS | {"estimators", "verify", "model", "weights", "data", "sampling", "plans"},
     "evaluation": WORDS | {"verify", "model", "weights", "data", "sampling", "runs", "opening"},
 }
 ROOMS["training"] = {*ROOMS} - {"training"}
@@ -43,7 +57,13 @@ ROOMS["commands"] = {*ROOMS} - {"commands"}
 
 ONLY = {
     "flax": {"model.decoder"},
-    "optax": {"training.measure", "training.moments", "training.start", "training.update"},
+    "optax": {
+        "training.critic",
+        "training.measure",
+        "training.moments",
+        "training.start",
+        "training.update",
+    },
     "orbax": {"runs.checkpoint", "weights.trained"},
     "transformers": {"weights.huggingface"},
     "matplotlib": {"runs.plots"},

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from basis_jax.losses import kl_loss, loss_weights, policy_loss, sampler_weights
+from basis_jax.corrections import sampler_weights
+from basis_jax.losses import kl_loss, loss_weights, policy_loss
 from basis_jax.types import Batch
 
 MASK = np.array([[0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]], bool)
@@ -147,13 +148,13 @@ def test_sampler_weights_multiply_every_token_of_every_objective_once(objective,
     for i, t in zip(*np.nonzero(mask), strict=True):
         weights[i, t] = min(np.exp(float(b.old_logprobs[i, t]) - float(sampler[i, t])), 1.3)
     assert 3 < np.sum(weights == 1.3) < mask.sum() - 3
-    np.testing.assert_allclose(sampler_weights(logprobs, b, cap=1.3), weights, rtol=1e-5)
+    np.testing.assert_allclose(sampler_weights(logprobs, b, "tis", cap=1.3), weights, rtol=1e-5)
     weighted = dataclasses.replace(b, loss_weights=np.float32(b.loss_weights * weights))
     expected, slope, count = oracle(logprobs, weighted, objective, low, high, dual)
 
     def loss(x):
         bounds = {"clip_low": low, "clip_high": high, "dual_clip": dual}
-        return policy_loss(x, b, objective, **bounds, tis_cap=1.3)
+        return policy_loss(x, b, objective, **bounds, factors=sampler_weights(x, b, "tis", cap=1.3))
 
     (value, clipped), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -170,9 +171,12 @@ def test_strictly_on_policy_the_weight_is_that_of_the_present_policy_without_its
     b = batch([0.5, -2.0], None, mask)
     b = dataclasses.replace(b, sampler_logprobs=np.full(mask.shape, -2, np.float32))
     logprobs = jnp.asarray(-2 + np.log([[2, 0.5, 4], [7, 1, 7]]), jnp.float32)
-    gradient = jax.grad(
-        lambda x: policy_loss(x, b, objective, clip_low=0.2, clip_high=0.2, tis_cap=3.0)[0]
-    )(logprobs)
+
+    def loss(x):
+        factors = sampler_weights(x, b, "tis", cap=3.0)
+        return policy_loss(x, b, objective, clip_low=0.2, clip_high=0.2, factors=factors)[0]
+
+    gradient = jax.grad(loss)(logprobs)
     np.testing.assert_allclose(gradient, [[-0.25, -0.0625, -0.375], [0, 0.5, 0]], rtol=1e-5)
 
 

@@ -117,6 +117,12 @@ def test_refilled_slots_give_the_same_tokens_in_two_processes_as_in_one():
 
 
 @pytest.mark.slow
+def test_the_first_process_decides_what_a_plan_asks_for():
+    first, second = (json.loads(output.splitlines()[-1]) for _, output, _ in worker("planned"))
+    assert first == second and first["problems"] == [0] and len(first["values"]) == 6
+
+
+@pytest.mark.slow
 def test_two_processes_export_split_parameters_bit_for_bit(tmp_path):
     outputs = [output for _, output, _ in worker("exported", tmp_path / "made")]
     alone = huggingface.save_params(tiny.params(), tiny.TINY, tmp_path / "alone")

@@ -11,6 +11,7 @@ from basis_jax.config import DataSection, EstimatorSection, SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.data.problem import Problem
 from basis_jax.model.sharding import make_mesh
+from basis_jax.opening import rollout_plan
 from basis_jax.sampling.rollouts import RolloutSetup, completion_texts, roll_out
 from basis_jax.training import reference_table, session
 from basis_jax.training.session import make_estimator
@@ -216,7 +217,8 @@ def session_with(setup, problems, path, name):
     section = EstimatorSection(name=name, table=str(path))
     config = dataclasses.replace(CONFIG, estimator=section)
     estimator = make_estimator(section, group_size=1)
-    return session.Session(config, path.parent, setup, estimator, problems, {})
+    plan = rollout_plan.open_plan(config, problems.sizes, estimator)
+    return session.Session(config, path.parent, setup, estimator, problems, {}, plan)
 
 
 @pytest.mark.slow

@@ -17,10 +17,10 @@ from basis_jax.model.sharding import make_mesh, named_tree
 from basis_jax.opening.checks import check
 from basis_jax.sampling.rollouts import Graded
 from basis_jax.training.microbatches import cut_rows, make_batches
+from basis_jax.training.objective import make_score
 from basis_jax.training.update import (
     make_estimate,
     make_optimizer,
-    make_score,
     make_state,
     make_update,
     merge_updates,
@@ -94,9 +94,13 @@ def one_update(*, sizes=(1, 1, 1), microbatch=8, config=CONFIG, data=None, learn
             estimate, advantages=estimate.advantages - 0.4 * data.valid.astype(np.float32)
         )
         score = make_score(tiny.TINY, **options)
-        update = make_update(tiny.TINY, optimizer, **options)
+        sizes = {
+            "group_size": config.sampling.group_size,
+            "rollouts": config.train.minibatch_rollouts,
+        }
+        update = make_update(tiny.TINY, optimizer, **options, **sizes)
         outcomes = []
-        reference = jax.tree.map(lambda x: x * 0.5, params) if config.loss.kl_coef else None
+        reference = jax.tree.map(lambda x: x * 0.5, params) if config.loss.needs_reference else None
         for microbatches in make_batches(
             data,
             estimate,
@@ -290,7 +294,7 @@ def test_the_log_prob_gap_is_that_of_the_sampler_and_the_trainer(whole):
 @pytest.mark.slow
 def test_weights_for_the_sampler_and_their_metrics(whole):
     """The gradient of one update is that of the terms times min(p / sampler's, cap) by hand."""
-    loss = LossSection(tis_cap=1.3)
+    loss = LossSection(sampler_correction="tis", sampler_cap=1.3)
     data, cap = graded(), 1.3
     r = data.rollouts
     r.sampler_logprobs[:] -= 3.0  # around the trainer's
@@ -301,8 +305,8 @@ def test_weights_for_the_sampler_and_their_metrics(whole):
     weights = np.minimum(np.exp(np.asarray(scored) - r.sampler_logprobs), cap)[mask]
     params, metrics = one_update(config=dataclasses.replace(CONFIG, loss=loss), data=data)
     assert metrics["sampler/weight_mean"] == pytest.approx(weights.mean(), rel=1e-4)
-    assert metrics["sampler/weight_capped"] == pytest.approx(np.mean(weights == cap), rel=1e-4)
-    assert 0 < metrics["sampler/weight_capped"] < 1
+    assert metrics["sampler/weight_limited"] == pytest.approx(np.mean(weights == cap), rel=1e-4)
+    assert 0 < metrics["sampler/weight_limited"] < 1
     advantages = (data.rewards - 0.4) * data.valid
     per_token = np.zeros(mask.shape, np.float32)
     per_token[mask] = weights

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from basis_jax import command_line
-from basis_jax.config import Config, config_from
+from basis_jax.config import Config
 from basis_jax.opening.rollout_setup import stop_ids
+from basis_jax.saved_config import config_from
 from basis_jax.weights import huggingface, trained
 from basis_jax.weights.adapters import load_policy, save_adapters
 from basis_jax.weights.gguf import convert

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from basis_jax import command_line
-from basis_jax.config import Config, DataSection, EvalSection, config_from
+from basis_jax.config import Config, DataSection, EvalSection
 from basis_jax.data.encoding import encode_prompts
 from basis_jax.data.problem import Problem
 from basis_jax.data.sources import load_held_out, load_training
@@ -27,6 +27,7 @@ from basis_jax.opening.ranges import check_ranges
 from basis_jax.opening.rollout_setup import Verifiers, locate_model, open_setup, open_verifiers
 from basis_jax.opening.sizes import with_sizes
 from basis_jax.sampling.rollouts import Graded, roll_out
+from basis_jax.saved_config import config_from
 from basis_jax.training import reference_table
 from basis_jax.weights import huggingface, trained
 from basis_jax.weights.adapters import load_policy

@@ -49,6 +49,8 @@ from basis_jax.estimators.critic import (
 from basis_jax.estimators.declare import Definition, Estimator, stateful, stateless
 from basis_jax.estimators.filter_mixture import (
     MixtureState,
+    filter_predict,
+    filter_values,
     value_filter_init,
     value_filter_update,
 )
@@ -61,6 +63,7 @@ from basis_jax.estimators.history import (
     ema,
     ema_init,
     ema_update,
+    evidence_rates,
     problem_sums,
     spo_decay,
     spo_init,
@@ -84,9 +87,9 @@ from basis_jax.estimators.registry import (
     option_names,
     source_fingerprint,
 )
-from basis_jax.estimators.shrinkage import fuse, james_stein, v05
+from basis_jax.estimators.shrinkage import fuse, james_stein, v05, v05_filter_update
 from basis_jax.estimators.single import batch_mean, reinforce, reinforce_pp, remax, standardise
-from basis_jax.estimators.table import Table, init_table
+from basis_jax.estimators.table import Table, init_table, table_rates
 from basis_jax.estimators.value_filter import FilterState
 from basis_jax.estimators.value_map import MapState, least_variance
 from basis_jax.estimators.weighted import (
@@ -123,6 +126,9 @@ __all__ = [
     "ema",
     "ema_init",
     "ema_update",
+    "evidence_rates",
+    "filter_predict",
+    "filter_values",
     "fuse",
     "gae",
     "gpg",
@@ -162,9 +168,11 @@ __all__ = [
     "standardise",
     "stateful",
     "stateless",
+    "table_rates",
     "terminal_rewards",
     "ucpo",
     "v05",
+    "v05_filter_update",
     "value_filter_init",
     "value_filter_update",
     "vineppo",

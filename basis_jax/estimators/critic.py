@@ -10,7 +10,8 @@ invalid row such a mask.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from basis_jax.estimators.ranges import (
     FINITE,
@@ -22,8 +23,9 @@ from basis_jax.estimators.ranges import (
     Options,
     Whole,
 )
-from basis_jax.estimators.rows import divide
+from basis_jax.estimators.rows import divide, estimate, nan_reported, read
 from basis_jax.estimators.single import CONVENTIONS, standardise
+from basis_jax.types import Estimate
 
 ACROSS = ("skip", "count")
 
@@ -99,6 +101,28 @@ def gae(
     tokens = token_rewards.T, values.T, mask.T
     advantages = jax.lax.scan(backward, start, tokens, reverse=True)[1].T
     return advantages, jnp.where(mask, advantages + values, 0)
+
+
+@nan_reported
+def start_advantages(
+    rewards: Num[ArrayLike, " N"],
+    start_values: Float[ArrayLike, " N"],
+    *,
+    valid: Bool[ArrayLike, " N"] | None = None,
+) -> Estimate:
+    """A = r - V with a critic's values of the prompts: the estimator ``gae`` by completion.
+
+    A run's metrics are made of these. It trains on the advantages of the function ``gae`` by token,
+    which equal them at the first token if both decays are 1. Raises ValueError unless all arrays
+    are [N].
+
+    >>> rewards, start_values = np.float32([1, 0]), np.float32([0.75, 0.25])
+    >>> estimators.start_advantages(rewards, start_values).advantages.tolist()
+    [0.25, -0.25]
+    """
+    rewards, valid = read(rewards, valid, start_values=start_values)
+    values = jnp.asarray(start_values, jnp.float32)
+    return estimate(rewards - values, values, valid)
 
 
 @Options(alpha=POSITIVE)

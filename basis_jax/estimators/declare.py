@@ -13,9 +13,11 @@ over all M problems and ``update(state, signals)`` on the rollouts of one step.
 Both use these words:
 
 - every field of ``Signals`` (``rewards``, ``valid``, ``problem_ids``, ``lengths``,
-  ``score_norms``, ``logprob_sum``), [N]: a stateless function gets it as the argument of that
-  name, ``update`` finds it in ``signals``. Training gives all of them; where a caller leaves out
-  one of the last two, an estimator that ``needs`` it raises a ValueError;
+  ``score_norms``, ``logprob_sum``, ``start_values``, ``greedy_rewards``), [N]: a stateless function
+  gets it as the argument of that name, ``update`` finds it in ``signals``. Training gives all of
+  them, but ``start_values`` only to ``gae``, and ``greedy_rewards`` only with the rollout plan
+  ``greedy_beside``; where a caller leaves out one of the last four, an estimator that ``needs`` it
+  raises a ValueError;
 - ``table``, the offline reference table: a stateless function gets the arguments ``successes`` and
   ``trials`` of its rows' problems, [N]; ``init`` gets those of all problems, [M], in any case, with
   trials 0 where there is no table;
@@ -40,7 +42,7 @@ from basis_jax.types import Estimate, Measurement, Signals
 
 Function = TypeVar("Function", bound=Callable)
 SIGNALS = tuple(field.name for field in dataclasses.fields(Signals))
-OPTIONAL = ("score_norms", "logprob_sum")  # those that may be None
+OPTIONAL = ("score_norms", "logprob_sum", "start_values", "greedy_rewards")  # may be None
 WORDS = (*SIGNALS, "table", "reference_rewards", "features", "group_size")
 BY_KEYWORD = ("reference_rewards", "features", "group_size")
 TABLE = ("successes", "trials")  # the arguments that stand for the word ``table``
@@ -76,6 +78,7 @@ class Definition:
     name: str = ""  # in messages; by default that of ``update``
     wrap: Callable[..., "Estimator"] | None = None  # what is made of the Estimator in the end
     learn: Callable | None = None  # learn(state, measurement), with options of ``update``
+    predict: Callable | None = None  # predict(state): see ``Estimator``
 
     def __post_init__(self):
         set_field = object.__setattr__  # the dataclass is frozen
@@ -132,6 +135,9 @@ class Estimator(NamedTuple):
     group_size: int  # rollouts of a prompt, adjacent rows
     takes_rewards: bool = False  # ``init`` has the keyword ``reference_rewards``
     learn: Callable[[Any, Measurement], Any] | None = None  # from what training steps measure
+    predict: Callable[[Any], Any] | None = None
+    """The expected rewards of all M problems under the state, as success rates in 0..1: for rollout
+    plans."""
 
 
 def stateless(
@@ -168,12 +174,14 @@ def stateful(
     needs: Sequence[str],
     takes: Sequence[str] = (),
     options: Sequence[str] | None = None,
+    predict: Callable | None = None,
 ) -> Callable[[Function], Function]:
     """Declare a pair as an estimator: a decorator of ``update(state, signals) -> (state,
     Estimate)`` that leaves it as it is; ``init(successes, trials) -> state`` over all M problems.
 
     The state is any pytree whose shapes and types do not change. An option goes to those of the
-    two functions that have it as a keyword-only parameter. Errors as of ``Definition``.
+    two functions that have it as a keyword-only parameter. ``predict(state)`` is for rollout plans:
+    see ``Estimator``. Errors as of ``Definition``.
 
     >>> def start(successes, trials):
     ...     return jnp.float32(0)
@@ -192,7 +200,9 @@ def stateful(
     """
 
     def declare(update: Function) -> Function:
-        cast(Any, update).definition = Definition(update, init, needs, takes, options)
+        cast(Any, update).definition = Definition(
+            update, init, needs, takes, options, predict=predict
+        )
         return update
 
     return declare

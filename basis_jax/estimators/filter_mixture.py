@@ -208,6 +208,44 @@ def value_filter_update(
     )
 
 
+def filter_values(state: MixtureState | FilterState, ids: Int[Array, " n"]) -> Float[Array, " n"]:
+    """The success rates of these problems under the state, before another reward is seen; the drift
+    since the last step is left out. NaN for an id outside 0..M-1.
+
+    >>> state = estimators.value_filter_init(np.array([4, 0]), np.array([8, 8]), own_drift=0.02)
+    >>> print(estimators.filter_values(state, jnp.array([0, 1])))
+    [0.467 0.117]
+    """
+    phi = jnp.concatenate([jnp.ones((ids.size, 1)), at(state.features, ids)], 1)
+    mean, variance = at(state.own_mean, ids), at(state.own_variance, ids)
+
+    def rates(phi, w, mean, variance):
+        a, s = phi @ w.mean, jnp.sum((phi @ w.covariance) * phi, 1)
+        shape = (-1,) + (1,) * (mean.ndim - 1)
+        return expected(mean + a.reshape(shape), variance + s.reshape(shape))
+
+    if isinstance(state, FilterState):
+        return rates(phi, Shared(state.mean, state.covariance), mean, variance)
+    blind = phi.at[:, 1].set(0)
+    weights = jax.nn.softmax(state.score, (0, 1))
+    families = [
+        rates(x, Shared(state.mean[f], state.covariance[f]), mean[:, f], variance[:, f])
+        @ weights[f]
+        for f, x in ((TABLE, phi), (BLIND, blind))
+    ]
+    return families[0] + families[1]
+
+
+def filter_predict(state: MixtureState | FilterState) -> Float[Array, " M"]:
+    """``filter_values`` of all problems.
+
+    >>> state = estimators.value_filter_init(np.zeros(9), np.zeros(9))
+    >>> estimators.filter_predict(state).shape
+    (9,)
+    """
+    return filter_values(state, jnp.arange(state.last.size))
+
+
 def _mixture_update(
     state: MixtureState,
     signals: Signals,

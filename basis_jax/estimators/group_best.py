@@ -91,7 +91,8 @@ def best_of_group(
 @Options(group_size=GROUP, weight=SHARE)
 def ucpo(
     rewards: Num[ArrayLike, " N"],
-    logprobs_mean: Float[ArrayLike, " N"],
+    logprob_sum: Float[ArrayLike, " N"],
+    lengths: Num[ArrayLike, " N"],
     *,
     group_size: int,
     weight: float = 0.2,
@@ -100,21 +101,25 @@ def ucpo(
     """UCPO: GRPO (ddof = 1, eps 1e-8) whose mass on right rollouts leans to the unlikely ones.
     arXiv 2605.00365, code's form. Rewards 0 or 1.
 
-    ``logprobs_mean``: a completion's mean token log-probability under the old policy; q is their
-    softmax over the right rollouts, at least 1e-6. With n_c >= 2 right rollouts these get
-    n_c A w_i, w_i = (1 - weight) / n_c + weight (1 / q_i) / sum_j 1 / q_j; the rest is GRPO.
+    q is the softmax over the right rollouts of ``logprob_sum`` / ``lengths``, a completion's mean
+    token log-probability under the policy that sampled it, at least 1e-6. With n_c >= 2 right
+    rollouts these get n_c A w_i, w_i = (1 - weight) / n_c + weight (1 / q_i) / sum_j 1 / q_j; the
+    rest is GRPO.
     Raises ValueError as ``rloo``.
 
-    >>> rewards, logprobs_mean = np.float32([1, 1, 0, 0]), np.float32([-1, -3, -1, -1])
-    >>> print(estimators.ucpo(rewards, logprobs_mean, group_size=4).advantages)
+    >>> rewards, logprob_sum = np.float32([1, 1, 0, 0]), np.float32([-2, -6, -1, -1])
+    >>> lengths = np.array([2, 2, 1, 1])
+    >>> print(estimators.ucpo(rewards, logprob_sum, lengths, group_size=4).advantages)
     [ 0.734  0.998 -0.866 -0.866]
     """
     Rewards().check("ucpo", rewards, valid)
-    r, w = split(rewards, valid, group_size, logprobs_mean=logprobs_mean)
+    r, w = split(rewards, valid, group_size, logprob_sum=logprob_sum, lengths=lengths)
     e = grpo(rewards, group_size=group_size, valid=valid, convention="oat")
     advantages, values = e.advantages.reshape(r.shape), e.values.reshape(r.shape)
     right = (w > 0) & (r > 0)
-    logprobs = jnp.where(right, jnp.asarray(logprobs_mean, jnp.float32).reshape(r.shape), -jnp.inf)
+    tokens = jnp.maximum(jnp.asarray(lengths, jnp.float32), 1)
+    means = (jnp.asarray(logprob_sum, jnp.float32) / tokens).reshape(r.shape)
+    logprobs = jnp.where(right, means, -jnp.inf)
     some = jnp.any(right, 1, keepdims=True)
     q = jnp.maximum(jax.nn.softmax(jnp.where(some, logprobs, 0), axis=1), 1e-6)
     inverse = jnp.where(right, 1 / q, 0)

@@ -188,6 +188,16 @@ def spo_decay(
     return jnp.clip(2 ** (-divergence / half), least, most)
 
 
+def evidence_rates(state: Evidence) -> Float[Array, " M"]:
+    """Every problem's success rate a / (a + b).
+
+    >>> evidence = estimators.spo_init(np.array([4, 0]), np.array([8, 8]))
+    >>> print(estimators.evidence_rates(evidence))
+    [0.5   0.056]
+    """
+    return divide(state.successes, state.successes + state.failures)
+
+
 def spo_weights(state: Evidence) -> Float[Array, " M"]:
     """SPO's weights for drawing problems without replacement: sqrt(v (1 - v)) + 0.05, v the value.
     arXiv 2509.13232.
@@ -196,7 +206,7 @@ def spo_weights(state: Evidence) -> Float[Array, " M"]:
     >>> print(estimators.spo_weights(evidence))
     [0.55  0.279]
     """
-    v = divide(state.successes, state.successes + state.failures)
+    v = evidence_rates(state)
     return jnp.sqrt(v * (1 - v)) + 0.05
 
 

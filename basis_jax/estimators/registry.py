@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from basis_jax.estimators import by_reference
 from basis_jax.estimators.batchwise import basis
+from basis_jax.estimators.critic import start_advantages
 from basis_jax.estimators.declare import (
     OPTIONAL,
     SIGNALS,
@@ -21,14 +22,19 @@ from basis_jax.estimators.declare import (
     declared_by,
     near,
 )
-from basis_jax.estimators.filter_mixture import value_filter_init, value_filter_update
+from basis_jax.estimators.filter_mixture import (
+    filter_predict,
+    value_filter_init,
+    value_filter_update,
+)
 from basis_jax.estimators.group import dr_grpo, gpg, grpo, opo, reinforce_pp_baseline, rloo
-from basis_jax.estimators.group_best import best_of_group, pass_at_k
+from basis_jax.estimators.group_best import best_of_group, pass_at_k, ucpo
 from basis_jax.estimators.history import (
     dbb_init,
     dbb_update,
     ema_init,
     ema_update,
+    evidence_rates,
     spo_init,
     spo_pp_update,
     spo_update,
@@ -42,9 +48,9 @@ from basis_jax.estimators.measured import (
 from basis_jax.estimators.optimal_value import a_star_po
 from basis_jax.estimators.ranges import Number, Whole
 from basis_jax.estimators.rows import at, share
-from basis_jax.estimators.shrinkage import james_stein, v05
-from basis_jax.estimators.single import batch_mean, reinforce, reinforce_pp
-from basis_jax.estimators.table import init_table
+from basis_jax.estimators.shrinkage import james_stein, v05, v05_filter_update
+from basis_jax.estimators.single import batch_mean, reinforce, reinforce_pp, remax
+from basis_jax.estimators.table import init_table, table_rates
 from basis_jax.estimators.value_map import least_variance
 from basis_jax.estimators.weighted import otb, weighted_mean_init, weighted_mean_update
 from basis_jax.types import Estimate, Signals
@@ -54,13 +60,16 @@ GROUPS = ("rewards", "valid", "group_size")
 HISTORY = ("rewards", "valid", "problem_ids")
 
 ESTIMATORS = {
-    "a_star_po": Definition(a_star_po, needs=(*ROWS, "table")),
-    "basis": Definition(basis, needs=(*ROWS, "table"), takes=("reference_rewards",)),
+    "a_star_po": Definition(a_star_po, needs=(*ROWS, "table"), predict=table_rates),
+    "basis": Definition(
+        basis, needs=(*ROWS, "table"), takes=("reference_rewards",), predict=table_rates
+    ),
     "batch_mean": Definition(batch_mean, needs=ROWS),
     "best_of_group": Definition(best_of_group, needs=GROUPS),
-    "dbb": Definition(dbb_update, dbb_init, needs=HISTORY),
+    "dbb": Definition(dbb_update, dbb_init, needs=HISTORY, predict=evidence_rates),
     "dr_grpo": Definition(dr_grpo, needs=GROUPS),
     "ema": Definition(ema_update, ema_init, needs=ROWS),
+    "gae": Definition(start_advantages, needs=(*ROWS, "start_values")),
     "gpg": Definition(gpg, needs=GROUPS),
     "grpo": Definition(grpo, needs=GROUPS),
     "james_stein": Definition(james_stein, needs=GROUPS),
@@ -74,6 +83,7 @@ ESTIMATORS = {
     "reinforce": Definition(reinforce, needs=ROWS),
     "reinforce_pp": Definition(reinforce_pp, needs=(*ROWS, "lengths")),
     "reinforce_pp_baseline": Definition(reinforce_pp_baseline, needs=(*GROUPS, "lengths")),
+    "remax": Definition(remax, needs=(*ROWS, "greedy_rewards")),
     "rloo": Definition(rloo, needs=GROUPS),
     "spo": Definition(
         spo_update,
@@ -81,6 +91,7 @@ ESTIMATORS = {
         needs=(*HISTORY, "lengths"),
         takes=("table",),
         options=("decay", "convention", "low", "high"),  # no run measures ``divergence``
+        predict=evidence_rates,
     ),
     "spo_pp": Definition(
         spo_pp_update,
@@ -88,10 +99,24 @@ ESTIMATORS = {
         needs=(*HISTORY, "lengths"),
         takes=("table",),
         options=("decay", "convention", "low", "high"),  # no run measures ``staleness``
+        predict=evidence_rates,
     ),
-    "v05": Definition(v05, needs=(*GROUPS, "table")),
+    "v05": Definition(v05, needs=(*GROUPS, "table"), predict=table_rates),
+    "v05_filter": Definition(
+        v05_filter_update,
+        value_filter_init,
+        needs=(*HISTORY, "group_size"),
+        takes=("table", "features"),
+        options=("leave_one_out", "low", "high", "own_variance", "shared_variance"),
+        predict=filter_predict,
+    ),
+    "ucpo": Definition(ucpo, needs=(*GROUPS, "logprob_sum", "lengths")),
     "value_filter": Definition(
-        value_filter_update, value_filter_init, needs=HISTORY, takes=("table", "features")
+        value_filter_update,
+        value_filter_init,
+        needs=HISTORY,
+        takes=("table", "features"),
+        predict=filter_predict,
     ),
     "weighted_mean": Definition(
         weighted_mean_update, weighted_mean_init, needs=(*ROWS, "score_norms")
@@ -104,10 +129,7 @@ LEAST_VARIANCE = "+least_variance"
 """Behind a name: ``value_filter+least_variance`` is ``least_variance(make("value_filter"))``."""
 
 LIBRARY_ONLY = {
-    "gae": "a critic's token values",
-    "remax": "the rewards of greedy completions",
     "sr_ppo": "a critic's prefix values",
-    "ucpo": "log-probabilities of the completions",
     "vineppo": "rollouts from inside the completions",
 }
 """Functions of more than a training step's Signals and table, and what they need besides."""
@@ -202,7 +224,9 @@ def make(estimator: str | Callable | Definition, /, **options: Any) -> Estimator
     takes_table = "table" in declared.provided or takes_rewards
     size = options.get("group_size", 1)
     learn = _bound(declared.learn, options) if declared.learn else None
-    made = Estimator(init, update, needs_table, takes_table, size, takes_rewards, learn)
+    made = Estimator(
+        init, update, needs_table, takes_table, size, takes_rewards, learn, declared.predict
+    )
     _trace(made, declared, options)
     made = made._replace(update=_guarded(update, declared))
     if declared.wrap is None:

@@ -6,9 +6,23 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
-from basis_jax.estimators.ranges import FINITE, GROUP, POSITIVE, OneOf, Options, Rewards
+from basis_jax.estimators.filter_mixture import (
+    MixtureState,
+    filter_values,
+    value_filter_update,
+)
+from basis_jax.estimators.ranges import (
+    FINITE,
+    GROUP,
+    POSITIVE,
+    SWITCH,
+    OneOf,
+    Options,
+    Rewards,
+)
 from basis_jax.estimators.rows import (
     divide,
+    from_unit,
     join,
     nan_reported,
     others_sum,
@@ -16,7 +30,9 @@ from basis_jax.estimators.rows import (
     split,
     total,
 )
-from basis_jax.types import Estimate
+from basis_jax.estimators.value_filter import FilterState
+from basis_jax.masked import masked_mean
+from basis_jax.types import Estimate, Signals
 
 
 @nan_reported
@@ -58,7 +74,7 @@ def james_stein(
     own = divide(jax.vmap(others_sum)(w * r), left)
     shrink = jnp.where(left > 0, jnp.where(prompts > 1, shrink, 0)[:, None], 1)
     baseline = (1 - shrink) * own + shrink * pooled[:, None]
-    return join(r - baseline, baseline, r, w, shrinkage=jnp.mean(shrink))
+    return join(r - baseline, baseline, r, w, shrinkage=masked_mean(shrink, w > 0))
 
 
 def _mean_over(
@@ -105,6 +121,45 @@ def v05(
     return join(
         r - baseline, baseline, r, w, prior_kept=share((weight == 0).ravel(), w.ravel() > 0)
     )
+
+
+@nan_reported
+@Options(group_size=GROUP, leave_one_out=SWITCH, low=FINITE, high=FINITE)
+def v05_filter_update(
+    state: MixtureState | FilterState,
+    signals: Signals,
+    *,
+    group_size: int,
+    leave_one_out: bool = True,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> tuple[MixtureState | FilterState, Estimate]:
+    """V_0.5 with the value of ``value_filter`` as prior: no table and no value model is needed. The
+    filter then learns from the group's rewards. arXiv 2603.10848 for the rest; see ``fuse``.
+
+    The prior is that of the state, before any reward of this step (``filter_values``). The mean is
+    that of the group's other rollouts; with ``leave_one_out=False``, as in the paper, the own
+    reward is part of it. Groups may have any number of valid rows. Errors as of ``rloo`` and
+    ``value_filter``.
+
+    >>> state = estimators.value_filter_init(np.zeros(9), np.zeros(9))
+    >>> signals = estimators.Signals(rewards=jnp.ones(4), valid=jnp.ones(4, bool),
+    ...                              problem_ids=jnp.full(4, 3), lengths=jnp.full(4, 5))
+    >>> state, estimate = estimators.v05_filter_update(state, signals, group_size=4)
+    >>> print(estimate.values)  # the prior was 1/2, and three others were right
+    [0.833 0.833 0.833 0.833]
+    """
+    Rewards(low, high).check("v05_filter", signals.rewards, signals.valid)
+    prior = from_unit(filter_values(state, signals.problem_ids), low, high)
+    new, told = value_filter_update(state, signals, low=low, high=high)
+    r, w = split(signals.rewards, signals.valid, group_size)
+    near = w * jnp.clip(r, low, high)
+    count = total(w) - w if leave_one_out else total(w)
+    mean = divide(jax.vmap(others_sum)(near) if leave_one_out else total(near), count)
+    weight, baseline = fuse(mean, prior.reshape(r.shape), count, spread=(high - low) / 2)
+    kept = share((weight == 0).ravel(), w.ravel() > 0)
+    info = {name: x for name, x in told.info.items() if name not in ("zero_share", "nan_share")}
+    return new, join(r - baseline, baseline, r, w, prior_kept=kept, **info)
 
 
 @Options(spread=POSITIVE)

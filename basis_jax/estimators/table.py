@@ -26,6 +26,15 @@ class Table:
     rewards: Float[Array, "M n"] | None = None  # of each completion, NaN where there is none
 
 
+def table_rates(table: Table) -> Float[Array, " M"]:
+    """Every problem's Jeffreys rate (k + 1/2) / (n + 1); 1/2 without trials.
+
+    >>> print(estimators.table_rates(estimators.init_table(np.array([4, 0]), np.array([8, 0]))))
+    [0.5 0.5]
+    """
+    return (table.successes + 0.5) / (table.trials + 1)
+
+
 def init_table(
     successes: Num[ArrayLike, " M"],
     trials: Num[ArrayLike, " M"],

@@ -25,6 +25,7 @@ values of the others.) Row i then gets b(V_i) under the map of its fold, with th
 batch, which has not seen reward i either.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -128,7 +129,11 @@ def least_variance(
         state = _learned(replace(state, inner=inner), _fit(state, logit, y, w), memory)
         return state, estimate(rewards - baselines, told.values, valid, baselines=baselines, **info)
 
-    return estimator._replace(init=init, update=update)
+    return estimator._replace(init=init, update=update, predict=_of_inner(estimator.predict))
+
+
+def _of_inner(predict: Callable[[Any], Any] | None) -> Callable[[MapState], Any] | None:
+    return None if predict is None else lambda state: predict(state.inner)
 
 
 def _logit(values: Float[Array, " N"], low: float, high: float) -> Float[Array, " N"]:

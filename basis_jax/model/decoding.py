@@ -208,13 +208,14 @@ def filled_cache(kept: KeyValues, length: int, *, scanned: bool = False) -> Cach
     return Cache(keys=lay_out("keys", kept.keys), values=lay_out("values", kept.values))
 
 
+@functools.partial(jax.jit, static_argnames=("name", "length"))
 def resized(x: Array, name: str, length: int) -> Array:
     """An array of the cache with ``length`` positions: cut at the end, or padded with zeros."""
-    axis = cache_axes(name, x).index("time")
-    if length <= x.shape[axis]:
-        return jax.lax.slice_in_dim(x, 0, length, axis=axis)
-    padding = [(0, length - size if i == axis else 0) for i, size in enumerate(x.shape)]
-    return jnp.pad(x, padding)
+    axes = cache_axes(name, x)
+    more = length - x.shape[axes.index("time")]
+    if more > 0:
+        x = jnp.pad(x, [(0, more if axis == "time" else 0) for axis in axes])
+    return constrain(jax.lax.slice_in_dim(x, 0, length, axis=axes.index("time")), axes)
 
 
 def decode_step(

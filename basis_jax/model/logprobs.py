@@ -31,12 +31,34 @@ def token_logprobs(
     every row at a time: N x chunk x V float32, never N x T x V. The tokens in the mask are moved to
     the front of each row, so the output layer can skip chunks with only prompts and padding.
     """
+    logprobs, entropy, _ = token_scores(
+        params, model_config, tokens, mask=mask, temperature=temperature, chunk=chunk
+    )
+    return logprobs, entropy
+
+
+def token_scores(
+    params: PyTree,
+    model_config: ModelConfig,
+    tokens: Int[Array, "N T"],
+    *,
+    mask: Bool[Array, "N T"] | None = None,
+    temperature: float = 1.0,
+    chunk: int = 512,
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"], Float[Array, " N"]]:
+    """``token_logprobs``, and the log of the sum of exp(logits / temperature) that the first token
+    in the mask was drawn from: the value of the completion's start, if logits are Q-values.
+
+    The latter has a gradient and costs the logits of one position a row, N x V float32. It means
+    nothing in rows without a token in the mask.
+    """
     hidden, _ = decoder.forward(params, model_config, tokens)
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
     following, counts = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, mask))
     order = jnp.argsort(~counts, axis=1, stable=True)
     hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
     following, counts = (jnp.take_along_axis(x, order, axis=1) for x in (following, counts))
+    start = decoder.logits(params, model_config, hidden[:, :1])[:, 0] / temperature
     weight = decoder.output_weight(params, model_config)
     scores = score_targets(temperature, chunk, hidden, weight, following, counts)
     back = jnp.argsort(order, axis=1)
@@ -44,7 +66,7 @@ def token_logprobs(
         jnp.pad(jnp.take_along_axis(x, back, axis=1)[:, :-1], ((0, 0), (1, 0))) for x in scores
     )
     logprobs, entropy = (jnp.where(mask, x, 0.0) for x in shifted)
-    return logprobs, entropy
+    return logprobs, entropy, jax.nn.logsumexp(start, axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -11,14 +11,14 @@ from jax.sharding import AbstractMesh, Mesh
 from basis_jax.config import (
     Config,
     DataSection,
-    LossSection,
     SamplingSection,
     WatchSection,
 )
+from basis_jax.corrections import CORRECTIONS
 from basis_jax.data.benchmarks import BENCHMARKS
 from basis_jax.data.encoding import FORMATS
 from basis_jax.data.tasks import GYM
-from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES
+from basis_jax.losses import AGGREGATIONS, KL_FORMS, OBJECTIVES, REGRESSIONS
 from basis_jax.model.attention import KINDS, fits_cudnn
 from basis_jax.model.decoder import REMAT, ModelConfig
 from basis_jax.model.sharding import batch_shards, check_divides, regrouped
@@ -34,6 +34,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 SCORE_NORMS = ("logits", "natural")
 ADDED_REWARDS = (*READY_MADE, *(name for name in VERIFIERS if name != "gym"))
 COMPUTE_DTYPES = ("float32", "bfloat16")
+TARGETS = {"a_star_po": "a_star_po", "rebel": "reinforce", "tbrm": "reinforce"}
+"""The estimator whose advantages a regression is defined for: r - V*, and the reward itself."""
 GPU_SHARE = 0.75
 """Share of a GPU's memory that JAX allocates at its start, unless the environment sets another."""
 SHARE_VARIABLES = (
@@ -62,9 +64,10 @@ def check(
         ("loss.aggregation", config.loss.aggregation, AGGREGATIONS),
         ("loss.objective", config.loss.objective, OBJECTIVES),
         ("loss.kl", config.loss.kl, KL_FORMS),
+        ("loss.sampler_correction", config.loss.sampler_correction, CORRECTIONS),
     )
     check_model(config, model_config, platform or platform_of(mesh))
-    check_loss(config.loss)
+    check_loss(config)
     check_scorers(config.data.verifier, (config.data.path,))
     check_sets(config)
     check_fit(config, model_config, mesh)
@@ -273,12 +276,45 @@ def gpu_bytes() -> int:
         return 0
 
 
-def check_loss(loss: LossSection) -> None:
-    """Raise ValueError for an aggregation that does not fit the objective."""
-    if loss.objective == "gspo" and loss.aggregation != "sequence_mean":
+def check_loss(config: Config) -> None:
+    """Raise ValueError for an aggregation, an estimator or a correction that does not fit the
+    objective, and for an empty range of the sampler's ratio."""
+    loss = config.loss
+    if loss.objective in ("gspo", *REGRESSIONS) and loss.aggregation != "sequence_mean":
         raise ValueError(
-            f"loss.objective gspo is a mean over sequences, loss.aggregation is "
+            f"loss.objective {loss.objective} is a mean over sequences, loss.aggregation is "
             f"{loss.aggregation!r}; set it to sequence_mean"
+        )
+    if loss.sampler_correction in ("icepop", "mask") and loss.sampler_floor >= loss.sampler_cap:
+        raise ValueError(
+            f"loss.sampler_floor is {loss.sampler_floor} and loss.sampler_cap is "
+            f"{loss.sampler_cap}; give a floor below the cap"
+        )
+    if loss.objective in REGRESSIONS:
+        check_regression(config)
+
+
+def check_regression(config: Config) -> None:
+    """Raise ValueError unless a regression gets the targets it is defined for: of the estimator
+    that it goes with or of a user's own, without weights, and of whole prompts (``rebel``)."""
+    loss, name, group = config.loss, config.estimator.name, config.sampling.group_size
+    if ":" not in name and name != TARGETS[loss.objective]:
+        raise ValueError(
+            f"loss.objective {loss.objective} regresses on the advantages of "
+            f"{TARGETS[loss.objective]} and estimator.name is {name!r}; set it to "
+            f"{TARGETS[loss.objective]}, or to your own estimator"
+        )
+    if loss.sampler_correction != "none":
+        raise ValueError(
+            f"loss.objective {loss.objective} is a regression, which needs no weights, and "
+            f"loss.sampler_correction is {loss.sampler_correction!r}; set it to none"
+        )
+    rollouts = config.train.minibatch_rollouts
+    if loss.objective == "rebel" and (group < 2 or rollouts % group):
+        raise ValueError(
+            f"loss.objective rebel compares the rollouts of a prompt, sampling.group_size is "
+            f"{group} and train.minibatch_rollouts {rollouts}; give groups of 2 or more and whole "
+            "groups an update"
         )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from jax.sharding import AbstractMesh, Mesh
 
 from basis_jax.config import Config
+from basis_jax.corrections import OF_UPDATE
 from basis_jax.data.sources import load_training
 from basis_jax.model import costs
 from basis_jax.model.chips import Chip
@@ -75,7 +76,11 @@ def step_bounds(
         width=prompt + new,
         microbatch=rollouts_per_pass(train, batch_shards(mesh)),
     )
-    passes = (updates > 1) + bool(config.loss.kl_coef)
+    passes = (updates > 1) + config.loss.needs_reference
+    if config.loss.sampler_correction in OF_UPDATE and updates == 1:
+        passes += 1
+    if config.loss.objective == "rebel" and updates > 1:
+        passes += 1
     score = prefill_bound(model_config, mesh, chip, rows=rollouts, width=prompt + new)
     return Step(
         sampling=token.times(new * rollouts / slots),

@@ -18,6 +18,7 @@ from basis_jax.model.sharding import AXES, abstract_mesh, batch_shards
 from basis_jax.sampling.refill import MIN_CACHE
 
 MOST_DEVICES = 256  # larger topologies are not searched
+REFERENCE = "the reference"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def memory_needs(
     trained = costs.parameter_bytes(model_config, mesh, part=lora.trained)
     moment = jnp.dtype(config.optim.moments_dtype).itemsize
     moments = {"moments": trained * moment // 2} if training else {}
-    reference = {"a KL term's reference": trained} if training and config.loss.kl_coef else {}
+    reference = {REFERENCE: trained} if training and config.loss.needs_reference else {}
     slots = min(train.sample_rollouts, rows)
     sampler = computed_in(model_config, config.sampling.dtype)
     parts = costs.sampling_memory(
@@ -83,28 +84,36 @@ def memory_needs(
         Need(f"{sampling}, their cache grown from {before}", parts | grown | beside, fewer),
     ]
     if training:
-        count = rollouts_per_pass(train, batch_shards(mesh))
-        parts = costs.update_memory(
-            model_config,
-            mesh,
-            rows=count,
-            width=length,
-            chunk=config.loss.logprob_chunk,
-            moment=moment,
-        )
-        measures = definition(config.estimator.name).learn is not None
-        measurement = {"a measurement's second gradient": trained} if measures else {}
-        fewer = "train.microbatch_rollouts, " if train.microbatch_rollouts > 1 else ""
-        remat = "" if model_config.remat == "full" else "set model.remat to full, "
-        needs.append(
-            Need(
-                f"an update over microbatches of {count} rollouts of {length} tokens",
-                parts | reference | measurement,
-                f"lower {fewer}loss.logprob_chunk or sampling.max_new_tokens, {remat}or raise "
-                "mesh.fsdp or mesh.tensor",
-            )
-        )
+        needs.append(update_need(config, model_config, mesh, length=length))
     return needs
+
+
+def update_need(
+    config: Config, model_config: ModelConfig, mesh: Mesh | AbstractMesh, *, length: int
+) -> Need:
+    """Memory for an update with rows of ``length`` tokens."""
+    train, trained = config.train, costs.parameter_bytes(model_config, mesh, part=lora.trained)
+    count = rollouts_per_pass(train, batch_shards(mesh))
+    parts = costs.update_memory(
+        model_config,
+        mesh,
+        rows=count,
+        width=length,
+        chunk=config.loss.logprob_chunk,
+        moment=jnp.dtype(config.optim.moments_dtype).itemsize,
+    )
+    if config.loss.needs_reference:
+        parts |= {REFERENCE: trained}
+    if definition(config.estimator.name).learn is not None:
+        parts |= {"a measurement's second gradient": trained}
+    fewer = "train.microbatch_rollouts, " if train.microbatch_rollouts > 1 else ""
+    remat = "" if model_config.remat == "full" else "set model.remat to full, "
+    return Need(
+        f"an update over microbatches of {count} rollouts of {length} tokens",
+        parts,
+        f"lower {fewer}loss.logprob_chunk or sampling.max_new_tokens, {remat}or raise "
+        "mesh.fsdp or mesh.tensor",
+    )
 
 
 def cache_before(length: int) -> int:

@@ -235,13 +235,18 @@ def restore(
             f"checkpoint {checkpoints.directory / str(step)} cannot be read ({error}); remove that "
             "folder to resume from the one before"
         ) from error
-    stored = (like.step, like.params, like.opt_state, like.estimator_state)
-    number, params, opt_state, estimator_state = jax.tree.unflatten(
+    stored = (like.step, like.params, like.opt_state, like.estimator_state, like.critic)
+    number, params, opt_state, estimator_state, critic = jax.tree.unflatten(
         jax.tree.structure(stored), jax.tree.leaves(restored)
     )
-    check_finite({"params": params, "opt_state": opt_state}, str(checkpoints.directory / str(step)))
+    learned = {"params": params, "opt_state": opt_state, "critic": critic}
+    check_finite(learned, str(checkpoints.directory / str(step)))
     return TrainState(
-        step=number, params=params, opt_state=opt_state, estimator_state=estimator_state
+        step=number,
+        params=params,
+        opt_state=opt_state,
+        estimator_state=estimator_state,
+        critic=critic,
     )
 
 
@@ -275,6 +280,7 @@ PARTS = {
     ".params": ("the parameters", "model.path and model.lora"),
     ".opt_state": ("the optimizer's moments", "optim"),
     ".estimator_state": ("the estimator's state", "estimator and data.path"),
+    ".critic": ("the critic", "critic"),
 }
 
 

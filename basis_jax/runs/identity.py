@@ -10,6 +10,7 @@ from typing import Any
 from basis_jax.config import Config
 from basis_jax.files import check_links, lock, replace_file
 from basis_jax.runs.provenance import provenance
+from basis_jax.saved_config import renamed
 
 MAY_DIFFER = (
     "run_dir",  # the folder may be moved
@@ -170,7 +171,7 @@ def described(config: Mapping[str, Any], identity: Mapping[str, str]) -> dict[st
 
 def _with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A config of an older version. Fields that it did not have yet get their defaults."""
-    defaults = json.loads(json.dumps(asdict(Config(run_dir=""))))
+    defaults, fields = json.loads(json.dumps(asdict(Config(run_dir="")))), renamed(fields)
     merged = {**defaults, **fields}
     for name, section in defaults.items():
         if isinstance(section, dict) and name in fields:
@@ -190,6 +191,7 @@ CONTENTS = {
     "contents of.data.path": "the training problems of data.path have changed since the run began",
     "contents of.model.path": "the model in model.path has changed since the run began",
     "contents of.estimator.name": "the estimator's file has changed since the run began",
+    "contents of.sampling.plan": "the file of the rollout plan has changed since the run began",
     "contents of.data.verifier": "the file of the reward function in data.verifier has changed "
     "since the run began",
 }

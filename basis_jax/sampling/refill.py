@@ -139,17 +139,11 @@ def resize_cache(slots: Slots, *, cache_length: int) -> Slots:
     """
 
     def resize(path, x):
-        fitted = resize_array(x, name=path[0].name, length=cache_length)
+        fitted = resized(x, path[0].name, cache_length)
         x.delete()
         return fitted
 
     return dataclasses.replace(slots, cache=jax.tree.map_with_path(resize, slots.cache))
-
-
-@functools.partial(jax.jit, static_argnames=("name", "length"))
-def resize_array(x: Array, *, name: str, length: int) -> Array:
-    """One array of the cache, laid out as in ``constrain_slots``."""
-    return constrain(resized(x, name, length), cache_axes(name, x))
 
 
 @jax.jit
@@ -218,6 +212,7 @@ def sample_rows(
     keys: Key[Array, " N"],
     mesh: Mesh,
     rows_at_once: int,
+    any_number: bool = False,
     on_ended: Callable[[Rollouts, np.ndarray], None] | None = None,
 ) -> Rollouts:
     """Complete any number of prompts on ``mesh``; returns host arrays.
@@ -227,10 +222,13 @@ def sample_rows(
     refilled as rows end. If completions have fewer than ``MIN_REFILL_TOKENS`` tokens, ``sample`` is
     called for one batch after another instead; the draws are the same. ``on_ended(rollouts, rows)``
     is called with the numbers of completed rows while the device works on the others.
+    ``any_number``: the number of slots is rounded up to ``MIN_SLOTS`` times a power of two.
     """
     model_config = decoder.computed_in(model_config, sampling.dtype)
     prompts, shards = jax.tree.map(np.asarray, prompts), batch_shards(mesh)
-    size = -(-min(rows_at_once, len(prompts.lengths)) // shards) * shards
+    rows = len(prompts.lengths)
+    size = min(rows_at_once, round_up(rows, MIN_SLOTS) if any_number else rows)
+    size = -(-size // shards) * shards
     rollouts = empty_rollouts(prompts, prompts.tokens.shape[1] + sampling.max_new_tokens)
     common = {"sampling": sampling, "eos_ids": eos_ids, "keys": keys, "mesh": mesh, "size": size}
     method = refill if sampling.max_new_tokens >= MIN_REFILL_TOKENS else by_batches

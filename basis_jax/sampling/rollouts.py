@@ -20,7 +20,7 @@ from basis_jax.data.problem import Problem
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import regrouped
 from basis_jax.sampling.draw import row_keys
-from basis_jax.sampling.refill import sample_rows
+from basis_jax.sampling.refill import MIN_SLOTS, round_up, sample_rows
 from basis_jax.types import Prompts, Rollouts
 
 ROWS_PER_SLOT = 8
@@ -64,8 +64,19 @@ class Graded:
     verify_seconds: float  # of grading after sampling had ended
     parts: Mapping[str, np.ndarray] = field(default_factory=dict)
     """If there are several rewards: each of them by name, [N], 0 where invalid."""
+    present: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """[N] bool: False in rows that the rollout plan did not ask for. They are not valid either, and
+    no metric counts them. By default all are present."""
+    weights: np.ndarray | None = None
+    """[N]: the plan's factors of the rollouts in the loss; None: all 1."""
+    signals: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """[N], by field of ``Signals``: what the plan found out for the estimator."""
+    more_tokens: int = 0  # of completions that are not trained on
+    plan_metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.present.size:
+            object.__setattr__(self, "present", np.ones(self.valid.shape, bool))
         failed = self.valid & ~np.isfinite(self.rewards)
         reasons, kinds = list(self.reasons), list(self.kinds)
         for i in np.flatnonzero(failed):
@@ -78,7 +89,7 @@ class Graded:
     @property
     def tokens(self) -> int:
         """Completion tokens generated."""
-        return int(self.rollouts.completion_lengths.sum())
+        return int(self.rollouts.completion_lengths.sum()) + self.more_tokens
 
 
 Row = tuple[str, Any, Any]
@@ -168,13 +179,20 @@ def roll_out(
     sampling: SamplingSection,
     stream: str,
     step: int,
+    any_number: bool = False,
 ) -> Graded:
     """Complete and grade the problems in rows ``ids`` [N]. ``samples`` [N] number the rollouts of a
-    problem. The draws are a function of (seed, stream, step, problem, sample)."""
+    problem. The draws are a function of (seed, stream, step, problem, sample). ``any_number``: N
+    changes from call to call, and few programs shall be compiled for it."""
     started = time.perf_counter()
     prompts = Prompts(tokens=problems.tokens[ids], lengths=problems.lengths[ids], problem_ids=ids)
+    keyed = round_up(len(ids), MIN_SLOTS) if any_number else len(ids)
     keys = row_keys(
-        setup.seed, stream, step, problem_ids=jnp.asarray(ids), samples=jnp.asarray(samples)
+        setup.seed,
+        stream,
+        step,
+        problem_ids=jnp.asarray(np.resize(ids, keyed)),
+        samples=jnp.asarray(np.resize(samples, keyed)),
     )
     with BackgroundGrader(setup, [problems.problems[i] for i in ids]) as grader:
         rollouts = sample_rows(
@@ -186,6 +204,7 @@ def roll_out(
             keys=keys,
             mesh=regrouped(setup.mesh, setup.sample_tensor),
             rows_at_once=setup.rows_at_once,
+            any_number=any_number,
             on_ended=grader.submit,
         )
         sampled = time.perf_counter()

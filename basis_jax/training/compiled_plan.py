@@ -118,7 +118,7 @@ def lower_update(
         advantages=numbers[:, 0],
         old_logprobs=numbers if updates_per_step(config) > 1 else None,
         sampler_logprobs=numbers,
-        ref_logprobs=numbers if config.loss.kl_coef else None,
+        ref_logprobs=numbers if config.loss.needs_reference else None,
     )
     batch = laid_out(mesh, batch, lambda path, x: ("batch",))
     with jax.set_mesh(mesh):

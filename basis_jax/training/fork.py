@@ -25,6 +25,7 @@ from basis_jax.types import TrainState
 STARTS_AFRESH = {
     ".opt_state": "the optimizer's moments start afresh",
     ".estimator_state": "the estimator's state starts afresh",
+    ".critic": "the critic starts afresh",
 }
 RECORDS = ("metrics.jsonl", "samples.jsonl")
 
@@ -118,7 +119,7 @@ def _carry(
             "model.lora that it was made with"
         )
     fresh = dict(fresh)
-    for part in (".opt_state", ".estimator_state"):
+    for part in STARTS_AFRESH:
         if part not in fresh and (other := checkpoint.differing_leaf(part, stored, wanted)):
             fresh[part] = other
     carried = {p: x for p, x in wanted.items() if not p.startswith(tuple(fresh))}
@@ -126,13 +127,19 @@ def _carry(
     if fresh:
         begun = dataclasses.replace(first_state(session, run_dir, report), frozen=None)
         found = checkpoint.leaves_of(begun) | found
-    parts = (like.step, like.params, like.opt_state, like.estimator_state)
+    parts = (like.step, like.params, like.opt_state, like.estimator_state, like.critic)
     whole = jax.tree.unflatten(jax.tree.structure(parts), [found[path] for path in wanted])
-    step, params, opt_state, estimator_state = whole
-    checkpoint.check_finite({"params": params, "opt_state": opt_state}, str(origin))
+    step, params, opt_state, estimator_state, critic = whole
+    checkpoint.check_finite(
+        {"params": params, "opt_state": opt_state, "critic": critic}, str(origin)
+    )
     said = [f"warning: {STARTS_AFRESH[part]}, because {why}" for part, why in fresh.items()]
     return TrainState(
-        step=step, params=params, opt_state=opt_state, estimator_state=estimator_state
+        step=step,
+        params=params,
+        opt_state=opt_state,
+        estimator_state=estimator_state,
+        critic=critic,
     ), said
 
 

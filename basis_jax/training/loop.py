@@ -24,14 +24,13 @@ from basis_jax.runs.loggers import check_loggers
 from basis_jax.runs.shared_records import SharedRecords
 from basis_jax.runs.stopping import Stopper, StopRequested
 from basis_jax.runs.terminal import announcement
-from basis_jax.sampling.rollouts import Graded, roll_out
+from basis_jax.sampling.rollouts import Graded
 from basis_jax.training import fork
-from basis_jax.training.microbatches import make_batches
-from basis_jax.training.session import (
-    Session,
-    open_session,
-    problems_of_step,
-)
+from basis_jax.training.critic import make_critic
+from basis_jax.training.microbatches import Targets, make_batches
+from basis_jax.training.objective import make_score
+from basis_jax.training.planned import make_sample_and_verify
+from basis_jax.training.session import Session, open_session
 from basis_jax.training.start import (
     contents_of,
     first_state,
@@ -48,7 +47,6 @@ from basis_jax.training.update import (
     finish_step,
     make_estimate,
     make_learn,
-    make_score,
     make_update,
     merge_updates,
     newest_learning_rate,
@@ -278,31 +276,33 @@ def make_step(
         aggregation=session.config.loss.aggregation,
         score_norms=session.config.estimator.score_norms,
     )
+    sample_and_verify = make_sample_and_verify(session)
     make_microbatches = microbatch_maker(session)
     schedule = schedule_of(session.config)
-    update = make_update(
-        session.setup.model_config,
-        optimizer_of(session.config),
-        optim=session.config.optim,
-        **objective_of(session),
-    )
+    update = make_policy_update(session)
     learn = make_learn(session.estimator)
+    critic = make_critic(session.config, session.setup.model_config, session.setup.mesh)
 
     def step(state: TrainState, number: int) -> Step:
         with droppable():
-            graded = sample_and_verify(policy(state), session, number)
+            graded = sample_and_verify(policy(state), state.estimator_state, number)
         started = time.perf_counter()
-        estimator_state, estimate = estimate_values(state.estimator_state, graded)
+        targets = critic.targets(state, graded)
+        estimator_state, estimate = estimate_values(state.estimator_state, graded, targets)
         estimate = processes.on_host(estimate)
         outcomes = []
         if has_signal(graded):
             measured = measuring(session, number)
-            for microbatches in make_microbatches(graded, estimate, state=state):
+            for microbatches in make_microbatches(graded, estimate, targets, state=state):
+                state, of_critic = critic.update(state, microbatches)
+                if critic.alone(number):
+                    outcomes.append(of_critic)
+                    continue
                 state, outcome = update(state, microbatches, measured=measured)
                 if measured:
                     estimator_state = learn(estimator_state, outcome.pop("measurement"))
                     measured = False  # later updates of a step are off-policy
-                outcomes.append(outcome)
+                outcomes.append(outcome | of_critic)
         state = finish_step(state, estimator_state)
         metrics = reward_metrics(graded, estimate) | merge_updates(outcomes)
         metrics["estimate/no_signal"] = float(not outcomes)
@@ -312,6 +312,18 @@ def make_step(
         return Step(state, metrics, graded, estimate)
 
     return step
+
+
+def make_policy_update(session: Session) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """``make_update`` as the session says."""
+    return make_update(
+        session.setup.model_config,
+        optimizer_of(session.config),
+        optim=session.config.optim,
+        group_size=session.config.sampling.group_size,
+        rollouts=session.config.train.minibatch_rollouts,
+        **objective_of(session),
+    )
 
 
 def measuring(session: Session, number: int) -> bool:
@@ -324,32 +336,20 @@ def epochs(session: Session, steps: int) -> float:
     """How many times all problems of ``data.path`` have been visited after ``steps`` steps."""
     config, size = session.config, session.train_set.sizes[0]
     weights = (1.0, *config.data.more_sets.values())
-    return steps / (size // prompts_by_set(weights, config.train.prompts_per_step)[0])
-
-
-def sample_and_verify(params: PyTree, session: Session, number: int) -> Graded:
-    """The rollouts of step ``number``: ``sampling.group_size`` adjacent ones of each problem."""
-    config, group_size = session.config, session.config.sampling.group_size
-    problems = problems_of_step(config, session.train_set, number)
-    return roll_out(
-        params,
-        session.setup,
-        session.train_set,
-        ids=np.repeat(problems, group_size),
-        samples=np.tile(np.arange(group_size, dtype=np.int32), len(problems)),
-        sampling=config.sampling,
-        stream="train",
-        step=number,
-    )
+    of_set = prompts_by_set(weights, config.train.prompts_per_step)[0]
+    return steps / session.plan.hold / (size // of_set)
 
 
 def microbatch_maker(session: Session) -> Callable[..., list[list[Batch]]]:
-    """Make a function (graded, estimate, state) -> the microbatches of every update of a step."""
+    """Make a function (graded, estimate, a critic's targets or None, state) -> the microbatches of
+    every update of a step."""
     config = session.config
     score = make_score(session.setup.model_config, **objective_of(session))
-    start = start_params(session) if config.loss.kl_coef else None
+    start = start_params(session) if config.loss.needs_reference else None
 
-    def make(graded: Graded, estimate: Estimate, *, state: TrainState) -> list[list[Batch]]:
+    def make(
+        graded: Graded, estimate: Estimate, targets: Targets | None, *, state: TrainState
+    ) -> list[list[Batch]]:
         return make_batches(
             graded,
             estimate,
@@ -357,6 +357,7 @@ def microbatch_maker(session: Session) -> Callable[..., list[list[Batch]]]:
             score=score,
             params=policy(state),
             reference=None if start is None else lora.whole(state.frozen, start),
+            targets=targets,
             mesh=session.setup.mesh,
         )
 
@@ -381,7 +382,7 @@ def answers_of(session: Session, graded: Graded) -> list[str]:
 
 
 def shown_rows(session: Session, graded: Graded, estimate: Estimate, count: int) -> list[dict]:
-    """The first ``count`` rollouts of the step, for a person to look at."""
+    """The first ``count`` rollouts of the step that are present, for a person to look at."""
     problems = session.train_set.problems
     return [
         {
@@ -396,5 +397,5 @@ def shown_rows(session: Session, graded: Graded, estimate: Estimate, count: int)
             "advantage": float(estimate.advantages[i]),
             "terminated": bool(graded.rollouts.terminated[i]),
         }
-        for i in range(min(count, len(graded.completions)))
+        for i in np.flatnonzero(graded.present)[:count]
     ]

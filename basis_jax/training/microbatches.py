@@ -2,21 +2,33 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from basis_jax.config import Config
 from basis_jax.losses import loss_weights
 from basis_jax.masked import completion_mask
 from basis_jax.model.sharding import batch_shards, put_rows
 from basis_jax.opening.checks import rollouts_per_pass
+from basis_jax.pytree import pytree
 from basis_jax.sampling.refill import round_up
 from basis_jax.sampling.rollouts import Graded
-from basis_jax.types import Batch, Estimate
+from basis_jax.types import AnyArray, Batch, Estimate
+
+
+@pytree
+class Targets:
+    """By token [N T]: what a critic makes of a step."""
+
+    advantages: Float[AnyArray, "N T"]
+    returns: Float[AnyArray, "N T"]
+    values: Float[AnyArray, "N T"]
+    start_values: Float[AnyArray, " N"]  # before the first token of the completions
 
 
 def updates_per_step(config: Config) -> int:
@@ -33,25 +45,24 @@ def make_batches(
     score: Callable[[PyTree, Array, Array], Array],
     params: PyTree,
     reference: PyTree | None = None,
+    targets: Targets | None = None,
     mesh: Mesh,
 ) -> list[list[Batch]]:
     """The microbatches of every optimizer update, rows split over the mesh.
 
     An update takes the next ``train.minibatch_rollouts`` rollouts; ``cut_rows`` sorts them by
-    length. The loss weights are those of the whole update. Rollouts that the verifier could not
-    grade count neither in the loss nor in its denominators. With one update per step the policy is
-    still the one that sampled, so ``old_logprobs`` need no pass of their own. With several updates
-    all rollouts are scored before the first one. ``reference``: the parameters of the reference
-    policy in the KL term of ``loss.kl_coef``.
+    length. The loss weights are those of the whole update, times the plan's weights, which do not
+    enter the denominators. With one update per step the policy is still the one that sampled, so
+    ``old_logprobs`` need no pass of their own. With several updates all rollouts are scored before
+    the first one. ``reference``: the parameters of the reference policy, where
+    ``loss.needs_reference``. ``targets``: of a critic; their advantages stand in place of the
+    estimate's.
     """
     rollouts, rows = graded.rollouts, config.train.minibatch_rollouts
     max_width = rollouts.tokens.shape[1]
     lengths = np.where(graded.valid, rollouts.prompt_lengths + rollouts.completion_lengths, 0)
-    mask = completion_mask(
-        jnp.asarray(rollouts.prompt_lengths), jnp.asarray(rollouts.completion_lengths), max_width
-    )
-    mask = mask & jnp.asarray(graded.valid)[:, None]
-    advantages, off_policy = np.asarray(estimate.advantages), updates_per_step(config) > 1
+    mask = counted_tokens(graded)
+    off_policy, credit = updates_per_step(config) > 1, credit_of(estimate, targets)
     updates = []
     for start in range(0, len(graded.valid), rows):
         weights = loss_weights(
@@ -59,14 +70,16 @@ def make_batches(
             config.loss.aggregation,
             max_length=config.sampling.max_new_tokens,
         )
+        if graded.weights is not None:
+            weights = weights * graded.weights[start : start + rows, None]
         minibatch = Batch(
             tokens=rollouts.tokens[start : start + rows],
             completion_mask=np.asarray(mask[start : start + rows]),
             loss_weights=np.asarray(weights),
-            advantages=advantages[start : start + rows],
             old_logprobs=None,
             sampler_logprobs=rollouts.sampler_logprobs[start : start + rows],
             rows=np.arange(len(weights), dtype=np.int32),
+            **{name: x[start : start + rows] for name, x in credit.items()},
         )
         micros = []
         for index, width in cut_rows(
@@ -81,6 +94,26 @@ def make_batches(
             micros.append(replace(part, old_logprobs=old, ref_logprobs=ref))
         updates.append(micros)
     return updates
+
+
+def counted_tokens(graded: Graded) -> Bool[Array, "N T"]:
+    """The tokens of completions that count in the loss and in its denominators: not those that the
+    verifier could not grade, and not absent ones."""
+    rollouts = graded.rollouts
+    lengths = jnp.asarray(rollouts.prompt_lengths), jnp.asarray(rollouts.completion_lengths)
+    mask = completion_mask(*lengths, rollouts.tokens.shape[1])
+    return mask & jnp.asarray(graded.valid)[:, None]
+
+
+def credit_of(estimate: Estimate, targets: Targets | None) -> dict[str, Any]:
+    """The fields of a ``Batch`` that say what is learnt from every row or token."""
+    if targets is None:
+        return {"advantages": np.asarray(estimate.advantages)}
+    return {
+        "advantages": targets.advantages,
+        "returns": targets.returns,
+        "old_values": targets.values,
+    }
 
 
 def take_rows(batch: Batch, index: np.ndarray, width: int) -> Batch:

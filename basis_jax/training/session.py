@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from basis_jax import estimators, processes
+from basis_jax import estimators, plans, processes
 from basis_jax.config import Config, EstimatorSection
 from basis_jax.data.encoding import EncodedProblems, encode_and_report, joined
 from basis_jax.data.order import step_problems
@@ -21,6 +21,7 @@ from basis_jax.evaluation.evaluate import load_held_out_set
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.opening.checks import check, check_features, check_memory
 from basis_jax.opening.ranges import check_ranges
+from basis_jax.opening.rollout_plan import open_plan
 from basis_jax.opening.rollout_setup import Verifiers, locate_model, open_setup, open_verifiers
 from basis_jax.opening.sizes import with_sizes
 from basis_jax.sampling.rollouts import RolloutSetup
@@ -43,6 +44,7 @@ class Session:
     estimator: estimators.Estimator
     train_set: EncodedProblems
     held_out: dict[str, EncodedProblems]
+    plan: plans.Plan
 
 
 @contextmanager
@@ -56,6 +58,7 @@ def open_session(
     """
     check_ranges(config)
     estimator = make_estimator(config.estimator, config.sampling.group_size)
+    plans.find(config.sampling.plan, config.sampling.plan_options)
     folder, model_config, mesh = locate_model(config)
     check(config, model_config, mesh)
     check_normalised(config, estimator)
@@ -65,10 +68,11 @@ def open_session(
         config = sized(
             config, model_config, mesh, train_set, held_out, training=training, report=report
         )
+        plan = open_plan(config, train_set.sizes, estimator)
         with open_setup(
             config, folder, model_config, mesh, tokenizer, verifiers=verifiers, report=report
         ) as setup:
-            yield Session(config, folder, setup, estimator, train_set, held_out)
+            yield Session(config, folder, setup, estimator, train_set, held_out, plan)
 
 
 def sized(

@@ -8,11 +8,12 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from basis_jax import estimators
+from basis_jax import estimators, plans
 from basis_jax.config import Config
 from basis_jax.model import decoder, lora
 from basis_jax.model.sharding import batch_shards, named_tree
 from basis_jax.opening.checks import rollouts_per_pass
+from basis_jax.training.critic import abstract_critic, first_critic
 from basis_jax.training.microbatches import updates_per_step
 from basis_jax.training.session import (
     Session,
@@ -36,6 +37,7 @@ def identity_of(session: Session) -> dict[str, str]:
     config = session.config
     own = {
         "estimator.name": estimators.source_fingerprint(config.estimator.name),
+        "sampling.plan": plans.source_fingerprint(config.sampling.plan),
         "data.verifier": source_fingerprint(config.data.verifier),
         **{f"data.rewards {name}": source_fingerprint(name) for name in config.data.rewards},
         **{
@@ -87,24 +89,28 @@ def first_state(
     reference table, its state comes from there (made at ``run_dir/reference.npz``)."""
     frozen, params = frozen_params(session), start_params(session)
     whole = lora.whole(frozen, params)
+    setup = session.setup
     return make_state(
         params,
         optimizer_of(session.config),
         first_estimator_state(session, whole, run_dir / "reference.npz", report),
-        model_config=session.setup.model_config,
-        mesh=session.setup.mesh,
+        model_config=setup.model_config,
+        mesh=setup.mesh,
         frozen=frozen,
+        critic=first_critic(session.config, setup.model_config, setup.mesh),
     )
 
 
 def state_shapes(session: Session) -> TrainState:
     """Shapes and layout that a checkpoint is restored into. No weights are read and no table is
     made. Frozen parameters are not part of it: see ``frozen_params``."""
+    setup = session.setup
     return abstract_state(
         optimizer_of(session.config),
         estimator_state_shapes(session),
-        model_config=session.setup.model_config,
-        mesh=session.setup.mesh,
+        model_config=setup.model_config,
+        mesh=setup.mesh,
+        critic=abstract_critic(session.config, setup.model_config),
     )
 
 

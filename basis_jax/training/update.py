@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from basis_jax import processes
 from basis_jax.config import LossSection, OptimSection
 from basis_jax.estimators import Estimator, noise_report
-from basis_jax.losses import kl_loss, policy_loss, sampler_weights
-from basis_jax.masked import masked_max, masked_sum
 from basis_jax.model import decoder, lora
 from basis_jax.model.decoder import ModelConfig
-from basis_jax.model.logprobs import token_logprobs
 from basis_jax.model.sharding import named_tree
 from basis_jax.sampling.rollouts import Graded
+from basis_jax.training.first_pass import make_first_pass
 from basis_jax.training.gradient_sum import make_gradient_sum
 from basis_jax.training.measure import make_measure
+from basis_jax.training.microbatches import Targets
 from basis_jax.training.moments import kept_in_bfloat16
+from basis_jax.training.objective import policy_objective
 from basis_jax.types import Batch, Estimate, Measurement, Signals, TrainState
 from basis_jax.verify.verdicts import RIGHT_ABOVE, shares
 
@@ -66,8 +66,10 @@ def make_state(
     model_config: ModelConfig,
     mesh: Mesh,
     frozen: PyTree = None,
+    critic: PyTree = None,
 ) -> TrainState:
-    """The state before the first step, laid out like ``abstract_state``, with ``frozen`` added."""
+    """The state before the first step, laid out like ``abstract_state``, with ``frozen`` and
+    ``critic`` added."""
     like = abstract_state(optimizer, estimator_state, model_config=model_config, mesh=mesh)
 
     def layout(tree):
@@ -79,6 +81,7 @@ def make_state(
         opt_state=jax.jit(optimizer.init, out_shardings=layout(like.opt_state))(params),
         estimator_state=processes.put_everywhere(mesh, estimator_state),
         frozen=frozen,
+        critic=critic,
     )
 
 
@@ -88,15 +91,16 @@ def abstract_state(
     *,
     model_config: ModelConfig,
     mesh: Mesh,
+    critic: PyTree = None,
 ) -> TrainState:
     """Shapes and layout of the state, without arrays: what a checkpoint is restored into.
 
-    Optimizer moments have the sharding of their parameters. The estimator's state is replicated on
-    every device.
+    Optimizer moments have the sharding of their parameters. The estimator's state and ``critic``,
+    the critic's shapes, are replicated on every device.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def first(whole, estimator_state):
+    def first(whole, estimator_state, critic):
         params = lora.trained(whole)
         return TrainState(
             step=jnp.int32(0),
@@ -104,9 +108,10 @@ def abstract_state(
             opt_state=optimizer.init(params),
             estimator_state=estimator_state,
             frozen=lora.frozen(whole),
+            critic=critic,
         )
 
-    shapes = jax.eval_shape(first, decoder.param_shapes(model_config), estimator_state)
+    shapes = jax.eval_shape(first, decoder.param_shapes(model_config), estimator_state, critic)
     of_whole = named_tree(mesh, decoder.param_axes(model_config))
     of_params = lora.trained(of_whole)
     of_moments = optax.tree.map_params(
@@ -116,9 +121,10 @@ def abstract_state(
         of_params,
         transform_non_params=lambda _: everywhere,
     )
-    of_estimator = jax.tree.map(lambda _: everywhere, estimator_state)
+    of_estimator, of_critic = jax.tree.map(lambda _: everywhere, (estimator_state, critic))
     of_frozen = lora.frozen(of_whole)
-    layout = jax.tree.leaves((everywhere, of_params, of_moments, of_estimator, of_frozen))
+    parts = (everywhere, of_params, of_moments, of_estimator, of_frozen, of_critic)
+    layout = jax.tree.leaves(parts)
     leaves = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         for x, sharding in zip(jax.tree.leaves(shapes), layout, strict=True)
@@ -135,7 +141,7 @@ def make_estimate(
     """The estimator's jitted step over the whole batch, before any split.
 
     The estimate's info includes ``noise_report``. The given state is donated: a step writes the
-    batch's problems in place and copies nothing else.
+    batch's problems in place and copies nothing else. ``targets``: of a critic.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -143,8 +149,13 @@ def make_estimate(
         state, found = estimator.update(state, signals)
         return state, replace(found, info=found.info | noise_report(signals, found))
 
-    def estimate(state: PyTree, graded: Graded) -> tuple[PyTree, Estimate]:
-        return update(state, make_signals(graded, aggregation=aggregation, score_norms=score_norms))
+    def estimate(
+        state: PyTree, graded: Graded, targets: Targets | None = None
+    ) -> tuple[PyTree, Estimate]:
+        signals = make_signals(graded, aggregation=aggregation, score_norms=score_norms)
+        if targets is not None:
+            signals = replace(signals, start_values=jnp.asarray(targets.start_values))
+        return update(state, signals)
 
     return estimate
 
@@ -178,6 +189,7 @@ def make_signals(graded: Graded, *, aggregation: str, score_norms: str) -> Signa
         lengths=jnp.asarray(lengths),
         score_norms=jnp.asarray(norms),
         logprob_sum=jnp.asarray(np.sum(rollouts.sampler_logprobs, axis=1)),
+        **{name: jnp.asarray(found) for name, found in graded.signals.items()},
     )
 
 
@@ -198,8 +210,8 @@ def merge_updates(outcomes: list[dict[str, Float[Array, ""]]]) -> dict[str, floa
     Raises ValueError if a gradient or an update is not finite: the parameters are then unusable.
     """
     outcomes = jax.device_get(outcomes)
-    norms = ("policy/grad_norm", "policy/update_norm")
-    if not all(np.isfinite(o[name]) for o in outcomes for name in norms):
+    norms = ("policy/grad_norm", "policy/update_norm", "critic/grad_norm")
+    if not all(np.isfinite(o.get(name, 0.0)) for o in outcomes for name in norms):
         raise ValueError(
             "the update of this step is not finite, and none of it is saved; likely causes, in "
             "this order, are token ids beyond the model's vocabulary, NaN in the model's weights, "
@@ -213,95 +225,6 @@ def merge_updates(outcomes: list[dict[str, Float[Array, ""]]]) -> dict[str, floa
     return merged
 
 
-def make_score(
-    model_config: ModelConfig, *, loss: LossSection, temperature: float, microbatch: int
-) -> Callable[[PyTree, Array, Array], Array]:
-    """Make the jitted function (params, tokens [N T], mask [N T]) -> log-probabilities [N T].
-
-    They are those of the trainer's policy for one microbatch, and 0 outside the mask.
-    """
-    score_micro = functools.partial(
-        micro_logprobs, loss=loss, temperature=temperature, microbatch=microbatch
-    )
-
-    @jax.jit
-    def score(params, tokens, mask):
-        return score_micro(params, model_config, tokens, mask)[0]
-
-    return score
-
-
-def micro_logprobs(
-    params: PyTree,
-    model_config: ModelConfig,
-    tokens: Int[Array, "N T"],
-    mask: Bool[Array, "N T"],
-    *,
-    loss: LossSection,
-    temperature: float,
-    microbatch: int,
-) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
-    """``token_logprobs`` in chunks of microbatch x logprob_chunk tokens.
-
-    A batch with more rows takes fewer positions at a time.
-    """
-    chunk = max(1, loss.logprob_chunk * microbatch // tokens.shape[0])
-    return token_logprobs(
-        params, model_config, tokens, mask=mask, temperature=temperature, chunk=chunk
-    )
-
-
-def policy_objective(
-    params: PyTree,
-    batch: Batch,
-    *,
-    model_config: ModelConfig,
-    loss: LossSection,
-    temperature: float,
-    microbatch: int,
-) -> tuple[Float[Array, ""], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]:
-    """The microbatch's share of the loss, its sums over tokens, and its largest log-prob gap."""
-    mask = jnp.asarray(batch.completion_mask)
-    logprobs, entropy = micro_logprobs(
-        params,
-        model_config,
-        jnp.asarray(batch.tokens),
-        mask,
-        loss=loss,
-        temperature=temperature,
-        microbatch=microbatch,
-    )
-    value, clipped = policy_loss(
-        logprobs,
-        batch,
-        loss.objective,
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        dual_clip=loss.dual_clip,
-        tis_cap=loss.tis_cap,
-    )
-    old = logprobs if batch.old_logprobs is None else jnp.asarray(batch.old_logprobs)
-    gap = jnp.abs(old - batch.sampler_logprobs)
-    sums = {
-        "tokens": jnp.sum(mask).astype(jnp.float32),
-        "policy/loss": value,
-        "policy/clip_fraction": jnp.sum(clipped).astype(jnp.float32),
-        "policy/entropy": masked_sum(entropy, mask),
-        "policy/kl_old": masked_sum(old - logprobs, mask),
-        "sampler/logprob_gap_mean": masked_sum(gap, mask),
-    }
-    if loss.tis_cap:
-        weights = sampler_weights(logprobs, batch, cap=loss.tis_cap)
-        capped = mask & (weights >= loss.tis_cap)
-        sums["sampler/weight_mean"] = masked_sum(weights, mask)
-        sums["sampler/weight_capped"] = jnp.sum(capped).astype(jnp.float32)
-    if loss.kl_coef:
-        penalty, kl = kl_loss(logprobs, batch, loss.kl)
-        value += loss.kl_coef * penalty
-        sums |= {"policy/loss": value, "policy/kl_ref": jnp.sum(kl)}
-    return value, jax.lax.stop_gradient((sums, masked_max(gap, mask)))
-
-
 def make_update(
     model_config: ModelConfig,
     optimizer: optax.GradientTransformation,
@@ -310,6 +233,8 @@ def make_update(
     loss: LossSection,
     temperature: float,
     microbatch: int,
+    group_size: int = 1,
+    rollouts: int = 0,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Make the function (state, microbatches) -> state, metrics: one optimizer update.
 
@@ -317,7 +242,8 @@ def make_update(
     the global denominators, so the sum is the gradient of the whole update, however it is split.
     Nothing is copied to the host until the metrics are read. Parameters and moments are donated;
     ``step`` and the estimator's state are passed on unchanged. With ``measured=True`` the metrics
-    also hold a ``Measurement``, which uses AdamW's settings in ``optim``.
+    also hold a ``Measurement``, which uses AdamW's settings in ``optim``. ``group_size`` and
+    ``rollouts``, those of an update, are for losses that compare the rollouts of a prompt.
     """
     objective = functools.partial(
         policy_objective,
@@ -327,6 +253,14 @@ def make_update(
         microbatch=microbatch,
     )
     axes = lora.trained(decoder.param_axes(model_config))
+    first_pass = make_first_pass(
+        model_config,
+        loss=loss,
+        temperature=temperature,
+        microbatch=microbatch,
+        group_size=group_size,
+        rollouts=rollouts,
+    )
     gradient_sum = make_gradient_sum(objective, axes)
     without_kl = functools.partial(objective, loss=replace(loss, kl_coef=0.0))
     measure = make_measure(
@@ -337,6 +271,7 @@ def make_update(
     def update(
         state: TrainState, micros: list[Batch], *, measured: bool = False
     ) -> tuple[TrainState, dict[str, Any]]:
+        micros = first_pass(state, micros)
         found = {"measurement": measure(state, micros)} if measured else {}
         total = gradient_sum(state.params, state.frozen, micros)
         params, opt_state, metrics = apply(state.params, state.opt_state, total)
@@ -369,9 +304,10 @@ def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
     and ``rewards/...`` is the unweighted mean of each. ``estimate/value_error`` is the mean of
     (reward - value)^2 over valid rows. It is the squared error of the values plus the variance of
     the rewards, which is E[V (1 - V)] for rewards of 0 and 1. So only differences between runs are
-    meaningful.
+    meaningful. Absent rows are not counted anywhere.
     """
-    valid, lengths = graded.valid, graded.rollouts.completion_lengths
+    valid, present = graded.valid, graded.present
+    lengths, ended = graded.rollouts.completion_lengths, graded.rollouts.terminated
     rewards = graded.rewards[valid]
     own = next(iter(graded.parts.values()), graded.rewards)[valid]
     advantages = np.abs(np.asarray(estimate.advantages))[valid]
@@ -380,16 +316,16 @@ def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
         "reward/mean": rewards.mean() if rewards.size else 0.0,
         "reward/accuracy": (own > RIGHT_ABOVE).mean() if rewards.size else 0.0,
         "reward/variance": rewards.var() if rewards.size else 0.0,
-        "reward/invalid": 1.0 - valid.mean(),
+        "reward/invalid": 1.0 - valid[present].mean(),
         "estimate/value_error": errors.mean() if rewards.size else 0.0,
         "estimate/advantage_abs": advantages.mean() if advantages.size else 0.0,
-        "completion/length_mean": lengths.mean(),
-        "completion/truncated": 1.0 - graded.rollouts.terminated.mean(),
+        "completion/length_mean": lengths[present].mean(),
+        "completion/truncated": 1.0 - ended[present].mean(),
         "time/sample_s": graded.sample_seconds,
         "time/verify_s": graded.verify_seconds,
         "throughput/sample_tokens_per_s": graded.tokens / graded.sample_seconds,
     }
-    metrics |= shares(graded.kinds)
+    metrics |= shares([graded.kinds[i] for i in np.flatnonzero(present)]) | graded.plan_metrics
     for name, part in graded.parts.items():
         metrics[f"rewards/{name}"] = part[valid].mean() if rewards.size else 0.0
     for name, value in estimate.info.items():

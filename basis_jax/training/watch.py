@@ -77,7 +77,7 @@ def findings(
         found["logprob_gap"] = (
             "the sampler's log-probabilities differ from the trainer's by "
             f"{value('sampler/logprob_gap_mean'):.3g} nats a token; set sampling.dtype to "
-            "model.compute_dtype, or loss.tis_cap to 2"
+            "model.compute_dtype, or loss.sampler_correction to tis"
         )
     if relative("policy/grad_norm") < limits.grad_norm:
         found["grad_norm"] = (
@@ -188,7 +188,7 @@ class Watch:
     def _nothing_to_learn(self, graded: Graded, answers: Sequence[str]) -> str:
         shown = "; ".join(
             f"{graded.completions[i][-80:]!r} ({graded.reasons[i]}; right answer {answers[i]!r})"
-            for i in range(min(SHOWN, len(answers)))
+            for i in np.flatnonzero(graded.present)[:SHOWN]
         )
         if self._rewards_verdicts and not any(self._right):
             what = f"no completion of the last {len(self._alike)} steps was right"
