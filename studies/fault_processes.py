@@ -146,7 +146,8 @@ def workers(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
         rows = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
         failed = sum(row.get("verify/failure", 0) for row in rows)
         what = f"grading processes, {len(hit)} x {number.name}"
-        fine = rows[-1]["step"] == STEPS and failed and hit
+        told_of = failed or any("could not be graded" in line for line in said)
+        fine = rows[-1]["step"] == STEPS and told_of and hit
         told = f"verify/failure adds up to {failed:g}; {'; '.join(said)}"
         yield what, "said" if fine else "wrong", told
 

@@ -138,6 +138,11 @@ def test_what_cannot_be_forked_is_refused_before_anything_is_read(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_fork_that_has_begun_needs_the_other_run_no_more(tmp_path):
+    (tmp_path / "new" / "checkpoints" / "3").mkdir(parents=True)
+    assert fork.find(str(tmp_path / "gone"), Config(run_dir=str(tmp_path / "new"))) is None
+
+
 def test_a_run_is_not_forked_into_its_own_folder(two_steps):
     config = Config(run_dir=str(two_steps), train=TrainSection(steps=9))
     with pytest.raises(ValueError, match="the run folder itself; give another --run-dir"):

@@ -280,7 +280,7 @@ PARTS = {
     ".params": ("the parameters", "model.path and model.lora"),
     ".opt_state": ("the optimizer's moments", "optim"),
     ".estimator_state": ("the estimator's state", "estimator and data.path"),
-    ".critic": ("the critic", "estimator.name"),
+    ".critic": ("the critic", "critic"),
 }
 
 

@@ -30,15 +30,21 @@ STARTS_AFRESH = {
 RECORDS = ("metrics.jsonl", "samples.jsonl")
 
 
-def find(fork_from: str, config: Config) -> Path:
+def find(fork_from: str, config: Config) -> Path | None:
     """The folder of the checkpoint that RUN or RUN@STEP means: the newest of RUN, or that of STEP.
+    None if nothing is given, and if the new run has a checkpoint of its own already.
 
     Raises ValueError if there is none, it is damaged, or the new run has no steps after it.
     """
+    if not fork_from:
+        return None
     run, step = fork_from, ""
     if not Path(run).is_dir():
         run, _, step = fork_from.rpartition("@")
     folder = Path(run) / "checkpoints"
+    itself = Path(run).resolve() == Path(config.run_dir).resolve()
+    if not itself and any((Path(config.run_dir) / "checkpoints").glob("[0-9]*")):
+        return None
     steps = sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit())
     if not run or not steps:
         raise ValueError(
@@ -50,7 +56,7 @@ def find(fork_from: str, config: Config) -> Path:
             f"--fork-from is {fork_from}; checkpoints of {run} are of the steps "
             f"{', '.join(map(str, steps))}"
         )
-    if Path(run).resolve() == Path(config.run_dir).resolve():
+    if itself:
         raise ValueError(
             f"--fork-from is {fork_from}, the run folder itself; give another --run-dir"
         )
@@ -130,17 +136,17 @@ def _carry(
     parts = (like.step, like.params, like.opt_state, like.estimator_state, like.critic)
     whole = jax.tree.unflatten(jax.tree.structure(parts), [found[path] for path in wanted])
     step, params, opt_state, estimator_state, critic = whole
-    learned = {"params": params, "opt_state": opt_state, "critic": critic}
-    checkpoint.check_finite(learned, str(origin))
+    checkpoint.check_finite(
+        {"params": params, "opt_state": opt_state, "critic": critic}, str(origin)
+    )
     said = [f"warning: {STARTS_AFRESH[part]}, because {why}" for part, why in fresh.items()]
-    state = TrainState(
+    return TrainState(
         step=step,
         params=params,
         opt_state=opt_state,
         estimator_state=estimator_state,
         critic=critic,
-    )
-    return state, said
+    ), said
 
 
 def _copy(run: Path, run_dir: Path, *, table: bool) -> None:

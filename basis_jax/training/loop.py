@@ -79,8 +79,7 @@ def train(
 
     ``report`` is called with lines of text while model and data are opened. Raises ValueError for
     settings that cannot work, before weights are read. Raises StopRequested if SIGINT or SIGTERM
-    stopped the run; all finished steps are saved then. With ``fork_from`` (RUN or RUN@STEP), a new
-    run begins with a checkpoint of another run: see ``training.fork``.
+    stopped the run; all finished steps are saved then. ``fork_from``: see ``training.fork``.
     """
     opening = [announcement(config)]
     report = processes.spoken(report)
@@ -91,7 +90,7 @@ def train(
 
     check_loggers(config.train.loggers)
     processes.check_same(lambda: start_facts(config) | {"--fork-from": fork_from})
-    origin = fork.find(fork_from, config) if fork_from else None
+    origin = fork.find(fork_from, config)
     opened = open_session(config, report_and_keep, training=True)
     with (
         opened as session,
