@@ -422,7 +422,7 @@ def test_no_process_to_grade_with_is_said_in_one_sentence(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with (
         make_verifier("math", workers=1) as verifier,
-        pytest.raises(RuntimeError, match="no process to grade .* needs math-verify"),
+        pytest.raises(ValueError, match="no process to grade .* needs math-verify"),
     ):
         verifier.grade([boxed("x")], ["y+1"])
 

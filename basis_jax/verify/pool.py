@@ -114,7 +114,7 @@ class Pool:
         self.lock, self.stopped = threading.Lock(), threading.Event()
 
     def run(self, pairs: Sequence[tuple[str, str]]) -> list[Reply]:
-        """The reply to each pair. Raises RuntimeError where no worker could ever start; later a
+        """The reply to each pair. Raises ValueError where no worker could ever start; later a
         pair without a process to grade it is a failure. Raises Stopped after ``stop``."""
         with self.lock:
             replies: dict[int, Reply] = {}
@@ -212,7 +212,7 @@ class Pool:
         each pair that waits for one."""
         self.failed_starts = 0
         if not self.has_started:
-            raise RuntimeError(
+            raise ValueError(
                 f"no process to grade answers could start ({self.trouble}); the verifier "
                 f"{self.kind!r} needs {self.package}"
             )
