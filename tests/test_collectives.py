@@ -1,18 +1,24 @@
 """What devices exchange during an update, read from the compiled program."""
 
 import dataclasses
+import functools
 import math
 import re
+from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from basis_jax.config import LossSection, OptimSection
+from basis_jax.model.decoder import param_axes, param_shapes
 from basis_jax.model.lora import Lora
-from basis_jax.model.sharding import make_mesh, put_rows
+from basis_jax.model.sharding import make_mesh, named_tree, put_rows
 from basis_jax.training import update
+from basis_jax.training.gradient_sum import make_gradient_sum
+from basis_jax.training.objective import policy_objective
 from basis_jax.types import Batch
 
 EXCHANGES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
@@ -52,7 +58,7 @@ def exchanges(text):
                     yield name in inside, made[2], math.prod(map(int, sizes.split(",")))
 
 
-def compiled_update(model_config, mesh, *, rows, width):
+def compiled_update(model_config, mesh, *, rows, width, microbatches=1):
     optimizer = update.make_optimizer(OptimSection(), updates=9)
     loss = LossSection(logprob_chunk=8)
     update_params = update.make_update(
@@ -71,7 +77,7 @@ def compiled_update(model_config, mesh, *, rows, width):
     state = update.abstract_state(optimizer, {}, model_config=model_config, mesh=mesh)
     lower = jax.jit(update_params, donate_argnums=0).lower
     with jax.set_mesh(mesh):
-        return lower(state, [put_rows(mesh, batch)]).compile().as_text()
+        return lower(state, [put_rows(mesh, batch)] * microbatches).compile().as_text()
 
 
 @pytest.mark.slow
@@ -97,3 +103,57 @@ def test_a_frozen_output_weight_has_no_gradient_to_exchange():
     found = list(exchanges(compiled_update(adapted, mesh, rows=4, width=32)))
     share = LARGE_VOCABULARY.vocab_size * LARGE_VOCABULARY.embed // 4
     assert [kind for _, kind, numbers in found if numbers >= share] == ["all-gather"]
+
+
+@pytest.mark.slow
+def test_gradients_are_reduced_over_data_once_an_update_however_many_microbatches():
+    """Beside a few numbers for the metrics, devices of ``data`` exchange the gradient, once."""
+    mesh = make_mesh(data=2, fsdp=1, tensor=1, devices=jax.devices()[:2])
+    sent = [
+        list(exchanges(compiled_update(tiny.TINY, mesh, rows=4, width=16, microbatches=count)))
+        for count in (1, 3)
+    ]
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(param_shapes(tiny.TINY)))
+    for found in sent:
+        assert not any(inside for inside, _, _ in found)
+        assert parameters <= sum(numbers for _, _, numbers in found) <= parameters + 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (2, 2, 1), (2, 1, 2)])
+def test_partial_sums_of_groups_add_up_to_the_sum_of_one_device(sizes):
+    data, fsdp, tensor = sizes
+    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices()[: math.prod(sizes)])
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 12, 8)
+    mask = (np.arange(16)[None] >= 3) & (np.arange(16)[None] < 3 + lengths[:, None])
+    batches = [
+        Batch(
+            tokens=rng.integers(3, 32, (8, 16)).astype(np.int32),
+            completion_mask=mask,
+            loss_weights=(mask / 50).astype(np.float32),
+            advantages=rng.normal(size=8).astype(np.float32),
+            old_logprobs=None,
+            sampler_logprobs=np.full((8, 16), -3, np.float32),
+            ais_alpha=jnp.float32(0.5),
+        )
+        for _ in range(2)
+    ]
+    objective = functools.partial(
+        policy_objective,
+        model_config=tiny.TINY,
+        loss=LossSection(logprob_chunk=8, sampler_correction="ais"),
+        temperature=1.0,
+        microbatch=8,
+    )
+    gradient_sum = make_gradient_sum(objective, param_axes(tiny.TINY))
+    params = tiny.params()
+    wanted = jax.device_get(gradient_sum(params, None, batches))
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(params, named_tree(mesh, param_axes(tiny.TINY)))
+        rows = [replace(put_rows(mesh, replace(b, ais_alpha=None)), ais_alpha=b.ais_alpha)
+                for b in batches]  # fmt: skip
+        found = gradient_sum(spread, None, rows)
+    for gradient, parameter in zip(*map(jax.tree.leaves, (found[0], spread)), strict=True):
+        assert gradient.sharding.is_equivalent_to(parameter.sharding, gradient.ndim)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6, rtol=2e-5), wanted, found)

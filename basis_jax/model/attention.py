@@ -52,13 +52,25 @@ def attend(
     """Attention of the given kind of ``KINDS``. NVIDIA's kernel cannot continue a prefix; such rows
     use plain attention."""
     steps, length = queries.shape[1], keys.shape[1]
+    kernel = None
     if kind == "cudnn" and steps == length:
-        return jax.nn.dot_product_attention(
-            queries, keys, values, is_causal=True, implementation="cudnn"
-        )
+        kernel = cudnn
     if kind == "splash" and not holds_scores(kind, length):
-        return by_shard(splash, (QUERY_AXES, KEY_AXES, KEY_AXES), QUERY_AXES)(queries, keys, values)
-    return plain(queries, keys, values)
+        kernel = splash
+    if kernel is None:
+        return plain(queries, keys, values)
+    return by_shard(kernel, (QUERY_AXES, KEY_AXES, KEY_AXES), QUERY_AXES)(queries, keys, values)
+
+
+def cudnn(
+    queries: Float[Array, "N T H Dh"],
+    keys: Float[Array, "N T K Dh"],
+    values: Float[Array, "N T K Dh"],
+) -> Float[Array, "N T H Dh"]:
+    """NVIDIA's kernel on one device."""
+    return jax.nn.dot_product_attention(
+        queries, keys, values, is_causal=True, implementation="cudnn"
+    )
 
 
 def plain(

@@ -17,6 +17,7 @@ AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "group": "data",  # partial sums, one of each group of devices: see by_data
     "time": None,
     "embed": "fsdp",  # of a parameter
     "activation_embed": None,
@@ -85,8 +86,9 @@ def regrouped(mesh: Mesh | AbstractMesh, tensor: int) -> Any:
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Logical axis names -> PartitionSpec."""
-    return PartitionSpec(*(RULES[axis] for axis in axes))
+    """Logical axis names -> PartitionSpec. Inside ``by_data`` nothing is split over ``data``."""
+    names = [mesh_axes(axis) for axis in axes]
+    return PartitionSpec(*(name[0] if len(name) == 1 else name or None for name in names))
 
 
 def named(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
@@ -118,7 +120,7 @@ def by_shard(
     """
     if _unsplit():
         return function
-    out_specs = jax.tree.map(spec, outputs, is_leaf=_is_axes)
+    out_specs = jax.tree.map(spec, outputs, is_leaf=is_axes)
     in_specs = tuple(spec(axes) for axes in inputs)
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
@@ -152,7 +154,7 @@ def split_over(axis: str) -> int:
     return 1 if _unsplit() else shards(jax.sharding.get_abstract_mesh(), axis)
 
 
-def _is_axes(x: Any) -> bool:
+def is_axes(x: Any) -> bool:
     return type(x) is tuple and all(name is None or isinstance(name, str) for name in x)
 
 
@@ -172,7 +174,9 @@ def over_batch(
         return function(*arguments)
 
     def layout(axis):
-        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, RULES["batch"])
+        return (
+            PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, mesh_axes("batch"))
+        )
 
     return jax.shard_map(
         function,
@@ -182,6 +186,35 @@ def over_batch(
         out_specs=jax.tree.map(layout, results),
         check_vma=False,
     )(*arguments)
+
+
+def by_data(function: Callable[..., Any], split: tuple[bool, ...]) -> Callable[..., Any]:
+    """``function`` run by each group of devices of ``data`` on its own part of the operands.
+
+    ``split`` says which operands are split over ``data`` along the first axes of their arrays;
+    numbers and the other operands are the same in every group. Every result has such a first axis.
+    Groups exchange nothing inside ``function``, where arrays are still split over ``fsdp`` and
+    ``tensor`` as the table says.
+    """
+    if groups() == 1:
+        return function
+    each, whole = PartitionSpec("data"), PartitionSpec()
+
+    def run(*operands):
+        specs = tuple(
+            jax.tree.map(lambda x, divided=divided: each if divided and x.ndim else whole, operand)
+            for operand, divided in zip(operands, split, strict=True)
+        )
+        return jax.shard_map(
+            function, in_specs=specs, out_specs=each, axis_names={"data"}, check_vma=False
+        )(*operands)
+
+    return run
+
+
+def groups() -> int:
+    """Number of groups in ``by_data``."""
+    return 1 if _unsplit() else jax.sharding.get_abstract_mesh().shape["data"]
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
@@ -201,9 +234,12 @@ def shards(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
 
 
 def mesh_axes(axis: str | None) -> tuple[str, ...]:
-    """The mesh axes that this logical axis is split over."""
+    """The mesh axes that this logical axis is split over. Not ``data`` inside ``by_data``, where a
+    program sees the rows of its own group only."""
     found = RULES[axis]
-    return (found,) if isinstance(found, str) else found or ()
+    names = (found,) if isinstance(found, str) else found or ()
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(name for name in names if name not in manual)
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
