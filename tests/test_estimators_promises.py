@@ -232,7 +232,14 @@ def test_rewards_of_another_range_give_the_values_of_that_range(name):
 
 @pytest.mark.parametrize("function", ["pass_at_k", "ucpo"])
 def test_where_rewards_are_zero_or_one_another_one_is_refused(function):
-    more = {"k": 2} if function == "pass_at_k" else {"logprobs_mean": np.float32([-1, -1])}
+    more = (
+        {"k": 2}
+        if function == "pass_at_k"
+        else {
+            "logprob_sum": np.float32([-1, -1]),
+            "lengths": np.int32([1, 1]),
+        }
+    )
     with pytest.raises(ValueError, match=f"{function} got the reward -1 in row 1"):
         getattr(estimators, function)(np.float32([1, -1]), group_size=2, **more)
 

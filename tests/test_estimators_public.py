@@ -68,6 +68,7 @@ def test_the_package_shows_the_types_the_table_and_the_module_that_have_no_examp
 
 INSIDE = {"by_reference.load", "by_reference.fingerprint", "declare.declared_by"}
 INSIDE |= {"weighted.usable", "weighted.effective", "measured.used_baseline"}
+INSIDE |= {"critic.start_advantages"}
 INSIDE |= {
     f"value_filter.{name}"
     for name in (

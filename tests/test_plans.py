@@ -320,11 +320,16 @@ def test_absent_rows_do_not_change_the_result_of_any_estimator(name):
     random = np.random.default_rng(0)
     asked = Requests(np.repeat(random.permutation(20)[:6], 3), np.tile(np.arange(3), 6))
     tight = graded(asked, random.integers(0, 2, 18))
-    tight = dataclasses.replace(tight, signals={"greedy_rewards": np.float32(asked.samples == 1)})
+    given = {
+        "greedy_rewards": np.float32(asked.samples == 1),
+        "start_values": random.random(18, np.float32),
+    }
+    tight = dataclasses.replace(tight, signals=given)
     wide = as_rows([asked], [tight], ANY, dataclasses.replace(SETTING, prompts=7))
-    greedy = np.zeros(42, np.float32)
-    greedy[wide.present] = tight.signals["greedy_rewards"]
-    wide = dataclasses.replace(wide, signals={"greedy_rewards": greedy})
+    spread = {signal: np.zeros(42, np.float32) for signal in given}
+    for signal, values in given.items():
+        spread[signal][wide.present] = values
+    wide = dataclasses.replace(wide, signals=spread)
     counts = random.integers(0, 9, 20), np.full(20, 8)
 
     def two_steps(rows, group):
