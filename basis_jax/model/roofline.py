@@ -79,7 +79,7 @@ def update_bound(
     read = passes * reads * weights * costs.compute_bytes(model_config) / shards(mesh, "heads")
     read += 7 * costs.parameter_bytes(model_config, mesh, part=lora.trained)
     sent = traffic.microbatch_traffic(model_config, mesh, rows=microbatch, width=width)
-    travels = passes * sum(sent.values())
+    travels = passes * sum(sent.values()) + sum(traffic.update_traffic(model_config, mesh).values())
     return Bound(
         work.flops / mesh.size / chip.flops, read / chip.bandwidth, travels / chip.interconnect
     )

@@ -212,9 +212,15 @@ def by_data(function: Callable[..., Any], split: tuple[bool, ...]) -> Callable[.
     return run
 
 
-def groups() -> int:
-    """Number of groups in ``by_data``."""
-    return 1 if _unsplit() else jax.sharding.get_abstract_mesh().shape["data"]
+def groups(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Number of groups in ``by_data``, on the mesh in use or another one.
+
+    It is 1 if ``fsdp`` and ``tensor`` are both above 1: XLA's partitioner aborts the process (jax
+    0.10.2) on a lookup in a table that is split over both, beside an axis that it does not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    sizes = mesh.shape
+    return 1 if mesh.empty or min(sizes["fsdp"], sizes["tensor"]) > 1 else sizes["data"]
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:

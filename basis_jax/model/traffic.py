@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, Mesh
 from basis_jax.model import costs, lora
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.decoding import VOCAB_BLOCK
-from basis_jax.model.sharding import batch_shards, shards
+from basis_jax.model.sharding import batch_shards, groups, shards
 
 
 def ring(size: int | float, devices: int) -> float:
@@ -42,9 +42,9 @@ def microbatch_traffic(
     """One microbatch, all in the compute dtype.
 
     Over ``fsdp``, weights are gathered before the forward and before the backward pass, and the
-    gradients of trained parameters are scattered. Over ``data``, these gradients are summed. Over
-    ``tensor``, activations are summed twice per layer in each pass, and once more if the backward
-    pass recomputes them.
+    gradients of trained parameters are scattered. Over ``data``, these gradients are summed if
+    ``sharding.by_data`` has no groups. Over ``tensor``, activations are summed twice per layer in
+    each pass, and once more if the backward pass recomputes them.
     """
     c, tensor = model_config, shards(mesh, "heads")
     size, fsdp, data = costs.compute_bytes(c), mesh.shape["fsdp"], mesh.shape["data"]
@@ -52,18 +52,21 @@ def microbatch_traffic(
     trained = costs.parameter_bytes(c, mesh, itemsize=1, gathered=True, part=lora.trained) * size
     tokens = rows * width / batch_shards(mesh)
     sums = (4 + costs.recomputes(c)) * c.layers * tokens * c.embed * size
+    gradients = 0.0 if groups(mesh) > 1 else 2 * ring(trained / fsdp, data)
     return _present(
         {
             "all-gather": 2 * ring(weights, fsdp),
             "reduce-scatter": ring(trained, fsdp),
-            "all-reduce": 2 * ring(sums, tensor) + 2 * ring(trained / fsdp, data),
+            "all-reduce": 2 * ring(sums, tensor) + gradients,
         }
     )
 
 
 def update_traffic(model_config: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, float]:
-    """One optimizer update after its microbatches: only norms are sent."""
-    return {}
+    """One optimizer update after its microbatches: the groups' gradients in float32, and norms,
+    which are not counted."""
+    trained = costs.parameter_bytes(model_config, mesh, itemsize=4, part=lora.trained)
+    return _present({"all-reduce": 2 * ring(trained, groups(mesh))})
 
 
 def _present(found: dict[str, float]) -> dict[str, float]:
