@@ -38,6 +38,8 @@ def one_seed(name, seed):
             lengths=jnp.asarray(rng.integers(1, 9, ROWS), jnp.int32),
             score_norms=jnp.asarray(rng.gamma(0.5, size=ROWS), jnp.float32),
             greedy_rewards=jnp.asarray(rng.integers(0, 2, ROWS), jnp.float32),
+            start_values=jnp.asarray(rng.random(ROWS), jnp.float32),
+            logprob_sum=jnp.asarray(-rng.gamma(2.0, size=ROWS), jnp.float32),
         )
         for _ in range(2)
     ]

@@ -29,6 +29,8 @@ def signals(rewards, ids, *, lengths=None, valid=None):
         lengths=jnp.full(n, 4, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32),
         score_norms=jnp.arange(1.0, n + 1),
         greedy_rewards=jnp.zeros(n),
+        start_values=jnp.zeros(n),
+        logprob_sum=jnp.zeros(n),
     )
 
 
