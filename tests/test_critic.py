@@ -207,8 +207,9 @@ def test_a_run_without_gae_has_no_critic():
 def test_the_policy_waits_for_the_critic_and_a_resumed_run_is_the_same(
     tiny_folder, dapo_file, tmp_path
 ):
-    """Three steps at once against two and then a third: metrics, policy and critic bit for bit. In
-    the first step, of warm-up, the critic alone changes."""
+    """With an own reward and a rollout plan: three steps at once against two and then a third, whose
+    metrics, policy and critic are the same bit for bit. In the first step, of warm-up, the critic
+    alone changes."""
     own = tmp_path / "own.py"
     own.write_text(
         "def reward(prompts, completions, answers): return [len(c) % 2 for c in completions]"
@@ -224,6 +225,7 @@ def test_the_policy_waits_for_the_critic_and_a_resumed_run_is_the_same(
             changes = {"train.steps": steps, "estimator.name": "gae", "critic.warmup-steps": 1}
             changes |= {"estimator.table-samples": 0, "checkpoint.every": 1}
             changes |= {"optim.schedule": "constant", "data.verifier": f"{own}:reward"}
+            changes |= {"sampling.plan": "sticky"}
             arguments = small(tiny_folder, dapo_file, tmp_path / name, **changes)
             config, _ = command_line.parse("", argv=["--config", "quickstart", *arguments])
             train(config, callbacks=[remember], report=lambda _: None)
