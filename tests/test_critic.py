@@ -207,9 +207,9 @@ def test_a_run_without_gae_has_no_critic():
 def test_the_policy_waits_for_the_critic_and_a_resumed_run_is_the_same(
     tiny_folder, dapo_file, tmp_path
 ):
-    """With an own reward and a rollout plan: three steps at once against two and then a third, whose
-    metrics, policy and critic are the same bit for bit. In the first step, of warm-up, the critic
-    alone changes."""
+    """With an own reward and a rollout plan, three steps at once and two and then a third have the
+    same metrics, policy and critic, bit for bit. In the first step, of warm-up, the critic alone
+    changes."""
     own = tmp_path / "own.py"
     own.write_text(
         "def reward(prompts, completions, answers): return [len(c) % 2 for c in completions]"

@@ -127,22 +127,22 @@ def by_shard(
 
 def highest(x: Array, axis: str) -> Array:
     """Inside ``by_shard``: the maximum over the devices that ``axis`` is split over."""
-    return x if _unsplit() else jax.lax.pmax(x, mesh_axes(axis))
+    return x if _unsplit() else jax.lax.pmax(x, axes_of(axis))
 
 
 def summed(x: Array, axis: str) -> Array:
     """Inside ``by_shard``: the sum over the devices that ``axis`` is split over."""
-    return x if _unsplit() else jax.lax.psum(x, mesh_axes(axis))
+    return x if _unsplit() else jax.lax.psum(x, axes_of(axis))
 
 
 def gathered(x: Array, axis: str) -> Array:
     """Inside ``by_shard``: all parts of x along its first axis, which is split like ``axis``."""
-    return x if _unsplit() else jax.lax.all_gather(x, mesh_axes(axis), tiled=True)
+    return x if _unsplit() else jax.lax.all_gather(x, axes_of(axis), tiled=True)
 
 
 def first_index(size: int, axis: str) -> Array | int:
     """Inside ``by_shard``: first index of this device's part of ``axis``, which has ``size``."""
-    return 0 if _unsplit() else size * jax.lax.axis_index(mesh_axes(axis))
+    return 0 if _unsplit() else size * jax.lax.axis_index(axes_of(axis))
 
 
 def _unsplit() -> bool:
@@ -241,11 +241,15 @@ def shards(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
 
 def mesh_axes(axis: str | None) -> tuple[str, ...]:
     """The mesh axes that this logical axis is split over. Not ``data`` inside ``by_data``, where a
-    program sees the rows of its own group only."""
-    found = RULES[axis]
-    names = (found,) if isinstance(found, str) else found or ()
+    program sees the rows of its own group only, and none inside ``by_shard``."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    return tuple(name for name in names if name not in manual)
+    return tuple(name for name in axes_of(axis) if name not in manual)
+
+
+def axes_of(axis: str | None) -> tuple[str, ...]:
+    """The mesh axes of this logical axis in the table."""
+    found = RULES[axis]
+    return (found,) if isinstance(found, str) else found or ()
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
