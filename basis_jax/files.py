@@ -86,7 +86,8 @@ DIGESTS = "sha256.json"
 
 def seal(folder: Path) -> None:
     """Push everything in ``folder`` to disk and write its ``sha256.json``."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests_file = folder / DIGESTS
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != digests_file)
 
     def digest(path: Path) -> str:
         with path.open("rb") as file:

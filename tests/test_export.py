@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from basis_jax import files
 from basis_jax.commands import convert
 from basis_jax.config import CheckpointSection, Config, ModelSection, OptimSection, SamplingSection
 from basis_jax.model import decoder
@@ -111,6 +112,7 @@ def test_the_model_folder_may_have_moved(run, tiny_folder, tmp_path):
     shutil.copytree(run_dir, moved)
     saved = moved / "checkpoints" / "10" / "config" / "metadata"
     saved.write_text(saved.read_text().replace(str(tiny_folder), str(tmp_path / "gone")))
+    files.seal(moved / "checkpoints" / "10")
     with pytest.raises(ValueError, match="gone is no folder"):
         convert.run(moved, to=tmp_path / "out")
     convert.run(moved, to=tmp_path / "out", model_path=str(tiny_folder))
@@ -156,6 +158,9 @@ def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_sentence(run, tin
     (damaged / "state" / "manifest.ocdbt").unlink()
     (damaged / "state" / "_METADATA").unlink()
     shutil.rmtree(damaged / "config")
+    with pytest.raises(ValueError, match=r"10 is damaged \(config/metadata is missing\)"):
+        trained.load_checkpoint_params(damaged, model_config)
+    files.seal(damaged)
     for read in (
         lambda: trained.model_path(damaged),
         lambda: trained.load_checkpoint_params(damaged, model_config),
@@ -210,6 +215,7 @@ def stopping(run, tmp_path):
     config = json.loads(saved.read_text())
     config["sampling"]["stop_tokens"] = [".", "?"]
     saved.write_text(json.dumps(config))
+    files.seal(copied)
     return copied
 
 
