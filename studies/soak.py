@@ -90,7 +90,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylim(bottom=0)
         for until in {r["until"] for r in rows}:
             axis.axvline(until, color="0.85", linewidth=0.8, zorder=0)
-    axes[1].set_ylim(0)
     axes[2].set_yscale("symlog", linthresh=0.1)
     axes[-1].set_xlabel("step (grey: resumed in a new process)")
     figure.savefig(path, dpi=100)

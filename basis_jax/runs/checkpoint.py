@@ -8,7 +8,7 @@ differ from the one that they were saved on.
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,14 +235,21 @@ def restore(
             f"checkpoint {checkpoints.directory / str(step)} cannot be read ({error}); remove that "
             "folder to resume from the one before"
         ) from error
-    stored = (like.step, like.params, like.opt_state, like.estimator_state, like.critic)
-    number, params, opt_state, estimator_state, critic = jax.tree.unflatten(
-        jax.tree.structure(stored), jax.tree.leaves(restored)
+    return state_of(like, jax.tree.leaves(restored), str(checkpoints.directory / str(step)))
+
+
+def state_of(like: TrainState, leaves: Iterable[Any], folder: str) -> TrainState:
+    """The state that has these leaves of the checkpoint ``folder``, without frozen parameters.
+
+    Raises ValueError as ``check_finite`` for parameters, moments and critic.
+    """
+    parts = (like.step, like.params, like.opt_state, like.estimator_state, like.critic)
+    step, params, opt_state, estimator_state, critic = jax.tree.unflatten(
+        jax.tree.structure(parts), leaves
     )
-    learned = {"params": params, "opt_state": opt_state, "critic": critic}
-    check_finite(learned, str(checkpoints.directory / str(step)))
+    check_finite({"params": params, "opt_state": opt_state, "critic": critic}, folder)
     return TrainState(
-        step=number,
+        step=step,
         params=params,
         opt_state=opt_state,
         estimator_state=estimator_state,

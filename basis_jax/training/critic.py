@@ -23,14 +23,13 @@ from basis_jax import processes
 from basis_jax.config import Config, CriticSection
 from basis_jax.estimators import gae, terminal_rewards, whiten
 from basis_jax.losses import value_loss
-from basis_jax.masked import completion_mask
 from basis_jax.model import decoder, lora
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards, constrain, put_rows
 from basis_jax.opening.checks import rollouts_per_pass
 from basis_jax.pytree import pytree
 from basis_jax.sampling.rollouts import Graded
-from basis_jax.training.microbatches import Targets, cut_rows
+from basis_jax.training.microbatches import Targets, counted_tokens, cut_rows
 from basis_jax.types import Batch, TrainState
 
 CRITIC = "gae"
@@ -68,16 +67,13 @@ def make_critic(config: Config, model_config: ModelConfig, mesh: Mesh) -> Critic
     def targets(state: TrainState, graded: Graded) -> Targets:
         r = graded.rollouts
         lengths, width = r.prompt_lengths + r.completion_lengths, r.tokens.shape[1]
-        mask = completion_mask(
-            jnp.asarray(r.prompt_lengths), jnp.asarray(r.completion_lengths), width
-        )
-        mask = np.asarray(mask) & graded.valid[:, None]
+        mask = np.asarray(counted_tokens(graded))
         found = np.zeros(mask.shape, np.float32)
         lengths = np.where(graded.valid, lengths, 0)
+        policy = lora.whole(state.frozen, state.params)
         for index, narrow in cut_rows(lengths, rows=rows, max_width=width):
             part = put_rows(mesh, (r.tokens[index, :narrow], mask[index, :narrow]))
-            parameters = lora.whole(state.frozen, state.params)
-            found[index, :narrow] = processes.on_host(values(parameters, state.critic.head, *part))
+            found[index, :narrow] = processes.on_host(values(policy, state.critic.head, *part))
         return processes.on_host(credit(jnp.asarray(graded.rewards), found, mask))
 
     return Critic(

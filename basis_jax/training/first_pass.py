@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from basis_jax.config import LossSection
 from basis_jax.corrections import ais_alpha, ais_sums, kept_rows, sampler_gap
 from basis_jax.losses import regression_loss, token_advantages
 from basis_jax.model import lora
 from basis_jax.model.decoder import ModelConfig
-from basis_jax.training.objective import micro_scores
+from basis_jax.training.objective import make_score
 from basis_jax.types import Batch, TrainState
 
 Sums = dict[str, Array]
@@ -45,17 +45,7 @@ def make_first_pass(
         sums_of = functools.partial(sums_of, group_size, -(-rollouts // group_size))
         finish = functools.partial(finish, group_size)
 
-    @jax.jit
-    def score(params: PyTree, frozen: PyTree, micro: Batch) -> Array:
-        return micro_scores(
-            lora.whole(frozen, params),
-            model_config,
-            jnp.asarray(micro.tokens),
-            jnp.asarray(micro.completion_mask),
-            loss=loss,
-            temperature=temperature,
-            microbatch=microbatch,
-        )[0]
+    score = make_score(model_config, loss=loss, temperature=temperature, microbatch=microbatch)
 
     @jax.jit
     def add(total: Sums | None, logprobs: Array, micro: Batch) -> Sums:
@@ -65,13 +55,14 @@ def make_first_pass(
     finish_jitted = jax.jit(finish)
 
     def first_pass(state: TrainState, micros: list[Batch]) -> list[Batch]:
-        total, scored = None, []
+        total, scored, policy = None, [], lora.whole(state.frozen, state.params)
         for micro in micros:
             old = micro.old_logprobs
             if kind == "rebel" and old is None:  # log-ratios are 0 whatever the policy
                 scored.append(jnp.zeros_like(micro.sampler_logprobs))
             elif kind == "rebel" or old is None:
-                scored.append(score(state.params, state.frozen, micro))
+                tokens, mask = jnp.asarray(micro.tokens), jnp.asarray(micro.completion_mask)
+                scored.append(score(policy, tokens, mask))
             else:
                 scored.append(jnp.asarray(old))
             total = add(total, scored[-1], micro)

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from basis_jax import files, processes
 from basis_jax.config import Config
 from basis_jax.runs import checkpoint
@@ -133,20 +131,9 @@ def _carry(
     if fresh:
         begun = dataclasses.replace(first_state(session, run_dir, report), frozen=None)
         found = checkpoint.leaves_of(begun) | found
-    parts = (like.step, like.params, like.opt_state, like.estimator_state, like.critic)
-    whole = jax.tree.unflatten(jax.tree.structure(parts), [found[path] for path in wanted])
-    step, params, opt_state, estimator_state, critic = whole
-    checkpoint.check_finite(
-        {"params": params, "opt_state": opt_state, "critic": critic}, str(origin)
-    )
+    state = checkpoint.state_of(like, [found[path] for path in wanted], str(origin))
     said = [f"warning: {STARTS_AFRESH[part]}, because {why}" for part, why in fresh.items()]
-    return TrainState(
-        step=step,
-        params=params,
-        opt_state=opt_state,
-        estimator_state=estimator_state,
-        critic=critic,
-    ), said
+    return state, said
 
 
 def _copy(run: Path, run_dir: Path, *, table: bool) -> None:
