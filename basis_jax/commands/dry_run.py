@@ -21,7 +21,7 @@ from basis_jax.model.chips import TPU_RESERVED, Chip, Topology, chip_of, read_to
 from basis_jax.model.decoder import ModelConfig, computed_in
 from basis_jax.model.sharding import abstract_mesh, batch_shards, make_mesh, regrouped
 from basis_jax.opening import checks, plan
-from basis_jax.opening.forecast import problem_count, step_bounds
+from basis_jax.opening.forecast import plan_note, problem_count, step_bounds, step_counts
 from basis_jax.opening.plan import Request, as_options, gigabytes
 from basis_jax.opening.rollout_setup import as_configured
 from basis_jax.opening.sizes import with_sizes
@@ -55,6 +55,7 @@ def run(config: Config, topology: str, *, compiled: bool = False, report: Report
     report(f"mesh: {sizes} on {where}, {gigabytes(target.available)} a device{target.note}")
     report_memory(request, mesh, report)
     report_traffic(request, mesh, report)
+    report_counts(config, report)
     if where.chip.flops:
         report_time(request, mesh, where.chip, report)
     report_table(request, mesh, where.chip, report)
@@ -168,6 +169,20 @@ def size_text(size: int | float) -> str:
     return gigabytes(size) if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
+def report_counts(config: Config, report: Report) -> None:
+    """Report what a step is taken to do, and what is left out."""
+    counts = step_counts(config)
+    report(f"counted in a step: {counts.rollouts} rollouts{plan_note(config)}")
+    if counts.greedy:
+        report(f"    {counts.greedy} greedy completions beside them")
+    if passes := (*counts.scores, *counts.values):
+        report(f"    forward passes over the rollouts for {', '.join(passes)}")
+    report(f"    updates: {counts.updates}, each over {config.train.minibatch_rollouts} rollouts")
+    if every := counts.measure_every:
+        report(f"    two more gradients of an update every {every} steps, spread evenly")
+    report("    not counted: evaluations, checkpoints, grading")
+
+
 def report_time(request: Request, mesh: AbstractMesh, chip: Chip, report: Report) -> None:
     """Report the least time of a step, for rows of full length and of a quarter of it."""
     config, lengths = request.config, (request.prompt_width, request.config.sampling.max_new_tokens)
@@ -179,8 +194,8 @@ def report_time(request: Request, mesh: AbstractMesh, chip: Chip, report: Report
         flops = flops or step.flops
         report(
             f"    {step.seconds:9.1f} s with prompts of {prompt} and completions of {new} tokens: "
-            f"sampling {step.sample_seconds:.1f} s (by {step.sampling.by}), old log-probabilities "
-            f"{step.scoring.seconds:.1f} s, updates {step.update.seconds:.1f} s (by "
+            f"sampling {step.sample_seconds:.1f} s (by {step.sampling.by}), forward passes "
+            f"{step.passes.seconds:.1f} s, updates {step.update.seconds:.1f} s (by "
             f"{step.update.by})"
         )
     report(f"    {flops:.3g} FLOPs a step at full length")
@@ -202,7 +217,7 @@ def report_table(request: Request, mesh: AbstractMesh, chip: Chip, report: Repor
     if problems is None:
         report("reference table: not counted, as only the hub knows how many problems there are")
         return
-    step = config.train.prompts_per_step * config.sampling.group_size
+    step = step_counts(config).completions
     for samples in dict.fromkeys((section.table_samples, 8)):
         rollouts = problems * samples
         report(

@@ -92,8 +92,9 @@ def decode_step(model_config: ModelConfig, *, rows: int, context: int) -> Work:
     )
 
 
-def prefill(model_config: ModelConfig, *, rows: int, width: int) -> Work:
-    """``rows`` prompts of ``width`` tokens, and the logits of their last tokens.
+def prefill(model_config: ModelConfig, *, rows: int, width: int, outputs: int = 1) -> Work:
+    """A forward pass over ``rows`` rows of ``width`` tokens, and the logits of ``outputs`` of them:
+    the last one of a prompt, all of a completion, none for a critic.
 
     Only the positions up to the query's own are counted for attention.
     """
@@ -102,9 +103,9 @@ def prefill(model_config: ModelConfig, *, rows: int, width: int) -> Work:
     pairs = rows * width * (width + 1) // 2
     cache = cache_numbers(model_config, slots=rows, length=width)
     return Work(
-        flops=2 * weights * rows * width + 2 * output * rows + _attention(model_config, pairs),
+        flops=2 * (weights * width + output * outputs) * rows + _attention(model_config, pairs),
         bytes=(weights + output + cache) * compute_bytes(model_config)
-        + rows * model_config.vocab_size * 4,
+        + rows * outputs * model_config.vocab_size * 4,
     )
 
 

@@ -34,6 +34,11 @@ class Bound:
     def times(self, number: int | float) -> "Bound":
         return Bound(*(number * x for x in vars(self).values()))
 
+    def plus(self, other: "Bound") -> "Bound":
+        return Bound(
+            *(x + y for x, y in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
+
 
 def token_bound(
     model_config: ModelConfig, mesh: Mesh | AbstractMesh, chip: Chip, *, slots: int, context: int
@@ -54,10 +59,16 @@ def token_bound(
 
 
 def prefill_bound(
-    model_config: ModelConfig, mesh: Mesh | AbstractMesh, chip: Chip, *, rows: int, width: int
+    model_config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    chip: Chip,
+    *,
+    rows: int,
+    width: int,
+    outputs: int = 1,
 ) -> Bound:
-    """One forward pass over prompts, or for scoring. Only computing is counted."""
-    work = costs.prefill(model_config, rows=rows, width=width)
+    """One forward pass, as in ``costs.prefill``. Only computing is counted."""
+    work = costs.prefill(model_config, rows=rows, width=width, outputs=outputs)
     return Bound(work.flops / mesh.size / chip.flops, 0.0, 0.0)
 
 
@@ -69,17 +80,24 @@ def update_bound(
     rows: int,
     width: int,
     microbatch: int,
+    gradients: float = 1.0,
 ) -> Bound:
-    """One optimizer update over ``rows`` rows of ``width`` tokens."""
+    """One optimizer update over ``rows`` rows of ``width`` tokens.
+
+    ``gradients``: how many gradients of these rows are computed for it, those of measurements
+    included."""
     work = costs.update(model_config, rows=rows, width=width)
-    passes = -(-rows // microbatch)
+    passes = gradients * -(-rows // microbatch)
     layers, output = model_config.layers, costs.output_products(model_config)
     weights = layers * costs.layer_products(model_config) + output
     reads = 4 if model_config.lora is None else 3  # frozen weights have no gradient
     read = passes * reads * weights * costs.compute_bytes(model_config) / shards(mesh, "heads")
     read += 7 * costs.parameter_bytes(model_config, mesh, part=lora.trained)
     sent = traffic.microbatch_traffic(model_config, mesh, rows=microbatch, width=width)
-    travels = passes * sum(sent.values()) + sum(traffic.update_traffic(model_config, mesh).values())
+    reduced = traffic.update_traffic(model_config, mesh)
+    travels = passes * sum(sent.values()) + gradients * sum(reduced.values())
     return Bound(
-        work.flops / mesh.size / chip.flops, read / chip.bandwidth, travels / chip.interconnect
+        gradients * work.flops / mesh.size / chip.flops,
+        read / chip.bandwidth,
+        travels / chip.interconnect,
     )
