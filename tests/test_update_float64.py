@@ -4,8 +4,10 @@ The oracle is a decoder of its own in float64, and for every loss the slopes wit
 log-probabilities, derived by hand and summed over all rows of the update at once. The library
 computes in float32, in microbatches of two widths.
 
-Tolerance: ``TOLERANCE`` of the largest entry of each parameter's gradient. Float32 has a unit of
-6e-8, and an entry is a sum over some hundreds of terms, so errors of 1e-6 are to be expected.
+Tolerances are shares of the largest entry of each parameter's gradient. Float32 has a unit of 6e-8
+and an entry is a sum over some hundreds of terms: errors of up to 4e-6 were seen. A regression's
+residual is of size 1 and a sum over up to 118 log-probabilities. Each is off by up to 2e-6 and
+their sum was seen to be off by 1.3e-5, and so is the gradient.
 """
 
 import dataclasses
@@ -33,7 +35,7 @@ from basis_jax.training.objective import make_score
 from basis_jax.training.update import make_state, make_update
 from basis_jax.types import Estimate, Rollouts
 
-TOLERANCE = 1e-5
+TOLERANCE, OF_RESIDUALS = 1e-5, 4e-5
 ROWS, WIDTH, UPDATE, GROUP, MAX_NEW = 12, 128, 6, 2, 110
 TEMPERATURE, CHUNK, MICROBATCH = 0.7, 24, 2
 NO_VERDICT = 4
@@ -48,10 +50,8 @@ def states64(params, tokens):
     rotary pairs (i, i + 4), two query heads a key head, SwiGLU."""
 
     def normed(x, scale):
-        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * unsqueezed(scale, x)
-
-    def unsqueezed(scale, x):
-        return scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+        size = jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+        return x / size * jnp.expand_dims(scale, range(x.ndim - 1))
 
     steps = np.arange(tokens.shape[1], dtype=np.float64)
     angles = steps[:, None] * 10_000.0 ** -(np.arange(4) / 4)
@@ -125,8 +125,6 @@ class Step:
     targets: Targets
 
     def graded(self):
-        r = np.random.default_rng(1)
-        valid = self.mask.any(axis=1)
         return Graded(
             rollouts=Rollouts(
                 tokens=self.tokens,
@@ -138,8 +136,8 @@ class Step:
                 problem_ids=np.repeat(np.arange(ROWS // GROUP), GROUP).astype(np.int32),
             ),
             completions=[""] * ROWS,
-            rewards=r.integers(0, 2, ROWS).astype(np.float32),
-            valid=valid,
+            rewards=np.zeros(ROWS, np.float32),
+            valid=self.mask.any(axis=1),
             reasons=[""] * ROWS,
             kinds=["wrong"] * ROWS,
             sample_seconds=1.0,
@@ -337,14 +335,14 @@ def gradients_of(step, losses, *, update_rows):
         yield loss, [jax.device_get(state.opt_state.trace) for state in states]
 
 
-def assert_close(found, expected):
+def assert_close(found, expected, tolerance=TOLERANCE):
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
     ):
         largest = np.abs(y).max()
         assert largest > 1e-6 and x.dtype == np.float32 and y.dtype == np.float64
         worst = np.abs(x - y).max() / largest
-        assert worst < TOLERANCE, f"{jax.tree_util.keystr(path)} is off by {worst:.1e}"
+        assert worst < tolerance, f"{jax.tree_util.keystr(path)} is off by {worst:.1e}"
 
 
 CASES = {
@@ -374,11 +372,12 @@ def test_two_updates_of_a_step_have_the_gradients_of_their_formula(step, case):
     loss = LossSection(objective=objective, logprob_chunk=CHUNK, **CASES[case])
     allowed = ("sequence_mean",) if objective in OF_SEQUENCES else AGGREGATIONS
     losses = [dataclasses.replace(loss, aggregation=name) for name in allowed]
+    tolerance = OF_RESIDUALS if objective in REGRESSIONS else TOLERANCE
     for each, found in gradients_of(step, losses, update_rows=UPDATE):
         assert len(found) == ROWS // UPDATE
         for number, gradient in enumerate(found):
             rows = np.arange(number * UPDATE, (number + 1) * UPDATE)
-            assert_close(gradient, expected_gradient(each, rows, step))
+            assert_close(gradient, expected_gradient(each, rows, step), tolerance)
 
 
 @pytest.mark.slow
