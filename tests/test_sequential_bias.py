@@ -3,13 +3,13 @@
 import json
 import math
 from collections import defaultdict
+from itertools import product
 
 import pytest
 
-from studies.sequential_bias import ESTIMATORS, RESULT, main, measured
+from studies.sequential_bias import ESTIMATORS, PLANS, PRIORS, RATES, RESULT, main, measured
 
 SIGMAS = 5  # a false alarm has probability 6e-7 a number
-CELL = {"plan": "sequential", "prior": "too high", "p": 0.3, "value": 0.5}
 
 
 def drawn(n, k, p):
@@ -55,44 +55,51 @@ def baselines_by_hand(estimator, n, k, prior):
 
 
 def exact(cell):
-    """Expected rollouts, bias of the mean and gradient coefficients, without a drawing."""
+    """Mean and standard deviation of the rollouts, bias of the mean and gradient coefficients,
+    without a drawing."""
     p, prior = cell["p"], cell["value"]
     found = defaultdict(float)
     for (n, k), chance in endings(cell["plan"], p, prior).items():
         found["rollouts"] += chance * n
+        found["squared"] += chance * n**2
         found["bias"] += chance * (k / n - p)
         for name in ESTIMATORS:
             of_right, of_wrong = baselines_by_hand(name, n, k, prior)
             slope = k * (1 - of_right) / p + (n - k) * of_wrong / (1 - p)
             found[name] += chance * slope / n
+    found["spread"] = math.sqrt(max(0.0, found["squared"] - found["rollouts"] ** 2))
     return found
 
 
-def check(cell):
+def check(cell, draws):
     expected = exact(cell)
     told = {"bias": cell["mean_reward_bias"], **cell["gradient"]}
     for name, interval in told.items():
         error = abs(interval["mean"] - expected[name])
         assert error < SIGMAS / 1.96 * interval["half_width"] + 2e-5, (cell, name, expected[name])
+    error = abs(cell["rollouts"] - expected["rollouts"])
+    assert error < SIGMAS * expected["spread"] / math.sqrt(draws) + 0.006, (cell, expected)
 
 
-@pytest.mark.parametrize("plan", ["sequential", "4 rollouts", "16 rollouts"])
-def test_a_cell_has_the_exact_biases(plan):
+@pytest.mark.parametrize("case", ["right", "too high", "too low"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_cell_has_the_exact_biases(plan, case):
     """The intervals of 3,000 problems: the plan as a run uses it, against its Markov chain."""
-    cell = measured(plan, CELL["prior"], CELL["p"], 3000)
-    assert {name: cell[name] for name in CELL} == CELL | {"plan": plan}
-    check(cell)
+    cell = measured(plan, case, 0.3, 3000)
+    about = {"plan": plan, "prior": case, "p": 0.3, "value": round(0.3 + PRIORS[case], 2)}
+    assert {name: cell[name] for name in about} == about
+    check(cell, 3000)
     for interval in cell["gradient"].values():
-        assert 0.002 < interval["half_width"] < 0.04
+        assert 0.002 < interval["half_width"] < 0.05
 
 
 def test_the_recorded_biases_are_the_exact_ones():
     """All cells of results/sequential_bias.json."""
     content = json.loads(RESULT.read_text())
-    assert len(content["cells"]) == 3 * 3 * 9 and content["draws"] == 50_000
-    for cell in content["cells"]:
-        check(cell)
-        assert cell["rollouts"] == pytest.approx(exact(cell)["rollouts"], abs=0.1)
+    cells = content["cells"]
+    assert {(c["plan"], c["prior"], c["p"]) for c in cells} == {*product(PLANS, PRIORS, RATES)}
+    for cell in cells:
+        check(cell, content["draws"])
 
 
 def test_the_study_writes_what_it_prints(monkeypatch, capsys, tmp_path):
