@@ -12,7 +12,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("results", "benchmarks", "configs", "examples", "studies")
+FOLDERS = ("results", "benchmarks", "configs", "examples", "studies", "basis_jax/plans")
 KINDS = (".png", ".txt", ".json", ".py", ".ipynb", ".md")
 OUTSIDE = re.compile(rf"\]\(\.\./(?=(?:{'|'.join(FOLDERS)})/)")
 BLOCK = re.compile(r"(<pre.*?</pre>)", flags=re.DOTALL)
