@@ -18,11 +18,21 @@ AnyArray = Array | np.ndarray
 
 @pytree
 class Prompts:
-    """Tokenised prompts, padded on the right. Positions beyond ``lengths`` are ignored."""
+    """Tokenised prompts, padded on the right. Positions beyond ``lengths`` are ignored.
+
+    With ``begun``, the last ``begun`` tokens of a row are the beginning of its completion, which
+    the sampler continues. They count in the limit on new tokens, and P is then the width of a
+    prompt and its whole completion.
+    """
 
     tokens: Int[AnyArray, "N P"]
     lengths: Int[AnyArray, " N"]
     problem_ids: Int[AnyArray, " N"]  # row of the problem in the data set, 0..M-1
+    begun: Int[AnyArray, " N"] | None = None  # None: no row has begun
+
+    def row_length(self, new_tokens: int) -> int:
+        """T, the width of the rollouts, with at most ``new_tokens`` tokens in a completion."""
+        return self.tokens.shape[1] + (new_tokens if self.begun is None else 0)
 
 
 @pytree
@@ -87,6 +97,17 @@ class Batch:
     ais_alpha: Float[Array, ""] | None = None  # of the whole update
     returns: Float[AnyArray, "N T"] | None = None  # what a critic's values are fitted to
     old_values: Float[AnyArray, "N T"] | None = None  # a critic's values before the step
+
+
+@pytree
+class TokenCredit:
+    """What is learnt from every token of a step, where this is not one number a rollout: made by a
+    critic, or by a rollout plan that samples from the middle of completions."""
+
+    advantages: Float[AnyArray, "N T"]
+    start_values: Float[AnyArray, " N"]  # of the prompts
+    returns: Float[AnyArray, "N T"] | None = None  # what a critic's values are fitted to
+    values: Float[AnyArray, "N T"] | None = None  # of a critic
 
 
 @pytree

@@ -6,7 +6,7 @@
 
 
 def reward(completions, answers, **columns):
-    """1 for the right number, less the further off; 0 where the completion is no number."""
+    """1 for the right number, less for a number further off, 0 if the completion is no number."""
     return [closeness(text, answer) for text, answer in zip(completions, answers, strict=True)]
 
 

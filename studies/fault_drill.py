@@ -5,9 +5,10 @@
     python -m studies.fault_drill kills --kills 20
 
 Parts: ``calls`` (the run folder as a kill after every write, fsync, rename and process start of a
-step leaves it; needs strace), ``kills`` (random SIGKILL and SIGTERM), ``disk`` (full), ``readonly``
-(folder of another user), ``clock`` (jumps), ``workers`` (of a verifier, killed and stopped),
-``lines`` (a torn last line), ``files`` (each file of the newest checkpoint flipped, cut, removed).
+step leaves it; needs strace), ``kills`` (random SIGKILL and SIGTERM), ``pairs`` (one of two
+processes killed), ``disk`` (full), ``readonly`` (mounted so), ``owner`` (another user's folder),
+``clock`` (jumps), ``workers`` (of a verifier, killed and stopped), ``lines`` (a torn last line),
+``files`` (each file of the newest checkpoint flipped, cut, removed).
 
 A case is a broken run that is resumed to its end. It is ``same`` if metrics, samples, parameters,
 moments and estimator state are those of the unbroken run, bit for bit; ``said`` if, besides, a
@@ -17,6 +18,7 @@ and then this program ends with 1.
 
 import argparse
 import collections
+import ctypes
 import json
 import os
 import random
@@ -25,11 +27,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
-from studies.fault_processes import be_child, calls, kills, workers
-from studies.fault_runs import STEPS, Case, Drill, take_steps
+from studies.fault_processes import be_child, calls, kills, pairs, workers
+from studies.fault_runs import STEPS, Case, Drill, start_process, take_steps
 
 
 def disk(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
@@ -81,6 +84,31 @@ def readonly(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
     _, outcome, said = drill.resume("", run_dir)
     outcome = "wrong" if first.startswith("the run ended") else outcome
     yield f"{'read-only mount' if mounted else 'no write permission'}", outcome, f"{first} | {said}"
+
+
+def owner(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
+    """The run folder belongs to another user: one sentence, and no file of it changes. Root gives
+    the folder away and starts a process that has lost root's right to write everywhere."""
+    if not hasattr(os, "geteuid") or os.geteuid():
+        print("owner: left out, because only root can give a folder to another user", flush=True)
+        return
+    run_dir = drill.folder()
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    for path in (run_dir, *before):
+        os.chown(path, 65534, 65534)
+    with ThreadPoolExecutor(1) as thread:  # a thread has rights of its own
+        for right in FILE_RIGHTS:
+            thread.submit(ctypes.CDLL(None).prctl, DROP_FROM_BOUNDING_SET, right, 0, 0, 0).result()
+        process = thread.submit(start_process, run_dir).result()
+    said = (process.communicate()[0].strip().splitlines() or [""])[-1]
+    untouched = before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    refused = process.returncode == 1 and said.startswith("error: ") and untouched
+    _, outcome, more = drill.resume("", run_dir)
+    yield "another user's folder", outcome if refused else "wrong", f"{said} | {more}"
+
+
+FILE_RIGHTS = (1, 2, 3)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
+DROP_FROM_BOUNDING_SET = 24  # PR_CAPBSET_DROP
 
 
 def change_modes(folder: Path, of_folders: int, of_files: int) -> None:
@@ -154,7 +182,8 @@ def files(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
 
 
 PARTS: dict[str, Callable[[Drill, argparse.Namespace], Iterator[Case]]] = {
-    f.__name__: f for f in (files, lines, clock, readonly, disk, workers, calls, kills)
+    f.__name__: f
+    for f in (files, lines, clock, readonly, owner, disk, workers, calls, kills, pairs)
 }
 
 
@@ -164,6 +193,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write every case to this JSON file")
     parser.add_argument("--work", type=Path, help="keep files here (default: a temporary folder)")
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--pairs", type=int, default=10, help="kills of one of two processes")
     parser.add_argument("--seconds", type=float, default=8.0, help="latest moment of a kill")
     parser.add_argument("--every", type=int, default=1, help="take every n-th call or file only")
     parser.add_argument("--percent", type=int, default=10, help="step between sizes of the disk")

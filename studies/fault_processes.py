@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from studies.fault_runs import (
     Drill,
     config_of,
     keep_programs,
+    result,
     start_process,
     take_steps,
     wait_for,
@@ -102,6 +104,54 @@ def kills(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
         for what in killed:
             yield what, case[1], case[2]
         shutil.rmtree(run_dir)
+
+
+def pairs(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
+    """Two processes that share a run, one of them killed at a random moment; the other one has to
+    end by itself. Compared with an unbroken run of two processes."""
+    rng, done, run = random.Random(options.seed), 0, 0
+    for process in start_pair(drill.work / "pair"):
+        output = process.communicate()[0]
+        if process.returncode:
+            raise SystemExit(f"error: the unbroken run of two processes failed: {output[-500:]}")
+    wanted = result(drill.work / "pair")
+    while done < options.pairs:
+        run, killed = run + 1, []
+        run_dir = drill.work / f"pair-{run}"
+        while True:
+            pair, opened = start_pair(run_dir), time.time()
+            while all(p.poll() is None for p in pair) and last_write(run_dir) < opened:
+                time.sleep(0.01)
+            if done < options.pairs:
+                time.sleep(rng.uniform(0, options.seconds))
+                victim = rng.randrange(2)
+                pair[victim].kill()
+                killed.append(f"process {victim} of 2 killed in {phase_of(run_dir)}")
+            try:
+                ends = [(p.communicate(timeout=120)[0], p.returncode) for p in pair]
+            except subprocess.TimeoutExpired:
+                for process in pair:
+                    process.kill()
+                yield killed[-1], "wrong", "the other process still waited after 120 s"
+                return
+            if not any(code for _, code in ends):
+                break
+            done += 1
+        case = drill.compared("", run_dir, [], wanted)
+        for what in killed:
+            yield what, case[1], case[2]
+        shutil.rmtree(run_dir)
+
+
+def start_pair(run_dir: Path) -> list[subprocess.Popen]:
+    """The run as two processes that find each other on this machine."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        where = f"localhost:{found.getsockname()[1]}"
+    return [
+        start_process(run_dir, "--processes=2", f"--coordinator={where}", f"--process-id={number}")
+        for number in range(2)
+    ]
 
 
 def last_write(run_dir: Path) -> float:

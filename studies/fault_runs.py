@@ -79,7 +79,10 @@ def result(run_dir: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit()]
     folder = (run_dir / "checkpoints" / str(max(steps)) / "state").absolute()
-    leaves = ocp.StandardCheckpointer().restore(folder)
+    with ocp.PyTreeCheckpointer() as reader:  # as host arrays, whatever devices it was saved from
+        shapes = reader.metadata(folder).item_metadata.tree
+        kind = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        leaves = reader.restore(folder, ocp.args.PyTreeRestore(restore_args=kind))
     return {
         "metrics": [{k: v for k, v in row.items() if not k.startswith(WALL)} for row in rows],
         "samples": (run_dir / "samples.jsonl").read_text(),
@@ -146,9 +149,11 @@ class Drill:
             return what, "wrong", f"{type(error).__name__}: {error}"
         return self.compared(what, run_dir, said)
 
-    def compared(self, what: str, run_dir: Path, said: list[str]) -> Case:
+    def compared(
+        self, what: str, run_dir: Path, said: list[str], wanted: dict[str, Any] | None = None
+    ) -> Case:
         found = result(run_dir)
-        if other := differing(found, self.wanted):
+        if other := differing(found, wanted or self.wanted):
             return what, "wrong", f"differs: {', '.join(other)}; said: {'; '.join(said)}"
         lost = [line for line in said if "damaged" in line or "lost" in line or "sha256" in line]
         return what, "said" if lost else "same", "; ".join(lost)

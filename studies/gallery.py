@@ -47,6 +47,10 @@ ALGORITHMS = {
     "GRPO-DBB": "--estimator.name dbb",
     "ReMax": "--estimator.name remax --sampling.plan greedy_beside",
     "PPO with a critic": "--estimator.name gae --critic.warmup-steps 2",
+    "VinePPO": (
+        "--estimator.name vineppo --sampling.plan branch "
+        "--sampling.plan-options rollouts 4 separator ''"
+    ),
     "A*-PO": (
         "--estimator.name a_star_po --estimator.table-samples 8 --loss.objective a_star_po "
         + SEQUENCES

@@ -21,6 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from basis_jax.runs.compiles import count_compiles
 from basis_jax.training.loop import train
 from studies.fault_runs import BrokenOff, config_of, keep_programs
@@ -76,14 +78,10 @@ def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     shown = {"memory": 2**20, "files": 1, "seconds": 1, "programs": 1}
     titles = ("resident memory (MiB)", "open files", "seconds a step", "programs compiled")
-    figure, axes = pyplot.subplots(4, 1, sharex=True, figsize=(8, 9), layout="constrained")
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    axes = figure.subplots(4, 1, sharex=True)
     for axis, (name, unit), title in zip(axes, shown.items(), titles, strict=True):
         axis.plot([r["step"] for r in rows], [r[name] / unit for r in rows], linewidth=0.8)
         axis.set_ylabel(title)

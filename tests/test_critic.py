@@ -109,7 +109,7 @@ def test_credit_is_gae_whitened_over_the_whole_step_and_returns_are_not():
 
 
 def one_update(*, sizes=(1, 1, 1), microbatch=8, model_config=tiny.TINY):
-    """The head after a step of Adam from ``HEAD``, its metrics, the targets, the batches."""
+    """The head after a step of Adam from ``HEAD``, its metrics, the credit, the batches."""
     data, devices = graded(), jax.devices()[: int(np.prod(sizes))]
     mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2], devices=devices)
     each = microbatch // (sizes[0] * sizes[1])
@@ -131,21 +131,21 @@ def one_update(*, sizes=(1, 1, 1), microbatch=8, model_config=tiny.TINY):
         first = first_critic(config, model_config, mesh)
         head = jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape) + y, HEAD, first.head)
         state = dataclasses.replace(state, critic=dataclasses.replace(first, head=head))
-        targets = critic.targets(state, data)
-        _, estimate = make_estimate(estimators.make("gae"))((), data, targets)
+        credit = critic.credit(state, data)
+        _, estimate = make_estimate(estimators.make("gae"))((), data, credit)
         (micros,) = make_batches(
             data,
             estimate,
             config=config,
             score=lambda *_: None,  # with one update nothing is scored
             params=None,
-            targets=targets,
+            credit=credit,
             mesh=mesh,
         )
         before = jax.device_get(state.params)
         state, told = critic.update(state, micros)
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before)
-    return jax.device_get(state.critic), jax.device_get(told), targets, estimate
+    return jax.device_get(state.critic), jax.device_get(told), credit, estimate
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +154,8 @@ def whole():
 
 
 def test_an_update_is_adam_on_the_error_of_every_token(whole):
-    """Against float64: the targets are the rewards, the gradient that of half the mean square."""
-    critic, told, targets, estimate = whole
+    """Against float64: returns are the rewards, the gradient is that of half the mean square."""
+    critic, told, credit, estimate = whole
     data = graded()
     r, rows, errors = data.rollouts, [], []
     hidden = np.float64(decoder.forward(tiny.params(), tiny.TINY, jnp.asarray(r.tokens))[0])
@@ -164,8 +164,8 @@ def test_an_update_is_adam_on_the_error_of_every_token(whole):
             rows.append(hidden[i, t - 1] / np.linalg.norm(hidden[i, t - 1]))
             value = rows[-1] @ np.float64(HEAD["weight"]) + 0.25
             errors.append(value - data.rewards[i])
-            assert targets.values[i, t] == pytest.approx(value, abs=1e-5)
-            assert targets.advantages[i, t] == pytest.approx(-errors[-1], abs=1e-5)
+            assert credit.values[i, t] == pytest.approx(value, abs=1e-5)
+            assert credit.advantages[i, t] == pytest.approx(-errors[-1], abs=1e-5)
     gradient = np.array(errors) @ np.array(rows) / len(errors)
     assert told["critic/value_loss"] == pytest.approx(np.mean(np.square(errors)) / 2, rel=1e-4)
     norm = np.sqrt(np.sum(gradient**2) + np.mean(errors) ** 2)
@@ -199,7 +199,7 @@ def test_a_run_without_gae_has_no_critic():
     mesh = make_mesh(devices=jax.devices()[:1])
     critic = make_critic(config, tiny.TINY, mesh)
     assert first_critic(config, tiny.TINY, mesh) is None
-    assert critic.targets(None, graded()) is None and not critic.alone(0)
+    assert critic.credit(None, graded()) is None and not critic.alone(0)
     assert critic.update("state", []) == ("state", {})
 
 

@@ -245,8 +245,8 @@ def test_every_estimator_has_a_pure_jittable_step(name):
 
 
 def test_what_signals_do_not_carry_is_said():
-    with pytest.raises(ValueError, match="vineppo needs rollouts from inside the completions"):
-        estimators.make("vineppo")
+    with pytest.raises(ValueError, match="sr_ppo needs a critic's prefix values"):
+        estimators.make("sr_ppo")
     with pytest.raises(ValueError, match="decay=1.0"):
         estimators.make("spo", decay=1.0)
     with pytest.raises(ValueError, match="window=0"):

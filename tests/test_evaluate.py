@@ -556,6 +556,15 @@ def test_the_report_shows_every_problem_with_right_and_wrong_completions(evaluat
             assert section.count("<p class=wrong>") >= (right < SAMPLES)
 
 
+def test_the_title_of_the_report_says_what_was_evaluated(tmp_path):
+    """Also with braces in its path."""
+    (tmp_path / "completions.jsonl").touch()
+    nothing = {"sets": {}, "average": {}, "failed": {}, "rules": {}}
+    about = {"evaluated": "runs/{a}&b", "protocol": {}}
+    page = "".join(report(nothing, about, tmp_path / "completions.jsonl"))
+    assert "<title>Evaluation of runs/{a}&amp;b</title>" in page
+
+
 def test_the_report_averages_only_several_sets(evaluation, tmp_path):
     """And its intervals have a line of their own."""
     for sets in (("one", "two"), ("one",)):

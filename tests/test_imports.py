@@ -46,7 +46,7 @@ ROOMS = {
     "data": {"config", "files", "verify"},
     "sampling": {"config", "types", "pytree", "model", "data", "processes"},
     "runs": {"config", "saved_config", "files", "types", "references", "processes"},
-    "plans": {"references", "data", "sampling"},
+    "plans": {"types", "masked", "references", "estimators", "data", "sampling"},
     "opening": WORDS | {"estimators", "verify", "model", "weights", "data", "sampling", "plans"},
     "evaluation": WORDS | {"verify", "model", "weights", "data", "sampling", "runs", "opening"},
 }

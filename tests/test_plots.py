@@ -72,6 +72,17 @@ def test_the_moving_average_keeps_a_line_and_halves_noise():
     np.testing.assert_array_equal(plots._smooth(line[:10]), line[:10])  # too few to smooth
 
 
+def test_more_runs_than_colours_have_lines_of_their_own(tmp_path, figures):
+    rows = [(1, {"reward/mean": 1.0}), (2, {"reward/mean": 0.5})]
+    runs = [write_run(tmp_path / str(number), rows) for number in range(10)]
+    plots.draw(runs, tmp_path / "curves.png")
+    lines = figures[0].axes[0].lines[1::2]  # the smoothed ones
+    styles = [(line.get_color(), line.get_linestyle()) for line in lines]
+    assert len(set(styles)) == 10
+    named = [(line.get_color(), line.get_linestyle()) for line in figures[0].legends[0].get_lines()]
+    assert named == styles
+
+
 def test_runs_of_the_same_name_are_told_apart(tmp_path, figures):
     runs = [write_run(tmp_path / part / "run", [(1, {"reward/mean": 1.0})]) for part in "ab"]
     plots.draw(runs, tmp_path / "curves.png")

@@ -110,11 +110,11 @@ def start_advantages(
     *,
     valid: Bool[ArrayLike, " N"] | None = None,
 ) -> Estimate:
-    """A = r - V with a critic's values of the prompts: the estimator ``gae`` by completion.
+    """A = r - V with values of the prompts: the estimators ``gae`` and ``vineppo`` by completion.
 
-    A run's metrics are made of these. It trains on the advantages of the function ``gae`` by token,
-    which equal them at the first token if both decays are 1. Raises ValueError unless all arrays
-    are [N].
+    A run's metrics are made of these. It trains on the advantages of the functions ``gae`` or
+    ``vineppo`` by token. Those of ``gae`` equal these at the first token if both decays are 1.
+    Raises ValueError unless all arrays are [N].
 
     >>> rewards, start_values = np.float32([1, 0]), np.float32([0.75, 0.25])
     >>> estimators.start_advantages(rewards, start_values).advantages.tolist()

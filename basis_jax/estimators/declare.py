@@ -15,9 +15,9 @@ Both use these words:
 - every field of ``Signals`` (``rewards``, ``valid``, ``problem_ids``, ``lengths``,
   ``score_norms``, ``logprob_sum``, ``start_values``, ``greedy_rewards``), [N]: a stateless function
   gets it as the argument of that name, ``update`` finds it in ``signals``. Training gives all of
-  them, but ``start_values`` only to ``gae``, and ``greedy_rewards`` only with the rollout plan
-  ``greedy_beside``; where a caller leaves out one of the last four, an estimator that ``needs`` it
-  raises a ValueError;
+  them, but ``start_values`` only to ``gae`` and with the rollout plan ``branch``, and
+  ``greedy_rewards`` only with ``greedy_beside``; where a caller leaves out one of the last four, an
+  estimator that ``needs`` it raises a ValueError;
 - ``table``, the offline reference table: a stateless function gets the arguments ``successes`` and
   ``trials`` of its rows' problems, [N]; ``init`` gets those of all problems, [M], in any case, with
   trials 0 where there is no table;

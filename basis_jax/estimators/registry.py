@@ -118,6 +118,7 @@ ESTIMATORS = {
         takes=("table", "features"),
         predict=filter_predict,
     ),
+    "vineppo": Definition(start_advantages, needs=(*ROWS, "start_values")),
     "weighted_mean": Definition(
         weighted_mean_update, weighted_mean_init, needs=(*ROWS, "score_norms")
     ),
@@ -130,7 +131,6 @@ LEAST_VARIANCE = "+least_variance"
 
 LIBRARY_ONLY = {
     "sr_ppo": "a critic's prefix values",
-    "vineppo": "rollouts from inside the completions",
 }
 """Functions of more than a training step's Signals and table, and what they need besides."""
 

@@ -44,10 +44,10 @@ RULES = {
     "avg@k": "mean over problems of the mean reward of a problem's k completions",
     "pass@k": "mean over problems of 1 - binom(n - c, k) / binom(n, k), c of n completions right",
     "maj@k": "reward of the answer (field vote) that most of a problem's completions give; those "
-    "without an answer abstain; ties: the mean over the tied answers; no vote: 0",
+    "without an answer do not vote; ties: the mean over the tied answers; 0 if nobody votes",
     "interval": f"95 % percentile bootstrap over problems, {scores.RESAMPLES} draws, seed 0; a "
     "problem's completions stay together",
-    "average": "every set weighs the same; a metric that not all sets have has none",
+    "average": "every set weighs the same; only of metrics that all sets have",
     "accuracy": "avg@k of a set, k being its own number of completions",
 }
 

@@ -64,8 +64,9 @@ def two_lines(metric: Mapping[str, float | int] | None) -> str:
 
 def report(found: Mapping[str, Any], about: Mapping[str, Any], path: Path) -> Iterator[str]:
     """The parts of report.html. Text from a model or a file is escaped."""
-    yield HEAD
-    yield f"<h1>{text(about['evaluated'])}</h1>\n<table>\n"
+    yield HEAD.format(title=text(about["evaluated"]))
+    yield f"<h1>Evaluation</h1>\n<p class=about>{text(about['evaluated'])}</p>\n"
+    yield "<div class=wide><table>\n"
     several = len(found["sets"]) > 1
     every = (found["average"], *(of_set["metrics"] for of_set in found["sets"].values()))
     names = list(dict.fromkeys(name for metrics in every for name in metrics))
@@ -76,10 +77,10 @@ def report(found: Mapping[str, Any], about: Mapping[str, Any], path: Path) -> It
     if several:
         average = (two_lines(found["average"].get(m)) for m in names)
         yield row("td", ["average", "", "", "", *average])
-    yield "</table>\n"
+    yield "</table></div>\n"
     for warning in warnings(found):
         yield f"<p>{text(warning)}</p>\n"
-    yield "<ul>\n"
+    yield "<ul class=about>\n"
     for name, rule in found["rules"].items():
         if several or name != "average":
             yield f"<li>{text(name)}: {text(rule)}</li>\n"
@@ -105,8 +106,8 @@ def problem(rollouts: Sequence[Mapping[str, Any]]) -> str:
         f"<details><summary>{right}/{len(rollouts)} right"
         f"{f', {invalid} not graded' if invalid else ''}: "
         f"{text(' '.join(prompt.split())[:100])}</summary>\n"
-        f"<p>problem {rollouts[0]['uid']}</p><pre>{text(prompt)}</pre>"
-        f"<p>right answer</p><pre>{text(rollouts[0]['answer'])}</pre>\n"
+        f"<p class=about>problem {rollouts[0]['uid']}</p><pre>{text(prompt)}</pre>"
+        f"<p class=about>right answer</p><pre>{text(rollouts[0]['answer'])}</pre>\n"
         + "".join(map(completion, shown))
         + (f"<p>{left} more in completions.jsonl</p>\n" if left else "")
         + "</details>\n"
@@ -151,12 +152,27 @@ def text(value: object) -> str:
 
 
 HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>evaluation</title>
+<html lang="en"><head><meta charset="utf-8"><title>Evaluation of {title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>
-body { font: 15px sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
-pre { white-space: pre-wrap; background: #f4f4f4; padding: .5em; margin: .2em 0 1em }
-td, th { text-align: left; vertical-align: top; padding: .1em 1em .1em 0; white-space: pre-line }
-p { margin: .3em 0 } .right { color: #060 } .wrong { color: #900 }
+:root {{ color-scheme: light dark; --box: #f4f4f4; --line: #ddd; --about: #595959;
+  --right: #060; --wrong: #900 }}
+@media (prefers-color-scheme: dark) {{ :root {{ --box: #262626; --line: #444; --about: #aaa;
+  --right: #7c7; --wrong: #f99 }} }}
+body {{ font: 15px/1.5 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }}
+h1 {{ margin-bottom: 0 }} h2 {{ margin: 2em 0 .5em; overflow-wrap: anywhere }}
+.wide {{ overflow-x: auto }} table {{ border-collapse: collapse; margin: 1em 0 }}
+td, th {{ padding: .4em .8em; border-bottom: 1px solid var(--line); white-space: pre;
+  text-align: right; vertical-align: top; font-variant-numeric: tabular-nums }}
+td:first-child, th:first-child {{ text-align: left; padding-left: 0; white-space: normal;
+  overflow-wrap: anywhere; min-width: 9em }}
+details {{ border-bottom: 1px solid var(--line) }} details > :not(summary) {{ margin-left: 1rem }}
+summary {{ cursor: pointer; padding: .35em 0; overflow-wrap: anywhere }}
+summary:hover {{ background: var(--box) }}
+pre {{ font: 13px/1.45 monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  background: var(--box); padding: .5em .7em; border-radius: 4px; margin: .2em 0 1em }}
+p {{ margin: .3em 0 }} p, li {{ overflow-wrap: anywhere }} .about {{ color: var(--about) }}
+.right {{ color: var(--right) }} .wrong {{ color: var(--wrong) }}
 </style></head><body>
 """

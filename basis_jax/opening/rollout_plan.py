@@ -1,13 +1,17 @@
 """The rollout plan of a run, built from its config, and whether its estimator fits it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from basis_jax import estimators, plans
 from basis_jax.config import Config
 from basis_jax.plans import Plan, Setting
 
+CRITIC = "gae"
+"""The estimator that needs a critic."""
 
-def setting_of(config: Config, sizes: Sequence[int]) -> Setting:
+
+def setting_of(config: Config, sizes: Sequence[int], tokenizer: Any = None) -> Setting:
     """What the plan is made for, with training sets of these sizes."""
     options = config.estimator.options
     return Setting(
@@ -18,13 +22,16 @@ def setting_of(config: Config, sizes: Sequence[int]) -> Setting:
         set_weights=(1.0, *config.data.more_sets.values()),
         low=float(options.get("low", 0.0)),
         high=float(options.get("high", 1.0)),
+        decode=None if tokenizer is None else tokenizer.decode,
     )
 
 
-def open_plan(config: Config, sizes: Sequence[int], estimator: estimators.Estimator) -> Plan:
+def open_plan(
+    config: Config, sizes: Sequence[int], estimator: estimators.Estimator, tokenizer: Any = None
+) -> Plan:
     """The plan for training sets of these sizes. Raises ValueError for options that it refuses, and
     as ``check_plan``."""
-    setting = setting_of(config, sizes)
+    setting = setting_of(config, sizes, tokenizer)
     made = plans.make(config.sampling.plan, setting, config.sampling.plan_options)
     check_plan(config, made, estimator)
     return made
@@ -43,6 +50,17 @@ def check_plan(config: Config, plan: Plan, estimator: estimators.Estimator) -> N
         raise ValueError(
             f"sampling.plan {name} samples greedy completions and {by} does not use them; set "
             "estimator.name to remax, or sampling.plan to uniform"
+        )
+    needs_credit = "start_values" in declared.needs and by != CRITIC
+    if needs_credit and plan.credit is None:
+        raise ValueError(
+            f"{by} needs a plan that samples from the middle of completions and sampling.plan is "
+            f"{name}; set it to branch"
+        )
+    if plan.credit is not None and not needs_credit:
+        raise ValueError(
+            f"sampling.plan {name} credits every token and {by} does not use that; set "
+            "estimator.name to vineppo, or sampling.plan to uniform"
         )
     if plan.needs_values and estimator.predict is None:
         known = [n for n, d in estimators.ESTIMATORS.items() if d.predict is not None]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from basis_jax.sampling.rollouts import Graded
+from basis_jax.types import TokenCredit
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Setting:
     set_weights: tuple[float, ...] = (1.0,)
     low: float = 0.0  # the range of the rewards
     high: float = 1.0
+    decode: Callable[[Sequence[int]], str] | None = None  # tokens -> text, of the tokenizer
 
     @property
     def problems(self) -> int:
@@ -51,6 +53,9 @@ class Requests:
     rollout's random numbers; a step has each at most once. ``weights``: factors of the rollouts in
     the loss (None: 1). ``greedy``: completions at temperature 0 of problems of the step, one each.
     They are not trained on. Their rewards are the ``greedy_rewards`` of the problem's rollouts.
+    ``prefixes``: the tokens that each completion begins with. These completions are not trained on
+    either; a ``Plan`` with ``credit`` uses their rewards. Their ``samples`` are numbers from
+    group_size on, so that their random numbers are not those of the rollouts they branch off.
 
     Raises ValueError unless the arrays have one length and hold whole numbers.
     """
@@ -59,6 +64,12 @@ class Requests:
     samples: np.ndarray
     weights: np.ndarray | None = None
     greedy: bool = False
+    prefixes: Sequence[Sequence[int]] | None = None
+
+    @property
+    def aside(self) -> bool:
+        """Whether the rollouts are not trained on."""
+        return self.greedy or self.prefixes is not None
 
     def __post_init__(self) -> None:
         for name in ("problems", "samples"):
@@ -76,6 +87,11 @@ class Requests:
             raise ValueError(
                 f"Requests got arrays of {self.problems.size}, {self.samples.size} and "
                 f"{arrays[1].size} entries; give one a rollout in each"
+            )
+        if self.prefixes is not None and len(self.prefixes) != self.problems.size:
+            raise ValueError(
+                f"Requests got {self.problems.size} problems and {len(self.prefixes)} prefixes; "
+                "give one a rollout"
             )
 
 
@@ -102,6 +118,9 @@ class Plan:
     needs_values: bool = False  # of the estimator, in Belief
     needs_state: bool = False
     greedy: bool = False  # whether it asks for greedy completions
+    credit: Callable[[Sequence[Requests], Sequence[Graded]], TokenCredit] | None = None
+    """credit(rounds, graded) -> what is learnt from every token of the rollouts that are trained
+    on, in the order in which they were asked for. For estimators that need ``start_values``."""
     alike: bool = False
     """Whether problems count alike in the loss, however many rollouts each has: a rollout of a
     problem with k of them gets the weight 1 / k, up to a factor that makes the mean weight 1."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from basis_jax import references
+from basis_jax.plans.branch import branch
 from basis_jax.plans.greedy_beside import greedy_beside
 from basis_jax.plans.in_order import sticky, uniform
 from basis_jax.plans.plan import Maker, Plan, Setting
@@ -14,6 +15,7 @@ from basis_jax.plans.weighted import weighted
 from basis_jax.references import near
 
 PLANS: dict[str, Maker] = {
+    "branch": branch,
     "greedy_beside": greedy_beside,
     "sequential": sequential,
     "sticky": sticky,

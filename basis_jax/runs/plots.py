@@ -26,16 +26,28 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("Reward of the rollouts", "mean reward", "reward/mean"),
     Panel(
-        "Held-out accuracy", "accuracy", "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"
+        "Held-out accuracy",
+        "accuracy, 95 % interval",
+        "eval/accuracy",
+        "eval/accuracy_low",
+        "eval/accuracy_high",
     ),
-    Panel("Value error", "squared reward error", "estimate/value_error"),
+    Panel("Value error", "mean squared error", "estimate/value_error"),
     Panel("Completion length", "tokens", "completion/length_mean"),
     Panel("Policy entropy", "nats per token", "policy/entropy"),
-    Panel("Log-prob gap, sampler to trainer", "nats", "sampler/logprob_gap_max", scale="log"),
+    Panel(
+        "Log-prob gap, sampler to trainer",
+        "largest of a step, nats",
+        "sampler/logprob_gap_max",
+        scale="log",
+    ),
 )
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Colours of Okabe and Ito, which colour-blind readers can distinguish."""
+
+DASHES = ("-", "--", ":", "-.")
+"""One for every seven runs, so that 28 runs can be distinguished."""
 
 
 def draw(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
@@ -58,7 +70,7 @@ def draw(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
         axes = figure.add_subplot(lines, columns, index + 1)
         _draw_panel(axes, panel, runs)
         axes.set_xlim(-0.02 * last - 0.1, 1.02 * last + 0.1)  # the same in all panels
-    _legend(figure, list(runs), columns=columns)
+    _legend(figure, list(runs))
     figure.align_ylabels()
     return _save(figure, Path(out))
 
@@ -98,18 +110,26 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Sequence[Mapping[st
         steps, values = _series(rows, panel)
         if not steps.size:
             continue
-        color = COLORS[index % len(COLORS)]
+        style = _style(index)
+        color = style["color"]
         if panel.low:
-            axes.plot(steps, values, color=color, marker="o", markersize=4, linewidth=1.8)
+            axes.plot(steps, values, marker="o", markersize=4, linewidth=1.8, **style)
             low, high = (
                 np.array([row.get(key, np.nan) for row in rows if row.get(panel.key) is not None])
                 for key in (panel.low, panel.high)
             )
-            axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+            opacity = 0.18 if len(runs) <= 3 else 0.06  # many bands would hide each other
+            axes.fill_between(steps, low, high, color=color, alpha=opacity, linewidth=0)
         else:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-            axes.plot(steps, _smooth(values), color=color, linewidth=1.8)
+            axes.plot(steps, _smooth(values), linewidth=1.8, **style)
     _style_axes(axes, panel)
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Colour and dashes of a run's line."""
+    cycle, color = divmod(index, len(COLORS))
+    return {"color": COLORS[color], "linestyle": DASHES[cycle % len(DASHES)]}
 
 
 def _style_axes(axes: Axes, panel: Panel) -> None:
@@ -125,11 +145,13 @@ def _style_axes(axes: Axes, panel: Panel) -> None:
     axes.tick_params(labelsize=9)
 
 
-def _legend(figure: Figure, names: Sequence[str], *, columns: int) -> None:
+def _legend(figure: Figure, names: Sequence[str]) -> None:
+    """The names of the runs above the panels, as many beside each other as fit."""
     handles = [
-        Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2.5, label=name)
-        for i, name in enumerate(names)
+        Line2D([], [], linewidth=2.5, label=name, **_style(i)) for i, name in enumerate(names)
     ]
+    inches = 0.8 + 0.1 * max(map(len, names))  # of an entry, roughly
+    columns = max(1, int(figure.get_figwidth() / inches))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False)
 
 

@@ -59,6 +59,7 @@ def prefill(
     prompts begin with; they are then not computed again.
     """
     tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
+    begun = jnp.zeros_like(lengths) if prompts.begun is None else jnp.asarray(prompts.begun)
     rows, width = tokens.shape
     shared = 0 if prefix is None else prefix.keys.shape[2]
     params, reader = prompt_params(params, weights, model_config)
@@ -70,14 +71,13 @@ def prefill(
     last = jnp.take_along_axis(hidden, at, axis=1)[:, 0]
     inside = jnp.arange(length, dtype=jnp.int32)[None] < lengths[:, None]
     tokens = jnp.pad(tokens, ((0, 0), (0, length - width)))
-    zeros = jnp.zeros(rows, jnp.int32)
     logits = output_logits(weights, model_config, last.T)
-    first = draw(logits, token_keys(keys, zeros), sampling)
+    first = draw(logits, token_keys(keys, begun), sampling)
     return Slots(
         tokens=jnp.where(inside, tokens, 0),
         logprobs=jnp.zeros((rows, length), jnp.float32),
-        prompt_lengths=lengths,
-        lengths=zeros,
+        prompt_lengths=lengths - begun,
+        lengths=begun,
         alive=jnp.ones(rows, bool),
         terminated=jnp.zeros(rows, bool),
         next_token=first.tokens,
@@ -146,8 +146,8 @@ def sample(
     """One completion per prompt: prefill, then decode until every row has ended.
 
     A row ends with its first token of ``eos_ids`` (kept, and counted in its length) or after
-    ``max_new_tokens``. The longest row determines the cost: rows that have ended are computed too,
-    but stay unchanged.
+    ``max_new_tokens``, those that had begun included. The longest row determines the cost: rows
+    that have ended are computed too, but stay unchanged.
     """
     weights = decode_weights(params, model_config)
     return sample_with(
@@ -172,7 +172,7 @@ def sample_with(
     sampling: SamplingSection,
     eos_ids: tuple[int, ...],
 ) -> Rollouts:
-    length = prompts.tokens.shape[1] + sampling.max_new_tokens
+    length = prompts.row_length(sampling.max_new_tokens)
     slots = prefill(params, weights, model_config, prompts, keys, sampling=sampling, length=length)
     slots = decode_rows(
         weights, model_config, slots, sampling=sampling, eos_ids=eos_ids, stop_at_alive=0

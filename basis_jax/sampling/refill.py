@@ -229,7 +229,7 @@ def sample_rows(
     rows = len(prompts.lengths)
     size = min(rows_at_once, round_up(rows, MIN_SLOTS) if any_number else rows)
     size = -(-size // shards) * shards
-    rollouts = empty_rollouts(prompts, prompts.tokens.shape[1] + sampling.max_new_tokens)
+    rollouts = empty_rollouts(prompts, prompts.row_length(sampling.max_new_tokens))
     common = {"sampling": sampling, "eos_ids": eos_ids, "keys": keys, "mesh": mesh, "size": size}
     method = refill if sampling.max_new_tokens >= MIN_REFILL_TOKENS else by_batches
     with jax.set_mesh(mesh):
@@ -310,7 +310,7 @@ def refill(
         free = round_robin(np.flatnonzero(owner < 0), size // shards)[: rows - waiting]
         new = np.arange(waiting, waiting + free.size)
         owner[free], waiting = new, waiting + free.size
-        reached = (prompts.lengths + rollouts.completion_lengths)[owner[owner >= 0]]
+        reached = (rollouts.prompt_lengths + rollouts.completion_lengths)[owner[owner >= 0]]
         cache_length = min(length, round_up(int(reached.max()) + MIN_HEADROOM, MIN_CACHE))
         if cache_length > slots.cache.length or 2 * cache_length <= slots.cache.length:
             slots = resize_cache(slots, cache_length=cache_length)
@@ -359,10 +359,11 @@ def halve_slots(slots: Slots, owner: np.ndarray, shards: int) -> tuple[Slots, np
 def empty_rollouts(prompts: Prompts, length: int) -> Rollouts:
     """Empty host arrays for the rollouts."""
     rows = len(prompts.lengths)
+    begun = np.zeros(rows, np.int32) if prompts.begun is None else prompts.begun
     return Rollouts(
         tokens=np.zeros((rows, length), np.int32),
-        prompt_lengths=prompts.lengths.copy(),
-        completion_lengths=np.zeros(rows, np.int32),
+        prompt_lengths=prompts.lengths - begun,
+        completion_lengths=begun.copy(),
         sampler_logprobs=np.zeros((rows, length), np.float32),
         score_norms=np.zeros(rows, np.float32),
         terminated=np.zeros(rows, bool),

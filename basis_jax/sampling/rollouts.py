@@ -21,7 +21,7 @@ from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import regrouped
 from basis_jax.sampling.draw import row_keys
 from basis_jax.sampling.refill import MIN_SLOTS, round_up, sample_rows
-from basis_jax.types import Prompts, Rollouts
+from basis_jax.types import Prompts, Rollouts, TokenCredit
 
 ROWS_PER_SLOT = 8
 """Reference tables and evaluations sample this many times ``rows_at_once`` rows per call, so that
@@ -71,6 +71,7 @@ class Graded:
     """[N]: the plan's factors of the rollouts in the loss; None: all 1."""
     signals: Mapping[str, np.ndarray] = field(default_factory=dict)
     """[N], by field of ``Signals``: what the plan found out for the estimator."""
+    credit: TokenCredit | None = None  # of the plan, if it credits every token
     more_tokens: int = 0  # of completions that are not trained on
     plan_metrics: dict[str, float] = field(default_factory=dict)
 
@@ -180,12 +181,16 @@ def roll_out(
     stream: str,
     step: int,
     any_number: bool = False,
+    prefixes: Sequence[Sequence[int]] | None = None,
 ) -> Graded:
     """Complete and grade the problems in rows ``ids`` [N]. ``samples`` [N] number the rollouts of a
     problem. The draws are a function of (seed, stream, step, problem, sample). ``any_number``: N
-    changes from call to call, and few programs shall be compiled for it."""
+    changes from call to call, and few programs shall be compiled for it. ``prefixes``: the tokens
+    with which the completions begin. The sampler records nothing about them."""
     started = time.perf_counter()
     prompts = Prompts(tokens=problems.tokens[ids], lengths=problems.lengths[ids], problem_ids=ids)
+    if prefixes is not None:
+        prompts = continued(prompts, prefixes, sampling.max_new_tokens)
     keyed = round_up(len(ids), MIN_SLOTS) if any_number else len(ids)
     keys = row_keys(
         setup.seed,
@@ -223,6 +228,21 @@ def roll_out(
         verify_seconds=time.perf_counter() - sampled,
         parts=parts_of(verdicts, setup.verifier.part_names),
     )
+
+
+def continued(prompts: Prompts, prefixes: Sequence[Sequence[int]], new_tokens: int) -> Prompts:
+    """The prompts, each followed by the beginning of its completion. Raises ValueError if that
+    leaves no token to sample."""
+    begun = np.array([len(prefix) for prefix in prefixes], np.int32)
+    if begun.max() >= new_tokens:
+        raise ValueError(
+            f"a completion is to begin with {begun.max()} tokens and sampling.max_new_tokens is "
+            f"{new_tokens}; give fewer"
+        )
+    tokens = np.pad(np.asarray(prompts.tokens), ((0, 0), (0, new_tokens)))
+    for row, start, prefix in zip(tokens, np.asarray(prompts.lengths), prefixes, strict=True):
+        row[start : start + len(prefix)] = prefix
+    return replace(prompts, tokens=tokens, lengths=prompts.lengths + begun, begun=begun)
 
 
 def parts_of(verdicts: Sequence[Any], names: Sequence[str]) -> dict[str, np.ndarray]:

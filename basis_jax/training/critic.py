@@ -27,13 +27,11 @@ from basis_jax.model import decoder, lora
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards, constrain, put_rows
 from basis_jax.opening.checks import rollouts_per_pass
+from basis_jax.opening.rollout_plan import CRITIC
 from basis_jax.pytree import pytree
 from basis_jax.sampling.rollouts import Graded
-from basis_jax.training.microbatches import Targets, counted_tokens, cut_rows
-from basis_jax.types import Batch, TrainState
-
-CRITIC = "gae"
-"""The estimator that needs a critic."""
+from basis_jax.training.microbatches import counted_tokens, cut_rows
+from basis_jax.types import Batch, TokenCredit, TrainState
 
 
 @pytree
@@ -45,26 +43,27 @@ class CriticState:
 
 
 class Critic(NamedTuple):
-    """``targets(state, graded)`` of a step, before its updates, and ``update(state, microbatches)``
+    """``credit(state, graded)`` of a step, before its updates, and ``update(state, microbatches)``
     -> state, metrics. ``alone(step)``: whether the policy still waits for the critic."""
 
-    targets: Callable[[TrainState, Graded], Targets | None]
+    credit: Callable[[TrainState, Graded], TokenCredit | None]
     update: Callable[[TrainState, list[Batch]], tuple[TrainState, dict[str, Array]]]
     alone: Callable[[int], bool]
 
 
 def make_critic(config: Config, model_config: ModelConfig, mesh: Mesh) -> Critic:
-    """The critic of a run, or one that does nothing if ``estimator.name`` is not ``gae``."""
+    """The critic of a run, or one that passes the plan's credit on if ``estimator.name`` is not
+    ``gae``."""
     if config.estimator.name != CRITIC:
         return Critic(
-            lambda state, graded: None, lambda state, micros: (state, {}), lambda n: False
+            lambda state, graded: graded.credit, lambda state, micros: (state, {}), lambda n: False
         )
     section = config.critic
     values = jax.jit(functools.partial(token_values, model_config))
     credit = jax.jit(functools.partial(credited, section))
     rows = rollouts_per_pass(config.train, batch_shards(mesh))
 
-    def targets(state: TrainState, graded: Graded) -> Targets:
+    def of_step(state: TrainState, graded: Graded) -> TokenCredit:
         r = graded.rollouts
         lengths, width = r.prompt_lengths + r.completion_lengths, r.tokens.shape[1]
         mask = np.asarray(counted_tokens(graded))
@@ -77,7 +76,7 @@ def make_critic(config: Config, model_config: ModelConfig, mesh: Mesh) -> Critic
         return processes.on_host(credit(jnp.asarray(graded.rewards), found, mask))
 
     return Critic(
-        targets, make_critic_update(model_config, section), lambda n: n < section.warmup_steps
+        of_step, make_critic_update(model_config, section), lambda n: n < section.warmup_steps
     )
 
 
@@ -102,7 +101,7 @@ def credited(
     rewards: Float[Array, " N"],
     values: Float[Array, "N T"],
     mask: Bool[Array, "N T"],
-) -> Targets:
+) -> TokenCredit:
     """The advantages of ``estimators.gae``, whitened over the tokens of the whole step where asked,
     and the returns, which are not."""
     token_rewards = terminal_rewards(jnp.where(jnp.any(mask, axis=1), rewards, 0.0), mask)
@@ -117,7 +116,7 @@ def credited(
         advantages = whiten(advantages, mask, convention="verl")
     first = jnp.argmax(mask, axis=1)
     start = jnp.take_along_axis(values, first[:, None], axis=1)[:, 0]
-    return Targets(advantages=advantages, returns=returns, values=values, start_values=start)
+    return TokenCredit(advantages=advantages, returns=returns, values=values, start_values=start)
 
 
 def make_optimizer(section: CriticSection) -> optax.GradientTransformation:

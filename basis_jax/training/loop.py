@@ -27,7 +27,7 @@ from basis_jax.runs.terminal import announcement
 from basis_jax.sampling.rollouts import Graded
 from basis_jax.training import fork
 from basis_jax.training.critic import make_critic
-from basis_jax.training.microbatches import Targets, make_batches
+from basis_jax.training.microbatches import make_batches
 from basis_jax.training.objective import make_score
 from basis_jax.training.planned import make_sample_and_verify
 from basis_jax.training.session import Session, open_session
@@ -53,7 +53,7 @@ from basis_jax.training.update import (
     reward_metrics,
 )
 from basis_jax.training.watch import Watch, has_signal
-from basis_jax.types import Batch, Estimate, TrainState
+from basis_jax.types import Batch, Estimate, TokenCredit, TrainState
 
 Callback = Callable[[int, TrainState, Mapping[str, float]], None]
 """Called after every step with (steps done, state, metrics)."""
@@ -282,13 +282,13 @@ def make_step(
         with droppable():
             graded = sample_and_verify(policy(state), state.estimator_state, number)
         started = time.perf_counter()
-        targets = critic.targets(state, graded)
-        estimator_state, estimate = estimate_values(state.estimator_state, graded, targets)
+        credit = critic.credit(state, graded)
+        estimator_state, estimate = estimate_values(state.estimator_state, graded, credit)
         estimate = processes.on_host(estimate)
         outcomes = []
         if has_signal(graded):
             measured = measuring(session, number)
-            for microbatches in make_microbatches(graded, estimate, targets, state=state):
+            for microbatches in make_microbatches(graded, estimate, credit, state=state):
                 state, of_critic = critic.update(state, microbatches)
                 if critic.alone(number):
                     outcomes.append(of_critic)
@@ -336,14 +336,14 @@ def epochs(session: Session, steps: int) -> float:
 
 
 def microbatch_maker(session: Session) -> Callable[..., list[list[Batch]]]:
-    """Make a function (graded, estimate, a critic's targets or None, state) -> the microbatches of
+    """Make a function (graded, estimate, credit, state) -> the microbatches of
     every update of a step."""
     config = session.config
     score = make_score(session.setup.model_config, **objective_of(session))
     start = start_params(session) if config.loss.needs_reference else None
 
     def make(
-        graded: Graded, estimate: Estimate, targets: Targets | None, *, state: TrainState
+        graded: Graded, estimate: Estimate, credit: TokenCredit | None, *, state: TrainState
     ) -> list[list[Batch]]:
         return make_batches(
             graded,
@@ -352,7 +352,7 @@ def microbatch_maker(session: Session) -> Callable[..., list[list[Batch]]]:
             score=score,
             params=policy(state),
             reference=None if start is None else lora.whole(state.frozen, start),
-            targets=targets,
+            credit=credit,
             mesh=session.setup.mesh,
         )
 

@@ -8,27 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from basis_jax.config import Config
 from basis_jax.losses import loss_weights
 from basis_jax.masked import completion_mask
 from basis_jax.model.sharding import batch_shards, put_rows
 from basis_jax.opening.checks import rollouts_per_pass
-from basis_jax.pytree import pytree
 from basis_jax.sampling.refill import round_up
 from basis_jax.sampling.rollouts import Graded
-from basis_jax.types import AnyArray, Batch, Estimate
-
-
-@pytree
-class Targets:
-    """By token [N T]: what a critic makes of a step."""
-
-    advantages: Float[AnyArray, "N T"]
-    returns: Float[AnyArray, "N T"]
-    values: Float[AnyArray, "N T"]
-    start_values: Float[AnyArray, " N"]  # before the first token of the completions
+from basis_jax.types import Batch, Estimate, TokenCredit
 
 
 def updates_per_step(config: Config) -> int:
@@ -45,7 +34,7 @@ def make_batches(
     score: Callable[[PyTree, Array, Array], Array],
     params: PyTree,
     reference: PyTree | None = None,
-    targets: Targets | None = None,
+    credit: TokenCredit | None = None,
     mesh: Mesh,
 ) -> list[list[Batch]]:
     """The microbatches of every optimizer update, rows split over the mesh.
@@ -55,14 +44,13 @@ def make_batches(
     enter the denominators. With one update per step the policy is still the one that sampled, so
     ``old_logprobs`` need no pass of their own. With several updates all rollouts are scored before
     the first one. ``reference``: the parameters of the reference policy, where
-    ``loss.needs_reference``. ``targets``: of a critic; their advantages stand in place of the
-    estimate's.
+    ``loss.needs_reference``. ``credit``: its advantages stand in place of the estimate's.
     """
     rollouts, rows = graded.rollouts, config.train.minibatch_rollouts
     max_width = rollouts.tokens.shape[1]
     lengths = np.where(graded.valid, rollouts.prompt_lengths + rollouts.completion_lengths, 0)
     mask = counted_tokens(graded)
-    off_policy, credit = updates_per_step(config) > 1, credit_of(estimate, targets)
+    off_policy, learnt = updates_per_step(config) > 1, what_is_learnt(estimate, credit)
     updates = []
     for start in range(0, len(graded.valid), rows):
         weights = loss_weights(
@@ -79,7 +67,7 @@ def make_batches(
             old_logprobs=None,
             sampler_logprobs=rollouts.sampler_logprobs[start : start + rows],
             rows=np.arange(len(weights), dtype=np.int32),
-            **{name: x[start : start + rows] for name, x in credit.items()},
+            **{name: x[start : start + rows] for name, x in learnt.items()},
         )
         micros = []
         for index, width in cut_rows(
@@ -105,15 +93,12 @@ def counted_tokens(graded: Graded) -> Bool[Array, "N T"]:
     return mask & jnp.asarray(graded.valid)[:, None]
 
 
-def credit_of(estimate: Estimate, targets: Targets | None) -> dict[str, Any]:
+def what_is_learnt(estimate: Estimate, credit: TokenCredit | None) -> dict[str, Any]:
     """The fields of a ``Batch`` that say what is learnt from every row or token."""
-    if targets is None:
+    if credit is None:
         return {"advantages": np.asarray(estimate.advantages)}
-    return {
-        "advantages": targets.advantages,
-        "returns": targets.returns,
-        "old_values": targets.values,
-    }
+    of_critic = {"returns": credit.returns, "old_values": credit.values}
+    return {"advantages": credit.advantages} | {k: x for k, x in of_critic.items() if x is not None}
 
 
 def take_rows(batch: Batch, index: np.ndarray, width: int) -> Batch:

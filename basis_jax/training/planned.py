@@ -18,8 +18,10 @@ from jaxtyping import PyTree
 from basis_jax import processes, references
 from basis_jax.opening.rollout_plan import setting_of
 from basis_jax.plans import Belief, Plan, Requests, Setting
+from basis_jax.plans.checks import check_credit, check_requests
 from basis_jax.sampling.rollouts import Graded, roll_out
 from basis_jax.training.session import Session
+from basis_jax.types import TokenCredit
 
 ABSENT = "absent"  # the kind of a row that the plan did not ask for
 
@@ -27,7 +29,7 @@ ABSENT = "absent"  # the kind of a row that the plan did not ask for
 def make_sample_and_verify(session: Session) -> Callable[[PyTree, PyTree, int], Graded]:
     """Make the function (parameters, estimator state, step) -> the graded rollouts of the step."""
     plan, predict = session.plan, session.estimator.predict
-    setting = setting_of(session.config, session.train_set.sizes)
+    setting = setting_of(session.config, session.train_set.sizes, session.setup.tokenizer)
     values_of = jax.jit(predict) if plan.needs_values and predict is not None else None
 
     def sample_and_verify(params: PyTree, estimator_state: PyTree, number: int) -> Graded:
@@ -46,7 +48,7 @@ def make_sample_and_verify(session: Session) -> Callable[[PyTree, PyTree, int], 
             graded.append(sample_round(params, session, number, asked))
             rounds.append(asked)
             asked = ask()
-        return as_rows(rounds, graded, plan, setting)
+        return as_rows(rounds, graded, plan, setting, number)
 
     return sample_and_verify
 
@@ -98,57 +100,6 @@ def naming(name: str, number: int) -> Iterator[None]:
         ) from error
 
 
-def check_requests(asked: Any, rounds: Sequence[Requests], plan: Plan, setting: Setting) -> None:
-    """Raise ValueError unless the plan asks for rollouts that a step has room for."""
-    if not isinstance(asked, Requests):
-        raise ValueError(f"it returned a {type(asked).__name__}; return plans.Requests")
-    if not asked.problems.size:
-        raise ValueError("it asks for no rollout; ask for at least one, or return None from more")
-    for name, given, limit in (
-        ("problem", asked.problems, setting.problems),
-        ("sample", asked.samples, setting.group_size),
-    ):
-        outside = given[(given < 0) | (given >= limit)]
-        if outside.size:
-            raise ValueError(f"it asks for {name} {outside[0]}; give 0 to {limit - 1}")
-    weights = asked.weights
-    if weights is not None and not np.all(np.isfinite(weights) & (weights >= 0)):
-        raise ValueError("it gives a weight that is negative or not finite; give 0 or more")
-    sampled = [(p, s) for r in rounds if not r.greedy for p, s in pairs(r)]
-    if asked.greedy:
-        check_greedy(asked, rounds, plan)
-        return
-    sampled += pairs(asked)
-    if len({*sampled}) < len(sampled):
-        raise ValueError("it asks for the same sample of a problem twice; number them 0, 1, ...")
-    count = len({problem for problem, _ in sampled})
-    if count > setting.prompts:
-        raise ValueError(
-            f"it asks for {count} problems; a step has room for train.prompts_per_step = "
-            f"{setting.prompts}"
-        )
-
-
-def pairs(asked: Requests) -> list[tuple[int, int]]:
-    """(problem, sample) of every rollout."""
-    return [*zip(asked.problems.tolist(), asked.samples.tolist(), strict=True)]
-
-
-def check_greedy(asked: Requests, rounds: Sequence[Requests], plan: Plan) -> None:
-    """Raise ValueError for greedy completions that no rollout uses."""
-    if not plan.greedy:
-        raise ValueError("it asks for greedy completions; declare them with Plan(greedy=True)")
-    before = {p for r in rounds if r.greedy for p in r.problems.tolist()}
-    problems = asked.problems.tolist()
-    if len({*problems} | before) < len(problems) + len(before):
-        raise ValueError("it asks for two greedy completions of a problem; they would be the same")
-    sampled = {p for r in rounds if not r.greedy for p in r.problems.tolist()}
-    if not {*problems} <= sampled:
-        raise ValueError(
-            "it asks for a greedy completion of a problem without rollouts; ask for those first"
-        )
-
-
 def sample_round(params: PyTree, session: Session, number: int, asked: Requests) -> Graded:
     """Sample and grade the rollouts of one round."""
     config = session.config
@@ -162,16 +113,23 @@ def sample_round(params: PyTree, session: Session, number: int, asked: Requests)
         sampling=dataclasses.replace(sampling, temperature=0.0) if asked.greedy else sampling,
         stream="train",
         step=number,
-        any_number=asked.problems.size != config.train.prompts_per_step * sampling.group_size,
+        any_number=asked.aside
+        or asked.problems.size != config.train.prompts_per_step * sampling.group_size,
+        prefixes=asked.prefixes,
     )
 
 
 def as_rows(
-    rounds: Sequence[Requests], graded: Sequence[Graded], plan: Plan, setting: Setting
+    rounds: Sequence[Requests],
+    graded: Sequence[Graded],
+    plan: Plan,
+    setting: Setting,
+    step: int = 0,
 ) -> Graded:
     """All rollouts of the step in their rows, absent rows between them, with the plan's weights and
-    metrics. The greedy completions are only there as ``greedy_rewards``."""
-    trained = [k for k, asked in enumerate(rounds) if not asked.greedy]
+    metrics. Completions that are not trained on are only there as ``greedy_rewards`` and in the
+    plan's ``credit``."""
+    trained = [k for k, asked in enumerate(rounds) if not asked.aside]
     problems = np.concatenate([rounds[k].problems for k in trained])
     samples = np.concatenate([rounds[k].samples for k in trained])
     number = {problem: g for g, problem in enumerate(dict.fromkeys(problems.tolist()))}
@@ -181,14 +139,15 @@ def as_rows(
     if len(trained) > 1 or not np.array_equal(rows, np.arange(total)):
         ids = np.repeat(np.resize([*number], setting.prompts), setting.group_size)
         whole = scattered([graded[k] for k in trained], rows, ids.astype(np.int32))
-    added = [(asked, found) for asked, found in zip(rounds, graded, strict=True) if asked.greedy]
+    added = [(asked, found) for asked, found in zip(rounds, graded, strict=True) if asked.aside]
     weights = weights_of([rounds[k] for k in trained], rows, total, alike=plan.alike)
     signals = {"greedy_rewards": greedy_rewards(whole, added)} if plan.greedy else {}
     return dataclasses.replace(
         whole,
         weights=weights,
         signals=signals,
-        more_tokens=sum(found.tokens for _, found in added),
+        credit=credit_by_row(rounds, graded, rows, total, plan, step),
+        more_tokens=sum(found.tokens - begun_tokens(asked) for asked, found in added),
         sample_seconds=sum(found.sample_seconds for found in graded),
         verify_seconds=sum(found.verify_seconds for found in graded),
         plan_metrics=plan_metrics(rounds, whole, weights, added) if plan.name != "uniform" else {},
@@ -226,6 +185,34 @@ def scattered(graded: Sequence[Graded], rows: np.ndarray, ids: np.ndarray) -> Gr
     )
 
 
+def begun_tokens(asked: Requests) -> int:
+    """The tokens that the completions began with, which were not sampled."""
+    return sum(map(len, asked.prefixes or ()))
+
+
+def credit_by_row(
+    rounds: Sequence[Requests],
+    graded: Sequence[Graded],
+    rows: np.ndarray,
+    total: int,
+    plan: Plan,
+    step: int,
+) -> TokenCredit | None:
+    """The plan's credit in the step's rows, 0 where absent; None if it gives none."""
+    if plan.credit is None:
+        return None
+    with naming(plan.name, step):
+        credit = plan.credit(rounds, graded)
+        check_credit(credit, rows.size, graded[0].rollouts.tokens.shape[1])
+
+    def put(found: Any) -> np.ndarray:
+        array = np.zeros((total, *found.shape[1:]), np.float32)
+        array[rows] = found
+        return array
+
+    return jax.tree.map(put, credit)
+
+
 def weights_of(
     rounds: Sequence[Requests], rows: np.ndarray, total: int, *, alike: bool
 ) -> np.ndarray | None:
@@ -250,6 +237,7 @@ def greedy_rewards(whole: Graded, added: Sequence[tuple[Requests, Graded]]) -> n
     found = {
         problem: reward if valid else np.nan
         for asked, graded in added
+        if asked.greedy
         for problem, reward, valid in zip(
             asked.problems.tolist(), graded.rewards, graded.valid, strict=True
         )
@@ -270,11 +258,15 @@ def plan_metrics(
         "plan/rounds": float(len(rounds)),
         "plan/absent": float(1 - whole.present.mean()),
     }
-    if added:
-        valid = np.concatenate([graded.valid for _, graded in added])
-        rewards = np.concatenate([graded.rewards for _, graded in added])[valid]
-        metrics["plan/greedy_reward"] = float(rewards.mean()) if rewards.size else 0.0
-        metrics["plan/greedy_invalid"] = float(1 - valid.mean())
+    for name, of_kind in (
+        ("greedy", [graded for asked, graded in added if asked.greedy]),
+        ("branch", [graded for asked, graded in added if not asked.greedy]),
+    ):
+        if of_kind:
+            valid = np.concatenate([graded.valid for graded in of_kind])
+            rewards = np.concatenate([graded.rewards for graded in of_kind])[valid]
+            metrics[f"plan/{name}_reward"] = float(rewards.mean()) if rewards.size else 0.0
+            metrics[f"plan/{name}_invalid"] = float(1 - valid.mean())
     if weights is not None:
         used = weights[whole.present].astype(np.float64)
         metrics["plan/weight_max"] = float(used.max())

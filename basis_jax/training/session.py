@@ -68,7 +68,7 @@ def open_session(
         config = sized(
             config, model_config, mesh, train_set, held_out, training=training, report=report
         )
-        plan = open_plan(config, train_set.sizes, estimator)
+        plan = open_plan(config, train_set.sizes, estimator, tokenizer)
         with open_setup(
             config, folder, model_config, mesh, tokenizer, verifiers=verifiers, report=report
         ) as setup:

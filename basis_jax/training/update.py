@@ -22,10 +22,9 @@ from basis_jax.sampling.rollouts import Graded
 from basis_jax.training.first_pass import make_first_pass
 from basis_jax.training.gradient_sum import make_gradient_sum
 from basis_jax.training.measure import make_measure
-from basis_jax.training.microbatches import Targets
 from basis_jax.training.moments import kept_in_bfloat16
 from basis_jax.training.objective import policy_objective
-from basis_jax.types import Batch, Estimate, Measurement, Signals, TrainState
+from basis_jax.types import Batch, Estimate, Measurement, Signals, TokenCredit, TrainState
 from basis_jax.verify.verdicts import RIGHT_ABOVE, shares
 
 ADAMW = OptimSection()
@@ -141,7 +140,8 @@ def make_estimate(
     """The estimator's jitted step over the whole batch, before any split.
 
     The estimate's info includes ``noise_report``. The given state is donated: a step writes the
-    batch's problems in place and copies nothing else. ``targets``: of a critic.
+    batch's problems in place and copies nothing else. ``credit``: by token, which
+    has the values of the prompts.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -150,11 +150,11 @@ def make_estimate(
         return state, replace(found, info=found.info | noise_report(signals, found))
 
     def estimate(
-        state: PyTree, graded: Graded, targets: Targets | None = None
+        state: PyTree, graded: Graded, credit: TokenCredit | None = None
     ) -> tuple[PyTree, Estimate]:
         signals = make_signals(graded, aggregation=aggregation, score_norms=score_norms)
-        if targets is not None:
-            signals = replace(signals, start_values=jnp.asarray(targets.start_values))
+        if credit is not None:
+            signals = replace(signals, start_values=jnp.asarray(credit.start_values))
         return update(state, signals)
 
     return estimate
