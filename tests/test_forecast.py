@@ -21,7 +21,7 @@ from basis_jax.model import costs
 from basis_jax.model.chips import CHIPS, Chip
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import abstract_mesh
-from basis_jax.opening.forecast import problem_count, step_bounds
+from basis_jax.opening.forecast import described, problem_count, step_bounds
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ModelConfig(
@@ -43,6 +43,7 @@ SMALL = ModelConfig(
 # FLOPs of one row with 3 tokens in the prompt and 2 in the completion
 TOKENS = 2 * (2 * 200 + 16 * 4)  # both with the context of 3 + 2 // 2 positions
 PROMPT = 2 * 160 * 3 + 2 * 40 + 16 * (1 + 2 + 3)
+BEGUN = 2 * 160 * 5 + 2 * 40 + 16 * (1 + 2 + 3 + 4 + 5)  # of branches: as wide as whole rows
 SCORE = 2 * 160 * 5 + 2 * 40 * 2 + 16 * (1 + 2 + 3 + 4 + 5)
 VALUE = 2 * 160 * 5 + 16 * 15
 TRAIN = 3 * (2 * 200 * 5 + 16 * 15)
@@ -82,6 +83,10 @@ CASES = {
     "sequential": (
         config_for(prompts=2, group=8, minibatch=16, plan="sequential", name="v05_filter"),
         16 * PLAIN,
+    ),
+    "branch": (  # 9 from each prompt, and from the second token of each rollout
+        config_for(prompts=4, group=2, plan="branch", name="vineppo"),
+        8 * PLAIN + 4 * 9 * (TOKENS + BEGUN) + 8 * 9 * (TOKENS / 2 + BEGUN),
     ),
     "two_updates": (config_for(minibatch=4), 8 * (PLAIN + SCORE)),
     "reference": (config_for(loss={"kl_coef": 0.1}), 8 * (PLAIN + SCORE)),
@@ -180,9 +185,7 @@ def test_problems_are_those_of_all_sets(tmp_path):
 
 
 def counted(config):
-    lines = []
-    dry_run.report_counts(config, lines.append)
-    return "\n".join(lines)
+    return "\n".join(described(config))
 
 
 def test_the_dry_run_says_what_it_counts():
@@ -204,9 +207,13 @@ def test_the_most_that_a_plan_may_ask_for_is_counted_and_said():
     sampling = dataclasses.replace(config.sampling, plan_options={"first": 2})
     config = dataclasses.replace(config, sampling=sampling)
     assert "it begins with 4\n" in counted(config)
+    branched = counted(CASES["branch"][0])
+    assert "108 completions from steps of the rollouts, with the tokens of 72 whole" in branched
+    assert "whole ones: 9 from each of 2 steps, the most" in branched
     own = dataclasses.replace(sampling, plan=f"{EXAMPLES}/own_plan.py:hard_again", plan_options={})
     said = counted(dataclasses.replace(config, sampling=own))
     assert "16 rollouts, the most that the plan may ask for\n" in said
+    assert "grading, completions for the credit of your own plan" in said
 
 
 def test_a_table_is_counted_in_steps_with_their_greedy_completions():

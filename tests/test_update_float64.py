@@ -30,10 +30,10 @@ from basis_jax.losses import AGGREGATIONS, OBJECTIVES, REGRESSIONS
 from basis_jax.model.sharding import make_mesh
 from basis_jax.sampling.rollouts import Graded
 from basis_jax.training.critic import CriticState, make_critic_update, make_optimizer
-from basis_jax.training.microbatches import Targets, make_batches
+from basis_jax.training.microbatches import make_batches
 from basis_jax.training.objective import make_score
 from basis_jax.training.update import make_state, make_update
-from basis_jax.types import Estimate, Rollouts
+from basis_jax.types import Estimate, Rollouts, TokenCredit
 
 TOLERANCE, OF_RESIDUALS = 1e-5, 4e-5
 ROWS, WIDTH, UPDATE, GROUP, MAX_NEW = 12, 128, 6, 2, 110
@@ -122,7 +122,7 @@ class Step:
     logp: dict  # in float64
     lse: np.ndarray  # of the new policy, which is updated
     states: np.ndarray  # its final hidden states
-    targets: Targets
+    credit: TokenCredit
 
     def graded(self):
         return Graded(
@@ -179,7 +179,9 @@ def step():
         logp={name: logp for name, (logp, _) in found.items()},
         lse=found["new"][1],
         states=in_float64(states64)(as64(policies["new"]), tokens),
-        targets=Targets(advantages=noise[1], returns=noise[2], values=noise[3], start_values=zeros),
+        credit=TokenCredit(
+            advantages=noise[1], returns=noise[2], values=noise[3], start_values=zeros
+        ),
     )
 
 
@@ -207,7 +209,7 @@ def token_slopes(loss, rows, step, old):
     """d loss / d logp of one update by a token objective, its KL term and the sampler's weights."""
     mask = step.mask[rows]
     logp = step.logp["new"][rows]
-    a, log_ratio = np.float64(step.targets.advantages[rows]), mask * (logp - old[rows])
+    a, log_ratio = np.float64(step.credit.advantages[rows]), mask * (logp - old[rows])
     if loss.objective == "gspo":
         lengths = np.maximum(mask.sum(axis=1, keepdims=True), 1)
         log_ratio = np.tile(log_ratio.sum(axis=1, keepdims=True) / lengths, WIDTH)
@@ -302,7 +304,7 @@ def batches_of(step, loss, *, update_rows):
             score=SCORE,
             params=step.policies["old"],
             reference=step.policies["ref"] if loss.needs_reference else None,
-            targets=None if loss.objective in OF_SEQUENCES else step.targets,
+            credit=None if loss.objective in OF_SEQUENCES else step.credit,
             mesh=mesh,
         )
     for micros in updates:
@@ -398,7 +400,7 @@ def test_a_critics_update_has_the_gradient_of_its_formula(step):
     directions = np.zeros((ROWS, WIDTH, 32))
     directions[:, 1:] = states / np.linalg.norm(states, axis=-1, keepdims=True)
     v = directions @ np.float64(head["weight"]) + np.float64(head["bias"])
-    old, returns = np.float64(step.targets.values), np.float64(step.targets.returns)
+    old, returns = np.float64(step.credit.values), np.float64(step.credit.returns)
     near = old + np.clip(v - old, -0.5, 0.5)
     open_branch = (v == near) | ((v - returns) ** 2 > (near - returns) ** 2)
     weights = token_weights(step.mask, "token_mean") * np.float64(step.weights[:, None])

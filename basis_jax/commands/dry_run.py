@@ -21,7 +21,7 @@ from basis_jax.model.chips import TPU_RESERVED, Chip, Topology, chip_of, read_to
 from basis_jax.model.decoder import ModelConfig, computed_in
 from basis_jax.model.sharding import abstract_mesh, batch_shards, make_mesh, regrouped
 from basis_jax.opening import checks, plan
-from basis_jax.opening.forecast import plan_note, problem_count, step_bounds, step_counts
+from basis_jax.opening.forecast import described, problem_count, step_bounds, step_counts
 from basis_jax.opening.plan import Request, as_options, gigabytes
 from basis_jax.opening.rollout_setup import as_configured
 from basis_jax.opening.sizes import with_sizes
@@ -55,7 +55,8 @@ def run(config: Config, topology: str, *, compiled: bool = False, report: Report
     report(f"mesh: {sizes} on {where}, {gigabytes(target.available)} a device{target.note}")
     report_memory(request, mesh, report)
     report_traffic(request, mesh, report)
-    report_counts(config, report)
+    for line in described(config):
+        report(line)
     if where.chip.flops:
         report_time(request, mesh, where.chip, report)
     report_table(request, mesh, where.chip, report)
@@ -167,20 +168,6 @@ def kinds_text(kinds: Mapping[str, float]) -> str:
 
 def size_text(size: int | float) -> str:
     return gigabytes(size) if size >= 1e9 else f"{size / 1e6:.3g} MB"
-
-
-def report_counts(config: Config, report: Report) -> None:
-    """Report what a step is taken to do, and what is left out."""
-    counts = step_counts(config)
-    report(f"counted in a step: {counts.rollouts} rollouts{plan_note(config)}")
-    if counts.greedy:
-        report(f"    {counts.greedy} greedy completions beside them")
-    if passes := (*counts.scores, *counts.values):
-        report(f"    forward passes over the rollouts for {', '.join(passes)}")
-    report(f"    updates: {counts.updates}, each over {config.train.minibatch_rollouts} rollouts")
-    if every := counts.measure_every:
-        report(f"    two more gradients of an update every {every} steps, spread evenly")
-    report("    not counted: evaluations, checkpoints, grading")
 
 
 def report_time(request: Request, mesh: AbstractMesh, chip: Chip, report: Report) -> None:

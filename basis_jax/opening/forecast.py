@@ -1,5 +1,6 @@
 """Least time of a step, and the cost of the reference table, for a config on a chip."""
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,7 @@ from basis_jax.model.decoder import ModelConfig, computed_in
 from basis_jax.model.roofline import Bound, prefill_bound, token_bound, update_bound
 from basis_jax.model.sharding import batch_shards, regrouped
 from basis_jax.opening.plan import rollouts_per_pass
-from basis_jax.opening.rollout_plan import setting_of
-from basis_jax.plans import Belief
+from basis_jax.opening.rollout_plan import CRITIC, setting_of
 
 KNOWN_SETS = {"BytedTsinghua-SIA/DAPO-Math-17k": 17_398, "openai/gsm8k": 7_473}
 """Number of training problems of data sets on the hub, after duplicates are dropped."""
@@ -46,30 +46,27 @@ def set_size(section: DataSection, path: str) -> int | None:
 
 @dataclass(frozen=True)
 class Counts:
-    """How often a step does what takes time, when every rollout that its plan may ask for is
-    sampled. Evaluations and a critic's warm-up are not counted."""
+    """How often a step does what takes time, when its plan asks for the most rollouts. Evaluations
+    and a critic's warm-up are not counted."""
 
     rollouts: int  # trained on
     greedy: int  # completions beside them
+    branches: int  # completions from the steps of rollouts
+    branched: float  # whole completions with as many tokens as all branches sample
     updates: int
     scores: tuple[str, ...]  # forward passes over the rollouts for log-probabilities: what for
     values: tuple[str, ...]  # a critic's, which do without the output layer
     measure_every: int  # steps between measurements of two more gradients of an update; 0: none
 
     @property
-    def completions(self) -> int:
-        return self.rollouts + self.greedy
+    def completions(self) -> float:
+        """As many whole completions are sampled."""
+        return self.rollouts + self.greedy + self.branched
 
     @property
     def gradients(self) -> float:
         """Of an update, on average. Only the first update of a step is measured."""
         return 1.0 + (2 / self.measure_every / self.updates if self.measure_every else 0.0)
-
-
-def plan_of(config: Config) -> plans.Plan:
-    """The plan, made for data sets of a step's size: what it declares does not depend on them."""
-    sizes = [config.train.prompts_per_step] * (1 + len(config.data.more_sets))
-    return plans.make(config.sampling.plan, setting_of(config, sizes), config.sampling.plan_options)
 
 
 def step_counts(config: Config) -> Counts:
@@ -85,23 +82,71 @@ def step_counts(config: Config) -> Counts:
             loss.sampler_correction in OF_UPDATE and updates == 1
         ),
     }
+    sizes = [train.prompts_per_step] * (1 + len(config.data.more_sets))  # as good as the true ones
+    plan = plans.make(config.sampling.plan, setting_of(config, sizes), config.sampling.plan_options)
+    branches, branched = branches_of(config)
     measured = definition(section.name).learn is not None
     return Counts(
         rollouts=rollouts,
-        greedy=train.prompts_per_step if plan_of(config).greedy else 0,
+        greedy=train.prompts_per_step if plan.greedy else 0,
+        branches=branches,
+        branched=branched,
         updates=updates,
         scores=tuple(what for what, needed in scores.items() if needed),
-        values=("the critic's values", "its updates") if section.name == "gae" else (),
+        values=("the critic's values", "its updates") if section.name == CRITIC else (),
         measure_every=section.measure_every if measured else 0,
     )
 
 
-def plan_note(config: Config) -> str:
-    """What is assumed of a plan whose number of rollouts is not fixed; else empty."""
-    if config.sampling.plan == "sequential":
-        begun = plan_of(config).ask(0, Belief()).problems.size
-        return f", the most that sequential asks for; it begins with {begun}"
-    return ", the most that the plan may ask for" if ":" in config.sampling.plan else ""
+def branches_of(config: Config) -> tuple[int, float]:
+    """``Counts.branches`` and ``Counts.branched`` of the plan ``branch``, if rollouts have as many
+    steps as it samples from, of equal length. Rollouts of a problem share its first step."""
+    if config.sampling.plan != "branch":
+        return 0, 0.0
+    prompts, group = config.train.prompts_per_step, config.sampling.group_size
+    each, later = plan_option(config, "rollouts"), group * (branch_steps(config) - 1)
+    return each * prompts * (1 + later), each * prompts * (1 + later / 2)
+
+
+def branch_steps(config: Config) -> int:
+    """The most steps of a rollout that the plan ``branch`` samples from."""
+    return min(plan_option(config, "most"), config.sampling.max_new_tokens)
+
+
+def plan_option(config: Config, name: str) -> int:
+    """An option of the plan, which may be its default."""
+    options = config.sampling.plan_options
+    parameters = inspect.signature(plans.find(config.sampling.plan, options)).parameters
+    return int(options.get(name, parameters[name].default))
+
+
+def described(config: Config) -> list[str]:
+    """Lines that say what is counted in a step, what is assumed and what is left out."""
+    counts, plan = step_counts(config), config.sampling.plan
+    assumed = ""
+    if plan == "sequential":
+        first = config.train.prompts_per_step * plan_option(config, "first")
+        assumed = f", the most that sequential asks for; it begins with {first}"
+    elif ":" in plan:
+        assumed = ", the most that the plan may ask for"
+    lines = [f"counted in a step: {counts.rollouts} rollouts{assumed}"]
+    if counts.greedy:
+        lines.append(f"    {counts.greedy} greedy completions beside them")
+    if counts.branches:
+        each, steps = plan_option(config, "rollouts"), branch_steps(config)
+        lines.append(
+            f"    {counts.branches} completions from steps of the rollouts, with the tokens of "
+            f"{counts.branched:.0f} whole ones: {each} from each of {steps} steps, the most"
+        )
+    if passes := (*counts.scores, *counts.values):
+        lines.append(f"    forward passes over the rollouts for {', '.join(passes)}")
+    lines.append(
+        f"    updates: {counts.updates}, each over {config.train.minibatch_rollouts} rollouts"
+    )
+    if every := counts.measure_every:
+        lines.append(f"    two more gradients of an update every {every} steps, spread evenly")
+    own = ", completions for the credit of your own plan" * (":" in plan)
+    return [*lines, f"    not counted: evaluations, checkpoints, grading{own}"]
 
 
 @dataclass(frozen=True)
@@ -141,11 +186,16 @@ def step_bounds(
     sampler = computed_in(model_config, config.sampling.dtype)
     sampling_mesh = regrouped(mesh, config.mesh.sample_tensor)
 
-    def sampled(completions: int) -> Bound:
-        slots = max(1, min(train.sample_rollouts, completions))
+    def sampled(rows: int, whole: float) -> Bound:
+        slots = max(1, min(train.sample_rollouts, rows))
         token = token_bound(sampler, sampling_mesh, chip, slots=slots, context=prompt + new // 2)
-        return token.times(new * completions / slots)
+        return token.times(new * whole / slots)
 
+    def prefilled(rows: int, width: int) -> Bound:
+        return prefill_bound(sampler, mesh, chip, rows=rows, width=width)
+
+    trained, greedy = (sampled(rows, float(rows)) for rows in (counts.rollouts, counts.greedy))
+    prompts = prefilled(counts.rollouts + counts.greedy, prompt)
     of_update = update_bound(
         model_config,
         mesh,
@@ -159,8 +209,8 @@ def step_bounds(
     score = prefill_bound(model_config, mesh, chip, **rows, outputs=new)
     value = prefill_bound(model_config, mesh, chip, **rows, outputs=0)
     return Step(
-        sampling=sampled(counts.rollouts).plus(sampled(counts.greedy)),
-        prefill=prefill_bound(sampler, mesh, chip, rows=counts.completions, width=prompt),
+        sampling=trained.plus(greedy).plus(sampled(counts.branches, counts.branched)),
+        prefill=prompts.plus(prefilled(counts.branches, width)),
         passes=score.times(len(counts.scores)).plus(value.times(len(counts.values))),
         update=of_update.times(counts.updates),
         flops=step_flops(counts, model_config, prompt=prompt, new=new),
@@ -170,10 +220,12 @@ def step_bounds(
 def step_flops(counts: Counts, model_config: ModelConfig, *, prompt: int, new: int) -> int:
     """FLOPs of a step on all devices together."""
     rows, width = counts.rollouts, prompt + new
-    middle = costs.decode_step(model_config, rows=counts.completions, context=prompt + new // 2)
-    first = costs.prefill(model_config, rows=counts.completions, width=prompt)
+    middle = costs.decode_step(model_config, rows=1, context=prompt + new // 2)
+    first = costs.prefill(model_config, rows=rows + counts.greedy, width=prompt)
+    begun = costs.prefill(model_config, rows=counts.branches, width=width)
     score = costs.prefill(model_config, rows=rows, width=width, outputs=new)
     value = costs.prefill(model_config, rows=rows, width=width, outputs=0)
     trained = costs.update(model_config, rows=rows, width=width)
     passes = len(counts.scores) * score.flops + len(counts.values) * value.flops
-    return round(new * middle.flops + first.flops + passes + counts.gradients * trained.flops)
+    sampled = new * counts.completions * middle.flops + first.flops + begun.flops
+    return round(sampled + passes + counts.gradients * trained.flops)
