@@ -12,8 +12,9 @@ from test_sampling import completions, run, run_on
 from whole_runs import documented_metrics, repeatable, small
 
 from basis_jax import command_line, estimators
-from basis_jax.config import SamplingSection
+from basis_jax.config import Config, SamplingSection
 from basis_jax.model.sharding import make_mesh
+from basis_jax.opening.plan import memory_needs
 from basis_jax.plans import Belief, Plan, Requests, Setting
 from basis_jax.plans.branch import steps_of
 from basis_jax.sampling.rollouts import Graded, continued
@@ -314,6 +315,19 @@ def test_absent_rows_get_no_credit():
     signals = make_signals(rows, aggregation="token_mean", score_norms="logits")
     assert signals.start_values is None  # ``make_estimate`` adds those of the credit
     assert make("branch").credit is not None
+
+
+def test_prompts_that_go_on_with_a_completion_need_memory_for_it():
+    """The prefill of 64 rows holds 8 + 40 tokens of each instead of 8; nothing else changes."""
+
+    def parts(plan):
+        config = Config(run_dir="", sampling=SamplingSection(plan=plan, max_new_tokens=40))
+        widths = {"prompt_width": 8, "rows": 64, "training": True}
+        return memory_needs(config, tiny.TINY, make_mesh(), **widths)[0].parts
+
+    uniform, branched = parts("uniform"), parts("branch")
+    assert branched.pop("prefill") > 4 * uniform.pop("prefill") > 0
+    assert branched == uniform
 
 
 # ------------------------------------------------------------------------------------- whole steps

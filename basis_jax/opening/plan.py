@@ -64,12 +64,13 @@ def memory_needs(
     reference = {REFERENCE: trained} if training and config.loss.needs_reference else {}
     slots = min(train.sample_rollouts, rows)
     sampler = computed_in(model_config, config.sampling.dtype)
+    branched = training and config.sampling.plan == "branch"  # prompts with most of a completion
     parts = costs.sampling_memory(
         sampler,
         mesh,
         slots=slots,
         length=length,
-        width=prompt_width,
+        width=length if branched else prompt_width,
         sample_tensor=config.mesh.sample_tensor,
     )
     fewer = "lower train.sample_rollouts or sampling.max_new_tokens, or raise mesh.fsdp, "
