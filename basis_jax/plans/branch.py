@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +17,8 @@ from basis_jax.types import Rollouts, TokenCredit
 
 State = tuple[int, tuple[int, ...]]
 """A problem and the tokens of a completion so far."""
+
+gains = jax.jit(vineppo)  # without jit, its scan is compiled anew in every step
 
 
 class Steps(NamedTuple):
@@ -47,13 +50,19 @@ def branch(
     """
     whole("rollouts", rollouts, least=1)
     whole("most", most, least=1)
+    if separator and not str(separator).replace("\\n", ""):
+        raise ValueError(
+            f"got separator {separator}, a backslash and an n, which no line contains; give a line "
+            "break, which is the default and in bash $'\\n'"
+        )
 
     def more(
         rounds: Sequence[Requests], graded: Sequence[Graded], belief: Belief
     ) -> Requests | None:
+        if len(rounds) > 1:
+            return None
         states = [*dict.fromkeys(s for row in cut(graded[0]).states for s in row)]
-        done = len(rounds) > 1 or not states
-        return None if done else continuations(states, rollouts, first=setting.group_size)
+        return continuations(states, rollouts, first=setting.group_size) if states else None
 
     def credit(rounds: Sequence[Requests], graded: Sequence[Graded]) -> TokenCredit:
         values = values_of(rounds[1:], graded[1:], rollouts)
@@ -90,7 +99,8 @@ def steps_of(graded: Graded, ends: np.ndarray | None, most: int) -> Steps:
 
 def continuations(states: Sequence[State], rollouts: int, *, first: int) -> Requests:
     """``rollouts`` completions of every state; those of a problem are numbered from ``first``."""
-    problems, prefixes = zip(*states, strict=True)
+    problems, tokens = zip(*states, strict=True)
+    prefixes = [np.array(prefix, np.int32) for prefix in tokens]  # each held once
     count = dict.fromkeys(problems, first)
     samples: list[int] = []
     for problem in problems:
@@ -117,10 +127,11 @@ def values_of(
     """The mean reward of the completions of every state, NaN if none could be graded."""
     values = {}
     for asked, found in zip(rounds, graded, strict=True):
+        prefixes = asked.prefixes or ()
         for k in range(0, asked.problems.size, rollouts):
             valid = found.valid[k : k + rollouts]
             rewards = found.rewards[k : k + rollouts][valid]
-            state = (int(asked.problems[k]), tuple((asked.prefixes or ())[k]))
+            state = (int(asked.problems[k]), tuple(np.asarray(prefixes[k]).tolist()))
             values[state] = float(rewards.mean()) if rewards.size else float("nan")
     return values
 
@@ -129,11 +140,12 @@ def credit_of(
     graded: Graded, steps: Steps, values: Mapping[State, float], most: int
 ) -> TokenCredit:
     """``estimators.vineppo`` with the values of the first ``most`` steps of every rollout."""
+    most = min(most, steps.steps.shape[1])
     table = np.full((len(steps.states), most + 1), np.nan, np.float32)
     for row, states in zip(table, steps.states, strict=True):
         row[: len(states)] = [values[state] for state in states]
     estimated, rewards = np.isfinite(table), graded.rewards
-    advantages = vineppo(
+    advantages = gains(
         jnp.asarray(rewards),
         jnp.asarray(np.where(estimated, table, 0)),
         jnp.asarray(steps.steps),

@@ -64,7 +64,7 @@ class Requests:
     samples: np.ndarray
     weights: np.ndarray | None = None
     greedy: bool = False
-    prefixes: Sequence[Sequence[int]] | None = None
+    prefixes: Sequence[Sequence[int] | np.ndarray] | None = None
 
     @property
     def aside(self) -> bool:
@@ -106,7 +106,7 @@ def of_problems(problems: np.ndarray, rollouts: int, weights: np.ndarray | None 
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan as functions. Both must be pure, so that a resumed run asks for the same rollouts.
+    """A plan as functions. All must be pure, so that a resumed run asks for the same rollouts.
 
     ``ask(step, belief)`` returns the first Requests of the step, which is counted from 0.
     ``more(rounds, graded, belief)`` gets all Requests of the step so far and what came of each (a

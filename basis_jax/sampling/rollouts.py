@@ -181,7 +181,7 @@ def roll_out(
     stream: str,
     step: int,
     any_number: bool = False,
-    prefixes: Sequence[Sequence[int]] | None = None,
+    prefixes: Sequence[Sequence[int] | np.ndarray] | None = None,
 ) -> Graded:
     """Complete and grade the problems in rows ``ids`` [N]. ``samples`` [N] number the rollouts of a
     problem. The draws are a function of (seed, stream, step, problem, sample). ``any_number``: N
@@ -230,7 +230,9 @@ def roll_out(
     )
 
 
-def continued(prompts: Prompts, prefixes: Sequence[Sequence[int]], new_tokens: int) -> Prompts:
+def continued(
+    prompts: Prompts, prefixes: Sequence[Sequence[int] | np.ndarray], new_tokens: int
+) -> Prompts:
     """The prompts, each followed by the beginning of its completion. Raises ValueError if that
     leaves no token to sample."""
     begun = np.array([len(prefix) for prefix in prefixes], np.int32)

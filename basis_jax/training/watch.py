@@ -24,11 +24,14 @@ SHOWN = 3  # completions in the message that ends a run
 def has_signal(graded: Graded) -> bool:
     """Whether the step's rewards can teach anything; if not, the policy is not updated.
 
-    False if no reward is valid, or if at least ``MIN_REWARDS`` are valid and all are equal.
+    False if no reward is valid, or if at least ``MIN_REWARDS`` are valid and all are equal. True
+    for equal rewards too if the plan's credit tells steps of the rollouts apart.
     """
     rewards = graded.rewards[graded.valid]
     if not rewards.size:
         return False
+    if graded.credit is not None and np.any(graded.credit.advantages):
+        return True
     return rewards.size < MIN_REWARDS or bool(np.any(rewards != rewards[0]))
 
 
