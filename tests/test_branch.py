@@ -12,17 +12,21 @@ from test_sampling import completions, run, run_on
 from whole_runs import documented_metrics, repeatable, small
 
 from basis_jax import command_line, estimators
-from basis_jax.config import Config, SamplingSection
+from basis_jax.config import Config, EstimatorSection, LossSection, SamplingSection
+from basis_jax.losses import REGRESSIONS
 from basis_jax.model.sharding import make_mesh
 from basis_jax.opening.plan import memory_needs
+from basis_jax.opening.rollout_plan import open_plan
 from basis_jax.plans import Belief, Plan, Requests, Setting
 from basis_jax.plans.branch import steps_of
+from basis_jax.runs.compiles import count_compiles
 from basis_jax.sampling.rollouts import Graded, continued
 from basis_jax.training.loop import make_step
 from basis_jax.training.planned import as_rows, next_round
 from basis_jax.training.session import open_session
 from basis_jax.training.start import first_state
 from basis_jax.training.update import make_estimate, make_signals
+from basis_jax.training.watch import has_signal
 from basis_jax.types import Prompts, Rollouts, TokenCredit
 
 NEWLINE = 4
@@ -138,6 +142,29 @@ def test_worked_vector():
     np.testing.assert_allclose(rows.credit.start_values, 1 / 3, atol=1e-6)
     _, told = make_estimate(estimators.make("vineppo"))((), rows, rows.credit)
     np.testing.assert_allclose(told.advantages, [2 / 3, -1 / 3, 2 / 3, -1 / 3], atol=1e-6)
+
+
+def test_nothing_is_compiled_in_a_second_step():
+    step()
+    with count_compiles() as compiled:
+        step()
+    assert compiled.take()["compile/programs"] == 0
+
+
+def test_equal_rewards_teach_where_fresh_completions_differ():
+    """32 rollouts, all wrong, and completions of which some are right."""
+    setting = dataclasses.replace(WITH_TEXT, prompts=16)
+
+    def rows(verdicts):
+        def of_round(asked):
+            if asked.prefixes is None:
+                return of_tokens([[5, 4, 6]] * 32, asked.problems, [0] * 32)
+            return grade(asked, verdicts)
+
+        return whole_step("branch", setting=setting, grade=of_round, rollouts=3)[1]
+
+    assert has_signal(rows(lambda problem, prefix: [1, 0, 0] if prefix else [0] * 3))
+    assert not has_signal(rows(lambda problem, prefix: [0] * 3))
 
 
 def test_a_rollouts_own_reward_reaches_its_last_step_only():
@@ -268,6 +295,7 @@ def test_completions_that_nobody_uses_are_refused(asked, sentence):
         (lambda: (np.zeros((1, 7)), np.zeros(1)), r"advantages \[1, 7\]; give \[1, 8\]"),
         (lambda: (np.zeros((2, 8)), np.zeros(2)), r"advantages \[2, 8\]; give \[1, 8\]"),
         (lambda: (np.full((1, 8), np.nan), np.zeros(1)), "advantages that are not finite"),
+        (lambda: (np.zeros((1, 8)), np.zeros(1), np.ones((1, 8))), "which are a critic's; leave"),
         (lambda: 1 / 0, "raised ZeroDivisionError"),
     ],
 )
@@ -278,7 +306,8 @@ def test_a_credit_without_a_number_for_every_token_is_refused(returned, sentence
         given = returned()
         if given is None:
             return None
-        return TokenCredit(advantages=given[0], start_values=given[1])
+        names = ("advantages", "start_values", "returns")
+        return TokenCredit(**dict(zip(names, given, strict=False)))
 
     plan = Plan(lambda step, belief: first, credit=own, name="basis_jax.plans:own")
     with pytest.raises(ValueError, match=sentence) as refused:
@@ -294,12 +323,28 @@ def test_a_credit_without_a_number_for_every_token_is_refused(returned, sentence
         ({"plan": "branch", "estimator": "gae"}, "gae does not use that"),
         ({"plan": "branch", "options": {"rollouts": 0}}, "got rollouts 0; give a whole"),
         ({"plan": "branch", "options": {"most": 0}}, "got most 0; give a whole"),
+        (
+            {"plan": "branch", "options": {"separator": "\\n"}},
+            "a backslash and an n, .* give a line",
+        ),
     ],
 )
 def test_a_plan_and_an_estimator_that_do_not_fit_are_refused(given, sentence):
     with pytest.raises(ValueError, match=sentence):
         opened(**given)
     opened("vineppo", "branch")
+
+
+@pytest.mark.parametrize("objective", REGRESSIONS)
+def test_a_regression_on_advantages_by_token_is_refused(objective):
+    config = Config(
+        run_dir="",
+        sampling=SamplingSection(group_size=2, plan="branch"),
+        estimator=EstimatorSection(name="vineppo"),
+        loss=LossSection(objective=objective),
+    )
+    with pytest.raises(ValueError, match=f"{objective} takes one advantage a rollout"):
+        open_plan(config, (9999,), estimators.make("vineppo"))
 
 
 def test_absent_rows_get_no_credit():
@@ -318,14 +363,15 @@ def test_absent_rows_get_no_credit():
 
 
 def test_prompts_that_go_on_with_a_completion_need_memory_for_it():
-    """The prefill of 64 rows holds 8 + 40 tokens of each instead of 8; nothing else changes."""
+    """The prefill holds 8 + 40 tokens of each row instead of 8. As there are more of them than
+    rollouts, they fill all 512 slots; nothing else changes."""
 
-    def parts(plan):
+    def parts(plan, rows):
         config = Config(run_dir="", sampling=SamplingSection(plan=plan, max_new_tokens=40))
-        widths = {"prompt_width": 8, "rows": 64, "training": True}
+        widths = {"prompt_width": 8, "rows": rows, "training": True}
         return memory_needs(config, tiny.TINY, make_mesh(), **widths)[0].parts
 
-    uniform, branched = parts("uniform"), parts("branch")
+    uniform, branched = parts("uniform", 512), parts("branch", 64)
     assert branched.pop("prefill") > 4 * uniform.pop("prefill") > 0
     assert branched == uniform
 

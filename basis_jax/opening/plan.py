@@ -62,9 +62,9 @@ def memory_needs(
     moment = jnp.dtype(config.optim.moments_dtype).itemsize
     moments = {"moments": trained * moment // 2} if training else {}
     reference = {REFERENCE: trained} if training and config.loss.needs_reference else {}
-    slots = min(train.sample_rollouts, rows)
-    sampler = computed_in(model_config, config.sampling.dtype)
     branched = training and config.sampling.plan == "branch"  # prompts with most of a completion
+    slots = train.sample_rollouts if branched else min(train.sample_rollouts, rows)
+    sampler = computed_in(model_config, config.sampling.dtype)
     parts = costs.sampling_memory(
         sampler,
         mesh,

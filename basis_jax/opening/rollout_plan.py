@@ -5,6 +5,7 @@ from typing import Any
 
 from basis_jax import estimators, plans
 from basis_jax.config import Config
+from basis_jax.losses import REGRESSIONS
 from basis_jax.plans import Plan, Setting
 
 CRITIC = "gae"
@@ -51,17 +52,7 @@ def check_plan(config: Config, plan: Plan, estimator: estimators.Estimator) -> N
             f"sampling.plan {name} samples greedy completions and {by} does not use them; set "
             "estimator.name to remax, or sampling.plan to uniform"
         )
-    needs_credit = "start_values" in declared.needs and by != CRITIC
-    if needs_credit and plan.credit is None:
-        raise ValueError(
-            f"{by} needs a plan that samples from the middle of completions and sampling.plan is "
-            f"{name}; set it to branch"
-        )
-    if plan.credit is not None and not needs_credit:
-        raise ValueError(
-            f"sampling.plan {name} credits every token and {by} does not use that; set "
-            "estimator.name to vineppo, or sampling.plan to uniform"
-        )
+    check_credited(config, plan, declared)
     if plan.needs_values and estimator.predict is None:
         known = [n for n, d in estimators.ESTIMATORS.items() if d.predict is not None]
         raise ValueError(
@@ -72,4 +63,27 @@ def check_plan(config: Config, plan: Plan, estimator: estimators.Estimator) -> N
         raise ValueError(
             f"data.normalise_rewards puts all rewards of a step on one scale and sampling.plan "
             f"{name} grades a step in several rounds; set one of them to its default"
+        )
+
+
+def check_credited(config: Config, plan: Plan, declared: estimators.Definition) -> None:
+    """Raise ValueError unless what the plan credits by token, if it does, is what is learnt."""
+    name, by, objective = config.sampling.plan, config.estimator.name, config.loss.objective
+    uses_credit = "start_values" in declared.provided and by != CRITIC
+    if plan.credit is None:
+        if uses_credit and "start_values" in declared.needs:
+            raise ValueError(
+                f"{by} needs a plan that samples from the middle of completions and sampling.plan "
+                f"is {name}; set it to branch"
+            )
+        return
+    if not uses_credit:
+        raise ValueError(
+            f"sampling.plan {name} credits every token and {by} does not use that; set "
+            "estimator.name to vineppo, or sampling.plan to uniform"
+        )
+    if objective in REGRESSIONS:
+        raise ValueError(
+            f"loss.objective {objective} takes one advantage a rollout and sampling.plan {name} "
+            "credits every token; set loss.objective to ppo_clip, or sampling.plan to uniform"
         )

@@ -93,6 +93,8 @@ def check_credit(credit: Any, rollouts: int, width: int) -> None:
     """Raise ValueError unless it has a finite number for every token of the rollouts."""
     if not isinstance(credit, TokenCredit):
         raise ValueError(f"credit returned a {type(credit).__name__}; return types.TokenCredit")
+    if credit.returns is not None or credit.values is not None:
+        raise ValueError("credit returned returns or values, which are a critic's; leave them out")
     shapes = {"advantages": (rollouts, width), "start_values": (rollouts,)}
     for name, shape in shapes.items():
         found = np.asarray(getattr(credit, name))

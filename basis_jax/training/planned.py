@@ -113,7 +113,7 @@ def sample_round(params: PyTree, session: Session, number: int, asked: Requests)
         sampling=dataclasses.replace(sampling, temperature=0.0) if asked.greedy else sampling,
         stream="train",
         step=number,
-        any_number=asked.aside
+        any_number=asked.prefixes is not None
         or asked.problems.size != config.train.prompts_per_step * sampling.group_size,
         prefixes=asked.prefixes,
     )
