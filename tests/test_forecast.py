@@ -43,7 +43,7 @@ SMALL = ModelConfig(
 # FLOPs of one row with 3 tokens in the prompt and 2 in the completion
 TOKENS = 2 * (2 * 200 + 16 * 4)  # both with the context of 3 + 2 // 2 positions
 PROMPT = 2 * 160 * 3 + 2 * 40 + 16 * (1 + 2 + 3)
-BEGUN = 2 * 160 * 5 + 2 * 40 + 16 * (1 + 2 + 3 + 4 + 5)  # of branches: as wide as whole rows
+BEGUN = 2 * 160 * 4 + 2 * 40 + 16 * (1 + 2 + 3 + 4)  # of branches: up to the middle
 SCORE = 2 * 160 * 5 + 2 * 40 * 2 + 16 * (1 + 2 + 3 + 4 + 5)
 VALUE = 2 * 160 * 5 + 16 * 15
 TRAIN = 3 * (2 * 200 * 5 + 16 * 15)

@@ -179,8 +179,8 @@ def step_bounds(
 ) -> Step:
     """Bounds on a step whose prompts have ``prompt`` tokens and whose completions have ``new``.
 
-    All slots are assumed busy, and each token's context is that of the middle of a completion. What
-    is counted, ``step_counts`` says.
+    All slots are assumed busy, and each token's context is that of the middle of a completion,
+    where branches begin on average. What is counted, ``step_counts`` says.
     """
     train, counts, width = config.train, step_counts(config), prompt + new
     sampler = computed_in(model_config, config.sampling.dtype)
@@ -210,7 +210,7 @@ def step_bounds(
     value = prefill_bound(model_config, mesh, chip, **rows, outputs=0)
     return Step(
         sampling=trained.plus(greedy).plus(sampled(counts.branches, counts.branched)),
-        prefill=prompts.plus(prefilled(counts.branches, width)),
+        prefill=prompts.plus(prefilled(counts.branches, prompt + new // 2)),
         passes=score.times(len(counts.scores)).plus(value.times(len(counts.values))),
         update=of_update.times(counts.updates),
         flops=step_flops(counts, model_config, prompt=prompt, new=new),
@@ -222,7 +222,7 @@ def step_flops(counts: Counts, model_config: ModelConfig, *, prompt: int, new: i
     rows, width = counts.rollouts, prompt + new
     middle = costs.decode_step(model_config, rows=1, context=prompt + new // 2)
     first = costs.prefill(model_config, rows=rows + counts.greedy, width=prompt)
-    begun = costs.prefill(model_config, rows=counts.branches, width=width)
+    begun = costs.prefill(model_config, rows=counts.branches, width=prompt + new // 2)
     score = costs.prefill(model_config, rows=rows, width=width, outputs=new)
     value = costs.prefill(model_config, rows=rows, width=width, outputs=0)
     trained = costs.update(model_config, rows=rows, width=width)
