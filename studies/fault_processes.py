@@ -120,6 +120,7 @@ def pairs(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
         run_dir = drill.work / f"pair-{run}"
         while True:
             pair, opened = start_pair(run_dir), time.time()
+            victim: int | None = None
             while all(p.poll() is None for p in pair) and last_write(run_dir) < opened:
                 time.sleep(0.01)
             if done < options.pairs:
@@ -127,15 +128,21 @@ def pairs(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
                 victim = rng.randrange(2)
                 pair[victim].kill()
                 killed.append(f"process {victim} of 2 killed in {phase_of(run_dir)}")
+            limit = 1200 if victim is None else 120
             try:
-                ends = [(p.communicate(timeout=120)[0], p.returncode) for p in pair]
+                ends = [(p.communicate(timeout=limit)[0], p.returncode) for p in pair]
             except subprocess.TimeoutExpired:
                 for process in pair:
                     process.kill()
-                yield killed[-1], "wrong", "the other process still waited after 120 s"
+                what = f"two processes, after {len(killed)} kills"
+                yield what, "wrong", f"they had not ended after {limit} s"
                 return
             if not any(code for _, code in ends):
                 break
+            if victim is None or ends[victim][1] != -signal.SIGKILL:  # failed by themselves
+                said = " | ".join(output[-250:] for output, _ in ends)
+                yield f"two processes, after {len(killed)} kills", "wrong", said
+                return
             done += 1
         case = drill.compared("", run_dir, [], wanted)
         for what in killed:
