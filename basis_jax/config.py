@@ -130,8 +130,8 @@ class SamplingSection:
     asks for groups of unequal size: the most."""
     plan: str = "uniform"
     """Which problems a step samples, and how often: ``uniform``, ``weighted``, ``sticky``,
-    ``greedy_beside``, ``sequential``, or your own: ``FILE.py:NAME`` (a path relative to the current
-    directory) or ``package.module:NAME``."""
+    ``greedy_beside``, ``sequential``, ``branch``, or your own: ``FILE.py:NAME`` (a path relative to
+    the current directory) or ``package.module:NAME``."""
     plan_options: dict[str, bool | int | float | str] = field(default_factory=dict, hash=False)
     """The plan's options."""
 
