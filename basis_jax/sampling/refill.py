@@ -197,8 +197,8 @@ def read_prefix(
 def shared_prefix(prompts: Prompts) -> int:
     """Number of tokens that all prompts begin with, rounded down to a multiple of
     ``PREFIX_MULTIPLE``. At least one token of every prompt is not part of the prefix."""
-    first, shortest = prompts.tokens[:1], int(prompts.lengths.min())
-    alike = np.all(prompts.tokens == first, axis=0)[: shortest - 1]
+    tokens = prompts.tokens[:, : int(prompts.lengths.min()) - 1]
+    alike = np.all(tokens == tokens[:1], axis=0)
     return int(np.argmin(np.append(alike, False))) // PREFIX_MULTIPLE * PREFIX_MULTIPLE
 
 
