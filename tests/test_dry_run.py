@@ -143,6 +143,8 @@ def test_slices_of_any_size_have_as_many_chips():
         (("--mesh.tensor", "16"), "key heads = 8 does not divide over 16 devices"),
         (("--topology", "tpu:4"), "unknown topology 'tpu:4'"),
         (("--model.path", "nobody/nothing"), "not known without the hub"),
+        (("--estimator.name", "vineppo"), "vineppo needs a plan .* is uniform; set it to branch"),
+        (("--estimator.name", "grpo"), "but sampling.group_size is 1; give 2 or more"),
         (
             ("--compile", "--mesh.tensor", 4),
             "there is a compiler for absent TPUs, not for absent GPUs",

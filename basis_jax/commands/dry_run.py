@@ -23,9 +23,11 @@ from basis_jax.model.sharding import abstract_mesh, batch_shards, make_mesh, reg
 from basis_jax.opening import checks, plan
 from basis_jax.opening.forecast import described, problem_count, step_bounds, step_counts
 from basis_jax.opening.plan import Request, as_options, gigabytes
+from basis_jax.opening.rollout_plan import open_plan
 from basis_jax.opening.rollout_setup import as_configured
 from basis_jax.opening.sizes import with_sizes
 from basis_jax.training import compiled_plan
+from basis_jax.training.session import make_estimator
 from basis_jax.weights import config_json, huggingface
 from basis_jax.weights.known_models import KNOWN_MODELS
 
@@ -42,6 +44,9 @@ def run(config: Config, topology: str, *, compiled: bool = False, report: Report
     where, model_config = target.topology, shape_on(config, target, report)
     mesh = abstract_mesh(where.devices, **plan.axis_sizes(config))
     checks.check(config, model_config, mesh, platform=target.platform)
+    estimator = make_estimator(config.estimator, config.sampling.group_size)
+    sizes_of_sets = (config.train.prompts_per_step,) * (1 + len(config.data.more_sets))
+    open_plan(config, sizes_of_sets, estimator)  # refuses what a run would refuse
     wanted: dict[str, Any] = {
         "prompt_width": config.data.max_prompt_tokens,
         "rows": config.train.prompts_per_step * config.sampling.group_size,
