@@ -98,8 +98,15 @@ def described(out: str, regime: str, method: str, runs: Found) -> dict[str, Any]
 
 
 def curve(folder: Path) -> dict[str, Any]:
-    """Held-out accuracy of a run against steps and against its KL from the start."""
-    rows = read_metrics(folder)
+    """Held-out accuracy of a run against steps and against its KL from the start.
+
+    A step whose rewards are all equal makes no update. Its KL and entropy are those of the step
+    before, because the policy is the same.
+    """
+    rows, last = read_metrics(folder), {"policy/kl_ref": 0.0, "policy/entropy": None}
+    for row in rows:
+        last |= {name: row[name] for name in last if name in row}
+        row |= last
     evaluated = [row for row in rows if "eval/accuracy" in row]
     parts = ("time/sample_s", "time/verify_s", "time/update_s")
     lengths = [row["completion/length_mean"] for row in rows[1:]]
@@ -107,8 +114,8 @@ def curve(folder: Path) -> dict[str, Any]:
         "steps": [row["step"] for row in evaluated],
         "accuracy": [row["eval/accuracy"] for row in evaluated],
         "greedy": [row["eval/greedy_accuracy"] for row in evaluated],
-        "kl": [row.get("policy/kl_ref", 0.0) for row in evaluated],
-        "entropy": [row.get("policy/entropy") for row in evaluated],
+        "kl": [row["policy/kl_ref"] for row in evaluated],
+        "entropy": [row["policy/entropy"] for row in evaluated],
         "seconds": sum(row.get(part, 0.0) for row in rows[1:] for part in parts),
         "tokens": float(policy_plan.ROLLOUTS * np.sum(lengths)),
         "noise": {
@@ -118,23 +125,30 @@ def curve(folder: Path) -> dict[str, Any]:
     }
 
 
+COMPARED = ("accuracy", "at equal steps", "greedy", "best temperature", "pass@8")
+
+
 def add_differences(methods: Mapping[str, dict[str, Any]]) -> None:
-    """Accuracy minus that of the reference, seed by seed."""
+    """What is ``COMPARED`` minus that of the reference, seed by seed."""
     reference = methods.get(REFERENCE, {})
     if "per seed" not in reference:
         return
-    of_reference = dict(zip(reference["seeds"], reference["per seed"]["accuracy"], strict=True))
     for name, method in methods.items():
         if name == REFERENCE or "per seed" not in method:
             continue
-        pairs = zip(method["seeds"], method["per seed"]["accuracy"], strict=True)
-        both = [a - of_reference[seed] for seed, a in pairs if seed in of_reference]
-        if both:
-            method["mean"][f"accuracy minus {REFERENCE}"] = summary(both)
+        for kind in COMPARED:
+            of_reference = dict(zip(reference["seeds"], reference["per seed"][kind], strict=True))
+            pairs = zip(method["seeds"], method["per seed"][kind], strict=True)
+            both = [a - of_reference[seed] for seed, a in pairs if seed in of_reference]
+            if both:
+                method["mean"][f"{kind} minus {REFERENCE}"] = summary(both)
 
 
 # ------------------------------------------------------------------------------------------ table
-COLUMNS = ("accuracy", f"accuracy minus {REFERENCE}", "at equal steps", "area", "greedy", "pass@8")
+COLUMNS = (
+    *("accuracy", f"accuracy minus {REFERENCE}", "at equal steps", "area"),
+    *("greedy", f"greedy minus {REFERENCE}", "best temperature", "pass@8"),
+)
 
 
 def table(regime: str, compared: Mapping[str, Any]) -> str:
@@ -165,27 +179,34 @@ def shown(found: Mapping[str, float | None] | None) -> str:
 
 # ----------------------------------------------------------------------------------------- figure
 def draw(path: Path, compared: Mapping[str, Any]) -> None:
-    """One row a regime: accuracy against rollouts, against KL from the start, against the rate."""
-    figure = Figure(figsize=(16, 4.6 * len(compared)), dpi=100, layout="constrained")
-    grid = figure.subplots(len(compared), 3, squeeze=False)
+    """One row a regime: accuracy, sampled and greedy, against steps; accuracy against the KL from
+    the start and against the learning rate."""
+    figure = Figure(figsize=(19, 4.6 * len(compared)), dpi=100, layout="constrained")
+    grid = figure.subplots(len(compared), 4, squeeze=False)
     for row, (regime, found) in zip(grid, compared.items(), strict=True):
         for name, method in found["methods"].items():
             style = style_of(name)
             if "curves" in method:
-                draw_curve(row[0], method["curves"], "steps", name, style)
-                draw_curve(row[1], method["curves"], "kl", name, style)
+                draw_curve(row[0], method["curves"], "steps", "accuracy", style)
+                draw_curve(row[1], method["curves"], "steps", "greedy", style)
+                draw_curve(row[2], method["curves"], "kl", "accuracy", style)
             rates = {float(rate): np.mean(a) for rate, a in method["rates"].items()}
             scale = METHODS[name].rate
-            row[2].plot([r / scale for r in rates], list(rates.values()), label=name, **style)
-        row[0].set_title(f"{regime}: accuracy against steps", loc="left", fontweight="bold")
-        row[1].set_title("against KL a token from the start", loc="left", fontweight="bold")
-        row[2].set_title("tuning: last accuracy against rate", loc="left", fontweight="bold")
-        row[2].set_xscale("log")
+            row[3].plot([r / scale for r in rates], list(rates.values()), label=name, **style)
+        titles = (
+            f"{regime}: accuracy at temperature 1, by step",
+            "greedy accuracy, by step",
+            "accuracy at temperature 1, by KL from the start",
+            "tuning: accuracy at the end, by learning rate",
+        )
+        for axes, title in zip(row, titles, strict=True):
+            axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
+        row[3].set_xscale("log")
         for axes in row:
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25, linewidth=0.6)
-    handles = grid[0][2].get_legend_handles_labels()
+    handles = grid[0][3].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right upper", frameon=False)
     figure.savefig(path)
 
@@ -196,9 +217,9 @@ def style_of(method: str) -> dict[str, Any]:
 
 
 def draw_curve(
-    axes: Axes, curves: Sequence[Mapping[str, Any]], x: str, name: str, style: Mapping[str, Any]
+    axes: Axes, curves: Sequence[Mapping[str, Any]], x: str, y: str, style: Mapping[str, Any]
 ) -> None:
     """Mean over seeds."""
     shortest = min(len(c["steps"]) for c in curves)
     at = np.mean([c[x][:shortest] for c in curves], axis=0)
-    axes.plot(at, np.mean([c["accuracy"][:shortest] for c in curves], axis=0), label=name, **style)
+    axes.plot(at, np.mean([c[y][:shortest] for c in curves], axis=0), **style)

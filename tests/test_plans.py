@@ -36,7 +36,7 @@ from basis_jax.training.update import make_estimate, make_signals, reward_metric
 from basis_jax.types import Rollouts
 
 ANY = Plan(lambda step, belief: bad(), name="own")
-SETTING = Setting(seed=3, prompts=4, group_size=6, sizes=(20,))
+SETTING = Setting(seed=3, prompts=4, group_size=6, sizes=(20,), decode=lambda tokens: "x")
 
 
 def values(size=20, seed=0):

@@ -181,7 +181,8 @@ def test_differences_to_the_reference_are_paired_by_seed():
     that only one of the two has counts for neither."""
 
     def method(seeds, accuracy):
-        return {"seeds": seeds, "per seed": {"accuracy": accuracy}, "mean": {}}
+        measures = dict.fromkeys(policy_report.COMPARED, accuracy)
+        return {"seeds": seeds, "per seed": measures, "mean": {}}
 
     methods = {
         REFERENCE: method([0, 1, 2], [0.5, 0.7, 0.9]),
@@ -191,7 +192,23 @@ def test_differences_to_the_reference_are_paired_by_seed():
     half = 4.3026527 * 0.01 / np.sqrt(3)  # t of 2 degrees, sd of .01, .02, .03
     found = methods["none"]["mean"][f"accuracy minus {REFERENCE}"]
     np.testing.assert_allclose(list(found.values()), [0.02, 0.02 - half, 0.02 + half])
+    assert methods["none"]["mean"].keys() == {
+        f"{kind} minus {REFERENCE}" for kind in policy_report.COMPARED
+    }
     assert not methods[REFERENCE]["mean"]
+
+
+def test_a_step_without_an_update_has_the_kl_of_the_step_before(tmp_path):
+    rows = [
+        {"step": step, "completion/length_mean": 5.0, "eval/accuracy": 0.5, **more}
+        for step, more in enumerate([{}, {"policy/kl_ref": 0.25, "policy/entropy": 2.0}, {}])
+    ]
+    for row in rows:
+        row |= {f"estimate/noise_{name}": 1.0 for name in ("none", "mean", "values", "baselines")}
+        row |= {"eval/greedy_accuracy": 0.5}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = policy_report.curve(tmp_path)
+    assert found["kl"] == [0.0, 0.25, 0.25] and found["entropy"] == [None, 2.0, 2.0]
 
 
 # ---------------------------------------------------------------------------------------- in small
