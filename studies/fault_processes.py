@@ -127,7 +127,6 @@ def pairs(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
                 time.sleep(rng.uniform(0, options.seconds))
                 victim = rng.randrange(2)
                 pair[victim].kill()
-                killed.append(f"process {victim} of 2 killed in {phase_of(run_dir)}")
             limit = 1200 if victim is None else 120
             try:
                 ends = [(p.communicate(timeout=limit)[0], p.returncode) for p in pair]
@@ -143,6 +142,7 @@ def pairs(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
                 said = " | ".join(output[-250:] for output, _ in ends)
                 yield f"two processes, after {len(killed)} kills", "wrong", said
                 return
+            killed.append(f"process {victim} of 2 killed in {phase_of(run_dir)}")
             done += 1
         case = drill.compared("", run_dir, [], wanted)
         for what in killed:
