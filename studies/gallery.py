@@ -133,7 +133,8 @@ def folder_name(name: str) -> str:
 def run(name: str, out: str, *, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
     """Train, or read the finished run: held-out accuracy before and after, and the last metrics."""
     config = config_of(name, out, steps=steps, overrides=overrides)
-    lines = read_metrics(config.run_dir) if Path(config.run_dir).is_dir() else []
+    begun = Path(config.run_dir, "metrics.jsonl").exists()
+    lines = read_metrics(config.run_dir) if begun else []
     if not lines or lines[-1]["step"] < steps:
         train(config, report=lambda text: None)
         lines = read_metrics(config.run_dir)
