@@ -77,7 +77,7 @@ ALGORITHMS = {
         + SEQUENCES
     ),
     "V_0.5": "--estimator.name v05_filter --sampling.plan sequential --sampling.group-size 16",
-    "pass@k": f"--estimator.name pass_at_k {GROUPS}",
+    "pass@k": f"--estimator.name pass_at_k --estimator.options k 4 {GROUPS}",
     "best of a group": f"--estimator.name best_of_group {GROUPS}",
 }
 """Name -> what is added to ``basis-jax train --config quickstart``."""

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from basis_jax.estimators import ESTIMATORS
+from basis_jax.opening.ranges import check_ranges
+from basis_jax.opening.rollout_plan import open_plan
+from basis_jax.training.session import make_estimator
 from studies import gallery
 
 PAGE = Path(__file__).parent.parent / "docs" / "choosing-an-estimator.md"
@@ -21,6 +24,15 @@ def test_every_algorithm_has_the_same_rollouts_a_step(name, tmp_path):
     assert config.train.steps == 3 and config.estimator.name in shlex.split(
         gallery.ALGORITHMS[name]
     )
+
+
+@pytest.mark.parametrize("name", gallery.ALGORITHMS)
+def test_no_algorithm_is_refused_before_its_run(name, tmp_path):
+    """Its estimator has all the options that it needs, and its rollout plan fits it."""
+    config = gallery.config_of(name, str(tmp_path), steps=3)
+    estimator = make_estimator(config.estimator, config.sampling.group_size)
+    check_ranges(config)
+    open_plan(config, (300,), estimator)
 
 
 def test_the_page_has_every_algorithm_with_its_line():
