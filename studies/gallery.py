@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 from basis_jax import command_line
 from basis_jax.config import Config
@@ -166,6 +166,7 @@ def draw(path: Path, found: Mapping[str, Mapping[str, Any]]) -> None:
         axes.plot(row["after"], place, "o", color=COLORS[0], ms=5, zorder=3)
     axes.set_yticks(range(len(found)), list(found))
     axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MultipleLocator(0.05))
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("held-out accuracy before (grey) and after a short run; one seed, not tuned")
     for side in ("top", "right", "left"):
