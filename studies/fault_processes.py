@@ -79,7 +79,7 @@ def kills(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
     run is finished; then the next run begins."""
     rng, done, run = random.Random(options.seed), 0, 0
     while done < options.kills:
-        run, killed = run + 1, []
+        run, killed = run + 1, list[str]()
         run_dir = drill.work / f"killed-{run}"
         while True:
             process = start_process(run_dir)
@@ -116,7 +116,7 @@ def pairs(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
             raise SystemExit(f"error: the unbroken run of two processes failed: {output[-500:]}")
     wanted = result(drill.work / "pair")
     while done < options.pairs:
-        run, killed = run + 1, []
+        run, killed = run + 1, list[str]()
         run_dir = drill.work / f"pair-{run}"
         while True:
             pair, opened = start_pair(run_dir), time.time()
