@@ -30,6 +30,11 @@ class Prompts:
     problem_ids: Int[AnyArray, " N"]  # row of the problem in the data set, 0..M-1
     begun: Int[AnyArray, " N"] | None = None  # None: no row has begun
 
+    @property
+    def begun_lengths(self) -> Int[AnyArray, " N"]:
+        """``begun``, or 0 for every row."""
+        return self.lengths * 0 if self.begun is None else self.begun
+
     def row_length(self, new_tokens: int) -> int:
         """T, the width of the rollouts, with at most ``new_tokens`` tokens in a completion."""
         return self.tokens.shape[1] + (new_tokens if self.begun is None else 0)

@@ -44,9 +44,9 @@ ROOMS = {
     "model": {"pytree"},
     "weights": {"files", "model", "processes"},
     "data": {"config", "files", "verify"},
-    "sampling": {"config", "types", "pytree", "model", "data", "processes"},
+    "sampling": {"config", "types", "pytree", "masked", "model", "data", "processes"},
     "runs": {"config", "saved_config", "files", "types", "references", "processes"},
-    "plans": {"types", "masked", "references", "estimators", "data", "sampling"},
+    "plans": {"types", "references", "estimators", "data", "sampling"},
     "opening": WORDS | {"estimators", "verify", "model", "weights", "data", "sampling", "plans"},
     "evaluation": WORDS | {"verify", "model", "weights", "data", "sampling", "runs", "opening"},
 }

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from basis_jax.estimators import vineppo
-from basis_jax.masked import completion_mask
 from basis_jax.plans.in_order import uniform
 from basis_jax.plans.options import whole
 from basis_jax.plans.plan import Belief, Plan, Requests, Setting
-from basis_jax.sampling.rollouts import Graded
+from basis_jax.sampling.rollouts import Graded, counted_tokens
 from basis_jax.types import Rollouts, TokenCredit
 
 State = tuple[int, tuple[int, ...]]
@@ -83,7 +82,7 @@ def steps_of(graded: Graded, ends: np.ndarray | None, most: int) -> Steps:
     """The steps of every rollout. A step begins with the first token and with every token that is
     none of ``ends`` and follows one of them; without ``ends`` every token is a step."""
     r: Rollouts = graded.rollouts
-    mask = mask_of(graded)
+    mask = np.asarray(counted_tokens(graded))
     opens = np.pad(mask[:, 1:] & mask[:, :-1], ((0, 0), (1, 0)))
     if ends is not None:
         closing = np.isin(r.tokens, ends)
@@ -111,14 +110,6 @@ def continuations(states: Sequence[State], rollouts: int, *, first: int) -> Requ
         np.array(samples),
         prefixes=[prefix for prefix in prefixes for _ in range(rollouts)],
     )
-
-
-def mask_of(graded: Graded) -> np.ndarray:
-    """The tokens [N, T] of completions that could be graded."""
-    r = graded.rollouts
-    lengths = jnp.asarray(r.prompt_lengths), jnp.asarray(r.completion_lengths)
-    mask = np.asarray(completion_mask(*lengths, r.tokens.shape[1]))
-    return mask & np.asarray(graded.valid)[:, None]
 
 
 def values_of(
@@ -149,7 +140,7 @@ def credit_of(
         jnp.asarray(rewards),
         jnp.asarray(np.where(estimated, table, 0)),
         jnp.asarray(steps.steps),
-        jnp.asarray(mask_of(graded)),
+        counted_tokens(graded),
         estimated=jnp.asarray(estimated),
     )
     start_values = np.where(estimated[:, 0], table[:, 0], rewards)

@@ -59,7 +59,7 @@ def prefill(
     prompts begin with; they are then not computed again.
     """
     tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
-    begun = jnp.zeros_like(lengths) if prompts.begun is None else jnp.asarray(prompts.begun)
+    begun = jnp.asarray(prompts.begun_lengths)
     rows, width = tokens.shape
     shared = 0 if prefix is None else prefix.keys.shape[2]
     params, reader = prompt_params(params, weights, model_config)

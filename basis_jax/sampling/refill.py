@@ -359,11 +359,10 @@ def halve_slots(slots: Slots, owner: np.ndarray, shards: int) -> tuple[Slots, np
 def empty_rollouts(prompts: Prompts, length: int) -> Rollouts:
     """Empty host arrays for the rollouts."""
     rows = len(prompts.lengths)
-    begun = np.zeros(rows, np.int32) if prompts.begun is None else prompts.begun
     return Rollouts(
         tokens=np.zeros((rows, length), np.int32),
-        prompt_lengths=prompts.lengths - begun,
-        completion_lengths=begun.copy(),
+        prompt_lengths=prompts.lengths - prompts.begun_lengths,
+        completion_lengths=prompts.begun_lengths.copy(),
         sampler_logprobs=np.zeros((rows, length), np.float32),
         score_norms=np.zeros(rows, np.float32),
         terminated=np.zeros(rows, bool),

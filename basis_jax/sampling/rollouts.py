@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from basis_jax import processes
 from basis_jax.config import SamplingSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.data.problem import Problem
+from basis_jax.masked import completion_mask
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import regrouped
 from basis_jax.sampling.draw import row_keys
@@ -91,6 +92,15 @@ class Graded:
     def tokens(self) -> int:
         """Completion tokens generated."""
         return int(self.rollouts.completion_lengths.sum()) + self.more_tokens
+
+
+def counted_tokens(graded: Graded) -> Bool[Array, "N T"]:
+    """The tokens of completions that count in the loss and in its denominators: not those that the
+    verifier could not grade, and not absent ones."""
+    rollouts = graded.rollouts
+    lengths = jnp.asarray(rollouts.prompt_lengths), jnp.asarray(rollouts.completion_lengths)
+    mask = completion_mask(*lengths, rollouts.tokens.shape[1])
+    return mask & jnp.asarray(graded.valid)[:, None]
 
 
 Row = tuple[str, Any, Any]

@@ -29,8 +29,8 @@ from basis_jax.model.sharding import batch_shards, constrain, put_rows
 from basis_jax.opening.checks import rollouts_per_pass
 from basis_jax.opening.rollout_plan import CRITIC
 from basis_jax.pytree import pytree
-from basis_jax.sampling.rollouts import Graded
-from basis_jax.training.microbatches import counted_tokens, cut_rows
+from basis_jax.sampling.rollouts import Graded, counted_tokens
+from basis_jax.training.microbatches import cut_rows
 from basis_jax.types import Batch, TokenCredit, TrainState
 
 

@@ -5,18 +5,16 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
 from basis_jax.config import Config
 from basis_jax.losses import loss_weights
-from basis_jax.masked import completion_mask
 from basis_jax.model.sharding import batch_shards, put_rows
 from basis_jax.opening.checks import rollouts_per_pass
 from basis_jax.sampling.refill import round_up
-from basis_jax.sampling.rollouts import Graded
+from basis_jax.sampling.rollouts import Graded, counted_tokens
 from basis_jax.types import Batch, Estimate, TokenCredit
 
 
@@ -82,15 +80,6 @@ def make_batches(
             micros.append(replace(part, old_logprobs=old, ref_logprobs=ref))
         updates.append(micros)
     return updates
-
-
-def counted_tokens(graded: Graded) -> Bool[Array, "N T"]:
-    """The tokens of completions that count in the loss and in its denominators: not those that the
-    verifier could not grade, and not absent ones."""
-    rollouts = graded.rollouts
-    lengths = jnp.asarray(rollouts.prompt_lengths), jnp.asarray(rollouts.completion_lengths)
-    mask = completion_mask(*lengths, rollouts.tokens.shape[1])
-    return mask & jnp.asarray(graded.valid)[:, None]
 
 
 def what_is_learnt(estimate: Estimate, credit: TokenCredit | None) -> dict[str, Any]:

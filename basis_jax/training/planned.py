@@ -141,12 +141,13 @@ def as_rows(
         whole = scattered([graded[k] for k in trained], rows, ids.astype(np.int32))
     added = [(asked, found) for asked, found in zip(rounds, graded, strict=True) if asked.aside]
     weights = weights_of([rounds[k] for k in trained], rows, total, alike=plan.alike)
+    credit = credit_of_plan(plan, rounds, graded, step)
     signals = {"greedy_rewards": greedy_rewards(whole, added)} if plan.greedy else {}
     return dataclasses.replace(
         whole,
         weights=weights,
         signals=signals,
-        credit=credit_by_row(rounds, graded, rows, total, plan, step),
+        credit=jax.tree.map(lambda x: placed(x, rows, total), credit),
         more_tokens=sum(found.tokens - begun_tokens(asked) for asked, found in added),
         sample_seconds=sum(found.sample_seconds for found in graded),
         verify_seconds=sum(found.verify_seconds for found in graded),
@@ -190,27 +191,24 @@ def begun_tokens(asked: Requests) -> int:
     return sum(map(len, asked.prefixes or ()))
 
 
-def credit_by_row(
-    rounds: Sequence[Requests],
-    graded: Sequence[Graded],
-    rows: np.ndarray,
-    total: int,
-    plan: Plan,
-    step: int,
+def credit_of_plan(
+    plan: Plan, rounds: Sequence[Requests], graded: Sequence[Graded], step: int
 ) -> TokenCredit | None:
-    """The plan's credit in the step's rows, 0 where absent; None if it gives none."""
+    """The plan's credit of the rollouts that are trained on; None if it gives none."""
     if plan.credit is None:
         return None
+    trained = sum(asked.problems.size for asked in rounds if not asked.aside)
     with naming(plan.name, step):
         credit = plan.credit(rounds, graded)
-        check_credit(credit, rows.size, graded[0].rollouts.tokens.shape[1])
+        check_credit(credit, trained, graded[0].rollouts.tokens.shape[1])
+    return credit
 
-    def put(found: Any) -> np.ndarray:
-        array = np.zeros((total, *found.shape[1:]), np.float32)
-        array[rows] = found
-        return array
 
-    return jax.tree.map(put, credit)
+def placed(found: Any, rows: np.ndarray, total: int) -> np.ndarray:
+    """The numbers ``found`` at ``rows`` of ``total``, 0 elsewhere."""
+    array = np.zeros((total, *found.shape[1:]), np.float32)
+    array[rows] = found
+    return array
 
 
 def weights_of(
@@ -227,9 +225,7 @@ def weights_of(
         _, place = np.unique(np.concatenate([r.problems for r in rounds]), return_inverse=True)
         counts = np.bincount(place)
         weights = weights * (counts.mean() / counts[place]).astype(np.float32)
-    placed = np.zeros(total, np.float32)
-    placed[rows] = weights
-    return placed
+    return placed(weights, rows, total)
 
 
 def greedy_rewards(whole: Graded, added: Sequence[tuple[Requests, Graded]]) -> np.ndarray:
