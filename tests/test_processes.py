@@ -185,20 +185,23 @@ FSDP = {"mesh.fsdp": 4, "estimator.name": "value_filter", "estimator.features": 
 FSDP |= {"estimator.table-samples": 1}
 TENSOR = {"mesh.tensor": 2, "sampling.max-new-tokens": 33, "train.sample-rollouts": 4}
 TENSOR |= {"estimator.name": "reinforce", "estimator.table-samples": 0}
+LORA = {"mesh.fsdp": 2, "mesh.tensor": 2, "model.lora-rank": 2, "loss.kl-coef": 0.1}
+LORA |= {"estimator.name": "spo", "estimator.table-samples": 0}
 
 
 @pytest.mark.parametrize(
     "changes, devices",
     [
         pytest.param(FSDP, 2, marks=pytest.mark.slow, id="fsdp"),
+        pytest.param(LORA, 2, marks=pytest.mark.slow, id="lora"),
         pytest.param(TENSOR, 1, marks=pytest.mark.nightly, id="tensor"),
     ],
 )
 def test_a_run_of_two_processes_that_is_stopped_and_goes_on_is_the_run_of_one(
     tiny_folder, dapo_file, tmp_path, changes, devices
 ):
-    """Tokens equal, numbers to 1e-5. fsdp, with a table and features: both are killed, and one with
-    four devices goes on. tensor, whose slots are refilled: one is asked to stop, and both go on."""
+    """Tokens equal, numbers to 1e-5. fsdp, with a table and features, and lora, with the base's KL:
+    both are killed, and one with four devices goes on. tensor, whose slots are refilled: one is asked to stop, and both go on."""
     changes = changes | {"train.log-samples": 8, "train.steps": 3, "eval.size": 2}
     whole, parts = (
         small(tiny_folder, dapo_file, tmp_path / name, **changes) for name in ("whole", "parts")
