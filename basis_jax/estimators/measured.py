@@ -14,9 +14,9 @@ The expectations over the signs are E <G, D> = sum (r_i - b) w_i and E <D, D> = 
 products of different rollouts have random signs. So two backward passes measure b* = b + <G, D> /
 <D, D>. Measurements are averaged with weights <D, D>, which makes a ratio of two sums of them. The
 plain mean of their b* is too large where most completions are right: a batch without a slip
-measures b* = 1, but its <D, D> is small. Without signs one pass would do in theory, since E g = 0; in practice the slips that bring
-this mean to 0 are so rare that no batch has one, and the measured b* is too large where most
-completions are right.
+measures b* = 1, but its <D, D> is small. Without signs one pass would do in theory, since E g = 0;
+in practice the slips that bring this mean to 0 are so rare that no batch has one, and the measured
+b* is too large where most completions are right.
 
 b* of a batch is close to that of the next ones: the policy changes slowly. The baseline of a step
 comes from earlier steps alone, so not one bit of it depends on any completion of the step. The
