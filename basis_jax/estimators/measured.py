@@ -83,7 +83,7 @@ def measured_mean_update(
     [``low``, ``high``]; before the first measurement b is ``low``.
 
     ``values`` are the plain means of the other rows. ``memory`` belongs to the measurements. Info:
-    ``measurements``, the discounted number of them. ValueError for rewards outside the range.
+    ``baseline`` and ``measurements``, the discounted number of them. ValueError for rewards outside the range.
 
     >>> made = {"baseline": jnp.float32(.25), "square": jnp.float32(8)}
     >>> state = estimators.MeasuredMean(**made, measurements=jnp.float32(3))
@@ -98,10 +98,10 @@ def measured_mean_update(
     y = jnp.where(valid, to_unit(rewards, low, high), 0)
     mean = divide(others_sum(y), others_sum(valid.astype(jnp.float32)))
     values = from_unit(mean, low, high)
-    baselines = from_unit(jnp.ones_like(rewards) * used_baseline(state), low, high)
-    return state, estimate(
-        rewards - baselines, values, valid, baselines=baselines, measurements=state.measurements
-    )
+    baseline = from_unit(used_baseline(state), low, high)
+    baselines = jnp.full_like(rewards, baseline)
+    info = {"baseline": baseline, "measurements": state.measurements}
+    return state, estimate(rewards - baselines, values, valid, baselines=baselines, **info)
 
 
 def measured_mean_learn(
