@@ -4,8 +4,8 @@ Command:   python scripts/train.py --config configs/steps.py
 Hardware:  2 CPU cores, no accelerator, no network
 Wall time: 1 to 2 minutes, compiling included
 Result:    held-out accuracy at temperature 1 from 51.9-54.4 % to 94.3-95.2 %, greedy from 63.4 % to
-           99.1-99.7 % (seeds 0 to 2, commit 7a265c0); with --estimator.name value_filter 88.2-91.2 %,
-           greedy 98.4-100.0 %
+           99.1-99.7 % (seeds 0 to 2, commit 7a265c0); with --estimator.name value_filter
+           88.2-91.2 %, greedy 98.4-100.0 %
 """
 
 from basis_jax.config import (

@@ -83,7 +83,8 @@ def measured_mean_update(
     [``low``, ``high``]; before the first measurement b is ``low``.
 
     ``values`` are the plain means of the other rows. ``memory`` belongs to the measurements. Info:
-    ``baseline`` and ``measurements``, the discounted number of them. ValueError for rewards outside the range.
+    ``baseline`` and ``measurements``, the discounted number of them. ValueError for rewards outside
+    the range.
 
     >>> made = {"baseline": jnp.float32(.25), "square": jnp.float32(8)}
     >>> state = estimators.MeasuredMean(**made, measurements=jnp.float32(3))
