@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +16,11 @@ import pytest
 from whole_runs import documented_metrics
 
 from basis_jax import command_line, estimators
-from basis_jax.commands import COMMANDS
+from basis_jax.commands import COMMANDS, train
+from basis_jax.data.tasks import number_words
 from basis_jax.estimators.registry import LIBRARY_ONLY
+from basis_jax.runs.identity import MAY_DIFFER
+from basis_jax.training.session import open_session
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -166,6 +170,45 @@ def test_every_command_of_the_pages_is_accepted(name, line, tmp_path, monkeypatc
     command_line.parse("", options=options, flags=("dry-run", "compile"), argv=arguments)
 
 
+ELSEWHERE = ("MODEL_FOLDER", "Qwen/", "qwen_math", "gsm8k", "mine.jsonl")
+"""Models and files that the reader brings."""
+
+
+@pytest.fixture(scope="module")
+def files_of_the_pages(tmp_path_factory):
+    """A folder with the files that the commands name: the quickstart's problems as CSV files, the
+    examples, what they write, and the page's own estimators."""
+    folder = tmp_path_factory.mktemp("pages")
+    for name, held_out in (("train.csv", False), ("test.csv", True)):
+        rows = [f"{p.prompt},{p.answer}\n" for p in number_words.problems(held_out=held_out)]
+        (folder / name).write_text("question,gold\n" + "".join(rows))
+    (folder / "examples").symlink_to(ROOT / "examples")
+    (own,) = [b for b in blocks(PAGES["estimators"], "python") if b.startswith("# my_estimators")]
+    (folder / "my_estimators.py").write_text(own)
+    write = [sys.executable, "examples/own_data.py", "problems.jsonl"]
+    subprocess.run(write, cwd=folder, check=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line",
+    [
+        line
+        for _, line in started("train")
+        if re.search(r"\.py:|--data\.path", line) and not any(name in line for name in ELSEWHERE)
+    ],
+    ids=lambda text: text[:120],
+)
+def test_a_run_with_files_of_its_own_opens_as_the_page_says(line, files_of_the_pages, monkeypatch):
+    """Its problems, columns, functions and sizes fit each other."""
+    monkeypatch.chdir(files_of_the_pages)
+    arguments = [{"S": "0"}.get(word, word) for word in shlex.split(line)]  # a seed
+    config, _ = command_line.parse("", options=("fork-from",), argv=arguments)
+    with open_session(config, lambda line: None, training=True):
+        pass
+
+
 def options_in(line):
     return {word.split("=")[0] for word in shlex.split(line) if word.startswith("--")}
 
@@ -230,6 +273,43 @@ def test_studies_and_benchmarks_take_the_options_of_the_pages(module, line):
 
 
 # ------------------------------------------------------------------------------------- from code
+def rows_of(page, heading):
+    """The cells of each row of the first table under a heading, without its first two lines."""
+    table = page.split(f"{heading}\n")[1].split("\n| ", 1)[1].split("\n\n")[0]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]
+    ]
+
+
+def test_the_page_about_resuming_names_every_field_that_may_change():
+    cells = " ".join(row[0] for row in rows_of(PAGES["resume"], "## What may change"))
+    named = {name.removesuffix("*") for name in re.findall(r"`([\w.]+\*?)`", cells)}
+    sections = {f"{name}." for name in named if "." not in name} - {"run_dir."}
+    fields = {name for name in named if f"{name}." not in sections}
+    assert fields | sections == {*MAY_DIFFER, "train.steps"}
+
+
+@pytest.mark.parametrize(
+    "cells", rows_of(PAGES["memory"], "# Memory: what fits on which card"), ids=" ".join
+)
+def test_the_table_of_cards_is_what_a_dry_run_prints(cells, monkeypatch, capsys):
+    card, model, flags, most = cells
+    flags = flags.split("`")[1] if flags else ""
+    if "--config" not in flags:
+        name = f"Qwen/{model.split(',')[0]}-Instruct"
+        flags += f" --config gsm8k --model.path {name} --train.microbatch-rollouts auto"
+        flags += " --train.sample-rollouts auto"
+    chip = {"24 GB": "rtx4090", "80 GB": "h100"}[card]
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setattr("sys.argv", ["", *flags.split(), "--dry-run", "--topology", chip])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    shown = re.findall(r": ([\d.]+) GB a device \(", capsys.readouterr().out)
+    assert f"{max(map(float, shown)):g} GB" in most
+    assert bool(ended.value.code) == ("does not fit" in most)
+
+
 def test_the_page_of_the_configuration_is_current(monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS))
     import make_configuration
