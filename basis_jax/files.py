@@ -27,6 +27,28 @@ def lock(file: IO, what: str, option: str) -> None:
         ) from None
 
 
+LONGEST = 1500
+"""Characters of a message that are printed, where a part of it comes from outside."""
+
+
+def one_line(text: str) -> str:
+    """A message as it may be printed: on one line, without control characters, and without its
+    middle where it is longer than ``LONGEST``."""
+    text = " ".join(cut(text).split())
+    return cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+
+
+def cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 500]} ... {text[-450:]}"
+
+
+def check_regular(path: Path) -> None:
+    """Raise ValueError for a pipe or a device, whose reading may never end. What is not there, and
+    folders, are left to the reader."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is a pipe or a device and no file; give a file")
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Turn errors of the system (a full disk, a folder without write permission) into a ValueError
@@ -69,7 +91,8 @@ def push_names_to_disk(folder: Path) -> None:
 
 def check_links(folder: Path) -> None:
     """Raise ValueError if something in ``folder`` is a link to a place outside of it, because what
-    is written there would change other files. The folder itself may be a link."""
+    is written there would change other files, or is neither a file nor a folder, because reading it
+    may never end. The folder itself may be a link."""
     inside = folder.resolve()
     for parent, folders, names in os.walk(folder):
         for path in (Path(parent) / name for name in (*folders, *names)):
@@ -78,6 +101,10 @@ def check_links(folder: Path) -> None:
                     f"{path} is a link to {path.resolve()}, outside of the run folder; remove it, "
                     "or give another --run-dir (which may itself be a link)"
                 )
+            try:
+                check_regular(path)
+            except ValueError as error:
+                raise ValueError(f"{error}: remove it, or give another --run-dir") from None
 
 
 DIGESTS = "sha256.json"
@@ -119,9 +146,15 @@ def damage(folder: Path) -> str | None:
         wanted = read_json(folder / DIGESTS)
     except ValueError:
         return f"{DIGESTS} is not readable"
+    if not wanted:
+        return f"{DIGESTS} names no file"
+    inside = Path(os.path.abspath(folder))
 
     def wrong(name: str) -> str | None:
         try:
+            if not Path(os.path.abspath(folder / name)).is_relative_to(inside):
+                return f"{DIGESTS} names {name}, which is outside of the folder"
+            check_regular(folder / name)
             with (folder / name).open("rb") as file:
                 same = hashlib.file_digest(file, "sha256").hexdigest() == wanted[name]
         except FileNotFoundError:
@@ -169,6 +202,7 @@ def read_json(path: Path) -> dict[str, Any]:
     not a JSON object.
     """
     try:
+        check_regular(path)
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ValueError(f"it has {size:,} bytes, and {LARGEST_JSON:,} are allowed")
         value = json.loads(path.read_text(encoding="utf-8-sig"))

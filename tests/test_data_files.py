@@ -35,7 +35,7 @@ def refused(path, *words, **options):
 @pytest.fixture
 def no_hub(monkeypatch):
     """Fails where a name is given to ``datasets`` at all."""
-    monkeypatch.setattr(hub, "read_dataset", lambda *_, **__: pytest.fail("sent to a hub"))
+    monkeypatch.setattr(hub, "found_rows", lambda *_, **__: pytest.fail("sent to a hub"))
 
 
 @pytest.mark.parametrize(

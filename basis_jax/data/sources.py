@@ -14,6 +14,7 @@ from basis_jax.data.hub import hub_rows
 from basis_jax.data.problem import Problem
 from basis_jax.data.tables import CSV, JSON, READABLE, Rows, file_kind, read_table
 from basis_jax.data.values import held_in, is_missing, listing
+from basis_jax.files import check_regular, one_line
 from basis_jax.verify import needs_answers
 from basis_jax.verify.criteria import Tolerance, olympiad_tolerance
 from basis_jax.verify.gym import check_scorer
@@ -145,9 +146,12 @@ def load(source: Source, *, held_out: bool) -> list[Problem]:
         )
     try:
         found = list(problems_of(source))
+    except MemoryError as error:
+        raise ValueError(
+            f"{source.path} does not fit into memory; give a smaller file with {source.option}"
+        ) from error
     except ValueError as error:
-        sentence = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())
-        raise ValueError(sentence) from error
+        raise ValueError(one_line(str(error))) from error
     if not found:
         raise ValueError(f"{source.path} holds no problems; give another with {source.option}")
     return found
@@ -174,12 +178,13 @@ def problems_of(source: Source) -> Iterator[Problem]:
 def read_rows(source: Source) -> tuple[str, Rows]:
     """What rows are called, and the rows with their numbers: of a file, a folder or a data set on
     the hub. A name that can only be a local one is never looked for on the hub."""
-    path = Path(source.path).expanduser()
-    before_colon = Path(source.path.partition(":")[0]).expanduser()
     if not source.path.strip():
         raise ValueError(f"{source.option} is empty; {READABLE}, a folder or a hub id")
     try:
+        path = Path(source.path).expanduser()
+        before_colon = Path(source.path.partition(":")[0]).expanduser()
         kind = file_kind(path)
+        check_regular(path)
         if path.is_file() and kind is None:
             raise ValueError(f"{path} is of an unknown kind; {READABLE}")
         if kind and not path.exists():
@@ -189,6 +194,10 @@ def read_rows(source: Source) -> tuple[str, Rows]:
         local_only = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
         if local_only and not path.exists() and not before_colon.exists():
             raise ValueError(f"there is no file or folder {source.path}; {READABLE}")
+    except RuntimeError as error:  # of expanduser
+        raise ValueError(
+            f"{source.path} begins with the home of an unknown user; give another {source.option}"
+        ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{error}, with {source.option}") from error
     if path.is_file() and kind in (JSON, CSV):
