@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -42,10 +43,15 @@ def cut(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 500]} ... {text[-450:]}"
 
 
+def home(path: str | Path) -> Path:
+    """The path, with the folder that ``~`` stands for, where there is one."""
+    return Path(os.path.expanduser(path))
+
+
 def check_regular(path: Path) -> None:
     """Raise ValueError for a pipe or a device, whose reading may never end. What is not there, and
     folders, are left to the reader."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise ValueError(f"{path} is a pipe or a device and no file; give a file")
 
 
@@ -195,21 +201,42 @@ LARGEST_JSON = 1 << 26
 """Bytes of a JSON file of settings. Larger ones are not what they should be."""
 
 
+class Repeated(ValueError):
+    """A JSON object has a key twice."""
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values, for ``json``. Raises Repeated, as readers differ in
+    which value counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise Repeated(f"an object has the key {twice!r} twice; keep one")
+    return found
+
+
+def check_size(path: Path) -> None:
+    """Raise ValueError for a file of settings that is larger than ``LARGEST_JSON``, and for a pipe
+    or a device."""
+    check_regular(path)
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"it has {size:,} bytes, and {LARGEST_JSON:,} are allowed; give a smaller one")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a byte-order mark before it is ignored.
 
-    Raises ValueError if the file is not readable, larger than ``LARGEST_JSON``, nested too deep or
-    not a JSON object.
+    Raises ValueError if the file is not readable, larger than ``LARGEST_JSON``, nested too deep,
+    not a JSON object, or has a key twice.
     """
     try:
-        check_regular(path)
-        if (size := path.stat().st_size) > LARGEST_JSON:
-            raise ValueError(f"it has {size:,} bytes, and {LARGEST_JSON:,} are allowed")
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        check_size(path)
+        content = path.read_text(encoding="utf-8-sig")
+        value = json.loads(content, object_pairs_hook=without_repeats)
     except RecursionError as error:
         raise ValueError(f"{path} cannot be read as JSON: it is nested too deep") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+        raise ValueError(one_line(f"{path} cannot be read as JSON: {error}")) from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}; an object is needed")
     return value

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from basis_jax.data.tables import CSV, JSON, LARGEST_TEXT, PARQUET, Rows, file_kind, read_table
-from basis_jax.files import read_json
+from basis_jax.files import home, read_json
 
 MEDIA = ("Image", "Audio", "Video", "Pdf")
 """Features of columns that are not read: decoding them needs packages of its own."""
@@ -36,7 +36,7 @@ def found_rows(path: str, split: str) -> Iterator[dict[str, Any]]:
     """The rows, wherever they are."""
     import datasets  # here: it takes a second, and tasks and files do not need it
 
-    local = Path(path).expanduser()
+    local = home(path)
     name, _, subset = path.partition(":")
     if local.is_file() and file_kind(local) is PARQUET:
         check_parquet(local)

@@ -14,7 +14,7 @@ from basis_jax.data.hub import hub_rows
 from basis_jax.data.problem import Problem
 from basis_jax.data.tables import CSV, JSON, READABLE, Rows, file_kind, read_table
 from basis_jax.data.values import held_in, is_missing, listing
-from basis_jax.files import check_regular, one_line
+from basis_jax.files import check_regular, home, one_line
 from basis_jax.verify import needs_answers
 from basis_jax.verify.criteria import Tolerance, olympiad_tolerance
 from basis_jax.verify.gym import check_scorer
@@ -181,8 +181,8 @@ def read_rows(source: Source) -> tuple[str, Rows]:
     if not source.path.strip():
         raise ValueError(f"{source.option} is empty; {READABLE}, a folder or a hub id")
     try:
-        path = Path(source.path).expanduser()
-        before_colon = Path(source.path.partition(":")[0]).expanduser()
+        path = home(source.path)
+        before_colon = home(source.path.partition(":")[0])
         kind = file_kind(path)
         check_regular(path)
         if path.is_file() and kind is None:
@@ -194,10 +194,6 @@ def read_rows(source: Source) -> tuple[str, Rows]:
         local_only = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
         if local_only and not path.exists() and not before_colon.exists():
             raise ValueError(f"there is no file or folder {source.path}; {READABLE}")
-    except RuntimeError as error:  # of expanduser
-        raise ValueError(
-            f"{source.path} begins with the home of an unknown user; give another {source.option}"
-        ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{error}, with {source.option}") from error
     if path.is_file() and kind in (JSON, CSV):

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from basis_jax.files import Repeated, without_repeats
+
 Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
 JSON, CSV, PARQUET = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".parquet",)
@@ -102,19 +104,6 @@ def unpacked(data: bytes) -> bytes | bytearray:
         found += block
         if len(found) > LARGEST_TEXT:
             raise ValueError(f"it unpacks to more than {LARGEST_TEXT:,} bytes")
-    return found
-
-
-class Repeated(ValueError):
-    """A JSON object has a key twice."""
-
-
-def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these keys and values. Raises Repeated: which value counts is not certain."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise Repeated(f"an object has the key {twice!r} twice; keep one")
     return found
 
 

@@ -4,6 +4,7 @@ Only the parameters are read, not the optimizer's moments. Nothing is written, s
 to the same folder at the same time is not disturbed.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if (path / "state").is_dir():
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    inside = folder.iterdir() if os.path.isdir(folder) else ()
+    steps = [p for p in inside if p.name.isascii() and p.name.isdigit() and p.is_dir()]
     if not steps:
         raise ValueError(
             f"{path} holds no checkpoint; give the folder of a run or RUN/checkpoints/STEP"
@@ -40,9 +42,15 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def saved_config(checkpoint: Path) -> dict:
-    """The fields of the config that made the checkpoint, by section."""
+    """The fields of the config that made the checkpoint, by section. Raises ValueError where it is
+    no config."""
     with _reading(checkpoint):
-        return dict(ocp.JsonCheckpointHandler().restore((checkpoint / "config").absolute()))
+        for file in (checkpoint / "config").iterdir():
+            files.check_size(file)
+        found = dict(ocp.JsonCheckpointHandler().restore((checkpoint / "config").absolute()))
+        if not isinstance(found["model"]["path"], str):
+            raise ValueError("its config has no model.path")
+        return found
 
 
 def model_path(checkpoint: Path) -> str:
@@ -118,9 +126,11 @@ def _check_same_model(checkpoint: Path, stored: dict, expected: dict) -> None:
 def _reading(checkpoint: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{checkpoint} cannot be read as a checkpoint ({reason}); give another, or the folder "
-            "of a run"
+            files.one_line(
+                f"{checkpoint} cannot be read as a checkpoint ({reason}); give another, or the "
+                "folder of a run"
+            )
         ) from error
