@@ -220,7 +220,9 @@ def check_size(path: Path) -> None:
     or a device."""
     check_regular(path)
     if (size := path.stat().st_size) > LARGEST_JSON:
-        raise ValueError(f"it has {size:,} bytes, and {LARGEST_JSON:,} are allowed; give a smaller one")
+        raise ValueError(
+            f"it has {size:,} bytes, and {LARGEST_JSON:,} are allowed; give a smaller one"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from basis_jax.config import Config
-from basis_jax.files import check_links, lock, replace_file
+from basis_jax.files import check_links, lock, read_json, replace_file
 from basis_jax.runs.provenance import provenance
 from basis_jax.saved_config import renamed
 
@@ -91,7 +91,8 @@ def open_run(
     starts, forked = [], fork_from
     if path.exists():
         before = read_config(path)
-        done = [int(p.name) for p in (run_dir / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
+        names = [p.name for p in (run_dir / "checkpoints").glob("[0-9]*")]
+        done = [int(name) for name in names if name.isascii() and name.isdigit()]
         if done:
             _check_same(
                 run_dir,
@@ -135,10 +136,13 @@ def _check_steps(config: Config, done: int) -> None:
 def read_config(path: Path) -> dict[str, Any]:
     """The content of a run's config.json. Raises ValueError if it is something else."""
     try:
-        record = json.loads(path.read_text())
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not {"config", "starts"} <= record.keys():
+        record = read_json(path)
+        sections = [n for n, part in asdict(Config(run_dir="")).items() if isinstance(part, dict)]
+        parts = [record["config"].get(name, {}) for name in sections] + [record.get("identity", {})]
+        whole = all(isinstance(part, dict) for part in parts) and isinstance(record["starts"], list)
+    except (ValueError, KeyError, AttributeError):
+        whole = False
+    if not whole:
         raise ValueError(f"{path} is not a run's config.json; give another --run-dir")
     return record
 

@@ -73,7 +73,7 @@ def _named(file: Path) -> Iterator[None]:
     except Exception as error:  # fields may have any type; tokenizers raises bare Exceptions
         reason = str(error) if isinstance(error, OSError | ValueError) else repr(error)
         raise ValueError(
-            one_line(f"{file} cannot be read as the GGUF of a Llama: {reason}; give another file")
+            one_line(f"{file} cannot be read as GGUF: {reason}; give the .gguf of a Llama")
         ) from error
 
 
@@ -145,10 +145,14 @@ def config_json(fields: dict[str, Any], names: set[str]) -> dict[str, Any]:
     sizes = {theirs: fields[ours] for ours, theirs in SIZES.items()}
     heads = sizes["num_attention_heads"]
     ids = {f"{n}_id": fields.get(f"tokenizer.ggml.{k}_token_id") for n, k in TOKEN_IDS.items()}
+    words = fields["tokenizer.ggml.tokens"]
+    for name, i in ids.items():
+        if i is not None and not (type(i) is int and 0 <= i < len(words)):
+            raise ValueError(f"{name} is {i!r}, which is none of its {len(words)} tokens")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "vocab_size": len(words),
         **sizes,
         "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
         "head_dim": fields.get("llama.attention.key_length", sizes["hidden_size"] // heads),

@@ -44,7 +44,7 @@ def find_checkpoint(path: str | Path) -> Path:
 def saved_config(checkpoint: Path) -> dict:
     """The fields of the config that made the checkpoint, by section. Raises ValueError where it is
     no config."""
-    with _reading(checkpoint):
+    with reading(checkpoint):
         for file in (checkpoint / "config").iterdir():
             files.check_size(file)
         found = dict(ocp.JsonCheckpointHandler().restore((checkpoint / "config").absolute()))
@@ -71,7 +71,7 @@ def load_checkpoint_params(
         raise ValueError(f"checkpoint {checkpoint} is damaged ({wrong}); give another checkpoint")
     folder = (checkpoint / "state").absolute()
     handler = ocp.PyTreeCheckpointHandler()
-    with _reading(checkpoint):
+    with reading(checkpoint):
         stored = {}
         for name, leaf in handler.metadata(folder).tree.items():  # "01.params['embedding']"
             _, is_param, path = name.partition(".params")
@@ -90,7 +90,7 @@ def load_checkpoint_params(
     args = ocp.args.PyTreeRestore(
         item=item, restore_args=dict(zip(names, restore_args, strict=True)), partial_restore=True
     )
-    with _reading(checkpoint):
+    with reading(checkpoint):
         restored = handler.restore(folder, args=args)
     for path, name in zip(expected, names, strict=True):
         for block in _blocks(restored[name]):
@@ -123,7 +123,8 @@ def _check_same_model(checkpoint: Path, stored: dict, expected: dict) -> None:
 
 
 @contextmanager
-def _reading(checkpoint: Path) -> Iterator[None]:
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Turn the errors of a damaged checkpoint into one sentence with its name."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
