@@ -3,7 +3,9 @@
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +57,12 @@ def check_regular(path: Path) -> None:
         raise ValueError(f"{path} is a pipe or a device and no file; give a file")
 
 
+def check_all_regular(folder: Path) -> None:
+    """Raise ValueError for the first pipe or device in a folder and those in it."""
+    for path in folder.rglob("*"):
+        check_regular(path)
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Turn errors of the system (a full disk, a folder without write permission) into a ValueError
@@ -102,9 +110,10 @@ def check_links(folder: Path) -> None:
     inside = folder.resolve()
     for parent, folders, names in os.walk(folder):
         for path in (Path(parent) / name for name in (*folders, *names)):
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            target = Path(os.path.realpath(path))  # resolve() raises for a link to itself
+            if path.is_symlink() and not target.is_relative_to(inside):
                 raise ValueError(
-                    f"{path} is a link to {path.resolve()}, outside of the run folder; remove it, "
+                    f"{path} is a link to {target}, outside of the run folder; remove it, "
                     "or give another --run-dir (which may itself be a link)"
                 )
             try:
@@ -144,8 +153,13 @@ def is_sealed(folder: Path) -> bool:
 def damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder, beginning with a file's name, or None.
 
-    A folder without ``sha256.json`` was not sealed or has lost it; there is nothing to check then.
+    A folder without ``sha256.json`` was not sealed or has lost it; then it is only checked that it
+    holds nothing but files.
     """
+    try:
+        check_all_regular(folder)
+    except ValueError as error:
+        return str(error)
     if not is_sealed(folder):
         return None
     try:
@@ -170,7 +184,31 @@ def damage(folder: Path) -> str | None:
         return None if same else f"{name} is not as it was written"
 
     with ThreadPoolExecutor() as pool:
-        return next(filter(None, pool.map(wrong, wanted)), None)
+        found = next(filter(None, pool.map(wrong, wanted)), None)
+    return found and one_line(found)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the tracebacks of failures of orbax that are already raised as an error.
+
+    Orbax logs the traceback of each of its threads. Those of tensorstore fail because the first
+    failure has closed the event loop.
+    """
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = log.level
+
+    def ignore_closed_loop(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = ignore_closed_loop
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        sys.unraisablehook = hook
 
 
 def append_json_lines(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:

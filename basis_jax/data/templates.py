@@ -59,7 +59,7 @@ def template_options(section: DataSection, tokenizer: Any) -> dict[str, bool | i
         )
     if not isinstance(template, str):
         raise ValueError(
-            f"the tokenizer's chat template is of the type {type(template).__name__} and no text; {INSTEAD}"
+            f"the tokenizer's chat template is a {type(template).__name__} and no text; {INSTEAD}"
         )
     own = inspect.signature(tokenizer.apply_chat_template).parameters
     for name in section.chat_template_options:

@@ -29,6 +29,9 @@ from basis_jax.runs.log import log_line
 from basis_jax.runs.loggers import open_loggers, what
 from basis_jax.runs.terminal import Stream, Terminal
 
+LARGEST = 2**63
+"""Whole numbers in the files are smaller."""
+
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``. A last line that is still being written is left out.
@@ -45,10 +48,11 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path} has two lines of step {row['step']}; remove one")
     for row in rows:
         for name, value in row.items():
-            if not (value is None or type(value) in (int, float)):
+            whole = type(value) is int and abs(value) < LARGEST
+            if not (value is None or whole or type(value) is float):
                 raise ValueError(
-                    one_line(f"{path} has {value!r:.60} as {name} of step {row['step']}; give a ")
-                    + " number or null"
+                    f"{path} has {one_line(f'{value!r:.60} as {name}')} of step {row['step']}; "
+                    "give a number or null"
                 )
     return rows
 
@@ -191,10 +195,10 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
         except (ValueError, RecursionError):
             row = None
         step = row.get("step") if isinstance(row, dict) else None
-        if type(step) is int and step >= last:
+        if type(step) is int and last <= step < LARGEST:
             last = step
             yield row, end
-        elif type(step) is int:
+        elif type(step) is int and step < last:
             raise ValueError(
                 f"line {number} of {path} is of step {step}, after one of step {last}; put the "
                 "lines in order"

@@ -31,6 +31,8 @@ def saved_lora(checkpoint: Path) -> Lora | None:
         return None
     with trained.reading(checkpoint):
         targets = tuple(section["lora_targets"])
+        if type(section["lora_rank"]) is not int or not {*targets} <= {*lora.TARGETS}:
+            raise ValueError("its config has adapters that this version does not know")
         return Lora(section["lora_rank"], section["lora_alpha"], targets, section["compute_dtype"])
 
 

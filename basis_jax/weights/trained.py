@@ -29,9 +29,9 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises ValueError where there is none.
     """
     path = Path(path)
-    if (path / "state").is_dir():
+    if os.path.isdir(path / "state"):  # False where a name cannot be one
         return path
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    folder = path / "checkpoints" if os.path.isdir(path / "checkpoints") else path
     inside = folder.iterdir() if os.path.isdir(folder) else ()
     steps = [p for p in inside if p.name.isascii() and p.name.isdigit() and p.is_dir()]
     if not steps:
@@ -48,6 +48,9 @@ def saved_config(checkpoint: Path) -> dict:
         for file in (checkpoint / "config").iterdir():
             files.check_size(file)
         found = dict(ocp.JsonCheckpointHandler().restore((checkpoint / "config").absolute()))
+        sections = [part for name, part in found.items() if name not in ("run_dir", "seed")]
+        if not all(isinstance(part, dict) for part in sections):
+            raise ValueError("its config has a section that is no object")
         if not isinstance(found["model"]["path"], str):
             raise ValueError("its config has no model.path")
         return found
@@ -126,7 +129,8 @@ def _check_same_model(checkpoint: Path, stored: dict, expected: dict) -> None:
 def reading(checkpoint: Path) -> Iterator[None]:
     """Turn the errors of a damaged checkpoint into one sentence with its name."""
     try:
-        yield
+        with files.quiet():
+            yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
