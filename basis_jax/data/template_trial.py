@@ -36,7 +36,7 @@ def trouble(template: str, options: str) -> str:
     """Why a template must not be rendered in this process, "" where nothing speaks against it.
     ``options`` are its options as JSON. Its errors are left to whoever renders it."""
     asked = json.dumps([template, json.loads(options)]).encode()
-    command = [sys.executable, "-P", __file__]
+    command = [sys.executable, "-P", __file__, str(SECONDS)]
     try:
         done = subprocess.run(command, input=asked, capture_output=True, timeout=SECONDS * PATIENCE)
     except subprocess.TimeoutExpired:
@@ -50,7 +50,7 @@ def trouble(template: str, options: str) -> str:
 
 def main() -> None:
     """Render the template that stands in the input; the exit code says how it went."""
-    limit()
+    limit(int(sys.argv[1]))
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # within the limits, too
 
     template, options = json.load(sys.stdin)
@@ -73,11 +73,11 @@ def main() -> None:
             sys.exit(TOO_LONG)
 
 
-def limit() -> None:
-    """Let the kernel end this process after ``SECONDS``, and refuse it memory."""
+def limit(seconds: int) -> None:
+    """Let the kernel end this process after so much CPU time, and refuse it memory."""
     import resource
 
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":  # elsewhere address space is not counted so
         resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES * 2**20,) * 2)
