@@ -2,9 +2,9 @@
 
 Command:   python scripts/train.py --config configs/quickstart.py
 Hardware:  2 CPU cores, no accelerator, no network
-Wall time: 3.1 to 4.3 minutes, the reference table's 16,480 rollouts included
-Result:    held-out accuracy at temperature 1 from 45.8-49.3 % to 79.9-82.5 %, greedy from 60.1 %
-           to 87.3-90.0 % (5 seeds, commit 706b302; seed 0 at 8690d61: 83.1 %, greedy 90.4 %)
+Wall time: 2 to 4 minutes, the reference table's 16,480 rollouts included
+Result:    held-out accuracy at temperature 1 from 47.1-48.9 % to 76.0-83.1 %, greedy from 60.1 %
+           to 85.2-90.4 % (5 seeds, commits d7621c2 and 6d9c955; seed 0: 83.1 %, greedy 90.4 %)
 """
 
 from basis_jax.config import (

@@ -21,18 +21,20 @@ from jaxtyping import Array, Bool, Float, Int, Int8, PyTree
 
 from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
+from basis_jax.pytree import pytree
+from basis_jax.types import AnyArray
 
 BUCKETS = 16_384
 METRICS = ("sgd", "adamw")
 WIDTH = 8  # rows are cut to multiples of this many tokens
 
 
-@dataclass(frozen=True)
+@pytree
 class Hash:
     """Signs of all parameters, padded to whole rows of B, and an offset for each row."""
 
-    signs: Int8[np.ndarray, "K B"]
-    offsets: Int[np.ndarray, " K"]
+    signs: Int8[AnyArray, "K B"]
+    offsets: Int[AnyArray, " K"]
 
 
 def make_hash(size: int, buckets: int = BUCKETS, seed: int = 0) -> Hash:
@@ -40,17 +42,25 @@ def make_hash(size: int, buckets: int = BUCKETS, seed: int = 0) -> Hash:
     random = np.random.default_rng([seed, 6])
     rows = -(-size // buckets)
     signs = 2 * random.integers(0, 2, (rows, buckets), np.int8) - 1
-    return Hash(signs, random.integers(0, buckets, rows).astype(np.int32))
+    return Hash(signs=signs, offsets=random.integers(0, buckets, rows).astype(np.int32))
 
 
 def sketch(x: Float[Array, "n D"], hash: Hash) -> Float[Array, "n B"]:
     """The sketch of every row of x."""
-    rows, buckets = hash.signs.shape
-    x = jnp.pad(x, ((0, 0), (0, rows * buckets - x.shape[1])))
-    total = jnp.zeros((x.shape[0], buckets))
-    for k, offset in enumerate(hash.offsets):
-        part = x[:, k * buckets : (k + 1) * buckets] * hash.signs[k].astype(np.float32)[None]
-        total = total + jnp.roll(part, int(offset), axis=1)
+    signs, offsets = jnp.asarray(hash.signs), jnp.asarray(hash.offsets)
+    buckets = signs.shape[1]
+    whole = x.shape[1] // buckets  # rows of B without padding
+
+    def add(k, total, part):
+        return total + jnp.roll(part * signs[k].astype(x.dtype)[None], offsets[k], axis=1)
+
+    def add_row(k, total):
+        return add(k, total, jax.lax.dynamic_slice_in_dim(x, k * buckets, buckets, axis=1))
+
+    total = jax.lax.fori_loop(0, whole, add_row, jnp.zeros((x.shape[0], buckets)))
+    rest = x[:, whole * buckets :]
+    if rest.shape[1]:
+        total = add(whole, total, jnp.pad(rest, ((0, 0), (0, buckets - rest.shape[1]))))
     return total
 
 
@@ -106,7 +116,7 @@ def make_gradients(
         return ravel_pytree(gradient)[0]
 
     @jax.jit
-    def several(params, scale, tokens, mask, old):
+    def several(params, scale, hash, tokens, mask, old):
         found = jax.vmap(one, in_axes=(None, 0, 0, 0))(params, tokens, mask, old)
         both = (found, found * scale[None])
         norms = jnp.stack([jnp.sum(x**2, axis=1) for x in both], 1)
@@ -125,7 +135,7 @@ def make_gradients(
         sketches = np.zeros((len(first), 2, hash.signs.shape[1]), np.float16)
         for at, width in pieces(mask[first], rows):
             part = (x[first[at], :width] for x in (tokens, mask, old))
-            found = several(params, scale, *part)
+            found = several(params, scale, hash, *part)
             norms[at], sketches[at] = (np.asarray(x) for x in found)
         return Gradients(norms[back.ravel()], sketches[back.ravel()])
 

@@ -50,7 +50,7 @@ from studies.gradient_sketch import (
 
 UPDATES = ("first", "second")
 CHUNK = 32  # problems whose gradients are written at once
-ROWS = 16  # gradients that exist at once
+ROWS, MOST_NUMBERS = 16, 2**28  # gradients that exist at once; the numbers they may have
 
 
 def main() -> None:
@@ -155,8 +155,9 @@ def save_gradients(
     old = old.reshape(pool.tokens.shape)
     updates = make_updates(params, model_config, pool, old, config=config, batch=batch)
     flat, unravel = ravel_pytree(params)
+    rows_at_once = int(np.clip(MOST_NUMBERS // flat.size, 1, ROWS))
     gradients = make_gradients(
-        model_config, make_hash(flat.size, BUCKETS), temperature=temperature, rows=ROWS
+        model_config, make_hash(flat.size, BUCKETS), temperature=temperature, rows=rows_at_once
     )
     size = len(pool.problems)
     for name, update in zip(UPDATES, updates, strict=True):

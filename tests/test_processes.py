@@ -201,7 +201,8 @@ def test_a_run_of_two_processes_that_is_stopped_and_goes_on_is_the_run_of_one(
     tiny_folder, dapo_file, tmp_path, changes, devices
 ):
     """Tokens equal, numbers to 1e-5. fsdp, with a table and features, and lora, with the base's KL:
-    both are killed, and one with four devices goes on. tensor, whose slots are refilled: one is asked to stop, and both go on."""
+    both are killed, and one with four devices goes on. tensor, whose slots are refilled: one is
+    asked to stop, and both go on."""
     changes = changes | {"train.log-samples": 8, "train.steps": 3, "eval.size": 2}
     whole, parts = (
         small(tiny_folder, dapo_file, tmp_path / name, **changes) for name in ("whole", "parts")

@@ -15,7 +15,7 @@ from basis_jax.model import decoder
 from basis_jax.model.logprobs import token_logprobs
 from basis_jax.model.sharding import make_mesh, named_tree
 from basis_jax.opening.checks import check
-from basis_jax.sampling.rollouts import Graded
+from basis_jax.sampling.rollouts import Graded, counted_tokens
 from basis_jax.training.microbatches import cut_rows, make_batches
 from basis_jax.training.objective import make_score
 from basis_jax.training.update import (
@@ -26,7 +26,7 @@ from basis_jax.training.update import (
     merge_updates,
     reward_metrics,
 )
-from basis_jax.types import Rollouts
+from basis_jax.types import Rollouts, TokenCredit
 from basis_jax.verify.verdicts import KINDS, verdict_of
 
 CONFIG = Config(
@@ -368,6 +368,20 @@ def test_value_error_is_the_mean_squared_advantage_over_valid_rows():
     errors = (data.rewards - np.asarray(estimate.values))[data.valid] ** 2
     assert metrics["estimate/value_error"] == pytest.approx(errors.mean())
     assert metrics["reward/invalid"] == pytest.approx(1 / 8)
+
+
+def test_with_credit_by_token_the_advantages_in_the_metrics_are_those_of_the_tokens_that_count():
+    data = graded()
+    estimate = make_estimate(estimators.make("batch_mean"))((), data)[1]
+    counted = np.asarray(counted_tokens(data))
+    advantages = np.where(counted, 0.0, 9.0).astype(np.float32)
+    rows, places = np.nonzero(counted)
+    advantages[rows[::4], places[::4]] = -2.0
+    credit = TokenCredit(advantages=advantages, start_values=np.zeros(8, np.float32))
+    metrics = reward_metrics(data, estimate, credit)
+    share = len(rows[::4]) / len(rows)
+    assert metrics["estimate/advantage_abs"] == pytest.approx(2 * share)
+    assert metrics["estimate/zero_share"] == pytest.approx(1 - share)
 
 
 def test_a_time_out_is_wrong_and_not_invalid_and_every_kind_has_its_share():

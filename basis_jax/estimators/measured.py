@@ -12,15 +12,18 @@ A training step can measure it without the gradients of single rollouts. Take ra
 
 The expectations over the signs are E <G, D> = sum (r_i - b) w_i and E <D, D> = sum w_i, because
 products of different rollouts have random signs. So two backward passes measure b* = b + <G, D> /
-<D, D>. Without signs one pass would do in theory, since E g = 0; in practice the slips that bring
-this mean to 0 are so rare that no batch has one, and the measured b* is too large where most
-completions are right.
+<D, D>. Measurements are averaged with weights <D, D>, which makes a ratio of two sums of them. The
+plain mean of their b* is too large where most completions are right: a batch without a slip
+measures b* = 1, but its <D, D> is small. Without signs one pass would do in theory, since E g = 0;
+in practice the slips that bring this mean to 0 are so rare that no batch has one, and the measured
+b* is too large where most completions are right.
 
 b* of a batch is close to that of the next ones: the policy changes slowly. The baseline of a step
 comes from earlier steps alone, so not one bit of it depends on any completion of the step. The
 method is our own; ``docs/baselines.md`` has figures.
 """
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
@@ -42,14 +45,16 @@ from basis_jax.types import Estimate, Measurement, Signals
 
 @pytree
 class MeasuredMean:
-    """The baseline that earlier measurements give, and how many of them it rests on.
+    """The baseline that earlier measurements give, their weight and their number.
 
-    >>> state = estimators.MeasuredMean(baseline=jnp.float32(.25), measurements=jnp.float32(3))
+    >>> made = {"baseline": jnp.float32(.25), "square": jnp.float32(8)}
+    >>> state = estimators.MeasuredMean(**made, measurements=jnp.float32(3))
     >>> float(state.measurements)
     3.0
     """
 
     baseline: Float[Array, ""]  # 0: the least reward, 1: the largest
+    square: Float[Array, ""]  # discounted sum of <D, D>
     measurements: Float[Array, ""]  # discounted
 
 
@@ -61,7 +66,7 @@ def measured_mean_init(
     >>> float(estimators.measured_mean_init(np.full(9, 4), np.full(9, 8)).baseline)
     0.0
     """
-    return MeasuredMean(baseline=jnp.float32(0), measurements=jnp.float32(0))
+    return MeasuredMean(baseline=jnp.float32(0), square=jnp.float32(0), measurements=jnp.float32(0))
 
 
 @nan_reported
@@ -80,7 +85,8 @@ def measured_mean_update(
     ``values`` are the plain means of the other rows. ``memory`` belongs to the measurements. Info:
     ``measurements``, the discounted number of them. ValueError for rewards outside the range.
 
-    >>> state = estimators.MeasuredMean(baseline=jnp.float32(.25), measurements=jnp.float32(3))
+    >>> made = {"baseline": jnp.float32(.25), "square": jnp.float32(8)}
+    >>> state = estimators.MeasuredMean(**made, measurements=jnp.float32(3))
     >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.ones(2, bool),
     ...                              problem_ids=jnp.array([3, 7]), lengths=jnp.array([5, 6]))
     >>> state, estimate = estimators.measured_mean_update(state, signals)
@@ -108,9 +114,9 @@ def measured_mean_learn(
 ) -> MeasuredMean:
     """The state after a measurement in an update whose baseline came from ``state``.
 
-    The measured b* is b + product / square. The new baseline is the mean of all measured ones; the
-    weight of a measurement is multiplied by ``memory`` at every later one. A measurement that is
-    not finite, or without noise (square 0), changes nothing.
+    The measured b* is b + product / square. The new baseline is the mean of all measured ones with
+    their squares as weights; the weight of a measurement is multiplied by ``memory`` at every later
+    one. A measurement that is not finite, or without noise (square 0), changes nothing.
 
     >>> state = estimators.measured_mean_init(np.zeros(9), np.zeros(9))
     >>> found = estimators.Measurement(product=jnp.float32(2), square=jnp.float32(8))
@@ -119,14 +125,16 @@ def measured_mean_learn(
     """
     moved = divide(measurement.product, measurement.square) / (high - low)
     found = used_baseline(state) + moved
-    older = memory * state.measurements
-    mean = (older * state.baseline + found) / (older + 1)
     square = measurement.square
+    older = memory * state.square
+    share = divide(square, older + square)
     counts = jnp.isfinite(found) & jnp.isfinite(square) & (square > 0)
-    return MeasuredMean(
-        baseline=jnp.where(counts, mean, state.baseline),
-        measurements=jnp.where(counts, older + 1, state.measurements),
+    new = MeasuredMean(
+        baseline=state.baseline + share * (found - state.baseline),
+        square=older + square,
+        measurements=memory * state.measurements + 1,
     )
+    return jax.tree.map(lambda new, old: jnp.where(counts, new, old), new, state)
 
 
 def used_baseline(state: MeasuredMean) -> Float[Array, ""]:

@@ -299,7 +299,7 @@ def make_step(
                     measured = False  # later updates of a step are off-policy
                 outcomes.append(outcome | of_critic)
         state = finish_step(state, estimator_state)
-        metrics = reward_metrics(graded, estimate) | merge_updates(outcomes)
+        metrics = reward_metrics(graded, estimate, credit) | merge_updates(outcomes)
         metrics["estimate/no_signal"] = float(not outcomes)
         metrics["optim/learning_rate"] = newest_learning_rate(schedule, state.opt_state)
         metrics["data/epoch"] = epochs(session, number + 1)

@@ -18,7 +18,7 @@ from basis_jax.estimators import Estimator, noise_report
 from basis_jax.model import decoder, lora
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import named_tree
-from basis_jax.sampling.rollouts import Graded
+from basis_jax.sampling.rollouts import Graded, counted_tokens
 from basis_jax.training.first_pass import make_first_pass
 from basis_jax.training.gradient_sum import make_gradient_sum
 from basis_jax.training.measure import make_measure
@@ -296,7 +296,9 @@ def apply_gradients(
     return optax.apply_updates(params, changes), opt_state, metrics
 
 
-def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
+def reward_metrics(
+    graded: Graded, estimate: Estimate, credit: TokenCredit | None = None
+) -> dict[str, float]:
     """Metrics of a step's rewards, verdicts, lengths and value estimates.
 
     ``reward/accuracy`` is the share of valid rows with a reward above 1/2; for rewards of 0 and 1
@@ -304,13 +306,16 @@ def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
     and ``rewards/...`` is the unweighted mean of each. ``estimate/value_error`` is the mean of
     (reward - value)^2 over valid rows. It is the squared error of the values plus the variance of
     the rewards, which is E[V (1 - V)] for rewards of 0 and 1. So only differences between runs are
-    meaningful. Absent rows are not counted anywhere.
+    meaningful. Absent rows are not counted anywhere. With ``credit`` by token, advantages are
+    those of the tokens that count.
     """
     valid, present = graded.valid, graded.present
     lengths, ended = graded.rollouts.completion_lengths, graded.rollouts.terminated
     rewards = graded.rewards[valid]
     own = next(iter(graded.parts.values()), graded.rewards)[valid]
-    advantages = np.abs(np.asarray(estimate.advantages))[valid]
+    advantages = np.asarray(estimate.advantages)[valid]
+    if credit is not None:
+        advantages = np.asarray(credit.advantages)[np.asarray(counted_tokens(graded))]
     errors = (graded.rewards - np.asarray(estimate.values))[valid] ** 2
     metrics = {
         "reward/mean": rewards.mean() if rewards.size else 0.0,
@@ -318,7 +323,7 @@ def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
         "reward/variance": rewards.var() if rewards.size else 0.0,
         "reward/invalid": 1.0 - valid[present].mean(),
         "estimate/value_error": errors.mean() if rewards.size else 0.0,
-        "estimate/advantage_abs": advantages.mean() if advantages.size else 0.0,
+        "estimate/advantage_abs": np.abs(advantages).mean() if advantages.size else 0.0,
         "completion/length_mean": lengths[present].mean(),
         "completion/truncated": 1.0 - ended[present].mean(),
         "time/sample_s": graded.sample_seconds,
@@ -331,4 +336,6 @@ def reward_metrics(graded: Graded, estimate: Estimate) -> dict[str, float]:
     for name, value in estimate.info.items():
         if np.ndim(value) == 0:
             metrics[f"estimate/{name}"] = value
+    if credit is not None:
+        metrics["estimate/zero_share"] = (advantages == 0).mean() if advantages.size else 0.0
     return {name: float(value) for name, value in metrics.items()}
