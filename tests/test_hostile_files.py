@@ -385,6 +385,64 @@ def test_a_saved_table_is_never_unpickled(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+TABLE = {
+    "successes": np.ones(3, np.int32), "trials": np.full(3, 2, np.int32), "uids": np.arange(3),
+    "prompt_hashes": np.arange(3, dtype=np.uint64), "features": np.ones((3, 1), np.float32),
+    "rewards": np.ones((3, 2), np.float32), "position": np.int64(6),
+    "made_by": np.array('{"samples": 2}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"successes": np.full(3, np.nan, np.float32)},
+        {"successes": np.full(3, -1, np.int32)},
+        {"successes": np.full(3, 3, np.int32)},
+        {"successes": np.ones(2, np.int32)},
+        {"successes": np.array(["1"] * 3)},
+        {"trials": np.full(3, 5, np.int32)},
+        {"uids": np.arange(3.0)},
+        {"uids": np.int64(3)},
+        {"uids": np.zeros(3, int), "prompt_hashes": np.zeros(3, np.uint64)},
+        {"features": np.full((3, 1), np.nan, np.float32)},
+        {"features": np.ones(3, np.float32)},
+        {"rewards": np.full((3, 2), np.inf, np.float32)},
+        {"rewards": np.ones((3, 1), np.float32)},
+        {"position": np.int64(7)},
+        {"made_by": np.array("[]")},
+        {"made_by": np.array('{"a":' * 100_000)},
+    ],
+    ids=lambda changes: "-".join(
+        f"{k}{v.dtype.str[1:]}{list(v.shape)}" for k, v in changes.items()
+    ),
+)
+def test_a_table_whose_parts_do_not_fit_each_other_is_refused(tmp_path, changes):
+    """Silently it would give wrong pass rates."""
+    path = tmp_path / "table.npz"
+    np.savez(path, **TABLE)
+    assert reference_table.load(path).position == 6
+    np.savez(path, **TABLE | changes)
+    assert f"{path} is not a reference table" in sentence(reference_table.load, path)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x05\x06" + bytes(18), None])
+def test_a_file_that_is_no_table_is_refused(tmp_path, content):
+    path = tmp_path / "table.npz"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    assert "is not a reference table" in sentence(reference_table.load, path)
+
+
+def test_a_table_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_table, "LARGEST", 10**6)
+    np.savez_compressed(tmp_path / "table.npz", **TABLE, more=np.zeros(10**6))
+    said = sentence(reference_table.load, tmp_path / "table.npz")
+    assert "unpacks to more than 1,000,000 bytes" in said
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", ".lock", "checkpoints"])
 def test_a_link_out_of_the_run_folder_is_refused_and_its_target_untouched(tmp_path, name):
     outside = tmp_path / "outside"
