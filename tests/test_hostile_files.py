@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from basis_jax import files
 from basis_jax.config import DataSection
 from basis_jax.data import hub, sources, tables, template_trial, templates
+from basis_jax.evaluation import completions
 from basis_jax.runs import identity, metrics
 from basis_jax.runs.identity import lock_run
 from basis_jax.training import reference_table
@@ -441,6 +442,34 @@ def test_a_table_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "table.npz", **TABLE, more=np.zeros(10**6))
     said = sentence(reference_table.load, tmp_path / "table.npz")
     assert "unpacks to more than 1,000,000 bytes" in said
+
+
+ROLLOUT = {"reward": 1.0, "valid": True, "terminated": True, "tokens": 3, "vote": "4"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward": "1"},
+        {"reward": None},
+        {"reward": float("nan")},
+        {"reward": 10**400},
+        {"valid": "no"},
+        {"terminated": 1},
+        {"tokens": 1.5},
+        {"tokens": -1},
+        {"vote": [1]},
+    ],
+    ids=lambda changes: "-".join(f"{k} {str(v)[:5]}" for k, v in changes.items()),
+)
+def test_completions_of_other_types_are_no_results(tmp_path, changes):
+    """Python takes "no" for true, and 1.5 tokens for one."""
+    path = tmp_path / "completions.jsonl"
+    invalid = ROLLOUT | {"reward": float("nan"), "valid": False, "vote": None}
+    path.write_text(json.dumps(ROLLOUT) + "\n" + json.dumps(invalid) + "\n")
+    assert len(list(completions.read_lines(path))) == 2
+    path.write_text(json.dumps(ROLLOUT | changes) + "\n")
+    assert f"line 1 of {path}" in sentence(lambda: list(completions.read_lines(path)))
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", ".lock", "checkpoints"])
