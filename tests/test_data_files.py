@@ -212,6 +212,26 @@ def test_a_folder_of_text_files_is_read_as_its_files_are(tmp_path):
     assert [p.answer for p in load(tmp_path)] == ["4", "2020-01-01"]
 
 
+def test_a_folder_may_be_a_link_and_hold_links(tmp_path):
+    """The hub's cache is made of them."""
+    (tmp_path / "file").write_text(LINE)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").symlink_to("../file")
+    (tmp_path / "link").symlink_to("set")
+    assert load(tmp_path / "set") == load(tmp_path / "link") == EXPECTED
+
+
+def test_a_folder_may_have_subsets_and_options_of_another_reader(tmp_path):
+    (tmp_path / "a.csv").write_text("problem;answer\n2+2?;4\n")
+    (tmp_path / "b.csv").write_text("problem,answer\n3+3?,6\n")
+    configs = ["{config_name: a, data_files: a.csv, sep: ;}", "{config_name: b, data_files: b.csv}"]
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- " + "\n- ".join(configs) + "\n---\n")
+    assert load(f"{tmp_path}:a") == [Problem(prompt="2+2?", answer="4")]
+    assert load(f"{tmp_path}:b") == [Problem(prompt="3+3?", answer="6")]
+    with pytest.raises(ValueError, match="Config name is missing"):
+        load(tmp_path)
+
+
 def test_classes_have_their_names_and_narrow_floats_in_lists_their_digits(tmp_path):
     import datasets
 

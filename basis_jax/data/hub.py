@@ -36,8 +36,11 @@ def found_rows(path: str, split: str) -> Iterator[dict[str, Any]]:
     """The rows, wherever they are."""
     import datasets  # here: it takes a second, and tasks and files do not need it
 
-    local = home(path)
     name, _, subset = path.partition(":")
+    if (local := home(path)).exists():
+        subset = ""
+    else:
+        local = home(name)
     if local.is_file() and file_kind(local) is PARQUET:
         check_parquet(local)
         itself = glob.escape(str(local))
@@ -45,10 +48,10 @@ def found_rows(path: str, split: str) -> Iterator[dict[str, Any]]:
     if any((local / made).is_file() for made in SAVED):
         return rows_of(read_saved(local, split))
     if local.is_dir():
-        files = folder_files(local, split)
+        files = folder_files(local, subset, split)
         if files and all(file_kind(file) in (JSON, CSV) for file in files):
             return text_rows(files)
-        return rows_of(datasets.load_dataset(str(local), split=split))
+        return rows_of(datasets.load_dataset(str(local), subset or None, split=split))
     return rows_of(datasets.load_dataset(name, subset or None, split=split))
 
 
@@ -112,19 +115,20 @@ def read_saved(folder: Path, split: str) -> Any:
     return dataset
 
 
-def folder_files(folder: Path, split: str) -> list[Path]:
+def folder_files(folder: Path, subset: str, split: str) -> list[Path]:
     """The files of a split, where our own readers may read them: its README.md sets no options of
     another reader. Raises ValueError for files outside of the folder, for what is no file of rows,
     and for parquet files that unpack to too much."""
     import datasets
 
-    config = datasets.load_dataset_builder(str(folder)).config
+    config = datasets.load_dataset_builder(str(folder), subset or None).config
     common = ("name", "version", "data_dir", "data_files", "description")
     usual = type(config)(**{name: getattr(config, name) for name in common})
+    roots = {os.path.abspath(folder), os.path.realpath(folder)}  # the folder may be a link
     chosen: list[Path] = []
     for name, found in (config.data_files or {}).items():
         for file in map(Path, found):
-            if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
+            if not any(Path(os.path.abspath(file)).is_relative_to(root) for root in roots):
                 raise ValueError(f"its README.md names {file}, which is not in the folder")
             if file_kind(file) is None and file.suffix != ".txt":
                 raise ValueError(f"{file} is of an unknown kind")
