@@ -110,8 +110,9 @@ def check_links(folder: Path) -> None:
     inside = folder.resolve()
     for parent, folders, names in os.walk(folder):
         for path in (Path(parent) / name for name in (*folders, *names)):
-            target = Path(os.path.realpath(path))  # resolve() raises for a link to itself
-            if path.is_symlink() and not target.is_relative_to(inside):
+            # resolve() raises for a link to itself
+            target = Path(os.path.realpath(path)) if path.is_symlink() else inside
+            if not target.is_relative_to(inside):
                 raise ValueError(
                     f"{path} is a link to {target}, outside of the run folder; remove it, "
                     "or give another --run-dir (which may itself be a link)"

@@ -150,6 +150,11 @@ def load(source: Source, *, held_out: bool) -> list[Problem]:
         raise ValueError(
             f"{source.path} does not fit into memory; give a smaller file with {source.option}"
         ) from error
+    except RecursionError as error:
+        raise ValueError(
+            f"{source.path} has a row whose columns are nested too deep; give another file with "
+            f"{source.option}"
+        ) from error
     except ValueError as error:
         raise ValueError(one_line(str(error))) from error
     if not found:
