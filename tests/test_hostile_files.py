@@ -133,6 +133,24 @@ def test_absurd_sizes_are_refused_before_shapes_are_made(model, name):
     assert f"{name} {10**12} is more than" in sentence(huggingface.read_model_config, model)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 10**400},
+        {"rms_norm_eps": 10**400},
+        {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 1e308}},
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": -(10**400)},
+        {"hidden_act": "x" * 10**6},
+    ],
+    ids=["theta", "epsilon", "factor", "positions", "window", "long"],
+)
+def test_numbers_beyond_a_float_and_long_texts_are_refused(model, changes):
+    raw = json.loads((model / "config.json").read_text()) | changes
+    (model / "config.json").write_text(json.dumps(raw))
+    assert str(model / "config.json") in sentence(huggingface.read_model_config, model)
+
+
 def test_a_tokenizer_brings_no_code(model, tmp_path):
     """A folder may name a class of its own; its module is not run."""
     (model / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
