@@ -3,7 +3,10 @@
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +28,39 @@ def lock(file: IO, what: str, option: str) -> None:
         raise ValueError(
             f"another process is writing to {what}; wait for it, stop it, or give another {option}"
         ) from None
+
+
+LONGEST = 1500
+"""Characters of a message that are printed, where a part of it comes from outside."""
+
+
+def one_line(text: str) -> str:
+    """A message as it may be printed: on one line, without control characters, and without its
+    middle where it is longer than ``LONGEST``."""
+    text = " ".join(cut(text).split())
+    return cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+
+
+def cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 500]} ... {text[-450:]}"
+
+
+def home(path: str | Path) -> Path:
+    """The path, with the folder that ``~`` stands for, where there is one."""
+    return Path(os.path.expanduser(path))
+
+
+def check_regular(path: Path) -> None:
+    """Raise ValueError for a pipe or a device, whose reading may never end. What is not there, and
+    folders, are left to the reader."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ValueError(f"{path} is a pipe or a device and no file; give a file")
+
+
+def check_all_regular(folder: Path) -> None:
+    """Raise ValueError for the first pipe or device in a folder and those in it."""
+    for path in folder.rglob("*"):
+        check_regular(path)
 
 
 @contextmanager
@@ -69,15 +105,22 @@ def push_names_to_disk(folder: Path) -> None:
 
 def check_links(folder: Path) -> None:
     """Raise ValueError if something in ``folder`` is a link to a place outside of it, because what
-    is written there would change other files. The folder itself may be a link."""
+    is written there would change other files, or is neither a file nor a folder, because reading it
+    may never end. The folder itself may be a link."""
     inside = folder.resolve()
     for parent, folders, names in os.walk(folder):
         for path in (Path(parent) / name for name in (*folders, *names)):
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            # resolve() raises for a link to itself
+            target = Path(os.path.realpath(path)) if path.is_symlink() else inside
+            if not target.is_relative_to(inside):
                 raise ValueError(
-                    f"{path} is a link to {path.resolve()}, outside of the run folder; remove it, "
+                    f"{path} is a link to {target}, outside of the run folder; remove it, "
                     "or give another --run-dir (which may itself be a link)"
                 )
+            try:
+                check_regular(path)
+            except ValueError as error:
+                raise ValueError(f"{error}: remove it, or give another --run-dir") from None
 
 
 DIGESTS = "sha256.json"
@@ -111,17 +154,28 @@ def is_sealed(folder: Path) -> bool:
 def damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder, beginning with a file's name, or None.
 
-    A folder without ``sha256.json`` was not sealed or has lost it; there is nothing to check then.
+    A folder without ``sha256.json`` was not sealed or has lost it; then it is only checked that it
+    holds nothing but files.
     """
+    try:
+        check_all_regular(folder)
+    except ValueError as error:
+        return str(error)
     if not is_sealed(folder):
         return None
     try:
         wanted = read_json(folder / DIGESTS)
     except ValueError:
         return f"{DIGESTS} is not readable"
+    if not wanted:
+        return f"{DIGESTS} names no file"
+    inside = Path(os.path.abspath(folder))
 
     def wrong(name: str) -> str | None:
         try:
+            if not Path(os.path.abspath(folder / name)).is_relative_to(inside):
+                return f"{DIGESTS} names {name}, which is outside of the folder"
+            check_regular(folder / name)
             with (folder / name).open("rb") as file:
                 same = hashlib.file_digest(file, "sha256").hexdigest() == wanted[name]
         except FileNotFoundError:
@@ -131,7 +185,31 @@ def damage(folder: Path) -> str | None:
         return None if same else f"{name} is not as it was written"
 
     with ThreadPoolExecutor() as pool:
-        return next(filter(None, pool.map(wrong, wanted)), None)
+        found = next(filter(None, pool.map(wrong, wanted)), None)
+    return found and one_line(found)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the tracebacks of failures of orbax that are already raised as an error.
+
+    Orbax logs the traceback of each of its threads. Those of tensorstore fail because the first
+    failure has closed the event loop.
+    """
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = log.level
+
+    def ignore_closed_loop(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = ignore_closed_loop
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        sys.unraisablehook = hook
 
 
 def append_json_lines(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -162,20 +240,44 @@ LARGEST_JSON = 1 << 26
 """Bytes of a JSON file of settings. Larger ones are not what they should be."""
 
 
+class Repeated(ValueError):
+    """A JSON object has a key twice."""
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values, for ``json``. Raises Repeated, as readers differ in
+    which value counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise Repeated(f"an object has the key {twice!r} twice; keep one")
+    return found
+
+
+def check_size(path: Path) -> None:
+    """Raise ValueError for a file of settings that is larger than ``LARGEST_JSON``, and for a pipe
+    or a device."""
+    check_regular(path)
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(
+            f"it has {size:,} bytes, and {LARGEST_JSON:,} are allowed; give a smaller one"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a byte-order mark before it is ignored.
 
-    Raises ValueError if the file is not readable, larger than ``LARGEST_JSON``, nested too deep or
-    not a JSON object.
+    Raises ValueError if the file is not readable, larger than ``LARGEST_JSON``, nested too deep,
+    not a JSON object, or has a key twice.
     """
     try:
-        if (size := path.stat().st_size) > LARGEST_JSON:
-            raise ValueError(f"it has {size:,} bytes, and {LARGEST_JSON:,} are allowed")
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        check_size(path)
+        content = path.read_text(encoding="utf-8-sig")
+        value = json.loads(content, object_pairs_hook=without_repeats)
     except RecursionError as error:
         raise ValueError(f"{path} cannot be read as JSON: it is nested too deep") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+        raise ValueError(one_line(f"{path} cannot be read as JSON: {error}")) from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}; an object is needed")
     return value

@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ def refused(path, *words, **options):
 @pytest.fixture
 def no_hub(monkeypatch):
     """Fails where a name is given to ``datasets`` at all."""
-    monkeypatch.setattr(hub, "read_dataset", lambda *_, **__: pytest.fail("sent to a hub"))
+    monkeypatch.setattr(hub, "found_rows", lambda *_, **__: pytest.fail("sent to a hub"))
 
 
 @pytest.mark.parametrize(
@@ -174,6 +176,77 @@ def test_json_that_python_does_not_take_is_a_broken_line(tmp_path, value, words)
     refused(tmp_path / "a.jsonl", "line 2: ", words)
     (tmp_path / "a.json").write_text(f'[{LINE}, {{"problem": "x", "answer": {value}}}]')
     refused(tmp_path / "a.json", "row 2 (line 2): ", words)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_key_that_is_there_twice_is_refused(tmp_path, name):
+    rows = '{"problem": "x", "answer": 1, "answer": 2}'
+    text = {"a.json": f"[{rows}]", "a.csv": "answer,problem, answer\n1,x,2\n"}.get(name, rows)
+    (tmp_path / name).write_text(text)
+    refused(tmp_path / name, "'answer'")
+
+
+def test_a_table_of_very_many_columns_is_read_in_time(tmp_path):
+    names = ",".join(f"c{i}" for i in range(100_000))
+    (tmp_path / "a.csv").write_text(f"problem,answer,{names}\n2+2?,4,{'1,' * 99_999}1\n")
+    started = time.thread_time()
+    assert load(tmp_path / "a.csv") == [Problem(prompt="2+2?", answer="4")]
+    assert time.thread_time() - started < 5  # comparing each name with each takes minutes
+
+
+def test_a_small_compressed_file_needs_little_memory(tmp_path):
+    """Not that of the largest that is allowed."""
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINE.encode(), mtime=0))
+    tracemalloc.start()
+    load(tmp_path / "a.jsonl.gz")
+    assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
+    tracemalloc.stop()
+
+
+def test_a_folder_of_text_files_is_read_as_its_files_are(tmp_path):
+    """Without a guess at types, which takes zeros and digits away."""
+    (tmp_path / "train.csv").write_text("problem,answer\na,007\nb,0.1234567890123456789\n")
+    assert [p.answer for p in load(tmp_path)] == ["007", "0.1234567890123456789"]
+    (tmp_path / "train.csv").unlink()
+    (tmp_path / "train.jsonl").write_text(LINE + '{"problem": "b", "answer": "2020-01-01"}\n')
+    assert [p.answer for p in load(tmp_path)] == ["4", "2020-01-01"]
+
+
+def test_a_folder_may_be_a_link_and_hold_links(tmp_path):
+    """The hub's cache is made of them."""
+    (tmp_path / "file").write_text(LINE)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").symlink_to("../file")
+    (tmp_path / "link").symlink_to("set")
+    assert load(tmp_path / "set") == load(tmp_path / "link") == EXPECTED
+
+
+def test_a_folder_may_have_subsets_and_options_of_another_reader(tmp_path):
+    (tmp_path / "a.csv").write_text("problem;answer\n2+2?;4\n")
+    (tmp_path / "b.csv").write_text("problem,answer\n3+3?,6\n")
+    configs = ["{config_name: a, data_files: a.csv, sep: ;}", "{config_name: b, data_files: b.csv}"]
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- " + "\n- ".join(configs) + "\n---\n")
+    assert load(f"{tmp_path}:a") == [Problem(prompt="2+2?", answer="4")]
+    assert load(f"{tmp_path}:b") == [Problem(prompt="3+3?", answer="6")]
+    with pytest.raises(ValueError, match="Config name is missing"):
+        load(tmp_path)
+
+
+def test_classes_have_their_names_and_narrow_floats_in_lists_their_digits(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    kinds = {
+        "problem": datasets.Value("string"),
+        "answer": datasets.ClassLabel(names=["A", "B"]),
+        "listed": datasets.List(datasets.Value("float32")),
+    }
+    rows = {"problem": ["a", "b"], "answer": [1, None], "listed": [[0.1, None], None]}
+    made = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+    made.save_to_disk(tmp_path / "saved")
+    problems = load(tmp_path / "saved")
+    assert [p.answer for p in problems] == ["B", ""]
+    assert [p.columns["listed"] for p in problems] == [[0.1, None], None]
 
 
 def test_a_local_name_is_never_sent_to_a_hub(tmp_path, no_hub, monkeypatch):

@@ -3,11 +3,13 @@
 import json
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
 from basis_jax.config import DataSection
 from basis_jax.data import sources
+from basis_jax.data.encoding import EncodedProblems
 from basis_jax.data.problem import Problem
 
 CHARACTERS = st.characters(min_codepoint=0, max_codepoint=0x10FFFF)  # half of a character too
@@ -80,6 +82,24 @@ def test_any_json_row_is_a_problem_or_a_sentence(folder, row, wanted):
     path = folder / "a.json"
     path.write_text(json.dumps([row], indent=1))
     check(path, answers_wanted=wanted)
+
+
+def deeper(calls, work):
+    return deeper(calls - 1, work) if calls else work()
+
+
+def test_columns_of_any_depth_are_problems_or_a_sentence(folder):
+    """The stack of the caller counts, too: what was read may be too deep to be hashed."""
+    for depth in (*range(100, 900, 200), *range(900, 1000, 5)):
+        path = folder / "deep.jsonl"
+        row = '{"problem": "x", "answer": 4, "z": ' + "[" * depth + "]" * depth + "}\n"
+        path.write_text(row * 2)
+        try:
+            problems = sources.load_training(DataSection(path=str(path)))
+            tokens = np.ones((2, 1), np.int32)
+            deeper(60, EncodedProblems(tuple(problems), tokens, tokens[:, 0], {}).fingerprint)
+        except ValueError as error:
+            assert "nested too deep" in str(error)
 
 
 @hypothesis.settings(max_examples=300, deadline=None)

@@ -73,3 +73,27 @@ def test_json_that_is_no_object_is_named(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=f"config.json {sentence}"):
             files.read_json(path)
+
+
+def test_digests_of_files_elsewhere_and_of_none_are_damage(tmp_path):
+    (tmp_path / "a").write_text("x")
+    files.seal(tmp_path)
+    assert files.damage(tmp_path) is None
+    for names, said in [("{}", "names no file"), ('{"../a": "0"}', "outside of the folder")]:
+        (tmp_path / files.DIGESTS).write_text(names)
+        assert said in files.damage(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe is a pipe" in files.damage(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, printed",
+    [("a\n b", "a b"), ("\x1b[2J", "\\x1b[2J"), ("\ud800\u202e", "\\ud800\\u202e"), ("é", "é")],
+)
+def test_a_message_is_printable(text, printed):
+    assert files.one_line(text) == printed
+
+
+def test_a_long_message_keeps_its_ends():
+    text = files.one_line("begins" + "\x00" * 10**6 + "ends")
+    assert len(text) <= files.LONGEST and text.startswith("begins") and text.endswith("ends")

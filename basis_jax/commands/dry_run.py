@@ -4,7 +4,6 @@ No weights and no data from the hub are read. The model's shape comes from a fol
 or the table ``weights.known_models``.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from jax.sharding import AbstractMesh
 
 from basis_jax.config import Config
 from basis_jax.estimators import definition
+from basis_jax.files import read_json
 from basis_jax.model import costs, traffic
 from basis_jax.model.chips import TPU_RESERVED, Chip, Topology, chip_of, read_topology
 from basis_jax.model.decoder import ModelConfig, computed_in
@@ -125,7 +125,7 @@ def model_shape(config: Config, report: Report) -> ModelConfig:
     if section.path in KNOWN_MODELS:
         found, source = KNOWN_MODELS[section.path], "the package's table of known models"
     elif path.suffix == ".json" and path.is_file():
-        found, source = config_json.parse(json.loads(path.read_text())), str(path)
+        found, source = config_json.parse(read_json(path)), str(path)
     elif path.is_dir() or section.path in huggingface.EMBEDDED:
         folder = huggingface.resolve_folder(section.path)
         found, source = huggingface.read_model_config(folder), f"{folder}/config.json"

@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from basis_jax.data.values import check_characters, described, held_in, is_missing
+from basis_jax.verify.accepted import check_answer
 from basis_jax.verify.criteria import EXACT, Tolerance, criterion
 from basis_jax.verify.extract import BOX, after_hashes, last_boxed
 
@@ -53,26 +54,19 @@ def read_answer(
     if len(parts) > 1:
         parts = [part for part in parts if not is_missing(part)]
     answers = [one_answer(part, worked) for part in parts]
-    return several([answer for answer in answers if answer], wanted, tolerance)
+    found = several([answer for answer in answers if answer], wanted, tolerance)
+    if found.startswith(MARKED):
+        check_answer(found)
+    return found
 
 
 def listed(text: str) -> Any:
-    """The list of texts that a text holds, or the text. Raises ValueError where it is marked as
-    several answers (``several``) and is none."""
-    found = held_in(text)
+    """The list of texts that a text holds, or the text."""
     if text.startswith(MARKED):
-        answers = next(iter(found.values()), None) if isinstance(found, dict) else None
-        if not (isinstance(answers, list) and answers and all(map(is_text, answers))):
-            raise ValueError(
-                "the answer begins like several accepted answers and does not hold a list of texts"
-            )
         return text
+    found = held_in(text)
     is_list = isinstance(found, list) and all(isinstance(part, str) for part in found)
     return found if is_list else text
-
-
-def is_text(value: Any) -> bool:
-    return isinstance(value, str) and not is_missing(value)
 
 
 def one_answer(value: Any, worked: bool) -> str:

@@ -41,8 +41,18 @@ class EncodedProblems:
         digest.update(",".join(str(p.uid) for p in self.problems).encode())
         for problem in self.problems:
             if problem.columns:  # those that a reward function reads; others were not kept
-                digest.update(json.dumps(problem.columns, sort_keys=True, default=repr).encode())
+                digest.update(written(problem).encode())
         return digest.hexdigest()
+
+
+def written(problem: Problem) -> str:
+    """The columns of a problem as JSON. Raises ValueError for what is nested too deep."""
+    try:
+        return json.dumps(problem.columns, sort_keys=True, default=repr)
+    except RecursionError as error:
+        raise ValueError(
+            f"a column of the problem {shown(str(problem.prompt))} is nested too deep; leave it out"
+        ) from error
 
 
 def as_text(problem: Problem, section: DataSection, tokenizer: Any) -> str:

@@ -1,13 +1,15 @@
 """Rows of parquet files, folders and data sets on the hub, by the package ``datasets``."""
 
 import glob
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from basis_jax.data.tables import CSV, JSON, LARGEST_TEXT, PARQUET, Rows, file_kind, read_table
+from basis_jax.files import home, read_json
 
 MEDIA = ("Image", "Audio", "Video", "Pdf")
 """Features of columns that are not read: decoding them needs packages of its own."""
@@ -16,49 +18,124 @@ SAVED = ("dataset_info.json", "dataset_dict.json")  # by save_to_disk
 
 def hub_rows(path: str, *, split: str, option: str) -> Rows:
     """Rows of a parquet file, a folder, or a data set on the hub; ``name:subset`` asks for a
-    subset, as in openai/gsm8k:main. Narrow floats have the digits that were written (0.1).
+    subset, as in openai/gsm8k:main. Narrow floats have the digits that were written (0.1), classes
+    their names.
 
     Raises one ValueError for whatever keeps it from being read, with the cause and what to do."""
-    dataset = read_dataset(path, split=split, option=option)
-    media = [name for name, kind in dataset.features.items() if type(kind).__name__ in MEDIA]
-    narrow = {
-        name: np.dtype(kind.dtype).type
-        for name, kind in dataset.features.items()
-        if getattr(kind, "dtype", "") in ("float16", "float32")
-    }
-    number = 0
-    for batch in dataset.remove_columns(media).iter(batch_size=1000):
-        for name, kind in narrow.items():
-            batch[name] = [v if v is None else float(str(kind(v))) for v in batch[name]]
-        for values in zip(*batch.values(), strict=True):  # 20 times faster than row by row
-            number += 1
-            yield number, dict(zip(batch, values, strict=True))
-
-
-def read_dataset(path: str, *, split: str, option: str) -> Any:
-    """A ``datasets.Dataset``. Raises ValueError as ``hub_rows``."""
-    import datasets  # here: it takes a second, and tasks and files do not need it
-
-    local = Path(path).expanduser()
-    name, _, subset = path.partition(":")
     try:
-        if local.is_file() and file_kind(local) is PARQUET:
-            check_parquet(local)
-            files = glob.escape(str(local))
-            return datasets.load_dataset("parquet", data_files=files, split="train")
-        if any((local / made).is_file() for made in SAVED):
-            saved = datasets.load_from_disk(str(local))
-            return the_split(saved, split) if isinstance(saved, Mapping) else saved
-        if local.is_dir():
-            return datasets.load_dataset(str(local), split=split)
-        return datasets.load_dataset(name, subset or None, split=split)
+        yield from enumerate(found_rows(path, split), start=1)
     except Exception as error:  # builders of every format, and the network, raise what they like
         field = "data.split" if option == "--data.path" else "split"
         raise ValueError(
-            f"the data set {path!r} ({field} {split!r}) could not be read "
-            f"({broken_file(local) or causes(error)}); give a local .json, .jsonl, .csv or "
-            f".parquet file or a data set folder with {option}"
+            f"the data set {path!r} ({field} {split!r}) could not be read ({causes(error)}); give "
+            f"a local .json, .jsonl, .csv or .parquet file or a data set folder with {option}"
         ) from error
+
+
+def found_rows(path: str, split: str) -> Iterator[dict[str, Any]]:
+    """The rows, wherever they are."""
+    import datasets  # here: it takes a second, and tasks and files do not need it
+
+    name, _, subset = path.partition(":")
+    if (local := home(path)).exists():
+        subset = ""
+    else:
+        local = home(name)
+    if local.is_file() and file_kind(local) is PARQUET:
+        check_parquet(local)
+        itself = glob.escape(str(local))
+        return rows_of(datasets.load_dataset("parquet", data_files=itself, split="train"))
+    if any((local / made).is_file() for made in SAVED):
+        return rows_of(read_saved(local, split))
+    if local.is_dir():
+        files = folder_files(local, subset, split)
+        if files and all(file_kind(file) in (JSON, CSV) for file in files):
+            return text_rows(files)
+        return rows_of(datasets.load_dataset(str(local), subset or None, split=split))
+    return rows_of(datasets.load_dataset(name, subset or None, split=split))
+
+
+def rows_of(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a ``datasets.Dataset``, without columns of media."""
+    media = [name for name, kind in dataset.features.items() if type(kind).__name__ in MEDIA]
+    dataset = dataset.remove_columns(media)
+    changes = {name: as_written(kind) for name, kind in dataset.features.items()}
+    for batch in dataset.iter(batch_size=1000):
+        for name, change in changes.items():
+            if change:
+                batch[name] = [v if v is None else change(v) for v in batch[name]]
+        for values in zip(*batch.values(), strict=True):  # 20 times faster than row by row
+            yield dict(zip(batch, values, strict=True))
+
+
+def text_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """The rows of JSON and CSV files, one after the other."""
+    try:
+        for file in files:
+            for _, row in read_table(file)[1]:
+                yield dict(row)
+    except ValueError as error:
+        raise ValueError(str(error)) from None  # it says all that is behind it
+
+
+def as_written(feature: Any) -> Callable[[Any], Any] | None:
+    """What turns values of a feature, but null, into what was written; None where they are so."""
+    kind = getattr(feature, "dtype", "")
+    if type(feature).__name__ == "ClassLabel":
+        return lambda number: feature.names[number] if number >= 0 else None
+    if kind in ("float16", "float32") and type(feature).__name__ == "Value":
+        narrow = np.dtype(kind).type
+        return lambda number: float(str(narrow(number)))
+    if isinstance(feature, dict):
+        inside = {name: change for name, part in feature.items() if (change := as_written(part))}
+        if inside:
+            return lambda value: {n: written(v, inside.get(n)) for n, v in value.items()}
+    if item := as_written(feature.feature) if hasattr(feature, "feature") else None:
+        return lambda values: [written(value, item) for value in values]
+    return None
+
+
+def written(value: Any, change: Callable[[Any], Any] | None) -> Any:
+    return value if value is None or change is None else change(value)
+
+
+def read_saved(folder: Path, split: str) -> Any:
+    """What ``save_to_disk`` wrote. Raises ValueError for a split that it has not, for files that
+    lie elsewhere, and for damaged ones, whose texts may end outside of the file."""
+    import datasets
+
+    for state in (folder / "state.json", *sorted(folder.glob("*/state.json"))):
+        files = read_json(state)["_data_files"] if state.exists() else ()
+        for name in (str(file["filename"]) for file in files):
+            if Path(name).name != name or not (state.parent / name).is_file():
+                raise ValueError(f"{state} names {name!r}, which is no file beside it")
+    saved = datasets.load_from_disk(str(folder))
+    dataset = the_split(saved, split) if isinstance(saved, Mapping) else saved
+    dataset.data.validate(full=True)
+    return dataset
+
+
+def folder_files(folder: Path, subset: str, split: str) -> list[Path]:
+    """The files of a split, where our own readers may read them: its README.md sets no options of
+    another reader. Raises ValueError for files outside of the folder, for what is no file of rows,
+    and for parquet files that unpack to too much."""
+    import datasets
+
+    config = datasets.load_dataset_builder(str(folder), subset or None).config
+    common = ("name", "version", "data_dir", "data_files", "description")
+    usual = type(config)(**{name: getattr(config, name) for name in common})
+    roots = {os.path.abspath(folder), os.path.realpath(folder)}  # the folder may be a link
+    chosen: list[Path] = []
+    for name, found in (config.data_files or {}).items():
+        for file in map(Path, found):
+            if not any(Path(os.path.abspath(file)).is_relative_to(root) for root in roots):
+                raise ValueError(f"its README.md names {file}, which is not in the folder")
+            if file_kind(file) is None and file.suffix != ".txt":
+                raise ValueError(f"{file} is of an unknown kind")
+            if file_kind(file) is PARQUET:
+                check_parquet(file)
+            chosen += [file] if str(name) == split else []
+    return chosen if config == usual else []
 
 
 def check_parquet(path: Path) -> None:
@@ -67,9 +144,14 @@ def check_parquet(path: Path) -> None:
     import pyarrow.parquet
 
     about = pyarrow.parquet.read_metadata(path)
-    size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-    if max(size, about.num_rows * 8) > LARGEST_TEXT:
-        raise ValueError(f"it unpacks to {about.num_rows:,} rows, which is too large to read")
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    size = sum(group.total_byte_size for group in groups)
+    values = sum(group.column(j).num_values for group in groups for j in range(group.num_columns))
+    if max(size, about.num_rows * 8, values * 8) > LARGEST_TEXT:
+        raise ValueError(
+            f"{path.name} unpacks to {about.num_rows:,} rows with {values:,} values, which is too "
+            "large to read"
+        )
 
 
 def the_split(saved: Mapping[str, Any], split: str) -> Any:
@@ -94,18 +176,3 @@ def hidden_context(error: BaseException) -> BaseException | None:
 def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0].rstrip(".:")
-
-
-def broken_file(folder: Path) -> str:
-    """What our own readers say of the first file in a folder that they cannot read, its line
-    included; "" where there is none."""
-    if not folder.is_dir():
-        return ""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and file_kind(path) in (JSON, CSV) and path.name not in SAVED:
-            try:
-                for _ in read_table(path)[1]:
-                    pass
-            except ValueError as error:
-                return str(error)
-    return ""

@@ -14,6 +14,7 @@ from basis_jax.data.hub import hub_rows
 from basis_jax.data.problem import Problem
 from basis_jax.data.tables import CSV, JSON, READABLE, Rows, file_kind, read_table
 from basis_jax.data.values import held_in, is_missing, listing
+from basis_jax.files import check_regular, home, one_line
 from basis_jax.verify import needs_answers
 from basis_jax.verify.criteria import Tolerance, olympiad_tolerance
 from basis_jax.verify.gym import check_scorer
@@ -145,9 +146,17 @@ def load(source: Source, *, held_out: bool) -> list[Problem]:
         )
     try:
         found = list(problems_of(source))
+    except MemoryError as error:
+        raise ValueError(
+            f"{source.path} does not fit into memory; give a smaller file with {source.option}"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(
+            f"{source.path} has a row whose columns are nested too deep; give another file with "
+            f"{source.option}"
+        ) from error
     except ValueError as error:
-        sentence = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())
-        raise ValueError(sentence) from error
+        raise ValueError(one_line(str(error))) from error
     if not found:
         raise ValueError(f"{source.path} holds no problems; give another with {source.option}")
     return found
@@ -174,12 +183,13 @@ def problems_of(source: Source) -> Iterator[Problem]:
 def read_rows(source: Source) -> tuple[str, Rows]:
     """What rows are called, and the rows with their numbers: of a file, a folder or a data set on
     the hub. A name that can only be a local one is never looked for on the hub."""
-    path = Path(source.path).expanduser()
-    before_colon = Path(source.path.partition(":")[0]).expanduser()
     if not source.path.strip():
         raise ValueError(f"{source.option} is empty; {READABLE}, a folder or a hub id")
     try:
+        path = home(source.path)
+        before_colon = home(source.path.partition(":")[0])
         kind = file_kind(path)
+        check_regular(path)
         if path.is_file() and kind is None:
             raise ValueError(f"{path} is of an unknown kind; {READABLE}")
         if kind and not path.exists():

@@ -10,9 +10,12 @@ import lzma
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+
+from basis_jax.files import Repeated, without_repeats
 
 Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
@@ -23,7 +26,8 @@ COMPRESSED: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     ".xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),
 }
 LARGEST_TEXT = 8 << 30
-"""Bytes that a compressed file may unpack to."""
+"""Bytes of a file, unpacked where it is compressed."""
+BLOCK = 1 << 20  # bytes that are unpacked at a time
 SIGNATURES = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -33,6 +37,7 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 ARRAY = re.compile(r"\s*\[")
+GAP = re.compile(r"[ \t\n\r,]*+")
 FLOAT_INTEGER = re.compile(r"-?\d{1,15}\.0")
 EMPTY_CELLS = frozenset({"nan", "null", "none", "<na>", "#n/a", "na", "n/a"})
 READABLE = "give a .json, .jsonl, .ndjson, .csv, .tsv or .parquet file (also .gz, .bz2 or .xz)"
@@ -64,12 +69,9 @@ def read_table(path: Path) -> tuple[str, Rows]:
 def read_text(path: Path) -> str:
     """A file's text, unpacked, without byte-order marks, its lines ended by newlines."""
     try:
-        data = path.read_bytes()
-        for signature, suffix in SIGNATURES.items():
-            if data.startswith(signature):
-                data = COMPRESSED[suffix](io.BytesIO(data)).read(LARGEST_TEXT + 1)
-                if len(data) > LARGEST_TEXT:
-                    raise ValueError(f"it unpacks to more than {LARGEST_TEXT:,} bytes")
+        if (size := path.stat().st_size) > LARGEST_TEXT:
+            raise ValueError(f"it has {size:,} bytes, and {LARGEST_TEXT:,} are allowed")
+        data = unpacked(path.read_bytes())
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
         raise ValueError(f"cannot read {path} ({error}); give another file") from error
     encoding = "utf-8"
@@ -91,11 +93,27 @@ def read_text(path: Path) -> str:
     return text.lstrip("\ufeff")
 
 
+def unpacked(data: bytes) -> bytes | bytearray:
+    """What compressed data holds; any other as they are. Raises ValueError beyond
+    ``LARGEST_TEXT``."""
+    suffix = next((s for mark, s in SIGNATURES.items() if data.startswith(mark)), None)
+    if suffix is None:
+        return data
+    file, found = COMPRESSED[suffix](io.BytesIO(data)), bytearray()
+    while block := file.read(BLOCK):  # all at once would reserve memory for the largest
+        found += block
+        if len(found) > LARGEST_TEXT:
+            raise ValueError(f"it unpacks to more than {LARGEST_TEXT:,} bytes")
+    return found
+
+
 def json_trouble(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
     if isinstance(error, RecursionError):
         return "nested too deep"
+    if isinstance(error, Repeated):
+        return str(error)
     return "a number has too many digits"
 
 
@@ -106,7 +124,7 @@ def line_rows(path: Path, text: str) -> Rows:
         if not line or line.isspace():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=without_repeats)
         except (ValueError, RecursionError) as error:
             whole = whole_object(text)
             if whole is not None:
@@ -122,7 +140,7 @@ def line_rows(path: Path, text: str) -> Rows:
 
 def whole_object(text: str) -> dict | None:
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -131,7 +149,7 @@ def whole_object(text: str) -> dict | None:
 def array_rows(path: Path, text: str) -> Rows:
     """The objects of one JSON array."""
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}, {broken_item(text)}: no JSON array of whole objects ({json_trouble(error)})"
@@ -143,7 +161,7 @@ def array_rows(path: Path, text: str) -> Rows:
 
 def broken_item(text: str) -> str:
     """Row and line of the item at which an array cannot be read."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=without_repeats)
     position, number = after_gap(text, text.index("[") + 1), 1
     try:
         while position < len(text) and text[position] != "]":
@@ -156,9 +174,8 @@ def broken_item(text: str) -> str:
 
 
 def after_gap(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\n\r,":
-        position += 1
-    return position
+    gap = GAP.match(text, position)
+    return gap.end() if gap else position
 
 
 def check_row(row: Any, path: Path, unit: str, number: int) -> None:
@@ -195,7 +212,7 @@ def csv_rows(path: Path, text: str, delimiter: str) -> Rows:
 
 
 def check_names(names: list[str], path: Path, line: int) -> None:
-    twice = [name for name in names if names.count(name) > 1]
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"{path}, line {line}: two columns are called {twice[0]!r}; rename one")
 

@@ -1,11 +1,14 @@
 """Chat templates and special tokens: from messages to the tokens that a model reads."""
 
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from basis_jax.config import DataSection
+from basis_jax.data.template_trial import trouble
+from basis_jax.files import one_line
 
 INSTEAD = "give --data.prompt-format text, which needs no template"
 TRUTH = {"true": True, "false": False}
@@ -24,7 +27,7 @@ def chat_text(chat: Sequence[Mapping[str, str]], section: DataSection, tokenizer
             list(chat), tokenize=False, add_generation_prompt=True, **options
         )
     except Exception as error:  # templates are programs: jinja2's errors, and Python's
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(str(error)) or type(error).__name__
         raise ValueError(
             f"the tokenizer's chat template refuses the problem {chat[-1]['content'][:80]!r} with "
             f"the roles {', '.join(message['role'] for message in chat)} ({reason}); change "
@@ -43,7 +46,8 @@ def chat_text(chat: Sequence[Mapping[str, str]], section: DataSection, tokenizer
 def template_options(section: DataSection, tokenizer: Any) -> dict[str, bool | int | float | str]:
     """``data.chat_template_options``, with "true" and "false" as what they mean.
 
-    Raises ValueError where there is no template, and for an option that it does not read.
+    Raises ValueError where there is no template, where it is one that does not end or fills the
+    memory (``template_trial``), and for an option that it does not read.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several by name; transformers takes the default one
@@ -53,6 +57,10 @@ def template_options(section: DataSection, tokenizer: Any) -> dict[str, bool | i
             f"the tokenizer has no chat template; {INSTEAD}, or add chat_template.jinja to the "
             "model's folder"
         )
+    if not isinstance(template, str):
+        raise ValueError(
+            f"the tokenizer's chat template is a {type(template).__name__} and no text; {INSTEAD}"
+        )
     own = inspect.signature(tokenizer.apply_chat_template).parameters
     for name in section.chat_template_options:
         if name in own or not re.search(rf"\b{re.escape(name)}\b", template):
@@ -60,10 +68,13 @@ def template_options(section: DataSection, tokenizer: Any) -> dict[str, bool | i
                 f"data.chat_template_options has {name!r}, which the tokenizer's chat template "
                 "does not read; take it out, or write it as the template does"
             )
-    return {
+    options = {
         name: TRUTH.get(value.lower(), value) if isinstance(value, str) else value
         for name, value in section.chat_template_options.items()
     }
+    if found := trouble(template, json.dumps(options)):
+        raise ValueError(f"the tokenizer's chat template {found}; {INSTEAD}")
+    return options
 
 
 def turn_end(section: DataSection, tokenizer: Any) -> tuple[str, list[int]]:

@@ -6,6 +6,7 @@ adjacent. All results are computed from these lines only, so anybody can compute
 
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -266,11 +267,27 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} of {path} is no JSON object; remove the folder")
+            if not is_rollout(row):
+                raise ValueError(
+                    f"line {number} of {path} is no rollout: reward and tokens are numbers, valid "
+                    "and terminated booleans, vote a text or null; remove the folder"
+                )
             yield row
+
+
+def is_rollout(row: Mapping[str, Any]) -> bool:
+    """Whether what the results are computed from has the types that ``as_rows`` writes."""
+    reward, tokens, vote = (row.get(key, row) for key in ("reward", "tokens", "vote"))
+    if not all(isinstance(row.get(key), bool) for key in ("valid", "terminated")):
+        return False
+    if type(tokens) is not int or not 0 <= tokens < 2**31 or type(reward) not in (int, float):
+        return False
+    finite = abs(reward) <= sys.float_info.max  # NaN is not
+    return (finite or not row["valid"]) and isinstance(vote, str | None)
 
 
 def read_set(

@@ -90,5 +90,12 @@ def recorded_sizes(run_dir: str) -> dict[str, int]:
     try:
         train = json.loads((Path(run_dir) / "config.json").read_text())["config"]["train"]
         return {name: int(train[name]) for name in ("microbatch_rollouts", "sample_rollouts")}
-    except (OSError, ValueError, KeyError, TypeError):  # open_run reports the error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        OverflowError,
+    ):  # open_run reports the error
         return {}

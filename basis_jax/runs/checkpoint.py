@@ -6,8 +6,6 @@ a run whose newest checkpoint has been damaged. Arrays are restored onto the cur
 differ from the one that they were saved on.
 """
 
-import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +23,8 @@ from basis_jax.runs.log import log_line
 from basis_jax.runs.metrics import read_metrics
 from basis_jax.types import TrainState
 
+READING = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What orbax raises for damaged files."""
 WRITING_S = 24 * 3600
 """Writing a checkpoint fails after so many seconds; orbax's own limit of 600 s is short for a large
 model and a slow disk."""
@@ -83,7 +83,10 @@ def open_checkpoints(run_dir: Path, section: CheckpointSection) -> Iterator[ocp.
     )
     folder = (run_dir / "checkpoints").absolute()
     names = ("state", "config")
-    with _quiet(), ocp.CheckpointManager(folder, options=options, item_names=names) as checkpoints:
+    with (
+        files.quiet(),
+        ocp.CheckpointManager(folder, options=options, item_names=names) as checkpoints,
+    ):
         yield checkpoints
 
 
@@ -113,7 +116,7 @@ def finish(checkpoints: Any) -> int | None:
 
 @contextmanager
 def _failure_named(checkpoints: Any, step: int | None) -> Iterator[None]:
-    with _quiet():
+    with files.quiet():
         try:
             yield
         except Exception as error:  # classes of orbax, tensorstore and the system
@@ -122,29 +125,6 @@ def _failure_named(checkpoints: Any, step: int | None) -> Iterator[None]:
                 f"({_reason(error)}); mend that and give the same command again: it goes on from "
                 "the checkpoint before"
             ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the tracebacks of failures that are already raised as an error.
-
-    Orbax logs the traceback of each of its threads. Those of tensorstore fail because the first
-    failure has closed the event loop.
-    """
-    log, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = log.level
-
-    def ignore_closed_loop(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    log.setLevel(logging.CRITICAL)
-    sys.unraisablehook = ignore_closed_loop
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        sys.unraisablehook = hook
 
 
 def _reason(error: Exception) -> str:
@@ -230,7 +210,7 @@ def restore(
     items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
     try:
         restored = checkpoints.restore(step, args=items)["state"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except READING as error:
         raise ValueError(
             f"checkpoint {checkpoints.directory / str(step)} cannot be read ({error}); remove that "
             "folder to resume from the one before"
@@ -269,12 +249,14 @@ class Stored:
 def stored_leaves(folder: Path) -> dict[str, Stored]:
     """The leaves of a checkpoint by their path in the state, such as ``.params['embedding']``."""
     try:
-        tree = ocp.PyTreeCheckpointHandler().metadata((folder / "state").absolute()).tree
+        files.check_all_regular(folder)
+        with files.quiet():
+            tree = ocp.PyTreeCheckpointHandler().metadata((folder / "state").absolute()).tree
         return {
             name.lstrip("0123456789"): Stored(name, tuple(leaf.shape), str(leaf.dtype))
             for name, leaf in tree.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except READING as error:
         raise ValueError(f"checkpoint {folder} cannot be read ({_reason(error)})") from error
 
 
@@ -326,7 +308,7 @@ def read_leaves(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str,
     args = ocp.args.PyTreeRestore(item=item, restore_args=layout, partial_restore=True)
     try:
         found = ocp.PyTreeCheckpointHandler().restore((folder / "state").absolute(), args=args)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except READING as error:
         raise ValueError(f"checkpoint {folder} cannot be read ({_reason(error)})") from error
     return {path: found[stored[path].name] for path in wanted}
 

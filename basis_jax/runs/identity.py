@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from basis_jax.config import Config
-from basis_jax.files import check_links, lock, replace_file
+from basis_jax.files import check_links, lock, one_line, read_json, replace_file
 from basis_jax.runs.provenance import provenance
 from basis_jax.saved_config import renamed
 
@@ -51,11 +51,15 @@ def lock_run(run_dir: str | Path) -> Iterator[Path]:
     run_dir = Path(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", "") or error
         raise ValueError(
-            f"run folder {run_dir} cannot be made ({error.strerror}); give another --run-dir"
+            one_line(f"run folder {run_dir} cannot be made ({reason}); give another --run-dir")
         ) from None
     check_links(run_dir)
+    for name in ("config.json", "metrics.jsonl", "samples.jsonl"):
+        if (run_dir / name).is_dir():
+            raise ValueError(f"{run_dir / name} is a folder; remove it, or give another --run-dir")
     try:
         opened = (run_dir / ".lock").open("w")
     except OSError as error:
@@ -91,7 +95,8 @@ def open_run(
     starts, forked = [], fork_from
     if path.exists():
         before = read_config(path)
-        done = [int(p.name) for p in (run_dir / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
+        names = [p.name for p in (run_dir / "checkpoints").glob("[0-9]*")]
+        done = [int(name) for name in names if name.isascii() and name.isdigit()]
         if done:
             _check_same(
                 run_dir,
@@ -135,10 +140,13 @@ def _check_steps(config: Config, done: int) -> None:
 def read_config(path: Path) -> dict[str, Any]:
     """The content of a run's config.json. Raises ValueError if it is something else."""
     try:
-        record = json.loads(path.read_text())
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not {"config", "starts"} <= record.keys():
+        record = read_json(path)
+        sections = [n for n, part in asdict(Config(run_dir="")).items() if isinstance(part, dict)]
+        parts = [record["config"].get(name, {}) for name in sections] + [record.get("identity", {})]
+        whole = all(isinstance(part, dict) for part in parts) and isinstance(record["starts"], list)
+    except (ValueError, KeyError, AttributeError):
+        whole = False
+    if not whole:
         raise ValueError(f"{path} is not a run's config.json; give another --run-dir")
     return record
 
@@ -147,8 +155,9 @@ def _check_same(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]
     differing = [said for name, said in differences(before, now) if not _may_differ(name, now)]
     if differing:
         raise ValueError(
-            f"run folder {run_dir} holds a run of another configuration: {'; '.join(differing)}; "
-            "take the values that are there, or give another --run-dir"
+            f"run folder {run_dir} holds a run of another configuration: "
+            f"{one_line('; '.join(differing))}; take the values that are there, or give another "
+            "--run-dir"
         )
 
 

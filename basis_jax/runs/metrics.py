@@ -10,6 +10,7 @@ may lack the last second.
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,21 +18,43 @@ from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
-from basis_jax.files import append_json_lines, replace_file, whole_lines
+from basis_jax.files import (
+    append_json_lines,
+    check_regular,
+    one_line,
+    replace_file,
+    whole_lines,
+)
 from basis_jax.runs.log import log_line
 from basis_jax.runs.loggers import open_loggers, what
 from basis_jax.runs.terminal import Stream, Terminal
+
+LARGEST = 2**63
+"""Whole numbers in the files are smaller."""
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``. A last line that is still being written is left out.
 
-    Raises ValueError if there is no such run or a line is damaged.
+    Raises ValueError if there is no such run, a line is damaged, two lines are of one step, or a
+    metric is no number.
     """
     path = Path(run_dir) / "metrics.jsonl"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"no metrics.jsonl in {run_dir}; give the folder of a run")
-    return [row for row, _ in _rows(path)]
+    rows = [row for row, _ in _rows(path)]
+    for before, row in zip(rows, rows[1:], strict=False):
+        if before["step"] == row["step"]:
+            raise ValueError(f"{path} has two lines of step {row['step']}; remove one")
+    for row in rows:
+        for name, value in row.items():
+            whole = type(value) is int and abs(value) < LARGEST
+            if not (value is None or whole or type(value) is float):
+                raise ValueError(
+                    f"{path} has {one_line(f'{value!r:.60} as {name}')} of step {row['step']}; "
+                    "give a number or null"
+                )
+    return rows
 
 
 class Records:
@@ -160,16 +183,26 @@ def set_aside(run_dir: Path) -> list[str]:
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """(row, position of its end) for every line. An incomplete last line, left by a kill or a full
-    disk, is skipped. A damaged line before others raises ValueError."""
+    disk, is skipped. A damaged line before others raises ValueError, as does a step below the one
+    before it: a run is cut back at the first step that is too late."""
+    check_regular(path)
+    last = -1
     with path.open("rb") as file:
         lines = list(whole_lines(file))
     for number, (line, end) in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and "step" in row:
+        step = row.get("step") if isinstance(row, dict) else None
+        if type(step) is int and last <= step < LARGEST:
+            last = step
             yield row, end
+        elif type(step) is int and step < last:
+            raise ValueError(
+                f"line {number} of {path} is of step {step}, after one of step {last}; put the "
+                "lines in order"
+            )
         elif number < len(lines):
             raise ValueError(f'line {number} of {path} is no JSON object with "step"; mend it')
 

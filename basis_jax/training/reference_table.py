@@ -26,13 +26,15 @@ from jaxtyping import PyTree
 from basis_jax import processes
 from basis_jax.config import DataSection, SamplingSection
 from basis_jax.data.encoding import EncodedProblems
-from basis_jax.files import replace_file
+from basis_jax.files import check_regular, one_line, replace_file
 from basis_jax.runs.terminal import Pace
 from basis_jax.sampling.rollouts import ROWS_PER_SLOT, RolloutSetup, roll_out
 from basis_jax.training.prompt_features import prompt_features
 from basis_jax.verify import source_fingerprint
 
 SAVE_EVERY_S = 10.0
+LARGEST = 1 << 34
+"""Bytes of a table: 4,000 rollouts of each of a million problems."""
 FIELDS = {
     "verifier": "data.verifier",
     "features": "estimator.features",
@@ -112,20 +114,54 @@ def save(table: ReferenceTable, path: Path) -> None:
 def load(path: Path) -> ReferenceTable:
     """Read a table. Raises ValueError if the file is missing or is not a table."""
     try:
+        check_regular(path)
+        if not zipfile.is_zipfile(path) and path.exists():
+            raise ValueError("it is no .npz file")
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            if sum(part.file_size for part in file.zip.infolist()) > LARGEST:
+                raise ValueError(f"it unpacks to more than {LARGEST:,} bytes")
             fields = {name: file[name] for name in file.files}
         fields["made_by"] = json.loads(str(fields["made_by"]))
-        return ReferenceTable(**{**fields, "position": int(fields["position"])})
+        table = ReferenceTable(**{**fields, "position": int(fields["position"])})
+        _check(table)
+        return table
     except FileNotFoundError:
         raise ValueError(
             f"no reference table at {path}; make it with scripts/reference_stats.py or leave "
             "estimator.table empty"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of zip, of NumPy's headers and types, of JSON; out of memory
         raise ValueError(
-            f"{path} is not a reference table ({error}); make it again with "
-            "scripts/reference_stats.py"
+            one_line(
+                f"{path} is not a reference table ({error or type(error).__name__}); make it again "
+                "with scripts/reference_stats.py"
+            )
         ) from error
+
+
+def _check(table: ReferenceTable) -> None:
+    """Raise ValueError unless the parts have the shapes, types and values of ``ReferenceTable``."""
+    size, samples = table.uids.size, table.made_by["samples"]
+    if type(samples) is not int or not 0 <= table.position <= samples * size:
+        raise ValueError(f"it has {table.position} rollouts of {size} problems x {samples!r}")
+    axes = {"successes": 1, "trials": 1, "uids": 1, "prompt_hashes": 1, "features": 2, "rewards": 2}
+    kinds = {"successes": "if", "trials": "i", "uids": "i", "prompt_hashes": "u"}
+    for name, count in axes.items():
+        part = getattr(table, name)
+        if name == "rewards" and part is None:
+            continue
+        if part.ndim != count or len(part) != size or part.dtype.kind not in kinds.get(name, "f"):
+            raise ValueError(f"{name} is {part.dtype}{list(part.shape)} for {size} problems")
+    if table.rewards is not None and table.rewards.shape[1] != samples:
+        raise ValueError(f"it has {table.rewards.shape[1]} rewards of a problem, not {samples}")
+    if len({*zip(table.uids.tolist(), table.prompt_hashes.tolist(), strict=True)}) != size:
+        raise ValueError("it has a problem twice")
+    counted = (table.successes >= 0) & (table.successes <= table.trials)  # NaN is neither
+    if not (np.all(counted) and np.all(table.trials <= samples)):
+        raise ValueError(f"its successes are not 0 to trials, or its trials not 0 to {samples}")
+    infinite = table.rewards is not None and np.isinf(table.rewards).any()  # NaN: not graded
+    if infinite or not np.isfinite(table.features).all():
+        raise ValueError("its features or rewards are not finite")
 
 
 def rows_for(
@@ -137,8 +173,10 @@ def rows_for(
     """
     differing = [key for key in origin if table.made_by.get(key) != origin[key]]
     if differing:
-        says = "; ".join(
-            f"{FIELDS.get(k, k)} {table.made_by.get(k)!r}, run {origin[k]!r}" for k in differing
+        says = one_line(
+            "; ".join(
+                f"{FIELDS.get(k, k)} {table.made_by.get(k)!r}, run {origin[k]!r}" for k in differing
+            )
         )
         raise ValueError(
             f"the table of estimator.table, {path}, does not fit this run ({says}); make one for "

@@ -7,19 +7,37 @@
 import json
 from collections.abc import Callable, Sequence
 
+from basis_jax.verify.criteria import ANY, MARK, are_answers, wanted_together
 from basis_jax.verify.verdicts import Verdict
-
-ANY, ALL = '{"any of": ', '{"all of": '
 
 
 def alternatives(answer: str) -> list[str]:
-    """The answers of which one is enough; any other text is the only one."""
-    return json.loads(answer)["any of"] if answer.startswith(ANY) else [answer]
+    """The answers of which one is enough; any other text is the only one. Raises ValueError for a
+    text that begins like several and is not written so."""
+    if not answer.startswith(ANY):
+        return [answer]
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError):
+        found = {}
+    answers = found.get("any of")
+    if len(found) != 1 or not are_answers(answers) or any(a.startswith(ANY) for a in answers):
+        raise ValueError(
+            "the answer begins like several accepted answers and does not hold a list of texts; "
+            f'write {ANY}["4", "four"]}}'
+        )
+    return answers
 
 
 def together(answer: str) -> list[str] | None:
     """The answers that are wanted together; None for any other text."""
-    return json.loads(answer)["all of"] if answer.startswith(ALL) else None
+    return wanted_together(answer)[0] if answer.startswith(MARK) else None
+
+
+def check_answer(answer: str) -> None:
+    """Raise ValueError for an answer that begins like several and is not written so."""
+    for text in alternatives(answer):
+        together(text)
 
 
 def any_of(
@@ -29,10 +47,18 @@ def any_of(
 ) -> list[Verdict]:
     """Verdicts where several answers may be accepted. ``grade`` compares with one answer at a time;
     the best verdict counts: right before invalid before wrong."""
-    accepted = [alternatives(answer) for answer in answers]
+    accepted = [readable(answer) for answer in answers]
     repeated = [c for c, texts in zip(completions, accepted, strict=True) for _ in texts]
     verdicts = iter(grade(repeated, [text for texts in accepted for text in texts]))
     return [best([next(verdicts) for _ in texts]) for texts in accepted]
+
+
+def readable(answer: str) -> list[str]:
+    """The alternatives; where they are not written as such, the text, which nothing equals."""
+    try:
+        return alternatives(answer)
+    except ValueError:
+        return [answer]
 
 
 def best(verdicts: Sequence[Verdict]) -> Verdict:

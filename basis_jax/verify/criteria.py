@@ -34,7 +34,7 @@ class Tolerance:
 
 EXACT = Tolerance()
 MINERVA = Tolerance(absolute=1e-8, relative=1e-5)
-MARK = '{"all of": '
+MARK, ANY = '{"all of": ', '{"any of": '
 
 
 def olympiad_tolerance(error: Any) -> Tolerance:
@@ -65,11 +65,35 @@ def criterion(answers: str | Sequence[str], tolerance: Tolerance = EXACT) -> str
 
 
 def read_criterion(text: str) -> tuple[str, Tolerance]:
-    """The answers that are wanted, as a list in LaTeX in any order, and the tolerance."""
-    if not text.startswith(MARK):
+    """The answers that are wanted, as a list in LaTeX in any order, and the tolerance. Raises
+    ValueError for a text that begins like a criterion and is none."""
+    if not text.startswith((MARK, ANY)):  # alternatives come one by one
         return text, EXACT
-    found = json.loads(text)
-    answers = found.pop("all of")
+    answers, tolerance = wanted_together(text)
     if len(answers) > 1:  # the comma of 1,000 would separate
         answers = [re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", a.strip(" $.")) for a in answers]
-    return ", ".join(answers), Tolerance(**found)
+    return ", ".join(answers), tolerance
+
+
+def wanted_together(text: str) -> tuple[list[str], Tolerance]:
+    """The answers of a criterion, and the tolerance. Raises ValueError where it is none."""
+    try:
+        found = json.loads(text)
+        answers = found.pop("all of")
+        tolerance = Tolerance(**found)  # with no other fields
+        limits = (tolerance.absolute, tolerance.relative)
+        whole = are_answers(answers) and all(0 <= limit < math.inf for limit in limits)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(
+            "the answer begins like several accepted answers and does not hold a list of texts; "
+            f'write {MARK}["3", "-3"], "absolute": 0.0, "relative": 0.0}}'
+        )
+    return answers, tolerance
+
+
+def are_answers(value: Any) -> bool:
+    """Whether it is a list of texts, none of them empty."""
+    texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return texts and bool(value) and all(text.strip() for text in value)

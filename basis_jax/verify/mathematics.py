@@ -99,7 +99,10 @@ def plain_verdict(gold: str, answer: str | None) -> Verdict | None:
     """The verdict where it takes no algebra and no time; None where it does."""
     if answer is None:
         return verdict_of("no_answer", "no answer found")
-    text, tolerance = read_criterion(gold)
+    try:
+        text, tolerance = read_criterion(gold)
+    except ValueError as error:
+        return verdict_of("gold", str(error))
     if text.strip() == answer.strip():
         return RIGHT
     if trouble := why_not_comparable(text):

@@ -29,8 +29,11 @@ def saved_lora(checkpoint: Path) -> Lora | None:
     section = trained.saved_config(checkpoint)["model"]
     if not section.get("lora_rank"):  # absent in those of older versions
         return None
-    targets = tuple(section["lora_targets"])
-    return Lora(section["lora_rank"], section["lora_alpha"], targets, section["compute_dtype"])
+    with trained.reading(checkpoint):
+        targets = tuple(section["lora_targets"])
+        if type(section["lora_rank"]) is not int or not {*targets} <= {*lora.TARGETS}:
+            raise ValueError("its config has adapters that this version does not know")
+        return Lora(section["lora_rank"], section["lora_alpha"], targets, section["compute_dtype"])
 
 
 def load_policy(
@@ -65,8 +68,8 @@ def check_base(checkpoint: Path, folder: Path) -> None:
     """Raise ValueError where the run's config.json says that its model had other weights. A
     checkpoint that was moved out of its run tells nothing of them."""
     record = checkpoint.parent.parent / "config.json"
-    identity = read_json(record).get("identity", {}) if record.is_file() else {}
-    known = identity.get("model.path")
+    identity = read_json(record).get("identity") if record.is_file() else None
+    known = identity.get("model.path") if isinstance(identity, dict) else None
     if known is not None and known != huggingface.fingerprint(folder):
         raise ValueError(
             f"the adapters of {checkpoint} were trained beside other weights than those of "

@@ -6,6 +6,7 @@ than we do.
 """
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -28,6 +29,7 @@ SIZES = {  # config.json -> ModelConfig
     "max_position_embeddings": "max_positions",
 }
 LARGEST = {"num_hidden_layers": 10_000}
+LARGEST_SIZE = 1 << 31  # of anything else
 ASSUMED = {  # by transformers where they are absent, whatever the other sizes are
     "llama": {},
     "qwen2": {"num_key_value_heads": 32},
@@ -57,8 +59,13 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
     theta, scaling = read_rope(raw)
     kv_heads, head_dim = _heads(raw)
     if isinstance(scaling, YarnScaling):
-        extended = int(scaling.factor * scaling.original_max_positions)
-        sizes["max_positions"] = max(sizes["max_positions"], extended)
+        extended = scaling.factor * scaling.original_max_positions
+        if extended > LARGEST_SIZE:
+            raise ValueError(
+                f"{scaling.factor:g} times {scaling.original_max_positions} positions is more than "
+                "any model has; is the file damaged?"
+            )
+        sizes["max_positions"] = max(sizes["max_positions"], int(extended))
     bias = kind != "qwen2" and _flag(raw, "attention_bias")
     return ModelConfig(
         architecture=kind,
@@ -107,7 +114,7 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
     wrong = [f"{n} {raw.get(n)!r}" for n in [*SIZES, *given] if not _is_whole(raw.get(n))]
     if wrong:
         raise ValueError(f"{list_names(wrong)} must be given as whole numbers, 1 or more")
-    absurd = [f"{n} {raw[n]}" for n in [*SIZES, *given] if raw[n] > LARGEST.get(n, 1 << 31)]
+    absurd = [f"{n} {raw[n]}" for n in [*SIZES, *given] if raw[n] > LARGEST.get(n, LARGEST_SIZE)]
     if absurd:
         raise ValueError(f"{list_names(absurd)} is more than any model has; is the file damaged?")
     if raw.get("hidden_act", "silu") != "silu":
@@ -119,7 +126,7 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
         first = raw.get("max_window_layers", 28)
         if not _is_whole(first, least=0):
             raise ValueError(f"max_window_layers is {first!r}; a whole number is needed")
-        kinds = ["sliding_attention"] * (raw["num_hidden_layers"] - first)
+        kinds = ["sliding_attention"] * max(0, raw["num_hidden_layers"] - first)
     others = {*map(str, _sequence(kinds, "layer_types"))} - {"full_attention"}
     if others:
         raise ValueError(
@@ -197,9 +204,10 @@ def _scaling(
         return LinearScaling(factor)
     inside = rope.get("original_max_position_embeddings", raw["max_position_embeddings"])
     original = raw.get("original_max_position_embeddings", inside)
-    if not _is_whole(original):
+    if not _is_whole(original) or original > LARGEST_SIZE:
         raise ValueError(
-            f"original_max_position_embeddings is {original!r}{where}; a whole number is needed"
+            f"original_max_position_embeddings is {original!r}{where}; a whole number of at most "
+            f"{LARGEST_SIZE} is needed"
         )
     if kind == "llama3":
         low, high = (_positive(rope, f"{n}_freq_factor", where=where) for n in ("low", "high"))
@@ -249,7 +257,8 @@ def _positive(
     value = raw.get(name)
     if value is None:
         value = default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    largest = sys.float_info.max  # an integer may be larger
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= largest:
         raise ValueError(f"{name} is {value!r}{where}; a number above 0 is needed")
     return float(value)
 

@@ -1,17 +1,23 @@
 """Llama models in a GGUF file (llama.cpp's format) -> Hugging Face folders."""
 
 import json
+import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from basis_jax.files import one_line
+from basis_jax.weights.config_json import parse
 from basis_jax.weights.layout import list_names, write_folder
 
+NAME = re.compile(r"(?:blk\.([0-9]+)\.)?([a-z_]+)\.weight")
 TENSORS = {  # GGUF -> Hugging Face
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -36,6 +42,8 @@ SIZES = {  # GGUF -> config.json
 TOKEN_IDS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 EPSILON = "llama.attention.layer_norm_rms_epsilon"
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+MOST_PACKED = 20
+"""A .gguf of weights is never so many times larger than the archive that it is in."""
 
 
 def convert(file: str | Path, folder: str | Path, *, dtype: str = "float32") -> Path:
@@ -44,27 +52,47 @@ def convert(file: str | Path, folder: str | Path, *, dtype: str = "float32") -> 
     Quantised weights become the numbers they stand for, exactly in float32 and rounded in
     bfloat16. Raises ValueError for what is not a plain Llama with a byte-level BPE tokenizer.
     """
+    file = Path(file)
     with tempfile.TemporaryDirectory() as scratch:
-        reader = _open(Path(file), scratch)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        described = config_json(fields, {t.name for t in reader.tensors}) | {"torch_dtype": dtype}
-        files = {"config.json": json.dumps(described, indent=2).encode(), **tokenizer_files(fields)}
-        return write_folder(folder, _tensors(reader.tensors, described, dtype), files)
+        with _named(file):
+            reader = _open(file, scratch)
+            fields = {name: field.contents() for name, field in reader.fields.items()}
+            names = {tensor.name for tensor in reader.tensors}
+            described = config_json(fields, names) | {"torch_dtype": dtype}
+            parse(described)
+            files = tokenizer_files(fields)
+        files["config.json"] = json.dumps(described, indent=2).encode()
+        return write_folder(folder, _tensors(reader.tensors, described, dtype, file), files)
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Turn whatever a damaged or hostile file leads to into one sentence with its name."""
+    try:
+        yield
+    except Exception as error:  # fields may have any type; tokenizers raises bare Exceptions
+        reason = str(error) if isinstance(error, OSError | ValueError) else repr(error)
+        raise ValueError(
+            one_line(f"{file} cannot be read as GGUF: {reason}; give the .gguf of a Llama")
+        ) from error
 
 
 def _open(file: Path, scratch: str) -> Any:
     from gguf import GGUFReader
 
+    if not os.path.isfile(file):
+        raise ValueError("there is no such file")
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            inside = [name for name in archive.namelist() if name.endswith(".gguf")]
+            inside = [part for part in archive.infolist() if part.filename.endswith(".gguf")]
             if len(inside) != 1:
-                raise ValueError(f"{file} holds {len(inside)} .gguf files; one is needed")
+                raise ValueError(f"it holds {len(inside)} .gguf files, and one is needed")
+            if inside[0].file_size > MOST_PACKED * file.stat().st_size:
+                raise ValueError(
+                    f"it unpacks to {inside[0].file_size:,} bytes, over {MOST_PACKED} times its own"
+                )
             file = Path(archive.extract(inside[0], scratch))
-    try:
-        return GGUFReader(file)
-    except (OSError, ValueError, IndexError) as error:
-        raise ValueError(f"{file} cannot be read as GGUF: {error}") from error
+    return GGUFReader(file)
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -75,26 +103,28 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _stored_name(name: str) -> str:
-    *block, tensor, kind = name.split(".")
-    if tensor not in TENSORS or kind != "weight":
+    found = NAME.fullmatch(name)
+    if not found or found[2] not in TENSORS:
         raise ValueError(f"tensor {name} is not supported; the weights of a plain Llama are")
-    layer = f"model.layers.{block[1]}." if block else ""
-    return f"{layer}{TENSORS[tensor]}.weight"
+    layer = f"model.layers.{found[1]}." if found[1] else ""
+    return f"{layer}{TENSORS[found[2]]}.weight"
 
 
 def _tensors(
-    tensors: Iterable[Any], described: dict[str, Any], dtype: str
+    tensors: Iterable[Any], described: dict[str, Any], dtype: str, file: Path
 ) -> Iterator[tuple[str, np.ndarray]]:
     from gguf.quants import dequantize
 
     heads = {"q_proj": described["num_attention_heads"], "k_proj": described["num_key_value_heads"]}
     for tensor in tensors:
-        name = _stored_name(tensor.name)
-        weight = dequantize(tensor.data, tensor.tensor_type)
-        part = name.split(".")[-2]
-        if part in heads:
-            weight = unpermute(weight, heads[part])
-        yield name, weight.astype(jnp.dtype(dtype))
+        with _named(file):
+            name = _stored_name(tensor.name)
+            weight = dequantize(tensor.data, tensor.tensor_type)
+            part = name.split(".")[-2]
+            if part in heads:
+                weight = unpermute(weight, heads[part])
+            weight = weight.astype(jnp.dtype(dtype))
+        yield name, weight
 
 
 def config_json(fields: dict[str, Any], names: set[str]) -> dict[str, Any]:
@@ -115,10 +145,14 @@ def config_json(fields: dict[str, Any], names: set[str]) -> dict[str, Any]:
     sizes = {theirs: fields[ours] for ours, theirs in SIZES.items()}
     heads = sizes["num_attention_heads"]
     ids = {f"{n}_id": fields.get(f"tokenizer.ggml.{k}_token_id") for n, k in TOKEN_IDS.items()}
+    words = fields["tokenizer.ggml.tokens"]
+    for name, i in ids.items():
+        if i is not None and not (type(i) is int and 0 <= i < len(words)):
+            raise ValueError(f"{name} is {i!r}, which is none of its {len(words)} tokens")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "vocab_size": len(words),
         **sizes,
         "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
         "head_dim": fields.get("llama.attention.key_length", sizes["hidden_size"] // heads),

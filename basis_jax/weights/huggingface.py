@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
-from basis_jax.files import read_json
+from basis_jax.files import check_size, home, one_line, read_json
 from basis_jax.model import decoder, lora
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import named
@@ -26,7 +26,7 @@ from basis_jax.weights import layout
 from basis_jax.weights.config_json import describe, parse
 from basis_jax.weights.layout import DTYPES, list_names
 
-CARRIED_FILES = (  # from the source folder into an export
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -36,9 +36,9 @@ CARRIED_FILES = (  # from the source folder into an export
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
-    "LICENSE",
 )
+CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
+"""From the source folder into an export."""
 EMBEDDED = {"embedded:quickstart": "quickstart_model", "embedded:steps": "steps_model"}
 """The models in this package, and their folders beside this file."""
 
@@ -52,13 +52,13 @@ def resolve_folder(path: str | Path) -> Path:
     """
     if str(path) in EMBEDDED:
         return Path(__file__).parent / EMBEDDED[str(path)]
-    folder, embedded = Path(path).expanduser(), " or ".join(EMBEDDED)
+    folder, embedded = home(path), " or ".join(EMBEDDED)
     allowed = f"give a folder, a hub id (owner/name), {embedded} with --model.path"
     if not str(path).strip():
         raise ValueError(f"the model's path is empty; {allowed}")
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False where the name cannot be one
         return folder if (folder / "config.json").exists() else _in_cache(folder)
-    if folder.exists():
+    if os.path.exists(folder):
         raise ValueError(
             f"{path} is a file; give the folder that it stands in with --model.path (basis-jax "
             "convert makes a folder out of a .gguf file)"
@@ -91,8 +91,9 @@ def _in_cache(folder: Path) -> Path:
         )
     main, snapshots = folder / "refs" / "main", folder / "snapshots"
     found = sorted(p for p in snapshots.iterdir() if p.is_dir()) if snapshots.is_dir() else []
-    if main.is_file() and (named := snapshots / main.read_text().strip()) in found:
-        return named
+    newest = main.read_bytes()[:1000].decode(errors="replace").strip() if main.is_file() else ""
+    if newest and snapshots / newest in found:
+        return snapshots / newest
     if len(found) > 1:
         raise ValueError(
             f"{folder} holds several snapshots, {list_names(p.name for p in found)}, and none is "
@@ -121,14 +122,14 @@ def read_model_config(
     try:
         return replace(parse(raw), compute_dtype=compute_dtype, remat=remat, attention=attention)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(one_line(f"{path}: {error}")) from error
 
 
 def _check_complete(folder: Path) -> None:
     """Raise ValueError for an adapter without its model, and a folder without config.json."""
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        base = read_json(adapter).get("base_model_name_or_path")
+        base = list_names([read_json(adapter).get("base_model_name_or_path")])
         raise ValueError(
             f"{folder} holds a LoRA adapter (adapter_config.json) for the model {base}, which is "
             "not supported; merge it into that model (peft: merge_and_unload, save_pretrained) and "
@@ -238,7 +239,7 @@ def stored_dtype(folder: str | Path) -> str:
     counts: collections.Counter[str] = collections.Counter()
     for tensor in layout.open_tensors(folder).values():
         counts[DTYPES.get(tensor.get_dtype(), "float32")] += math.prod(tensor.get_shape())
-    return max(counts, key=lambda dtype: counts[dtype])
+    return max(counts, key=lambda dtype: counts[dtype], default="float32")
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -249,6 +250,13 @@ def load_tokenizer(folder: str | Path) -> Any:
             f"{folder} holds no tokenizer ({list_names(vocabularies)}); copy that of the "
             "model there"
         )
+    for name in TOKENIZER_FILES:
+        try:
+            check_size(Path(folder) / name)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{Path(folder) / name} cannot be read: {error}") from error
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from transformers import AutoTokenizer
 
@@ -258,14 +266,15 @@ def load_tokenizer(folder: str | Path) -> Any:
         )
         words = tokenizer.get_vocab()
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
-        reason = " ".join(str(error).split())
+        reason = one_line(str(error)) or type(error).__name__
         raise ValueError(f"the tokenizer of {folder} cannot be loaded: {reason}") from error
     size = _vocabulary(folder)
     beyond = sorted((i, word) for word, i in words.items() if i >= size)
     if beyond:
+        first, word = beyond[0]
         raise ValueError(
             f"the tokenizer of {folder} has ids beyond the model's vocabulary of {size:.0f} "
-            f"(config.json), {len(beyond)} of them, from {beyond[0][0]} ({beyond[0][1]!r}) on; "
+            f"(config.json), {len(beyond)} of them, from {first} ({word[:40]!r}) on; "
             "give the tokenizer of this model"
         )
     return tokenizer
@@ -294,8 +303,8 @@ def eos_ids(folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
             whole = isinstance(i, int) and not isinstance(i, bool)
             if i is not None and not (whole and 0 <= i < size):
                 raise ValueError(
-                    f"{path} has the eos_token_id {i!r}, which is no token of the model; write "
-                    f"whole numbers from 0, below its vocabulary of {size:.0f}"
+                    f"{path} has the eos_token_id {list_names([repr(i)])}, which is no token of "
+                    f"the model; write whole numbers from 0, below its vocabulary of {size:.0f}"
                 )
             found.add(i)
     found.discard(None)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from basis_jax import processes
-from basis_jax.files import read_json
+from basis_jax.files import one_line, read_json
 from basis_jax.model import decoder, lora
 from basis_jax.model.decoder import ModelConfig
 
@@ -167,9 +167,13 @@ def parameters(model_config: ModelConfig) -> list[Parameter]:
     return found
 
 
+SHOWN = 120  # characters of a name in a message
+
+
 def list_names(names: Iterable[object]) -> str:
     """The first five of the names in order, and how many more there are."""
     names = sorted(str(name) for name in names)
+    names[:5] = [one_line(name[:SHOWN]) for name in names[:5]]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -186,7 +190,7 @@ def weight_files(folder: str | Path) -> list[Path]:
         )
     weight_map = read_json(index).get("weight_map")
     names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
-    absent = {n for n in names if Path(n).name != n or not (folder / n).is_file()}
+    absent = {n for n in names if Path(n).name != n or not os.path.isfile(folder / n)}
     if absent or not names:
         raise ValueError(
             f"{index} needs files that {folder} lacks: {list_names(absent) or 'it has none'}"
@@ -195,14 +199,21 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def open_tensors(folder: str | Path) -> dict[str, Any]:
-    """Every tensor of the folder by name, as safetensors' slices: nothing is read yet."""
+    """Every tensor of the folder by name, as safetensors' slices: nothing is read yet. Raises
+    ValueError for a damaged file, and for a name that is in two of them."""
     tensors: dict[str, Any] = {}
     for path in weight_files(folder):
         try:
             handle = safe_open(path, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or cut short: {error}") from error
-        tensors |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, MemoryError) as error:
+            raise ValueError(one_line(f"{path} is damaged or cut short: {error}")) from error
+        held = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        if twice := held.keys() & tensors.keys():
+            raise ValueError(
+                f"{path} holds {list_names(twice)}, which another file of {folder} holds too; "
+                "remove the files that do not belong to the model"
+            )
+        tensors |= held
     return tensors
 
 
@@ -216,7 +227,7 @@ def check_tensors(
     """
     expected = {name: p.stored_shape for p in parameters(model_config) for name in p.names}
     surplus = {n for n in tensors if n not in expected and not n.endswith("rotary_emb.inv_freq")}
-    if model_config.tied and LAYOUTS["output"].name in surplus:
+    if model_config.tied and {LAYOUTS[n].name for n in ("output", "embedding")} <= tensors.keys():
         _check_tied(tensors, folder)
         surplus.remove(LAYOUTS["output"].name)
     shapes = {n: tuple(tensors[n].get_shape()) for n in expected if n in tensors}
@@ -240,10 +251,12 @@ def check_tensors(
 
 def _check_tied(tensors: Mapping[str, Any], folder: str | Path, rows: int = 4096) -> None:
     output, embedding = (tensors[LAYOUTS[path].name] for path in ("output", "embedding"))
-    size = output.get_shape()[0]
-    same = output.get_shape() == embedding.get_shape() and all(
-        np.array_equal(output[i : min(i + rows, size)], embedding[i : min(i + rows, size)])
-        for i in range(0, size, rows)
+    shape = output.get_shape()
+    alike = shape == embedding.get_shape() and len(shape) == 2
+    readable = {output.get_dtype(), embedding.get_dtype()} <= DTYPES.keys()
+    same = (alike and readable) and all(
+        np.array_equal(output[i : min(i + rows, shape[0])], embedding[i : min(i + rows, shape[0])])
+        for i in range(0, shape[0], rows)
     )
     if not same:
         raise ValueError(
@@ -317,7 +330,7 @@ def _write_and_rename(
     files: Mapping[str, bytes],
     max_shard_bytes: int,
 ) -> None:
-    partial, old = (folder.with_name(folder.name + end) for end in (".partial", ".old"))
+    partial, old = (folder.with_name(folder.name + end) for end in (".partial", ".replaced"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _write_shards(partial, name, tensors, max_shard_bytes)

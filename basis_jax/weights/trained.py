@@ -4,6 +4,7 @@ Only the parameters are read, not the optimizer's moments. Nothing is written, s
 to the same folder at the same time is not disturbed.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,10 +29,11 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises ValueError where there is none.
     """
     path = Path(path)
-    if (path / "state").is_dir():
+    if os.path.isdir(path / "state"):  # False where a name cannot be one
         return path
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    folder = path / "checkpoints" if os.path.isdir(path / "checkpoints") else path
+    inside = folder.iterdir() if os.path.isdir(folder) else ()
+    steps = [p for p in inside if p.name.isascii() and p.name.isdigit() and p.is_dir()]
     if not steps:
         raise ValueError(
             f"{path} holds no checkpoint; give the folder of a run or RUN/checkpoints/STEP"
@@ -40,9 +42,18 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def saved_config(checkpoint: Path) -> dict:
-    """The fields of the config that made the checkpoint, by section."""
-    with _reading(checkpoint):
-        return dict(ocp.JsonCheckpointHandler().restore((checkpoint / "config").absolute()))
+    """The fields of the config that made the checkpoint, by section. Raises ValueError where it is
+    no config."""
+    with reading(checkpoint):
+        for file in (checkpoint / "config").iterdir():
+            files.check_size(file)
+        found = dict(ocp.JsonCheckpointHandler().restore((checkpoint / "config").absolute()))
+        sections = [part for name, part in found.items() if name not in ("run_dir", "seed")]
+        if not all(isinstance(part, dict) for part in sections):
+            raise ValueError("its config has a section that is no object")
+        if not isinstance(found["model"]["path"], str):
+            raise ValueError("its config has no model.path")
+        return found
 
 
 def model_path(checkpoint: Path) -> str:
@@ -63,7 +74,7 @@ def load_checkpoint_params(
         raise ValueError(f"checkpoint {checkpoint} is damaged ({wrong}); give another checkpoint")
     folder = (checkpoint / "state").absolute()
     handler = ocp.PyTreeCheckpointHandler()
-    with _reading(checkpoint):
+    with reading(checkpoint):
         stored = {}
         for name, leaf in handler.metadata(folder).tree.items():  # "01.params['embedding']"
             _, is_param, path = name.partition(".params")
@@ -82,7 +93,7 @@ def load_checkpoint_params(
     args = ocp.args.PyTreeRestore(
         item=item, restore_args=dict(zip(names, restore_args, strict=True)), partial_restore=True
     )
-    with _reading(checkpoint):
+    with reading(checkpoint):
         restored = handler.restore(folder, args=args)
     for path, name in zip(expected, names, strict=True):
         for block in _blocks(restored[name]):
@@ -115,12 +126,16 @@ def _check_same_model(checkpoint: Path, stored: dict, expected: dict) -> None:
 
 
 @contextmanager
-def _reading(checkpoint: Path) -> Iterator[None]:
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Turn the errors of a damaged checkpoint into one sentence with its name."""
     try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with files.quiet():
+            yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{checkpoint} cannot be read as a checkpoint ({reason}); give another, or the folder "
-            "of a run"
+            files.one_line(
+                f"{checkpoint} cannot be read as a checkpoint ({reason}); give another, or the "
+                "folder of a run"
+            )
         ) from error

@@ -56,5 +56,5 @@ def value(text: str) -> Any:
     """A number, a list, true or false as in JSON; anything else is text."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also of a number with too many digits
         return text
