@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from basis_jax.config import Config
+from basis_jax.files import one_line
 
 LONGEST = 400  # characters shown of a library's message
 BY_NAME = (
@@ -248,11 +249,11 @@ def run(main: Callable[[], None]) -> None:
 def one_sentence(error: Exception) -> str | None:
     """The error's message if a user can correct it; None if its traceback is needed."""
     package, library = origin(error)
-    text = " ".join(str(error).split())
+    text = one_line(str(error))
     if isinstance(error, OSError) or (package == "ours" and isinstance(error, ValueError)):
         return text
     if isinstance(error, ModuleNotFoundError) and package == "ours":
-        return f"{error}; install it, or the extra of basis_jax that brings it (see README.md)"
+        return f"{text}; install it, or the extra of basis_jax that brings it (see README.md)"
     if package != "library":
         return None
     text = text if len(text) <= LONGEST else text[:LONGEST] + " ..."

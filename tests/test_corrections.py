@@ -194,3 +194,17 @@ def test_corrections_that_cannot_work_are_refused(change, sentence):
     config: Config = dataclasses.replace(CONFIG, loss=LossSection(**change))
     with pytest.raises(ValueError, match=sentence):
         check(config, tiny.TINY, make_mesh())
+
+
+@pytest.mark.parametrize(
+    "values, given",
+    [
+        ({"train": {"steps": {}}}, "steps: dict"),
+        ({"train": 3}, "train: int"),
+        ({"loss": [1]}, "loss: tuple"),
+        ({"eval": {"sets": [1]}}, "sets: item 0"),
+    ],
+)
+def test_a_saved_config_with_values_of_another_type_is_one_sentence(values, given):
+    with pytest.raises(ValueError, match=f"the saved config has a wrong {given}"):
+        config_from(values)

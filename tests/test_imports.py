@@ -51,7 +51,7 @@ ROOMS = {
     "evaluation": WORDS | {"verify", "model", "weights", "data", "sampling", "runs", "opening"},
 }
 ROOMS["training"] = {*ROOMS} - {"training"}
-ROOMS["command_line"] = {"config"}
+ROOMS["command_line"] = {"config", "files"}
 ROOMS["commands"] = {*ROOMS} - {"commands"}
 """Which rooms (folders, or modules that stand alone) a room may import from. No exceptions."""
 
