@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import os
 import shlex
 import signal
 import sys
@@ -226,7 +227,7 @@ def run(main: Callable[[], None]) -> None:
 
     Without it, errors that a user can correct end the script with one sentence: our own
     ValueErrors, files that cannot be read or written, packages that are not installed, and errors
-    raised by a library. Ctrl-C ends it with a short message and the exit code of shells. Other
+    raised by a library. Ctrl-C and a closed pipe end it with the exit codes of shells. Other
     errors of this package, and all errors in a user's own files, keep their tracebacks.
     """
     debug = "--debug" in sys.argv[1:]
@@ -239,6 +240,11 @@ def run(main: Callable[[], None]) -> None:
             raise
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not {"-h", "--help"} & {*sys.argv}:
+            print("stopped: whatever reads the output has ended", file=sys.stderr)
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         sentence = None if debug else one_sentence(error)
         if sentence is None:

@@ -2,7 +2,9 @@
 
     python examples/own_data.py problems.jsonl
     basis-jax train --config quickstart --run-dir runs/own_data --estimator.name reinforce_pp \
-        --data.path problems.jsonl --data.verifier examples/own_data.py:reward
+        --data.path problems.jsonl --data.verifier examples/own_data.py:reward \
+        --eval.set-verifiers task:number_words exact --train.prompts-per-step 128 \
+        --train.minibatch-rollouts 128 --train.microbatch-rollouts 128
 """
 
 import json

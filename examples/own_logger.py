@@ -1,6 +1,7 @@
 """A logger of your own: rewards as a table that a spreadsheet opens.
 
-basis-jax train --config quickstart --train.loggers tensorboard examples/own_logger.py:Table
+basis-jax train --config quickstart --run-dir runs/own_logger \
+    --train.loggers tensorboard examples/own_logger.py:Table
 """
 
 

@@ -5,6 +5,8 @@ import fractions
 import importlib.util
 import json
 import re
+import shlex
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -197,3 +199,14 @@ def test_every_config_field_is_read_somewhere():
             continue
         for field in dataclasses.fields(value):
             assert re.search(rf"\.{field.name}\b", text), f"{section.name}.{field.name}"
+
+
+@pytest.mark.slow
+def test_help_whose_reader_has_ended_says_nothing():
+    command = (
+        f"{shlex.quote(sys.executable)} scripts/train.py --help | true; exit ${{PIPESTATUS[0]}}"
+    )
+    ended = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (141, "")

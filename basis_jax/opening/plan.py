@@ -80,10 +80,10 @@ def memory_needs(
     old = parts["key-value cache"] * before // length // cache_arrays(sampler)
     grown = {"an array of the cache before it grew": old, "prefill": 0}
     beside = moments | reference
-    needs = [
-        Need(sampling, parts | beside, fewer),
-        Need(f"{sampling}, their cache grown from {before}", parts | grown | beside, fewer),
-    ]
+    needs = [Need(sampling, parts | beside, fewer)]
+    if before < length:
+        what = f"{sampling}, their cache grown from {before}"
+        needs.append(Need(what, parts | grown | beside, fewer))
     if training:
         needs.append(update_need(config, model_config, mesh, length=length))
     return needs
