@@ -163,3 +163,20 @@ def test_a_run_with_all_of_them_is_resumed_and_names_a_reward_that_changed(tmp_p
     assert changed.returncode != 0
     said = "the file of the reward function in data.verifier has changed since the run began"
     assert said in changed.stderr and Path(tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["estimators", "train_tiny"])
+def test_the_notebooks_run_from_top_to_bottom(name, tmp_path):
+    cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    settings = environment() | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=settings,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert ("step 24/24" in shown) == (name == "train_tiny")

@@ -79,14 +79,6 @@ def test_the_value_study_finds_its_order_on_the_papers_problems(tmp_path):
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", ["estimators", "train_tiny"])
-def test_the_notebooks_run_from_top_to_bottom(name, tmp_path):
-    cells = json.loads((ROOT / "examples" / f"{name}.ipynb").read_text())["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    shown = python("-c", "\n".join(code), cwd=tmp_path, PYTHONPATH=str(ROOT), MPLBACKEND="Agg")
-    assert ("step 24/24" in shown) == (name == "train_tiny")
-
-
 def test_whatever_breaks_a_run_it_ends_as_the_unbroken_one(tmp_path):
     """The whole fault drill, with 100 random kills."""
     shown = python("-m", "studies.fault_drill", "--work", tmp_path, cwd=ROOT, PYTHONPATH=str(ROOT))
