@@ -45,6 +45,11 @@ def cut(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 500]} ... {text[-450:]}"
 
 
+def is_step(name: str) -> bool:
+    """Whether a checkpoint's folder may have this name: a number. "²" is a digit, and no number."""
+    return name.isascii() and name.isdigit()
+
+
 def home(path: str | Path) -> Path:
     """The path, with the folder that ``~`` stands for, where there is one."""
     return Path(os.path.expanduser(path))
@@ -189,6 +194,10 @@ def damage(folder: Path) -> str | None:
     return found and one_line(found)
 
 
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What orbax raises for damaged files."""
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide the tracebacks of failures of orbax that are already raised as an error.
@@ -252,6 +261,15 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise Repeated(f"an object has the key {twice!r} twice; keep one")
     return found
+
+
+def json_object(text: str | bytes) -> dict[str, Any] | None:
+    """The JSON object that a text holds; None if it holds none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def check_size(path: Path) -> None:

@@ -10,6 +10,7 @@ in PYTHONPATH).
 import difflib
 import hashlib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -87,7 +88,7 @@ def _module(where: str) -> ModuleType:
 
 
 def _file(where: str) -> Path:
-    path = Path(where).expanduser().resolve()
+    path = Path(os.path.realpath(os.path.expanduser(where)))
     if not path.is_file():
         raise ValueError(
             f"there is no file {path}; give an existing one as FILE.py:NAME, its path relative to "

@@ -116,8 +116,8 @@ def make_gradients(
         return ravel_pytree(gradient)[0]
 
     @jax.jit
-    def several(params, scale, hash, tokens, mask, old):
-        found = jax.vmap(one, in_axes=(None, 0, 0, 0))(params, tokens, mask, old)
+    def several(params, scale, hash, rows):
+        found = jax.vmap(one, in_axes=(None, 0, 0, 0))(params, *rows)
         both = (found, found * scale[None])
         norms = jnp.stack([jnp.sum(x**2, axis=1) for x in both], 1)
         sketches = jnp.stack([sketch(x, hash) for x in both], 1)
@@ -134,8 +134,8 @@ def make_gradients(
         norms = np.zeros((len(first), 2), np.float32)
         sketches = np.zeros((len(first), 2, hash.signs.shape[1]), np.float16)
         for at, width in pieces(mask[first], rows):
-            part = (x[first[at], :width] for x in (tokens, mask, old))
-            found = several(params, scale, hash, *part)
+            part = tuple(x[first[at], :width] for x in (tokens, mask, old))
+            found = several(params, scale, hash, part)
             norms[at], sketches[at] = (np.asarray(x) for x in found)
         return Gradients(norms[back.ravel()], sketches[back.ravel()])
 

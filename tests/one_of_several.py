@@ -178,7 +178,9 @@ def planned():
         return plans.of_problems(np.array([processes.index()]), 1)
 
     setting = plans.Setting(seed=0, prompts=1, group_size=1, sizes=(6,))
-    asked = next_round(plans.Plan(ask), setting, 0, [], [], plans.Belief(values))
+    asked = next_round(
+        plans.Plan(ask), setting, 0, rounds=[], graded=[], belief=plans.Belief(values)
+    )
     return {"problems": asked.problems.tolist(), "values": values.tolist()}
 
 

@@ -281,11 +281,11 @@ def test_completions_that_nobody_uses_are_refused(asked, sentence):
     first = Requests(np.array([1]), np.array([0]))
     plan = Plan(lambda step, belief: first, lambda *_: asked(), credit=credit, name="p.q:own")
     with pytest.raises(ValueError, match=sentence) as refused:
-        next_round(plan, SETTING, 0, [first], [graded(first)], Belief())
+        next_round(plan, SETTING, 0, rounds=[first], graded=[graded(first)], belief=Belief())
     assert "\n" not in str(refused.value)
     without = dataclasses.replace(plan, more=lambda *_: prefixed(), credit=None)
     with pytest.raises(ValueError, match="give Plan a function credit"):
-        next_round(without, SETTING, 0, [first], [graded(first)], Belief())
+        next_round(without, SETTING, 0, rounds=[first], graded=[graded(first)], belief=Belief())
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,14 @@ import tiny
 from hypothesis import strategies as st
 
 from basis_jax import files
-from basis_jax.config import DataSection
+from basis_jax.commands import dry_run
+from basis_jax.config import Config, DataSection, ModelSection
 from basis_jax.data import hub, sources, tables, template_trial, templates
 from basis_jax.evaluation import completions
-from basis_jax.runs import identity, metrics
+from basis_jax.opening import forecast
+from basis_jax.runs import identity, metrics, terminal
 from basis_jax.runs.identity import lock_run
-from basis_jax.training import reference_table
+from basis_jax.training import fork, reference_table
 from basis_jax.weights import gguf, huggingface, layout, trained
 
 
@@ -571,6 +573,18 @@ def test_only_folders_named_by_a_number_are_checkpoints(tmp_path):
     (tmp_path / "checkpoints" / "9").write_text("no folder")
     assert trained.find_checkpoint(tmp_path).name == "7"
     assert "holds no checkpoint" in sentence(trained.find_checkpoint, "a" * 300)
+    (tmp_path / "checkpoints" / "9").unlink()
+    assert "(resumed at step 7)" in terminal.announcement(Config(run_dir=str(tmp_path)))
+    for step in ("1²", "²", "x"):
+        said = sentence(fork.find, f"{tmp_path}@{step}", Config(run_dir=""))
+        assert said.endswith(f"checkpoints of {tmp_path} are of the steps 7")
+
+
+def test_the_home_of_an_unknown_user_is_no_place():
+    section = DataSection(path="~nobody-here/train.csv")
+    assert forecast.set_size(section, section.path) is None
+    config = Config(run_dir="", model=ModelSection(path="~nobody-here/model"))
+    assert "is not known without the hub" in sentence(dry_run.model_shape, config, print)
 
 
 @pytest.mark.parametrize("content", ["[]", "5", "{}", '{"model": 5}', '{"model": {"path": 5}}'])

@@ -79,7 +79,9 @@ def whole_step(name, number=0, belief=None, grade=graded, setting=SETTING, **opt
     plan = make(name, setting, **options)
     belief = belief or Belief(values(setting.problems))
     rounds, found = [], []
-    while (asked := next_round(plan, setting, number, rounds, found, belief)) is not None:
+    while (
+        asked := next_round(plan, setting, number, rounds=rounds, graded=found, belief=belief)
+    ) is not None:
         found.append(grade(asked))
         rounds.append(asked)
     return rounds, as_rows(rounds, found, plan, setting)
@@ -97,7 +99,7 @@ def test_a_plan_made_anew_asks_for_the_same(name):
 
     def then():
         found = [graded(asked) for asked in rounds]
-        return next_round(plan, SETTING, 9, rounds, found, Belief(values()))
+        return next_round(plan, SETTING, 9, rounds=rounds, graded=found, belief=Belief(values()))
 
     for asked in first:
         again = then()
@@ -383,7 +385,7 @@ def test_a_step_without_room_for_what_is_asked_ends_with_a_sentence(asked, sente
     name = "basis_jax.plans:own"  # as by reference
     plan = Plan(lambda step, belief: asked(), name=name)
     with pytest.raises(ValueError) as refused:
-        next_round(plan, SETTING, 4, [], [], Belief())
+        next_round(plan, SETTING, 4, rounds=[], graded=[], belief=Belief())
     said = str(refused.value)
     assert said.startswith(f"sampling.plan {name}") and "in step 5" in said and sentence in said
     assert "\n" not in said
@@ -401,7 +403,9 @@ def test_greedy_completions_that_nobody_uses_are_refused(greedy, before, sentenc
     rounds = [bad(), *(bad(p, greedy=True) for p in before)]
     plan = Plan(ANY.ask, lambda *_: bad(greedy, [0] * len(greedy), greedy=True), greedy=True)
     with pytest.raises(ValueError, match=sentence):
-        next_round(plan, SETTING, 0, rounds, [graded(r) for r in rounds], Belief())
+        next_round(
+            plan, SETTING, 0, rounds=rounds, graded=[graded(r) for r in rounds], belief=Belief()
+        )
 
 
 def opened(estimator="value_filter", plan="uniform", options=(), **data):
@@ -506,7 +510,7 @@ def test_an_own_plan_that_raises_is_named_with_its_line(tmp_path):
     )
     plan = make(f"{path}:broken")
     with pytest.raises(ValueError, match=r"raised TypeError in line 6 in step 1: .*; correct it$"):
-        next_round(plan, SETTING, 0, [], [], Belief())
+        next_round(plan, SETTING, 0, rounds=[], graded=[], belief=Belief())
     with pytest.raises(ValueError, match="no_plan returned a int; return a plans.Plan"):
         make(f"{path}:no_plan")
     before = plans.source_fingerprint(f"{path}:broken")

@@ -7,7 +7,6 @@ or the table ``weights.known_models``.
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 from basis_jax.config import Config
 from basis_jax.estimators import definition
-from basis_jax.files import read_json
+from basis_jax.files import home, read_json
 from basis_jax.model import costs, traffic
 from basis_jax.model.chips import TPU_RESERVED, Chip, Topology, chip_of, read_topology
 from basis_jax.model.decoder import ModelConfig, computed_in
@@ -121,7 +120,7 @@ def shape_on(config: Config, target: Target, report: Report) -> ModelConfig:
 def model_shape(config: Config, report: Report) -> ModelConfig:
     """The shape of ``model.path``. Its source is reported, and no weights are read."""
     section = config.model
-    path = Path(section.path).expanduser()
+    path = home(section.path)
     if section.path in KNOWN_MODELS:
         found, source = KNOWN_MODELS[section.path], "the package's table of known models"
     elif path.suffix == ".json" and path.is_file():

@@ -8,12 +8,11 @@ from typing import Any
 
 from basis_jax.data.values import check_characters, described, held_in, is_missing
 from basis_jax.verify.accepted import check_answer
-from basis_jax.verify.criteria import EXACT, Tolerance, criterion
+from basis_jax.verify.criteria import ANY, EXACT, MARK, Tolerance, criterion
 from basis_jax.verify.extract import BOX, after_hashes, last_boxed
 
 WANTED = ("any", "all")
-MARKS = {"any": "any of", "all": "all of"}
-MARKED = tuple(f'{{"{mark}": ' for mark in MARKS.values())
+MARKED = (ANY, MARK)
 FORMULA = re.compile(
     r"\$\$([^$]+)(?<!\\)\$\$|\$([^$]+)(?<!\\)\$"
     r"|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]",
@@ -34,7 +33,7 @@ def several(answers: Sequence[str], wanted: str, tolerance: Tolerance = EXACT) -
     accepted = [a if a.startswith(MARKED) else criterion(a, tolerance) for a in different]
     if len(accepted) < 2:
         return accepted[0] if accepted else ""
-    return json.dumps({MARKS[wanted]: accepted})
+    return json.dumps({"any of": accepted})
 
 
 def read_answer(

@@ -21,7 +21,14 @@ from basis_jax.config import DataSection
 from basis_jax.data.encoding import EncodedProblems
 from basis_jax.evaluation import scores
 from basis_jax.evaluation.evaluate import Evaluation, complete, sha256
-from basis_jax.files import append_json_lines, lock, read_json, replace_file, whole_lines
+from basis_jax.files import (
+    append_json_lines,
+    json_object,
+    lock,
+    read_json,
+    replace_file,
+    whole_lines,
+)
 from basis_jax.runs.terminal import Pace
 from basis_jax.sampling.rollouts import ROWS_PER_SLOT, Graded
 from basis_jax.verify import extraction_mode, is_own
@@ -265,11 +272,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The rollouts in the file, in order. Raises ValueError for a line that is not a rollout."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
+            row = json_object(line)
+            if row is None:
                 raise ValueError(f"line {number} of {path} is no JSON object; remove the folder")
             if not is_rollout(row):
                 raise ValueError(

@@ -1,8 +1,8 @@
 """Least time of a step, and the cost of the reference table, for a config on a chip."""
 
 import inspect
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from jax.sharding import AbstractMesh, Mesh
 
@@ -11,6 +11,7 @@ from basis_jax.config import Config, DataSection
 from basis_jax.corrections import OF_UPDATE
 from basis_jax.data.sources import load_more, load_training
 from basis_jax.estimators import definition
+from basis_jax.files import home
 from basis_jax.model import costs
 from basis_jax.model.chips import Chip
 from basis_jax.model.decoder import ModelConfig, computed_in
@@ -38,7 +39,7 @@ def problem_count(config: Config) -> int | None:
 def set_size(section: DataSection, path: str) -> int | None:
     """``problem_count`` of one training set."""
     count = KNOWN_SETS.get(path.partition(":")[0])
-    if count is None and (path.startswith("task:") or Path(path).expanduser().exists()):
+    if count is None and (path.startswith("task:") or os.path.exists(home(path))):
         loaded = load_training(section) if path == section.path else load_more(path, section)
         count = len(loaded)
     return min(section.size or count, count) if count else section.size or None

@@ -77,11 +77,11 @@ def memory_needs(
     fewer += "mesh.tensor or mesh.sample_tensor"
     sampling = f"sampling {slots} rollouts of {length} tokens at once"
     before = cache_before(length)
-    old = parts["key-value cache"] * before // length // cache_arrays(sampler)
-    grown = {"an array of the cache before it grew": old, "prefill": 0}
     beside = moments | reference
     needs = [Need(sampling, parts | beside, fewer)]
     if before < length:
+        old = parts["key-value cache"] * before // length // cache_arrays(sampler)
+        grown = {"an array of the cache before it grew": old, "prefill": 0}
         what = f"{sampling}, their cache grown from {before}"
         needs.append(Need(what, parts | grown | beside, fewer))
     if training:

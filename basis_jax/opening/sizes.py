@@ -4,7 +4,6 @@
 ``costs.py``.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from basis_jax import processes
 from basis_jax.config import Config
+from basis_jax.files import read_json
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import batch_shards
 from basis_jax.opening import checks
@@ -88,14 +88,7 @@ def divisors(count: int) -> list[int]:
 def recorded_sizes(run_dir: str) -> dict[str, int]:
     """The sizes in the run folder's config.json, or {} if there are none."""
     try:
-        train = json.loads((Path(run_dir) / "config.json").read_text())["config"]["train"]
+        train = read_json(Path(run_dir) / "config.json")["config"]["train"]
         return {name: int(train[name]) for name in ("microbatch_rollouts", "sample_rollouts")}
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-        OverflowError,
-    ):  # open_run reports the error
+    except (ValueError, KeyError, TypeError, OverflowError):  # open_run reports the error
         return {}

@@ -23,8 +23,6 @@ from basis_jax.runs.log import log_line
 from basis_jax.runs.metrics import read_metrics
 from basis_jax.types import TrainState
 
-READING = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
-"""What orbax raises for damaged files."""
 WRITING_S = 24 * 3600
 """Writing a checkpoint fails after so many seconds; orbax's own limit of 600 s is short for a large
 model and a slow disk."""
@@ -36,7 +34,7 @@ class Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
     async def finalize(self) -> None:
         written, final = Path(self.get()), Path(self.get_final())
-        if final.name.isdigit():
+        if files.is_step(final.name):
             if self._checkpoint_metadata_store:  # orbax writes this file in a thread
                 self._checkpoint_metadata_store.wait_until_finished()
             files.seal(written)
@@ -210,7 +208,7 @@ def restore(
     items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
     try:
         restored = checkpoints.restore(step, args=items)["state"]
-    except READING as error:
+    except files.UNREADABLE as error:
         raise ValueError(
             f"checkpoint {checkpoints.directory / str(step)} cannot be read ({error}); remove that "
             "folder to resume from the one before"
@@ -256,7 +254,7 @@ def stored_leaves(folder: Path) -> dict[str, Stored]:
             name.lstrip("0123456789"): Stored(name, tuple(leaf.shape), str(leaf.dtype))
             for name, leaf in tree.items()
         }
-    except READING as error:
+    except files.UNREADABLE as error:
         raise ValueError(f"checkpoint {folder} cannot be read ({_reason(error)})") from error
 
 
@@ -308,7 +306,7 @@ def read_leaves(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str,
     args = ocp.args.PyTreeRestore(item=item, restore_args=layout, partial_restore=True)
     try:
         found = ocp.PyTreeCheckpointHandler().restore((folder / "state").absolute(), args=args)
-    except READING as error:
+    except files.UNREADABLE as error:
         raise ValueError(f"checkpoint {folder} cannot be read ({_reason(error)})") from error
     return {path: found[stored[path].name] for path in wanted}
 

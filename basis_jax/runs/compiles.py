@@ -4,10 +4,11 @@ in a folder for the next start."""
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import jax
 import jax.monitoring
+
+from basis_jax.files import home
 
 SWITCH = "BASIS_JAX_KEEP_COMPILED"
 KEPT = "~/.cache/basis_jax/compiled"
@@ -51,7 +52,7 @@ def keep_compiled(report: Callable[[str], None] = print) -> None:
     """
     if os.environ.get(SWITCH, "").lower() in ("no", "off", "0", "false"):
         return
-    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or KEPT).expanduser()
+    folder = home(os.environ.get("JAX_COMPILATION_CACHE_DIR") or KEPT)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from basis_jax.config import Config
-from basis_jax.files import check_links, lock, one_line, read_json, replace_file
+from basis_jax.files import check_links, is_step, lock, one_line, read_json, replace_file
 from basis_jax.runs.provenance import provenance
 from basis_jax.saved_config import renamed
 
@@ -95,8 +95,7 @@ def open_run(
     starts, forked = [], fork_from
     if path.exists():
         before = read_config(path)
-        names = [p.name for p in (run_dir / "checkpoints").glob("[0-9]*")]
-        done = [int(name) for name in names if name.isascii() and name.isdigit()]
+        done = [int(p.name) for p in (run_dir / "checkpoints").glob("[0-9]*") if is_step(p.name)]
         if done:
             _check_same(
                 run_dir,

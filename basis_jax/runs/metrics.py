@@ -21,6 +21,7 @@ from typing import Any
 from basis_jax.files import (
     append_json_lines,
     check_regular,
+    json_object,
     one_line,
     replace_file,
     whole_lines,
@@ -190,12 +191,9 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     with path.open("rb") as file:
         lines = list(whole_lines(file))
     for number, (line, end) in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        step = row.get("step") if isinstance(row, dict) else None
-        if type(step) is int and last <= step < LARGEST:
+        row = json_object(line)
+        step = row["step"] if row and "step" in row else None
+        if row and type(step) is int and last <= step < LARGEST:
             last = step
             yield row, end
         elif type(step) is int and step < last:

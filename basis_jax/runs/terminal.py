@@ -9,6 +9,7 @@ from statistics import median_low
 from typing import Any, TextIO
 
 from basis_jax.config import Config
+from basis_jax.files import is_step
 
 FIELDS = (
     ("reward {:.3f}", "reward/mean"),
@@ -129,7 +130,8 @@ class Pace:
 def announcement(config: Config) -> str:
     """What a run is about to do, in one line."""
     train, group_size = config.train, config.sampling.group_size
-    saved = [int(p.name) for p in Path(config.run_dir, "checkpoints").glob("*") if p.name.isdigit()]
+    names = [p.name for p in Path(config.run_dir, "checkpoints").glob("[0-9]*")]
+    saved = [int(name) for name in names if is_step(name)]
     if not saved:
         state = "new"
     elif max(saved) < train.steps:

@@ -43,13 +43,13 @@ def find(fork_from: str, config: Config) -> Path | None:
     itself = Path(run).resolve() == Path(config.run_dir).resolve()
     if not itself and any((Path(config.run_dir) / "checkpoints").glob("[0-9]*")):
         return None
-    steps = sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit())
+    steps = sorted(int(p.name) for p in folder.glob("[0-9]*") if files.is_step(p.name))
     if not run or not steps:
         raise ValueError(
             f"--fork-from is {fork_from}, which holds no checkpoint; give RUN or RUN@STEP, where "
             "RUN is a run folder"
         )
-    if step and not (step.isdigit() and int(step) in steps):
+    if step and not (files.is_step(step) and int(step) in steps):
         raise ValueError(
             f"--fork-from is {fork_from}; checkpoints of {run} are of the steps "
             f"{', '.join(map(str, steps))}"

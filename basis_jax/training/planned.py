@@ -41,7 +41,7 @@ def make_sample_and_verify(session: Session) -> Callable[[PyTree, PyTree, int], 
         graded: list[Graded] = []
 
         def ask() -> Requests | None:
-            return next_round(plan, setting, number, rounds, graded, belief)
+            return next_round(plan, setting, number, rounds=rounds, graded=graded, belief=belief)
 
         asked = ask()
         while asked is not None:
@@ -57,6 +57,7 @@ def next_round(
     plan: Plan,
     setting: Setting,
     number: int,
+    *,
     rounds: Sequence[Requests],
     graded: Sequence[Graded],
     belief: Belief,

@@ -33,7 +33,7 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     folder = path / "checkpoints" if os.path.isdir(path / "checkpoints") else path
     inside = folder.iterdir() if os.path.isdir(folder) else ()
-    steps = [p for p in inside if p.name.isascii() and p.name.isdigit() and p.is_dir()]
+    steps = [p for p in inside if files.is_step(p.name) and p.is_dir()]
     if not steps:
         raise ValueError(
             f"{path} holds no checkpoint; give the folder of a run or RUN/checkpoints/STEP"
@@ -131,7 +131,7 @@ def reading(checkpoint: Path) -> Iterator[None]:
     try:
         with files.quiet():
             yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except files.UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             files.one_line(
