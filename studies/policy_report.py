@@ -16,7 +16,16 @@ from basis_jax.runs.metrics import read_metrics
 from basis_jax.runs.plots import COLORS
 from basis_jax.runs.provenance import provenance
 from studies import policy_plan
-from studies.policy_plan import METHODS, REFERENCE, STEPS, TUNING_SEEDS, Found, Job, tuning
+from studies.policy_plan import (
+    METHODS,
+    REFERENCE,
+    STEPS,
+    TUNING_SEEDS,
+    Found,
+    Job,
+    powers_of,
+    tuning,
+)
 from studies.policy_runs import FINAL, found_in
 from studies.policy_statistics import area, summary
 
@@ -44,7 +53,7 @@ def write(out: str, regimes: Sequence[str], report: Path) -> None:
     plan = {
         name: value
         for name, value in vars(policy_plan).items()
-        if name.isupper() and name not in ("METHODS", "SGD")
+        if name.isupper() and name not in ("METHODS", "SGD", "FIRST_TWO")
     }
     content = {
         "command": shlex.join(["python", "-m", "studies.policy_study", *sys.argv[1:]]),
@@ -59,7 +68,7 @@ def write(out: str, regimes: Sequence[str], report: Path) -> None:
 
 def described(out: str, regime: str, method: str, runs: Found) -> dict[str, Any]:
     """A method in a regime: accuracy by rate, and what is known of its test runs."""
-    best, _ = tuning(runs)
+    best, _ = tuning(runs, powers_of(regime))
     rates = sorted({power for power, seed in runs if seed in TUNING_SEEDS})
     tuned = {p: [runs[p, s] for s in TUNING_SEEDS if (p, s) in runs] for p in rates}
     means = {p: float(np.mean(tuned[p])) for p in rates}

@@ -17,6 +17,7 @@ from studies.policy_plan import (
     Job,
     config_of,
     jobs_of,
+    powers_of,
     tuning,
 )
 from studies.policy_statistics import area, half_width, summary
@@ -60,6 +61,14 @@ def test_the_second_tuning_seed_is_run_at_the_better_half_of_the_rates():
     found = {(p, FIRST): 0.1 * k for k, p in enumerate(POWERS)}
     assert tuning({}) == (None, [(p, FIRST) for p in POWERS])
     assert tuning(found) == (None, [(p, SECOND) for p in POWERS[:1:-1]])
+
+
+def test_a_grid_of_three_rates_is_tuned_in_the_same_way():
+    few = powers_of("hard")
+    found = {(p, FIRST): 0.1 * k for k, p in enumerate(few)}
+    assert tuning({}, few) == (None, [(p, FIRST) for p in few])
+    assert tuning(found, few) == (None, [(p, SECOND) for p in few[:0:-1]])
+    assert tuning(tuned(few[-1], few), few) == (None, [(few[-1] + 1, FIRST)])
 
 
 def test_the_best_rate_is_that_of_both_seeds_together():
@@ -126,7 +135,7 @@ def done(monkeypatch):
         jobs.append(job)
         folder = policy_runs.Path(out, job.name)
         folder.mkdir(parents=True)
-        (folder / policy_runs.FINAL).write_text(json.dumps({"accuracy": 0.5 - abs(job.power + 8)}))
+        (folder / policy_runs.FINAL).write_text(json.dumps({"accuracy": 0.5 - abs(job.power + 7)}))
 
     monkeypatch.setattr(policy_runs, "do", do)
     return jobs
@@ -136,14 +145,14 @@ def test_all_runs_of_a_regime_are_done_once(tmp_path, done):
     out = str(tmp_path)
     policy_runs.work(out, ["hard"], (), lambda line: None)
     methods = [m for m in METHODS if "hard" in METHODS[m].regimes]
-    assert len(done) == len(set(done)) == len(methods) * (len(POWERS) + 3 + SEEDS)
+    assert len(done) == len(set(done)) == len(methods) * (len(powers_of("hard")) + 2 + SEEDS)
     policy_runs.work(out, ["hard"], (), lambda line: None)
     assert len(done) == len(set(done))
-    assert policy_runs.found_in(out, "hard")["none"][-8, 0] == 0.5
+    assert policy_runs.found_in(out, "hard")["none"][-7, 0] == 0.5
 
 
 def test_a_run_that_another_process_has_claimed_is_left_to_it(tmp_path, done, monkeypatch):
-    taken = Job("hard", "none", POWERS[0], FIRST)
+    taken = Job("hard", "none", powers_of("hard")[0], FIRST)
 
     def lock(file, what, option):
         if taken.name.replace("/", "+") in what:
