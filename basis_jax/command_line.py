@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from basis_jax.config import Config
@@ -25,9 +26,14 @@ BY_NAME = (
     *("eval.set_samples", "eval.set_temperatures", "eval.set_verifiers"),
 )
 """Fields that hold a dict. On the command line, names and values follow the field."""
-PROCESSES = ("processes", "coordinator", "process-id")
-"""Options of the commands that several processes can run: docs/several-processes.md."""
-DEBUG = "--debug shows the traceback of an error."
+PROCESSES = {
+    "processes N": "how many processes run this command, or auto (docs/several-processes.md)",
+    "coordinator HOST:PORT": "of the first process, if there are several",
+    "process-id K": "number of this process, from 0",
+}
+"""Options of the commands that several processes can run."""
+COMMON = {"config FILE": "a Python file with a function config(), or the name of a packaged config"}
+DEBUG = {"debug": "show the traceback of an error"}
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -122,23 +128,24 @@ def check_names(arguments: Sequence[str], config: Config) -> None:
 def parse(
     description: str,
     *,
-    options: Sequence[str] = (),
-    flags: Sequence[str] = (),
+    options: Mapping[str, str] = MappingProxyType({}),
+    flags: Mapping[str, str] = MappingProxyType({}),
     argv: Sequence[str] | None = None,
 ) -> tuple[Config, argparse.Namespace]:
     """Parse ``--config NAME``, the command's own ``options`` and ``flags``, and overrides of config
     fields.
 
-    Options are strings. Raises ValueError without a config, for a missing file and for an unknown
-    field. ``--help`` lists every field with its value in the config, or in the quickstart's config
-    if none is given.
+    ``options`` ("out FOLDER") and ``flags`` ("compile") come with what they mean, which ``--help``
+    prints, followed by every field and its value in the config, or in the quickstart's config if
+    none is given. The values of options are strings. Raises ValueError without a config, for a
+    missing file and for an unknown field.
     """
     import tyro  # imported here, because estimators are used without it
 
     parser = argparse.ArgumentParser(description=description, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE")
     for option in options:
-        parser.add_argument(f"--{option}", default="")
+        parser.add_argument(f"--{option.split()[0]}", default="")
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true")
     known, rest = parser.parse_known_args(argv)
@@ -150,12 +157,19 @@ def parse(
     default = load_config(known.config or "quickstart")
     check_names(rest, default)
     rest = with_auto(rest)
-    described = f"{description}\n\n{DEBUG}"
+    described = f"{description}\n\n{listed(COMMON | dict(options) | dict(flags) | DEBUG)}"
     given = {a[2:].split("=")[0].replace("-", "_") for a in rest if a.startswith("--")}
     kept = {name: field_of(default, name) for name in BY_NAME if name not in given}
     empty = with_fields(default, {} if "help" in given else dict.fromkeys(BY_NAME, {}))
     made = tyro.cli(Config, default=empty, args=rest, description=described)
     return with_fields(made, kept), known
+
+
+def listed(options: Mapping[str, str]) -> str:
+    """The command's own options, one a line, as ``--help`` shows them."""
+    width = max(map(len, options)) + 2
+    lines = [f"    --{name:{width}}{meaning}" for name, meaning in options.items()]
+    return "\n".join(["Options of this command, besides the fields of the config:", "", *lines])
 
 
 def field_of(config: Config, name: str) -> Any:

@@ -1,7 +1,7 @@
 """Steps of a configured run: seconds by part, shares of what the device can do, memory.
 
     python -m benchmarks.random_model Qwen/Qwen3-4B models/random
-    python -m benchmarks.bench_run --config configs/qwen_math_1gpu.py --model.path models/random \
+    python -m benchmarks.bench_run --config configs/qwen_math_1gpu.py --model.path models/random \\
         --data.path FILE --data.prompt-format text --model.lora-rank 16 --train.steps 3
 
 It takes ``train.steps`` steps as ``basis-jax train`` does, but writes no run folder, evaluates
@@ -78,7 +78,9 @@ def main() -> None:
 
 def read_arguments() -> tuple[Config, str]:
     """The config without held-out sets, graded by ``coin``; and the file for results, if given."""
-    config, options = command_line.parse(__doc__, options=("out",))
+    config, options = command_line.parse(
+        __doc__, options={"out FILE": "where the results are written"}
+    )
     data = replace(config.data, verifier="benchmarks.bench_run:coin", answer_mode="")
     return replace(config, run_dir="", data=data, eval=replace(config.eval, sets=())), options.out
 

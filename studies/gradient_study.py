@@ -52,12 +52,18 @@ UPDATES = ("first", "second")
 CHUNK = 32  # problems whose gradients are written at once
 ROWS, MOST_NUMBERS = 16, 2**28  # gradients that exist at once; the numbers they may have
 
+OPTIONS = {
+    "folder FOLDER": "where the rollouts and gradients are kept",
+    "checkpoint RUN": "measure at the newest checkpoint of a run instead of the config's model",
+    "problems N": "how many problems (256)",
+    "batch N": "rollouts of a batch (128)",
+}
+
 
 def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command == "measure":
-        options = ("folder", "checkpoint", "problems", "batch")
-        config, given = command_line.parse(__doc__, options=options, argv=sys.argv[2:])
+        config, given = command_line.parse(__doc__, options=OPTIONS, argv=sys.argv[2:])
         measure(
             config,
             Path(given.folder),

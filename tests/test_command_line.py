@@ -2,8 +2,10 @@
 
 import dataclasses
 import fractions
+import importlib
 import importlib.util
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -210,3 +212,22 @@ def test_help_whose_reader_has_ended_says_nothing():
         ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "reference_stats"])
+def test_the_help_lists_a_commands_own_options_and_keeps_the_lines_of_its_examples(name):
+    run = subprocess.run(
+        [sys.executable, f"scripts/{name}.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "100"},
+        check=True,
+    )
+    command = importlib.import_module(f"basis_jax.commands.{name}")
+    for option in ("config FILE", *command.OPTIONS, *getattr(command, "FLAGS", ()), "debug"):
+        assert f"\n    --{option} " in run.stdout
+    examples = [line for line in command.__doc__.splitlines() if line.startswith("    ")]
+    assert len(examples) >= 2
+    for line in examples:
+        assert line in run.stdout.splitlines()

@@ -2,6 +2,7 @@
 made from the code are current."""
 
 import functools
+import importlib
 import json
 import re
 import shlex
@@ -161,13 +162,8 @@ def test_every_command_of_the_pages_is_accepted(name, line, tmp_path, monkeypatc
     line = line.replace("gsm8k.py", str(tmp_path / "gsm8k.py"))
     line = re.sub(r"\$\([^)]*\)", "HOST", line)
     arguments = [{"S": "0"}.get(word, word) for word in shlex.split(line)]  # a seed
-    own = {
-        "evaluate": ("checkpoint", "out"),
-        "reference-stats": ("out",),
-        "train": ("topology", "fork-from"),
-    }
-    options = (*own[name], *command_line.PROCESSES)
-    command_line.parse("", options=options, flags=("dry-run", "compile"), argv=arguments)
+    command = importlib.import_module(f"basis_jax.commands.{name.replace('-', '_')}")
+    command_line.parse("", options=command.OPTIONS, flags=train.FLAGS, argv=arguments)
 
 
 ELSEWHERE = ("MODEL_FOLDER", "Qwen/", "qwen_math", "gsm8k", "mine.jsonl")
@@ -204,7 +200,7 @@ def test_a_run_with_files_of_its_own_opens_as_the_page_says(line, files_of_the_p
     """Its problems, columns, functions and sizes fit each other."""
     monkeypatch.chdir(files_of_the_pages)
     arguments = [{"S": "0"}.get(word, word) for word in shlex.split(line)]  # a seed
-    config, _ = command_line.parse("", options=("fork-from",), argv=arguments)
+    config, _ = command_line.parse("", options=train.OPTIONS, argv=arguments)
     with open_session(config, lambda line: None, training=True):
         pass
 

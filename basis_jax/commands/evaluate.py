@@ -1,7 +1,7 @@
 """Evaluate a model, or a checkpoint of a run, on held-out sets.
 
     basis-jax evaluate --config configs/quickstart.py --out runs/eval_start
-    basis-jax evaluate --config configs/quickstart.py --checkpoint runs/quickstart \
+    basis-jax evaluate --config configs/quickstart.py --checkpoint runs/quickstart \\
         --out runs/eval_end --eval.samples 8
 
 Without ``--checkpoint`` the config's model is evaluated (``--model.path FOLDER`` for any other).
@@ -36,11 +36,15 @@ from basis_jax.runs.provenance import provenance
 from basis_jax.weights import huggingface, trained
 from basis_jax.weights.adapters import load_policy
 
+OPTIONS = {
+    "out FOLDER": "where the results are written",
+    "checkpoint RUN": "evaluate the newest checkpoint of a run, or RUN/checkpoints/STEP",
+    **command_line.PROCESSES,
+}
+
 
 def main() -> None:
-    config, options = command_line.parse(
-        __doc__, options=("checkpoint", "out", *command_line.PROCESSES)
-    )
+    config, options = command_line.parse(__doc__, options=OPTIONS)
     model = dataclasses.replace(config.model, lora_rank=0)  # adapters are merged
     config = dataclasses.replace(config, model=model)
     out = check_out(options.out)

@@ -24,9 +24,11 @@ from basis_jax.training.reference_table import ReferenceTable
 from basis_jax.training.session import open_session, reference_table
 from basis_jax.training.start import contents_of, frozen_params, identity_of, start_params
 
+OPTIONS = {"out FILE": "the table, a .npz file", **command_line.PROCESSES}
+
 
 def main() -> None:
-    config, options = command_line.parse(__doc__, options=("out", *command_line.PROCESSES))
+    config, options = command_line.parse(__doc__, options=OPTIONS)
     if not options.out or config.estimator.table:
         raise SystemExit(
             f"error: the table's file is --out {options.out or '(missing)'} and --estimator.table "

@@ -34,13 +34,19 @@ from basis_jax.runs.stopping import StopRequested
 from basis_jax.runs.terminal import announcement
 from basis_jax.training.loop import train
 
+OPTIONS = {
+    "fork-from RUN": "begin with the newest checkpoint of another run, or that of RUN@STEP",
+    "topology NAME": "with --dry-run: plan for these devices, such as v5e:4x4 or h100:8",
+    **command_line.PROCESSES,
+}
+FLAGS = {
+    "dry-run": "print the memory and time that the run needs, and train nothing",
+    "compile": "with --dry-run: also print the compiler's figures",
+}
+
 
 def main() -> None:
-    config, own = command_line.parse(
-        __doc__,
-        options=("topology", "fork-from", *command_line.PROCESSES),
-        flags=("dry-run", "compile"),
-    )
+    config, own = command_line.parse(__doc__, options=OPTIONS, flags=FLAGS)
     if own.dry_run:
         sys.exit(not dry_run.run(config, own.topology, compiled=own.compile))
     if own.topology or own.compile:
