@@ -2,6 +2,8 @@
 that stand still, drift, jump, or have left the table."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -260,3 +262,31 @@ def test_within_a_tenth_of_the_exact_filter_that_knows_the_law_of_drift(law):
     seed 1.076 and 1.066."""
     ratio, _ = exact_ratio(law, 0)
     assert ratio < 1.10
+
+
+MANY_ROWS = """
+import jax, numpy as np
+from basis_jax import estimators
+
+n = 8192
+rng = np.random.default_rng(0)
+features = rng.normal(size=(n, 32)).astype(np.float32)
+estimator = estimators.make("value_filter")
+state = estimator.init(rng.integers(1, 8, n), np.full(n, 8), features=features)
+signals = estimators.Signals(
+    rewards=rng.integers(0, 2, n).astype(np.float32),
+    valid=np.ones(n, bool),
+    problem_ids=rng.permutation(n),
+    lengths=np.ones(n, int),
+)
+update = jax.jit(estimator.update)
+for _ in range(8):
+    state, _ = jax.block_until_ready(update(state, signals))
+"""
+
+
+@pytest.mark.slow
+def test_updates_with_many_rows_and_features_end():
+    """The families' two loops, when independent, waited for each other in the first calls on two
+    cores (jaxlib 0.10.2): in a process of its own, because nothing else can end such a wait."""
+    subprocess.run([sys.executable, "-c", MANY_ROWS], timeout=300, check=True)

@@ -306,7 +306,8 @@ def _fit_families(
     def excess(square, variance):
         return jnp.maximum(square - surprise**2 * variance, 0)
 
-    def fit(phi, mean, variance, share, prior):
+    def fit(family):
+        phi, mean, variance, share, prior = family
         centre = mean @ share
         around = mean - centre[:, None]
         spread = (variance + around**2) @ share
@@ -315,14 +316,12 @@ def _fit_families(
         return w, a[:, None] + around, s[:, None] + variance - spread[:, None]
 
     blind = batch.phi.at[:, 1].set(0)  # does not see the table's logit
-    w, a, s = zip(  # one after the other: under vmap the products of rows are no longer one each
-        *(
-            fit(phi, own.mean[:, f], own.variance[:, f], share[f], Shared(*(x[f] for x in prior)))
-            for f, phi in ((TABLE, batch.phi), (BLIND, blind))
-        ),
-        strict=True,
-    )
-    return Shared(*(jnp.stack(x) for x in zip(*w, strict=True))), jnp.stack(a, 1), jnp.stack(s, 1)
+    phi = jnp.stack([batch.phi, blind])
+    own_mean, own_variance = jnp.moveaxis(own.mean, 1, 0), jnp.moveaxis(own.variance, 1, 0)
+    # One after the other. Under vmap the products of rows are no longer one each, and as two
+    # independent loops they can wait for each other forever on two CPU cores (jaxlib 0.10.2).
+    w, a, s = jax.lax.map(fit, (phi, own_mean, own_variance, share, prior))
+    return w, jnp.moveaxis(a, 0, 1), jnp.moveaxis(s, 0, 1)
 
 
 def _learn_own(
