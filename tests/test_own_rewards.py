@@ -367,6 +367,17 @@ def test_the_format_reward_wants_the_whole_form():
         rewards.FormatReward("(")
 
 
+def test_a_pattern_that_backtracks_forever_costs_a_reward_and_not_the_run(monkeypatch):
+    monkeypatch.setattr(rewards, "MATCH_SECONDS", 0.1)
+    verdicts = rewards.FormatReward("(a|aa)+b").judge(
+        [Submission(a, "") for a in ("a" * 90, "aab")]
+    )
+    assert [(v.reward, v.valid, v.kind) for v in verdicts] == [
+        (0, True, "timeout"),
+        (1, True, "right"),
+    ]
+
+
 def test_weighted_rewards_are_added_and_each_is_kept():
     both = rewards.SeveralRewards(
         {"math": Fixed([1.0, 0.0, 1.0]), "short": Fixed([-0.5, 0.25, None])}, [2.0, 4.0]

@@ -1,21 +1,25 @@
 """Several rewards with weights, and ready-made ones for form and length."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from basis_jax.verify.verdicts import Submission, Verdict, Verifier
+import regex
+
+from basis_jax.verify.verdicts import Submission, Verdict, Verifier, verdict_of
 
 READY_MADE = ("format", "overlong")
 THINK_THEN_ANSWER = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"
 """The form of R1 (arXiv 2501.12948)."""
+MATCH_SECONDS = 1.0
+"""Some patterns, such as (a+)+b, would take years: the form then counts as missed."""
 
 
 class FormatReward(Verifier):
     """1 where the whole completion has the form of a regular expression, else 0; a dot is any
-    character, also the end of a line.
+    character, also the end of a line. A completion whose matching takes over MATCH_SECONDS gets 0
+    and the verdict "timeout".
 
     Raises ValueError for a pattern that is none.
     """
@@ -24,20 +28,26 @@ class FormatReward(Verifier):
 
     def __init__(self, pattern: str = THINK_THEN_ANSWER):
         try:
-            self.pattern = re.compile(pattern, re.DOTALL)
-        except re.error as error:
+            self.pattern = regex.compile(pattern, regex.DOTALL)
+        except regex.error as error:
             raise ValueError(
                 f"data.format_pattern is {pattern!r}, which is no regular expression ({error}); "
                 "correct it"
             ) from error
 
     def judge(self, rows: Sequence[Submission]) -> list[Verdict]:
-        return [
-            Verdict(1.0, True, "has the form", "right")
-            if self.pattern.fullmatch(row.completion)
-            else Verdict(0.0, True, "has not the form", "wrong")
-            for row in rows
-        ]
+        return [self._of(row.completion) for row in rows]
+
+    def _of(self, completion: str) -> Verdict:
+        try:
+            found = self.pattern.fullmatch(completion, timeout=MATCH_SECONDS)
+        except TimeoutError:
+            return verdict_of("timeout", "matching data.format_pattern takes too long")
+        return (
+            verdict_of("right", "has the form")
+            if found
+            else verdict_of("wrong", "has not the form")
+        )
 
 
 class OverlongReward(Verifier):
