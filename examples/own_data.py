@@ -1,4 +1,4 @@
-"""Data of your own: a file of problems without answers, whose columns say what is wanted.
+"""Data of your own: a file of problems without answers, whose columns say what a reward needs.
 
     python examples/own_data.py problems.jsonl
     basis-jax train --config quickstart --run-dir runs/own_data --estimator.name reinforce_pp \
@@ -15,7 +15,7 @@ WORDS = "zero one two three four five six seven eight nine ten eleven twelve".sp
 
 
 def write(path, *, rows=600, seed=0):
-    """One JSON object a line: the problem, and any columns that a reward reads."""
+    """Write one JSON object per line: the problem, and the columns that the reward reads."""
     draw = random.Random(seed)
     with open(path, "w") as file:
         for _ in range(rows):
@@ -26,7 +26,7 @@ def write(path, *, rows=600, seed=0):
 
 
 def reward(completions, least, most):
-    """The columns ``least`` and ``most``, row by row beside the completions."""
+    """1 for a number from ``least`` to ``most``, two columns of the data; otherwise 0."""
     rows = zip(completions, least, most, strict=True)
     return [float(text.strip().isdigit() and low <= int(text) <= high) for text, low, high in rows]
 

@@ -1,4 +1,4 @@
-"""A logger of your own: rewards as a table that a spreadsheet opens.
+"""A logger of your own: it writes the rewards as a table for a spreadsheet.
 
 basis-jax train --config quickstart --run-dir runs/own_logger \
     --train.loggers tensorboard examples/own_logger.py:Table

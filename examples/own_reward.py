@@ -1,4 +1,4 @@
-"""A reward of your own: how near a number is to the right one.
+"""A reward of your own: how close a number is to the right one.
 
     basis-jax train --config quickstart --run-dir runs/own_reward \
         --data.verifier examples/own_reward.py:reward --data.rewards overlong 0.1

@@ -1,1 +1,1 @@
-"""Problem sets: read, written as token rows, compared, visited in a fixed order."""
+"""Problem sets: how they are read, encoded as tokens, compared and ordered."""

@@ -1,4 +1,4 @@
-"""The right answer in a row as one text: numbers, worked solutions, several accepted answers."""
+"""Read the right answer of a row as one text: numbers, worked solutions, several answers."""
 
 import json
 import re
@@ -19,13 +19,14 @@ FORMULA = re.compile(
     re.DOTALL,
 )
 EXACT_FLOATS = 2**53  # every integer up to here is a float
-SAFE_DIGITS = 15  # that a float keeps of a decimal number
+SAFE_DIGITS = 15  # decimal digits that a float keeps
 
 
 def several(answers: Sequence[str], wanted: str, tolerance: Tolerance = EXACT) -> str:
-    """Several accepted answers as one text, in JSON: ``{"any of": [...]}``, where one is enough, or
-    ``{"all of": [...], "absolute": 0.0, "relative": 0.0}``, with the tolerance. Equal ones count
-    once; a single one is itself, or all of one where there is a tolerance; none is the empty text.
+    """Several accepted answers as one text, in JSON: ``{"any of": [...]}`` if one is enough, or
+    ``{"all of": [...], "absolute": 0.0, "relative": 0.0}`` with the tolerance. Equal answers are
+    listed once. A single answer without a tolerance is written as it is; no answer gives the empty
+    text.
     """
     different = list(dict.fromkeys(answers))
     if wanted == "all" and len(different) > 1:
@@ -39,11 +40,12 @@ def several(answers: Sequence[str], wanted: str, tolerance: Tolerance = EXACT) -
 def read_answer(
     value: Any, *, worked: bool = False, wanted: str = "any", tolerance: Tolerance = EXACT
 ) -> str:
-    """The answer that a value gives; empty where it is missing.
+    """The answer in a value; empty if the value is missing.
 
-    ``worked``: the value is a solution, whose answer is marked. A list, or a text that holds a list
-    of texts, gives several accepted answers, of which any or all are ``wanted``; ``tolerance`` is
-    that of numbers. Raises ValueError for a value that gives no answer.
+    ``worked``: the value is a solution in which the answer is marked. A list, or a text that holds
+    a list of texts, gives several accepted answers; ``wanted`` says whether a completion must give
+    any or all of them. ``tolerance`` is for numbers. Raises ValueError for a value that cannot be
+    an answer.
     """
     if isinstance(value, str) and value[:2] in ('["', "['", '{"'):
         value = listed(value)
@@ -69,7 +71,7 @@ def listed(text: str) -> Any:
 
 
 def one_answer(value: Any, worked: bool) -> str:
-    """The answer that a single value gives."""
+    """The answer in a single value."""
     if isinstance(value, str):
         return from_text(value, worked)
     if is_missing(value):
@@ -88,9 +90,9 @@ def one_answer(value: Any, worked: bool) -> str:
 
 
 def from_text(text: str, worked: bool) -> str:
-    """What follows the last ``####``, else what the last box holds, else, unless it is ``worked``,
-    all of it; without dollars around it and the full stop behind them. A mark with nothing behind
-    it gives no answer."""
+    """The answer in a text: what follows the last ``####``, else the content of the last box, else,
+    unless it is ``worked``, the whole text. Dollar signs around it and a full stop after it are
+    removed. A mark with nothing after it gives no answer."""
     if text.startswith(MARKED):
         answer = text
     else:
@@ -105,7 +107,7 @@ def from_text(text: str, worked: bool) -> str:
 
 
 def is_empty_mark(text: str) -> bool:
-    """Whether a text has a mark of an answer; called where no mark gives one."""
+    """Whether a text has a mark of an answer; called if none of its marks gives an answer."""
     return "####" in text or ("\\" in text and BOX.search(text) is not None)
 
 

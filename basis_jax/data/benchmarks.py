@@ -1,4 +1,4 @@
-"""Where a data set lies, and the benchmark sets that are known by name."""
+"""The source of a data set, and the benchmark sets that are known by name."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from basis_jax.verify.criteria import EXACT, MINERVA, Tolerance
 
 @dataclass(frozen=True)
 class Source:
-    """A data set and how its rows are read. Empty column names are recognised
+    """A data set and how its rows are read. If a column name is empty, the column is recognised
     (``sources.COLUMN_LAYOUTS``)."""
 
     path: str
@@ -18,11 +18,11 @@ class Source:
     wrapper: str = ""
     wanted: str = "any"  # of several accepted answers
     tolerance: Tolerance = EXACT  # of numbers
-    otherwise: tuple[tuple[str, str], ...] = ()  # column names to try where those are not there
-    columns: Collection[str] | None = None  # that travel with a problem; None: all
+    otherwise: tuple[tuple[str, str], ...] = ()  # column names to try if those are missing
+    columns: Collection[str] | None = None  # columns kept with a problem; None: all
     required: Collection[str] = ()  # columns without which rewards cannot be given
-    needs_answers: bool = True  # a row without one is of no use
-    option: str = "--eval.sets"  # what a user changes when it cannot be read
+    needs_answers: bool = True  # rows without an answer are left out
+    option: str = "--eval.sets"  # the option to change if the set cannot be read
 
 
 BENCHMARKS = {
@@ -39,5 +39,5 @@ BENCHMARKS = {
     ),  # 674, text only and in English; the answer is a list, ``error`` its tolerance
     "GSM8K": Source("openai/gsm8k:main", "test", "question", "answer"),  # 1,319, after ####
 }
-"""Hub ids, splits, columns and sizes as dataset cards and public evaluation code give them
-(November 2026); tests/data has a fixture of our own for each layout."""
+"""Hub ids, splits, columns and sizes are from dataset cards and public evaluation code (November
+2026). tests/data has a fixture of our own for each layout."""

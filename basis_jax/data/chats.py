@@ -1,4 +1,4 @@
-"""The problem in a row: a text, or a chat in one of the ways in which chats are written."""
+"""Read the problem of a row: a text, or a chat in one of several common formats."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,16 +20,16 @@ KNOWN = ("system", "developer", "assistant", *ANSWERING)
 KEYS = (("role", "content"), ("from", "value"))
 CHAT_BEGINS = "[{ \n\t\r"
 WHOLE = ("messages", "conversations", "conversation")
-"""Where an object holds its chat."""
+"""Keys under which an object holds its chat."""
 
 
 def read_prompt(value: Any, wrapper: str = "") -> str | Messages:
-    """The problem that a value gives, empty where it is missing; a chat of one user's message is
-    that message. ``wrapper`` is taken off a text, ``{problem}`` standing for the problem.
+    """The problem in a value; empty if the value is missing. A chat of one message by a user is
+    that message. ``wrapper`` is removed from a text; ``{problem}`` in it stands for the problem.
 
     A chat is a list of messages, a single message, or a text that holds either. The assistant's
-    messages at its end are left out: they answer the problem. Raises ValueError for a value that is
-    no problem.
+    messages at its end are left out, because they answer the problem. Raises ValueError for a value
+    that is not a problem.
     """
     if isinstance(value, str) and value[:1] in CHAT_BEGINS and value.lstrip()[:1] in ("[", "{"):
         value = chat_in(value)
@@ -55,8 +55,8 @@ def read_prompt(value: Any, wrapper: str = "") -> str | Messages:
 
 
 def chat_in(text: str) -> Any:
-    """The chat that a text holds, or the text. Raises ValueError for what looks like a chat and
-    cannot be read, such as NumPy's way of printing one."""
+    """The chat that a text holds, or the text. Raises ValueError for a text that looks like a chat
+    but cannot be read, such as one printed by NumPy."""
     quoted = [f"{quote}{key[0]}{quote}" for key in KEYS for quote in "\"'"]
     if not any(mark in text for mark in quoted):
         return text
@@ -81,7 +81,7 @@ def whole_chat(value: Mapping) -> list | None:
 
 
 def read_chat(value: list | Mapping) -> str | Messages:
-    """The messages of a chat up to the last that asks for an answer."""
+    """The messages of a chat, up to the last one that asks for an answer."""
     if len(value) == 1 and isinstance(value, list) and is_users(value[0]):
         return value[0]["content"]
     listed = one_by_one(value) if isinstance(value, Mapping) else value
@@ -124,14 +124,15 @@ def one_by_one(value: Mapping) -> Sequence[Any]:
 
 
 def is_users(message: Any) -> bool:
-    """Whether it is a user's message, a text, written as most are: there are millions of them."""
+    """Whether it is a user's message with a text, in the usual format. A quick check, because there
+    are millions of them."""
     if type(message) is not dict or message.get("role") != "user":
         return False
     return type(message.get("content")) is str
 
 
 def read_message(message: Mapping, number: int) -> tuple[str, str]:
-    """(role, content). Raises ValueError for an unknown role and for what is no text."""
+    """(role, content). Raises ValueError for an unknown role and for a content that is not text."""
     for role_key, content_key in KEYS:
         if role_key in message and content_key in message:
             role, content = message[role_key], message[content_key]
@@ -155,7 +156,7 @@ def read_message(message: Mapping, number: int) -> tuple[str, str]:
 
 
 def content_text(content: Any, number: int) -> str:
-    """A message's text; that of several parts, one below the other."""
+    """A message's text; several parts are joined by line breaks."""
     if isinstance(content, str):
         return content
     if isinstance(content, Mapping):

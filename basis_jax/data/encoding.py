@@ -21,8 +21,8 @@ FORMATS = ("chat", "text")
 
 @dataclass(frozen=True)
 class EncodedProblems:
-    """M problems in the order of their uids, with their prompts as right-padded rows. Where there
-    are several sets, this order is that within a set."""
+    """M problems in the order of their uids, with their prompts as right-padded rows. Several sets
+    follow one another, each in this order."""
 
     problems: tuple[Problem, ...]
     tokens: Int32[np.ndarray, "M P"]
@@ -32,7 +32,7 @@ class EncodedProblems:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Problems of each set; there is one unless ``joined`` made several."""
+        """Number of problems of each set; there is one set unless ``joined`` made this."""
         return self.set_sizes or (len(self.problems),)
 
     def fingerprint(self) -> str:
@@ -40,13 +40,13 @@ class EncodedProblems:
         digest = hashlib.sha256(self.tokens.tobytes() + self.lengths.tobytes())
         digest.update(",".join(str(p.uid) for p in self.problems).encode())
         for problem in self.problems:
-            if problem.columns:  # those that a reward function reads; others were not kept
+            if problem.columns:  # only those that a reward function reads were kept
                 digest.update(written(problem).encode())
         return digest.hexdigest()
 
 
 def written(problem: Problem) -> str:
-    """The columns of a problem as JSON. Raises ValueError for what is nested too deep."""
+    """The columns of a problem as JSON. Raises ValueError if they are nested too deep."""
     try:
         return json.dumps(problem.columns, sort_keys=True, default=repr)
     except RecursionError as error:
@@ -84,8 +84,8 @@ def encode_and_report(
     size: int,
     report: Callable[[str], None],
 ) -> EncodedProblems:
-    """``encode_prompts`` of a named set; reports what was left out, and prompts that stand there
-    with two answers. Raises ValueError as ``encode_prompts`` does, with the name."""
+    """``encode_prompts`` for a named set. Reports what was left out, and prompts that occur with
+    different answers. Raises ValueError as ``encode_prompts`` does, with the name."""
     try:
         encoded = encode_prompts(problems, section, tokenizer, size=size)
     except ValueError as error:
@@ -111,8 +111,8 @@ def encode_and_report(
 
 
 def joined(sets: Sequence[EncodedProblems]) -> EncodedProblems:
-    """Several sets as one, without problems that an earlier set has. Raises ValueError where
-    nothing is left of a set."""
+    """Several sets as one, without problems that an earlier set has. Raises ValueError if nothing
+    is left of a set."""
     seen: set[int] = set()
     kept: list[np.ndarray] = []
     for number, part in enumerate(sets):
@@ -141,11 +141,12 @@ def joined(sets: Sequence[EncodedProblems]) -> EncodedProblems:
 def encode_prompts(
     problems: Sequence[Problem], section: DataSection, tokenizer: Any, *, size: int = 0
 ) -> EncodedProblems:
-    """Problems as token rows in the order of their uids. Left out and counted: repeated ones, those
-    without text or (where the section's verifier needs one) answer, prompts too long.
+    """Problems as token rows in the order of their uids. Left out and counted are repeated
+    problems, those without a text, those without an answer (if the verifier or a reward needs one),
+    and prompts that are too long.
 
     ``size`` > 0 keeps the first so many in that order, which is a random subset. Raises ValueError
-    where nothing is left.
+    if nothing is left.
     """
     unique = {p.uid: p for p in dict.fromkeys(problems)}
     needed = answers_needed(section)

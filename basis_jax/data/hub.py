@@ -1,4 +1,4 @@
-"""Rows of parquet files, folders and data sets on the hub, by the package ``datasets``."""
+"""Rows of parquet files, folders and data sets on the hub, read by the package ``datasets``."""
 
 import glob
 import os
@@ -12,16 +12,16 @@ from basis_jax.data.tables import CSV, JSON, LARGEST_TEXT, PARQUET, Rows, file_k
 from basis_jax.files import home, read_json
 
 MEDIA = ("Image", "Audio", "Video", "Pdf")
-"""Features of columns that are not read: decoding them needs packages of its own."""
-SAVED = ("dataset_info.json", "dataset_dict.json")  # by save_to_disk
+"""Types of columns that are not read, because decoding them needs further packages."""
+SAVED = ("dataset_info.json", "dataset_dict.json")  # written by save_to_disk
 
 
 def hub_rows(path: str, *, split: str, option: str) -> Rows:
-    """Rows of a parquet file, a folder, or a data set on the hub; ``name:subset`` asks for a
-    subset, as in openai/gsm8k:main. Narrow floats have the digits that were written (0.1), classes
-    their names.
+    """Rows of a parquet file, a folder, or a data set on the hub. ``name:subset`` asks for a
+    subset, as in openai/gsm8k:main. Floats of less than 64 bits have the digits that were written
+    (0.1), class labels their names.
 
-    Raises one ValueError for whatever keeps it from being read, with the cause and what to do."""
+    Raises ValueError, with the cause and what to do, if it cannot be read for any reason."""
     try:
         yield from enumerate(found_rows(path, split), start=1)
     except Exception as error:  # builders of every format, and the network, raise what they like
@@ -34,7 +34,7 @@ def hub_rows(path: str, *, split: str, option: str) -> Rows:
 
 def found_rows(path: str, split: str) -> Iterator[dict[str, Any]]:
     """The rows, wherever they are."""
-    import datasets  # here: it takes a second, and tasks and files do not need it
+    import datasets  # imported here: it takes a second, and tasks and files do not need it
 
     name, _, subset = path.partition(":")
     if (local := home(path)).exists():
@@ -75,11 +75,12 @@ def text_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
             for _, row in read_table(file)[1]:
                 yield dict(row)
     except ValueError as error:
-        raise ValueError(str(error)) from None  # it says all that is behind it
+        raise ValueError(str(error)) from None  # the message already has the cause
 
 
 def as_written(feature: Any) -> Callable[[Any], Any] | None:
-    """What turns values of a feature, but null, into what was written; None where they are so."""
+    """The function that restores what was written from a feature's values other than null, or None
+    if it is not needed."""
     kind = getattr(feature, "dtype", "")
     if type(feature).__name__ == "ClassLabel":
         return lambda number: feature.names[number] if number >= 0 else None
@@ -100,8 +101,8 @@ def written(value: Any, change: Callable[[Any], Any] | None) -> Any:
 
 
 def read_saved(folder: Path, split: str) -> Any:
-    """What ``save_to_disk`` wrote. Raises ValueError for a split that it has not, for files that
-    lie elsewhere, and for damaged ones, whose texts may end outside of the file."""
+    """The data set that ``save_to_disk`` wrote. Raises ValueError for a missing split, for files
+    outside of the folder, and for damaged files, in which a text may end beyond the file."""
     import datasets
 
     for state in (folder / "state.json", *sorted(folder.glob("*/state.json"))):
@@ -116,8 +117,8 @@ def read_saved(folder: Path, split: str) -> Any:
 
 
 def folder_files(folder: Path, subset: str, split: str) -> list[Path]:
-    """The files of a split, where our own readers may read them: its README.md sets no options of
-    another reader. Raises ValueError for files outside of the folder, for what is no file of rows,
+    """The files of a split, if our own readers can read them; [] if its README.md sets options of
+    another reader. Raises ValueError for files outside of the folder, for files of an unknown kind,
     and for parquet files that unpack to too much."""
     import datasets
 
@@ -139,8 +140,8 @@ def folder_files(folder: Path, subset: str, split: str) -> list[Path]:
 
 
 def check_parquet(path: Path) -> None:
-    """Raise ValueError if a file says that it unpacks to more than ``LARGEST_TEXT``, or has so many
-    rows; a few bytes can stand for a thousand million equal rows."""
+    """Raise ValueError if a file states that it unpacks to more than ``LARGEST_TEXT`` bytes, with
+    at least 8 bytes per row and per value. A few bytes can stand for 1e9 equal rows."""
     import pyarrow.parquet
 
     about = pyarrow.parquet.read_metadata(path)
@@ -161,7 +162,7 @@ def the_split(saved: Mapping[str, Any], split: str) -> Any:
 
 
 def causes(error: BaseException) -> str:
-    """What an error says, and what the error behind it says, where that is something else."""
+    """The message of an error, and those of the errors that caused it, if they differ."""
     first = error
     while (behind := first.__cause__ or hidden_context(first)) is not None:
         first = behind

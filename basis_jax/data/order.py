@@ -7,8 +7,8 @@ from jaxtyping import Int32
 
 
 def prompts_by_set(weights: Sequence[float], total: int) -> list[int]:
-    """How many of a step's prompts come from each set: in proportion to the weights, the largest
-    remainders rounded up. Raises ValueError where a set gets none."""
+    """How many of a step's prompts come from each set: in proportion to the weights, with the
+    largest remainders rounded up. Raises ValueError if a set gets none."""
     exact = [total * weight / sum(weights) for weight in weights]
     counts = [int(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda k: (counts[k] - exact[k], k))
@@ -26,8 +26,8 @@ def prompts_by_set(weights: Sequence[float], total: int) -> list[int]:
 def step_problems(
     seed: int, step: int, *, batch_size: int, sizes: Sequence[int], weights: Sequence[float]
 ) -> Int32[np.ndarray, " {batch_size}"]:
-    """Rows of the problems of step ``step``, of several sets that lie one after the other: each
-    set has an order of its own (``batch_indices``), and the step mixes them.
+    """Rows of the problems of step ``step``, from sets that follow one another. Each set has an
+    order of its own (``batch_indices``), and the step mixes them.
 
     Raises ValueError as ``batch_indices`` and ``prompts_by_set``.
     """
@@ -46,12 +46,12 @@ def step_problems(
 def batch_indices(
     seed: int, step: int, *, batch_size: int, size: int, number: int = 0
 ) -> Int32[np.ndarray, " {batch_size}"]:
-    """Rows of the problems of step ``step`` (from 0), a function of its arguments.
+    """Rows of the problems of step ``step`` (from 0). They depend on the arguments only.
 
-    Epoch e visits the permutation of generator (seed, e) in size // batch_size batches, the rest of
-    it unused, so no batch holds a problem twice and the position in the data is one integer. Of
-    several sets the second has ``number`` 1, and another order.
-    Raises ValueError where a batch is larger than the data set.
+    Epoch e visits the permutation of generator (seed, e) in size // batch_size batches; the rest of
+    the permutation is not used. So no batch holds a problem twice, and the position in the data is
+    one integer. ``number`` is that of the set, from 0; sets have different orders. Raises
+    ValueError if a batch is larger than the data set.
     """
     if not 1 <= batch_size <= size:
         raise ValueError(

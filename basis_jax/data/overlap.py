@@ -1,4 +1,4 @@
-"""Do problems share texts: held-out with training problems, or those of one set?"""
+"""Find problems that share texts: held-out with training problems, or within one set."""
 
 import re
 from collections.abc import Sequence
@@ -12,12 +12,13 @@ WORD = re.compile(r"[^\W_]+")
 def overlapping(
     held_out: Sequence[Problem], training: Sequence[Problem]
 ) -> list[tuple[Problem, Problem, str]]:
-    """Held-out problems with the first training problem that shares ``OVERLAP`` words in a row, and
-    those words; runs of words in more than ``COMMON`` training problems are a template's.
+    """Held-out problems, each with the first training problem that shares ``OVERLAP`` words in a
+    row with it, and those words. Runs of words in more than ``COMMON`` training problems do not
+    count: they belong to a template.
 
-    Words are runs of letters and digits, in lower case; a text of fewer must be equal, case and
-    spaces aside. Memory goes with the held-out side, time with both: a minute or two for a million
-    training problems.
+    Words are runs of letters and digits, in lower case. A text with fewer words must be equal,
+    apart from case and spaces. Memory grows with the held-out problems, time with both: it takes a
+    minute or two for a million training problems.
     """
     runs = [word_runs(problem) for problem in held_out]
     held_out_runs = set().union(*runs)
@@ -36,8 +37,8 @@ def overlapping(
 
 
 def contradictions(problems: Sequence[Problem]) -> list[tuple[Problem, Problem]]:
-    """For each prompt that has several answers, two problems with different ones. Answers differ
-    where their texts do, case and spaces aside."""
+    """For each prompt that has several answers, two problems with different ones. Answers differ if
+    their texts do, apart from case and spaces."""
     first: dict[str | tuple, Problem] = {}
     found: dict[str | tuple, tuple[Problem, Problem]] = {}
     for problem in problems:
@@ -52,7 +53,7 @@ def plain(text: str) -> str:
 
 
 def word_runs(problem: Problem) -> set[tuple[str, ...]]:
-    """Every ``OVERLAP`` words in a row of the prompt; a shorter text is one run, signs included."""
+    """All runs of ``OVERLAP`` words in the prompt. A shorter text is one run, signs included."""
     messages = problem.prompt if isinstance(problem.prompt, tuple) else (("", problem.prompt),)
     text = " ".join(content for _, content in messages).lower()
     words = WORD.findall(text)

@@ -14,8 +14,8 @@ class Problem:
     """One problem. ``prompt`` is its text, or the messages of a chat as (role, content) pairs.
 
     ``answer`` is one text; several accepted answers are written as one (``answers.several``).
-    ``columns`` are those of its row, for reward functions: they are no part of what it is, so two
-    problems that differ in columns alone are equal and have the same uid.
+    ``columns`` are those of its row, for reward functions. They are not part of its identity: two
+    problems that differ only in columns are equal and have the same uid.
     """
 
     prompt: str | tuple[tuple[str, str], ...]
@@ -29,7 +29,7 @@ class Problem:
         return content_hash(json.dumps([self.prompt, self.answer]))
 
     def submission(self, completion: str, *, tokens: int, terminated: bool) -> Submission:
-        """A completion of it, as verifiers get it."""
+        """A completion of this problem, in the form that verifiers get."""
         return Submission(
             completion=completion,
             answer=self.answer,

@@ -31,7 +31,7 @@ COLUMN_LAYOUTS = (
     ("messages", "answer"),
     ("conversations", "answer"),  # from and value
 )
-"""Columns looked for, in this order, where the config names none."""
+"""Columns that are looked for, in this order, if the config names none."""
 ADVICE = "name the right one with --data.problem-field, --data.answer-field"
 
 
@@ -72,7 +72,7 @@ def answers_needed(section: DataSection) -> bool:
 
 
 def read_for(source: Source, section: DataSection, verifier: Verifier | None) -> Source:
-    """The source, read as its problems are graded."""
+    """The source, with the columns that the grading of its problems needs."""
     source = replace(source, needs_answers=answers_needed(section))
     if verifier is None:
         return source
@@ -85,11 +85,12 @@ def load_held_out(
     section: DataSection | None = None,
     verifier: Verifier | None = None,
 ) -> list[Problem]:
-    """A benchmark by name (from ``folder/<name>.jsonl``, or any other file of that name that can be
-    read, where there is one), or a set by path.
+    """A benchmark by name, or a set by path. If ``folder`` has a readable file of the benchmark's
+    name, such as ``<name>.jsonl``, that is used.
 
-    A set by path has the columns that ``section`` names, where it has them; otherwise, as those of
-    a benchmark that is not as on the hub, they are recognised. Raises ValueError as ``load``.
+    A set by path has the columns that ``section`` names. If it lacks them, they are recognised, and
+    so are those of a benchmark whose columns are not those on the hub. Raises ValueError as
+    ``load``.
     """
     section = section or DataSection()
     named, unnamed = (section.problem_field, section.answer_field), ("", "")
@@ -124,12 +125,12 @@ def stand_in(name: str, folder: str) -> Path | None:
 
 
 def load(source: Source, *, held_out: bool) -> list[Problem]:
-    """The problems as they stand at their source: repeated rows too (the same object again, so
-    DAPO's hundredfold rows cost nothing). ``held_out`` is the side of a task.
+    """All problems of a source, repeated rows included. Equal rows are the same object, so DAPO's
+    rows, each a hundred times, cost nothing. ``held_out``: which side of a task.
 
-    A row without problem or answer is a Problem with an empty one. Raises ValueError, one sentence,
-    where the source cannot be read, lacks a column, holds nothing, or has a row that cannot be
-    understood; it names file and row.
+    A row without a problem or an answer is a Problem with an empty one. Raises ValueError, one
+    sentence with file and row, if the source cannot be read, lacks a column, is empty, or has a row
+    that cannot be understood.
     """
     if source.path.startswith("task:"):
         try:
@@ -163,8 +164,8 @@ def load(source: Source, *, held_out: bool) -> list[Problem]:
 
 
 def problems_of(source: Source) -> Iterator[Problem]:
-    """Rows as Problems, equal ones with the same columns the same object. Raises ValueError as
-    ``load``."""
+    """Rows as Problems. Equal problems with the same columns are the same object. Raises ValueError
+    as ``load``."""
     unit, rows = read_rows(source)
     columns = None
     seen: dict[Problem, Problem] = {}
@@ -181,8 +182,8 @@ def problems_of(source: Source) -> Iterator[Problem]:
 
 
 def read_rows(source: Source) -> tuple[str, Rows]:
-    """What rows are called, and the rows with their numbers: of a file, a folder or a data set on
-    the hub. A name that can only be a local one is never looked for on the hub."""
+    """The word for a row in messages ("line" or "row"), and the rows with their numbers, from a
+    file, a folder or the hub. A name that can only be local is never looked for on the hub."""
     if not source.path.strip():
         raise ValueError(f"{source.option} is empty; {READABLE}, a folder or a hub id")
     try:
@@ -208,7 +209,7 @@ def read_rows(source: Source) -> tuple[str, Rows]:
 
 def choose_columns(row: Mapping[str, Any], source: Source) -> tuple[str, str]:
     """The columns with the problem and the answer: those that the source names, else those of the
-    first layout that fits. Raises ValueError with the columns that there are."""
+    first layout that fits. Raises ValueError, listing the row's columns, if none fits."""
     named = (source.problem_field, source.answer_field)
     if all(named) and not source.otherwise:
         return named
@@ -228,7 +229,7 @@ def choose_columns(row: Mapping[str, Any], source: Source) -> tuple[str, str]:
 
 
 def check_required(source: Source, names: Collection[str]) -> None:
-    """Raise a ValueError for a column that a reward function asks for and that is not there."""
+    """Raise ValueError for a missing column that a reward function asks for."""
     for name in source.required:
         if name not in names:
             raise ValueError(
@@ -242,8 +243,9 @@ def has_column(row: Mapping[str, Any], name: str) -> bool:
 
 
 def value_at(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a column, whose name may hold dots, or the one that a dotted name reaches inside
-    objects; null where what it reaches into is. Raises ValueError naming the columns there are."""
+    """The value of a column, whose name may contain dots, or the value at a dotted name inside
+    objects; None if one of the objects is null. Raises ValueError, listing the columns, if there is
+    no such column."""
     if name in row:
         return row[name]
     outer, _, inner = name.partition(".")
@@ -269,13 +271,14 @@ def value_at(row: Mapping[str, Any], name: str) -> Any:
 
 
 def as_problem(row: Mapping[str, Any], columns: tuple[str, str], source: Source) -> Problem:
-    """A row as a Problem, its prompt or answer empty where the row has none.
+    """A row as a Problem. Its prompt or answer is empty if the row has none.
 
-    A worked answer is what follows its last ``####``, else what its last box holds; a ``solution``
-    with neither is no answer. Several answers are all wanted where ``source.wanted`` says so, or
-    the row itself: ``answers_wanted``, or OlympiadBench's ``is_multiple_answer``. The tolerance of
-    numbers is the source's, or that of OlympiadBench's ``error``. Raises ValueError for what is no
-    problem or no answer. Its columns are those that the source names, or all but the problem's.
+    The answer in a worked solution is what follows the last ``####``, else the content of the last
+    box; a ``solution`` with neither has no answer. Several answers are all wanted if
+    ``source.wanted`` says so, or the row itself: ``answers_wanted``, or OlympiadBench's
+    ``is_multiple_answer``. The tolerance of numbers is the source's, or that of OlympiadBench's
+    ``error``. The columns are those that the source names, or all except the problem's. Raises
+    ValueError for values that are not a problem or an answer.
     """
     return Problem(
         prompt=read_prompt(value_at(row, columns[0]), source.wrapper),
@@ -290,8 +293,8 @@ def as_problem(row: Mapping[str, Any], columns: tuple[str, str], source: Source)
 
 
 def answer_in(row: Mapping[str, Any], column: str, source: Source) -> str:
-    """The answer of a row. Where none is needed and the source names no column for it, what cannot
-    be understood is none: it travels among the columns."""
+    """The answer of a row. If none is needed and the source names no column for it, a value that
+    cannot be read gives no answer; it is still one of the columns."""
     try:
         answer = value_at(row, column) if column else ""
         one_text = isinstance(answer, str) and answer[:1] not in ("[", "{")
@@ -308,7 +311,7 @@ def answer_in(row: Mapping[str, Any], column: str, source: Source) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """A row's kind; those of lists and objects are none."""
+    """A row's kind, as a text; empty for lists and objects."""
     is_kind = not is_missing(value) and not isinstance(value, list | Mapping)
     return str(value).encode("utf-8", "replace").decode() if is_kind else ""
 

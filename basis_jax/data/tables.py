@@ -26,7 +26,7 @@ COMPRESSED: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     ".xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),
 }
 LARGEST_TEXT = 8 << 30
-"""Bytes of a file, unpacked where it is compressed."""
+"""Bytes of a file, after unpacking if it is compressed."""
 BLOCK = 1 << 20  # bytes that are unpacked at a time
 SIGNATURES = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}
 BYTE_ORDER_MARKS = (
@@ -52,10 +52,10 @@ def file_kind(path: Path) -> tuple[str, ...] | None:
 
 
 def read_table(path: Path) -> tuple[str, Rows]:
-    """The rows of a JSON or CSV file with their numbers, after what they are called: line or row.
+    """(the word for a row in messages, "line" or "row"; the rows of a JSON or CSV file, numbered).
 
-    Raises ValueError, here or while the rows are read, where the file cannot be read; it names the
-    file, and the line or row where there is one.
+    Raises ValueError, here or while the rows are read, if the file cannot be read. It names the
+    file, and the line or row if there is one.
     """
     text = read_text(path)
     if file_kind(path) is CSV:
@@ -94,13 +94,13 @@ def read_text(path: Path) -> str:
 
 
 def unpacked(data: bytes) -> bytes | bytearray:
-    """What compressed data holds; any other as they are. Raises ValueError beyond
-    ``LARGEST_TEXT``."""
+    """The unpacked data; data that are not compressed are returned unchanged. Raises ValueError for
+    more than ``LARGEST_TEXT`` bytes."""
     suffix = next((s for mark, s in SIGNATURES.items() if data.startswith(mark)), None)
     if suffix is None:
         return data
     file, found = COMPRESSED[suffix](io.BytesIO(data)), bytearray()
-    while block := file.read(BLOCK):  # all at once would reserve memory for the largest
+    while block := file.read(BLOCK):  # reading it at once would reserve the largest size
         found += block
         if len(found) > LARGEST_TEXT:
             raise ValueError(f"it unpacks to more than {LARGEST_TEXT:,} bytes")
@@ -118,8 +118,8 @@ def json_trouble(error: ValueError | RecursionError) -> str:
 
 
 def line_rows(path: Path, text: str) -> Rows:
-    """One JSON object a line; a text that is one object over several lines is one row."""
-    # not splitlines(): JSON strings may hold other line separators as they are
+    """One JSON object per line. A text that is a single object on several lines is one row."""
+    # Not splitlines(): JSON strings may contain other line separators.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line or line.isspace():
             continue
@@ -184,7 +184,7 @@ def check_row(row: Any, path: Path, unit: str, number: int) -> None:
 
 
 def csv_rows(path: Path, text: str, delimiter: str) -> Rows:
-    """Rows under a line of column names; a number is that of the line where the row begins.
+    """Rows under a line of column names. Their numbers are those of the lines where they begin.
 
     Empty cells, and the words that data frames write for them, are missing values; 43.0 is 43,
     which is how they write integers beside missing values.

@@ -1,8 +1,8 @@
 """Try a chat template in a process of its own, with limits on time, memory and output.
 
 A template is a program. Its sandbox keeps it from files and from Python's classes, but not from
-loops that never end and from texts that fill the memory, and neither can be stopped inside of the
-trainer's process. So each template first renders short chats elsewhere.
+endless loops and from texts that fill the memory, and neither can be stopped inside the trainer's
+process. So each template first renders short chats in another process.
 """
 
 import functools
@@ -16,7 +16,7 @@ from datetime import datetime
 SECONDS = 5  # of CPU time; templates take milliseconds
 MEGABYTES = 1024
 LARGEST = 1_000_000  # characters that a template may write for a short chat
-PATIENCE = 20  # a trial may take so many times its CPU time by the clock: others compute as well
+PATIENCE = 20  # wall-clock limit, in units of the CPU time: other processes compute too
 CHATS = (
     [{"role": "user", "content": "2 + 2 = ?"}],
     [
@@ -33,8 +33,8 @@ NO_MEMORY, TOO_LONG = 3, 4  # exit codes
 
 @functools.lru_cache(maxsize=8)
 def trouble(template: str, options: str) -> str:
-    """Why a template must not be rendered in this process, "" where nothing speaks against it.
-    ``options`` are its options as JSON. Its errors are left to whoever renders it."""
+    """Why a template must not be rendered in this process, or "". ``options`` are its options as
+    JSON. Errors that it raises are not reported here, but where it is rendered."""
     asked = json.dumps([template, json.loads(options)]).encode()
     command = [sys.executable, "-P", __file__, str(SECONDS)]
     try:
@@ -49,9 +49,9 @@ def trouble(template: str, options: str) -> str:
 
 
 def main() -> None:
-    """Render the template that stands in the input; the exit code says how it went."""
+    """Render the template in the standard input; the exit code says how it went."""
     limit(int(sys.argv[1]))
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # within the limits, too
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # imported within the limits
 
     template, options = json.load(sys.stdin)
     environment = ImmutableSandboxedEnvironment(
@@ -67,7 +67,7 @@ def main() -> None:
             written = sum(map(len, compiled.generate(add_generation_prompt=True, **values)))
         except MemoryError:
             sys.exit(NO_MEMORY)
-        except Exception:  # it is met again, and named, where the template is used
+        except Exception:  # raised again, and reported, where the template is used
             continue
         if written > LARGEST:
             sys.exit(TOO_LONG)
@@ -79,7 +79,7 @@ def limit(seconds: int) -> None:
 
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":  # elsewhere address space is not counted so
+    if sys.platform == "linux":  # elsewhere address space is not counted like this
         resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES * 2**20,) * 2)
 
 

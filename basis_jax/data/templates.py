@@ -12,14 +12,14 @@ from basis_jax.files import one_line
 
 INSTEAD = "give --data.prompt-format text, which needs no template"
 TRUTH = {"true": True, "false": False}
-ANSWER = "forty-two"  # the assistant's, where a turn's end is looked for
+ANSWER = "forty-two"  # the assistant's message with which the end of a turn is found
 
 
 def chat_text(chat: Sequence[Mapping[str, str]], section: DataSection, tokenizer: Any) -> str:
     """The messages in the tokenizer's chat template, up to where the model's answer begins.
 
-    Raises ValueError where there is no template, where it refuses the messages or leaves out the
-    system's, and for options that it does not read.
+    Raises ValueError if there is no template, if it refuses the messages or leaves out the system
+    message, and for options that it does not read.
     """
     options = template_options(section, tokenizer)
     try:
@@ -44,10 +44,10 @@ def chat_text(chat: Sequence[Mapping[str, str]], section: DataSection, tokenizer
 
 
 def template_options(section: DataSection, tokenizer: Any) -> dict[str, bool | int | float | str]:
-    """``data.chat_template_options``, with "true" and "false" as what they mean.
+    """``data.chat_template_options``, with "true" and "false" as booleans.
 
-    Raises ValueError where there is no template, where it is one that does not end or fills the
-    memory (``template_trial``), and for an option that it does not read.
+    Raises ValueError if there is no template, if it does not end or fills the memory
+    (``template_trial``), and for an option that it does not read.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several by name; transformers takes the default one
@@ -78,9 +78,9 @@ def template_options(section: DataSection, tokenizer: Any) -> dict[str, bool | i
 
 
 def turn_end(section: DataSection, tokenizer: Any) -> tuple[str, list[int]]:
-    """What the template writes behind an answer, without spaces around it: the text of its first
-    special token, or all of it where it has none, and its tokens. Empty where nothing is written or
-    the template has no place for an answer."""
+    """What the template writes after an answer, without spaces around it: (text, tokens) of its
+    first special token, or of all of it if it has none. Empty if nothing is written, or if the
+    template has no place for an answer."""
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
     try:
         options = template_options(section, tokenizer)
@@ -96,10 +96,10 @@ def turn_end(section: DataSection, tokenizer: Any) -> tuple[str, list[int]]:
 
 
 def token_rows(texts: Sequence[str], section: DataSection, tokenizer: Any) -> list[list[int]]:
-    """The texts' tokens. A template writes its special tokens itself; plain text gets those that
-    the tokenizer puts around a text, its BOS only where the text does not begin with it.
+    """The texts' tokens. A template writes its special tokens itself. Plain text gets those that
+    the tokenizer puts around a text; the BOS is not added to a text that begins with it.
 
-    Raises ValueError for a tokenizer that puts its EOS behind a text: nothing follows that.
+    Raises ValueError for a tokenizer that puts its EOS after a text: no answer follows an EOS.
     """
     plain = section.prompt_format == "text"
     rows = tokenizer(list(texts), add_special_tokens=plain)["input_ids"] if texts else []

@@ -1,4 +1,4 @@
-"""Values of a row: which are missing, what they are called, texts that hold a list or an object."""
+"""Values of a row: missing ones, their description in errors, texts that hold a list or object."""
 
 import ast
 import json
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 MISSING_WORDS = frozenset({"nan", "<na>", "null"})
-"""Texts, in lower case, that a data frame writes for a missing value; so is Python's "None"."""
+"""Texts, in lower case, that a data frame writes for a missing value, besides Python's "None"."""
 SHOWN = 40  # characters of a text in an error
 NAMED = 30  # columns of a row, or parts of an object, that an error names
 
@@ -39,18 +39,18 @@ def described(value: Any) -> str:
 
 
 def listing(names: Iterable[Any]) -> str:
-    """Names with commas between them; many are cut short."""
+    """Names separated by commas; after ``NAMED`` of them "..."."""
     names = [str(name) for name in names]
     return ", ".join(names[:NAMED] + ["..."] * (len(names) > NAMED))
 
 
 def shown(text: str) -> str:
-    """A text in quotes, cut where it is long."""
+    """A text in quotes, cut after ``SHOWN`` characters."""
     return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...")
 
 
 def held_in(text: str) -> Any:
-    """The list or object that a text holds as JSON, or as Python writes it; None for any other."""
+    """The list or object that a text holds, as JSON or in Python's notation; otherwise None."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -62,7 +62,7 @@ def held_in(text: str) -> Any:
 
 
 def check_characters(what: str, text: str) -> None:
-    """Raise ValueError for half of a surrogate pair, which no tokenizer and no file takes."""
+    """Raise ValueError for half of a surrogate pair, which tokenizers and files cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,7 +1,8 @@
 """Advantage estimators: pure functions of rewards, usable under ``jax.jit`` without a trainer.
 
-Two faces. Library: one function each, ``basis(rewards, successes, trials) -> Estimate``. Trainer:
-``make(name, **options)`` gives an ``Estimator`` whose state travels:
+There are two interfaces. As a library, every estimator is one function, such as
+``basis(rewards, successes, trials) -> Estimate``. For a trainer, ``make(name, **options)`` returns
+an ``Estimator``, whose update takes a state and returns the next one:
 
 >>> signals = estimators.Signals(
 ...     rewards=jnp.float32([1, 0, 1]),
@@ -16,14 +17,14 @@ Two faces. Library: one function each, ``basis(rewards, successes, trials) -> Es
 True
 
 You declare an estimator of your own with ``stateless`` or ``stateful`` (module ``declare``) and
-make it by reference: ``make("my_file.py:my_estimator")``. ``ESTIMATORS`` lists the built-in ones,
-and the module ``rows`` has what most of them do first and last:
+make it by reference: ``make("my_file.py:my_estimator")``. The module ``rows`` has what most
+estimators do first and last. ``ESTIMATORS`` lists the built-in ones:
 
 >>> [name for name, declared in estimators.ESTIMATORS.items() if "table" in declared.needs]
 ['a_star_po', 'basis', 'v05']
 
-``measured_mean`` also learns from what the training step measures in an update,
-``estimators.Measurement(product=..., square=...)``, with ``estimator.learn(state, measurement)``.
+``measured_mean`` also learns from a measurement that the training step makes in an update:
+``estimator.learn(state, measurement)`` with ``estimators.Measurement(product=..., square=...)``.
 
 The examples in the docstrings begin after these lines:
 

@@ -1,4 +1,4 @@
-"""BASIS (Gong et al. 2026, arXiv 2605.27293): one rollout a prompt, the batch shares information.
+"""BASIS (Gong et al. 2026, arXiv 2605.27293): baselines from a batch with one rollout per prompt.
 
 Offline, once: k successes in n reference completions of every prompt, p = k / n. A policy tilted
 by exp(reward / beta) has the value V = E_ref[r exp(r / beta)] / E_ref[exp(r / beta)] (eq. 5), for
@@ -8,16 +8,16 @@ unbiased combination of the *other* prompts' rewards,
     b_i = sum_{j != i} w_ij r_j,  w_ij = (V_i V_j / s_j) / sum_{k != i} V_k^2 / s_k,  s = V (1 - V)
 
 (eq. 2, 3), and beta is the grid point with the least squared error of b on the rewards (eq. 6).
-With odds o = V / (1 - V), for 0/1 rewards k / (n - k) exp(1 / beta), and q = 1 / (1 - V) = 1 + o
-the weights are rank one, so that all b cost O(N) a beta (O(N n) with the reference rewards):
-b_i = V_i (sum q r - q_i r_i) / (sum o - o_i).
+Let o = V / (1 - V) be the odds (for 0/1 rewards k / (n - k) exp(1 / beta)) and q = 1 / (1 - V)
+= 1 + o. The weights have rank one, so all b together cost O(N) per beta (O(N n) with reference
+rewards): b_i = V_i (sum q r - q_i r_i) / (sum o - o_i).
 
 ``rule="published"`` follows the paper exactly:
 
 - beta minimises eq. 6 over all grid points with an active prompt. The same batch chooses beta and
   uses it, so b_i depends on r_i through beta.
-- Prompts outside the active set (p in {0, 1}, or no trials) have b = 0. So has a prompt that is
-  active alone.
+- Prompts outside the active set (p in {0, 1}, or no trials) have b = 0. If only one prompt is
+  active, it has b = 0 too.
 - b may exceed 1.
 
 ``rule="robust"``, the default, differs in four points:
@@ -26,9 +26,9 @@ b_i = V_i (sum q r - q_i r_i) / (sum o - o_i).
    number of prompts with 0 < p < 1. For the beta of a fold, both numbers are counted over the
    rows of the other folds.
 2. A prompt outside the active set, or alone in it, has the baseline b = sigmoid(logit p' + 1/beta)
-   with Jeffreys' p' = (k + 1/2) / (n + 1). Every beta is scored on these prompts too. (With
-   reference rewards: eq. 5 with half a completion of reward 0 and half a completion of reward 1
-   added; for rewards of 0 and 1 that is the same.)
+   with Jeffreys' p' = (k + 1/2) / (n + 1). Every beta is scored on these prompts too. With
+   reference rewards, b is eq. 5 after adding half a completion of reward 0 and half a completion of
+   reward 1, which is the same if rewards are 0 and 1.
 3. beta is cross-fitted. The j-th valid row is in fold j mod ``folds`` (3 or more). The beta of fold
    f is scored on the rewards of the other folds, and those of fold g are predicted from the folds
    that are neither f nor g. So b_i is exactly independent of r_i. With fewer rows than folds each
@@ -63,7 +63,7 @@ from basis_jax.masked import masked_mean
 from basis_jax.types import Estimate
 
 BETAS = np.concatenate([np.arange(1, 201) / 100, np.arange(21, 51) / 10]).astype(np.float32)
-CHUNK = 23  # betas scored side by side: what they need of N rows stays in the cache
+CHUNK = 23  # betas scored at once: few enough for their arrays of N rows to stay in the cache
 EPS = 1e-6  # a prompt is active where EPS < V < 1 - EPS
 RULES = ("robust", "published")
 
@@ -129,14 +129,15 @@ def basis(
     low: float = 0.0,
     high: float = 1.0,
 ) -> Estimate:
-    """BASIS: A_i = r_i - b_i. The baseline b is explained at the top of this module's file, also
-    what the two rules do; nothing is scaled or whitened.
+    """BASIS: A_i = r_i - b_i, not scaled or whitened. The top of this module's file explains the
+    baseline b and the two rules.
 
     - ``rewards``: in [``low``, ``high``], one rollout for each of N prompts.
     - ``successes``, ``trials``: counts of reference completions of the same prompts, whose rewards
       were low or high. Successes outside [0, trials] are clipped into it.
-    - ``reference_rewards``: instead of counts, if rewards between low and high occur; NaN where
-      there is no completion. V is then eq. 5 of these rewards, k their sum and n their number.
+    - ``reference_rewards``: the rewards of reference completions, instead of counts, if rewards
+      between low and high occur. NaN where there is no completion. V is then eq. 5 for these
+      rewards, k is their sum and n their number.
 
     A row whose count is NaN (an unknown problem) has the value NaN. Rewards are first mapped to
     (r - low) / (high - low), and beta refers to that scale. The variance s = V (1 - V) is the
@@ -244,7 +245,7 @@ def _odds(batch: ValidRows, beta: Float[Array, ""]) -> Float[Array, " N"]:
 
 
 def _fallback(batch: ValidRows, beta: Float[Array, "*s"]) -> Float[Array, " N"]:
-    """Eq. 5 with half a success and half a failure more, under one beta or one a row."""
+    """Eq. 5 with half a success and half a failure added, under one beta or one per row."""
     if batch.reference is None:
         return jax.nn.sigmoid(batch.smoothed + 1 / beta)
     r, drawn = jnp.nan_to_num(batch.reference), ~jnp.isnan(batch.reference)
@@ -272,7 +273,7 @@ def _fit(batch: ValidRows, variant: Variant, beta: Float[Array, ""]) -> Fit:
 def _published(
     batch: ValidRows, betas: Float[Array, " K"], variant: Variant
 ) -> tuple[Float[Array, " N"], Fit]:
-    """Eq. 6 on the whole batch: (beta of every row: the same, the fit)."""
+    """Eq. 6 on the whole batch: (beta of every row, the same for all; the fit)."""
 
     def loss(beta: Float[Array, ""]) -> Float[Array, ""]:
         fit = _fit(batch, variant, beta)

@@ -52,7 +52,7 @@ def returns_to_go(
     """R_t = r_t + discount R_{t+1}: ``gae`` with values 0 and trace_decay 1.
 
     With r = terminal reward - kl_coef * kl this is REINFORCE++ and ReMax (reward minus greedy
-    reward at the end) with the KL penalty in the reward. Errors as of ``gae``.
+    reward at the end) with the KL penalty in the reward. Errors as in ``gae``.
 
     >>> mask = jnp.array([[False, True, True, True]])  # a prompt token, three sampled ones
     >>> token_rewards = jnp.float32([[0, 0, 0, 1]])
@@ -110,11 +110,11 @@ def start_advantages(
     *,
     valid: Bool[ArrayLike, " N"] | None = None,
 ) -> Estimate:
-    """A = r - V with values of the prompts: the estimators ``gae`` and ``vineppo`` by completion.
+    """A = r - V with the values of the prompts: ``gae`` and ``vineppo`` for whole completions.
 
-    A run's metrics are made of these. It trains on the advantages of the functions ``gae`` or
-    ``vineppo`` by token. Those of ``gae`` equal these at the first token if both decays are 1.
-    Raises ValueError unless all arrays are [N].
+    A run computes its metrics from these advantages, but trains on the token-level advantages of
+    the functions ``gae`` and ``vineppo``. If both decays are 1, the advantage of ``gae`` at the
+    first token equals this one. Raises ValueError unless all arrays are [N].
 
     >>> rewards, start_values = np.float32([1, 0]), np.float32([0.75, 0.25])
     >>> estimators.start_advantages(rewards, start_values).advantages.tolist()
@@ -162,9 +162,9 @@ def remax_original(
 ) -> Float[Array, "N T"]:
     """ReMax in its authors' code: discount^(L - t) (r - greedy) - kl_coef KL_t. arXiv 2310.10505.
 
-    t = 0..L-1 counts True tokens, so that the last one is discounted once; the KL is that token's
-    alone. ``gains``: reward minus the greedy completion's reward. ValueError unless 0 <= discount
-    <= 1 and kl_coef >= 0.
+    t = 0..L-1 counts True tokens, so even the last one is discounted once. KL_t is the penalty of
+    token t alone, not a sum. ``gains``: reward minus the greedy completion's reward. ValueError
+    unless 0 <= discount <= 1 and kl_coef >= 0.
 
     >>> mask = jnp.array([[False, True, True, True]])  # a prompt token, three sampled ones
     >>> gains, kl = jnp.float32([1]), jnp.float32([[0, 0.5, 0, 0]])
@@ -185,9 +185,10 @@ def vineppo(
 ) -> Float[Array, "N T"]:
     """A_step = r_step + V_next - V_this on all tokens of the step. arXiv 2410.01679.
 
-    ``step_values``: mean reward of fresh rollouts from where each step starts; ``steps``: every
-    token's step, 0..S-1, the rollout's last True token in its last step; V(end) = 0, the reward
-    belongs to the last step. Where not ``estimated``, V = r + V_next, and so A = 0.
+    ``step_values``: the mean reward of fresh rollouts from the start of each step. ``steps``: the
+    step of every token, 0..S-1; the rollout's last True token is in its last step. The reward
+    belongs to the last step, and V = 0 after it. A step that is not ``estimated`` has
+    V = r + V_next, so its A is 0.
 
     >>> mask = jnp.array([[False, True, True, True]])  # a prompt token, three sampled ones
     >>> steps = jnp.array([[0, 0, 0, 1]])  # the last token is a step of its own
@@ -223,9 +224,9 @@ def sr_ppo(
 ) -> Float[Array, "N T"]:
     """SR-PPO: A_t = q_t - q_{t-1} + trust (r - q_last), q = 1 - (1 - P)^k. arXiv 2606.25451.
 
-    P: the critic's success probability of the prefix that ends with token t (``prompt_values``:
-    before the first one). No normalisation. False tokens are skipped. ValueError unless k is 1 or
-    more and trust finite.
+    P is the critic's success probability after token t (``prefix_values``) or before the first
+    token (``prompt_values``). Advantages are not normalised. False tokens are skipped. ValueError
+    unless k is 1 or more and trust finite.
 
     >>> mask = jnp.array([[False, True, True, True]])  # a prompt token, three sampled ones
     >>> prefix_values, prompt_values = jnp.float32([[0, 0.5, 0.5, 1]]), jnp.float32([0.5])

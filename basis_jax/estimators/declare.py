@@ -9,24 +9,26 @@ over all M problems and ``update(state, signals)`` on the rollouts of one step.
     @estimators.stateful(start, needs=("rewards", "valid", "problem_ids"), takes=("table",))
     def remembered(state, signals, *, rate=0.1): ...
 
-``needs`` lists what the estimator cannot do without, ``takes`` what it uses where a run has it.
-Both use these words:
+``needs`` lists what the estimator requires, ``takes`` what it uses if the run has it. Both use
+these words:
 
 - every field of ``Signals`` (``rewards``, ``valid``, ``problem_ids``, ``lengths``,
   ``score_norms``, ``logprob_sum``, ``start_values``, ``greedy_rewards``), [N]: a stateless function
   gets it as the argument of that name, ``update`` finds it in ``signals``. Training gives all of
-  them, but ``start_values`` only to ``gae`` and with the rollout plan ``branch``, and
-  ``greedy_rewards`` only with ``greedy_beside``; where a caller leaves out one of the last four, an
+  them, except that ``start_values`` need a critic (``gae``) or the rollout plan ``branch``, and
+  ``greedy_rewards`` the plan ``greedy_beside``. If the caller leaves out one of the last four, an
   estimator that ``needs`` it raises a ValueError;
 - ``table``, the offline reference table: a stateless function gets the arguments ``successes`` and
-  ``trials`` of its rows' problems, [N]; ``init`` gets those of all problems, [M], in any case, with
-  trials 0 where there is no table;
+  ``trials`` of its rows' problems, [N]. ``init`` always gets those of all problems, [M]; without a
+  table trials are 0;
 - ``reference_rewards``, the rewards of the table's completions [M n], NaN where there is none. A
-  run has them where one of them is neither 0 nor 1 (else the counts say all), so that it stands in
-  ``takes`` alone and the parameter has a default: a stateless function gets those of its rows'
-  problems, [N n], as the argument of that name, ``init`` those of all problems as a keyword;
+  run has them only if one of them is neither 0 nor 1; otherwise the counts say everything. So this
+  word is for ``takes`` only, and its parameter has a default. A stateless function gets those of
+  its rows' problems, [N n], as the argument of that name; ``init`` gets those of all problems as a
+  keyword;
 - ``features``, prompt features [M e]: ``init`` gets the keyword ``features``;
-- ``group_size``, the rollouts of a prompt, which are adjacent rows: a keyword of any function.
+- ``group_size``, the number of rollouts per prompt, which are adjacent rows: a keyword of any
+  function.
 
 All other keyword-only parameters are the estimator's options.
 """
@@ -76,8 +78,8 @@ class Definition:
     takes: Sequence[str] = ()
     options: Sequence[str] | None = None
     name: str = ""  # in messages; by default that of ``update``
-    wrap: Callable[..., "Estimator"] | None = None  # what is made of the Estimator in the end
-    learn: Callable | None = None  # learn(state, measurement), with options of ``update``
+    wrap: Callable[..., "Estimator"] | None = None  # applied to the finished Estimator
+    learn: Callable | None = None  # learn(state, measurement); may have options of ``update``
     predict: Callable | None = None  # predict(state): see ``Estimator``
 
     def __post_init__(self):
@@ -100,7 +102,7 @@ class Definition:
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """The parameters that a run provides by name: to ``update`` alone where it is stateless."""
+        """The parameters that a run provides by name; those of ``update`` if it is stateless."""
         if self.init is not None:
             return tuple(w for w in self.provided if w in BY_KEYWORD)
         return tuple(a for w in self.provided for a in (TABLE if w == "table" else (w,)))
@@ -130,9 +132,9 @@ class Estimator(NamedTuple):
 
     init: Callable[[Any, Any], Any]
     update: Callable[[Any, Signals], tuple[Any, Estimate]]
-    needs_table: bool  # worthless without offline trials
-    takes_table: bool  # starts from offline trials where there are any
-    group_size: int  # rollouts of a prompt, adjacent rows
+    needs_table: bool  # cannot work without offline trials
+    takes_table: bool  # starts from offline trials if there are any
+    group_size: int  # rollouts per prompt, adjacent rows
     takes_rewards: bool = False  # ``init`` has the keyword ``reference_rewards``
     learn: Callable[[Any, Measurement], Any] | None = None  # from what training steps measure
     predict: Callable[[Any], Any] | None = None
@@ -146,7 +148,7 @@ def stateless(
     """Declare a function of rows as an estimator: a decorator that leaves the function as it is.
 
     The function gets what ``needs`` and ``takes`` list (words of the module ``declare``) and its
-    options by name, and returns an ``Estimate`` of the N rows. Errors as of ``Definition``.
+    options by name, and returns an ``Estimate`` of the N rows. Raises the errors of ``Definition``.
 
     >>> @estimators.stateless(needs=("rewards", "valid"))
     ... def above(rewards, *, valid=None, threshold=0.5):
@@ -176,12 +178,13 @@ def stateful(
     options: Sequence[str] | None = None,
     predict: Callable | None = None,
 ) -> Callable[[Function], Function]:
-    """Declare a pair as an estimator: a decorator of ``update(state, signals) -> (state,
-    Estimate)`` that leaves it as it is; ``init(successes, trials) -> state`` over all M problems.
+    """Declare a pair of functions as an estimator: a decorator of ``update(state, signals) ->
+    (state, Estimate)``, which it leaves as it is. ``init(successes, trials) -> state`` is over all
+    M problems.
 
-    The state is any pytree whose shapes and types do not change. An option goes to those of the
-    two functions that have it as a keyword-only parameter. ``predict(state)`` is for rollout plans:
-    see ``Estimator``. Errors as of ``Definition``.
+    The state is any pytree whose shapes and types do not change. An option goes to whichever of the
+    two functions have it as a keyword-only parameter. ``predict(state)`` is for rollout plans: see
+    ``Estimator``. Raises the errors of ``Definition``.
 
     >>> def start(successes, trials):
     ...     return jnp.float32(0)
@@ -224,7 +227,7 @@ def _words(name: str, field: str, words: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_parameters(definition: Definition) -> None:
-    """The functions have a parameter for all that is declared, and none that nobody provides."""
+    """Raise ValueError unless the functions' parameters fit what is declared."""
     name, has = definition.name, definition.parameters
     if "reference_rewards" in definition.needs:
         raise ValueError(
@@ -254,7 +257,7 @@ def _check_parameters(definition: Definition) -> None:
 
 
 def _check_option(definition: Definition, option: str) -> None:
-    """An option is a parameter, and not one that a run provides (and that needs has forgotten)."""
+    """Raise ValueError unless the option is a keyword-only parameter that no run provides."""
     if option not in definition.parameters:
         raise ValueError(
             f"{definition.name} declares the option {option!r} but has no such keyword-only "

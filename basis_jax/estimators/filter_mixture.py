@@ -1,23 +1,25 @@
-"""``value_filter``: filters of the module ``value_filter`` side by side, so that drift is learned.
+"""``value_filter``: several filters of the module ``value_filter`` at once, which learns the drift.
 
-Two things are not known: how fast a problem's own difficulty drifts (q, ``own_drift``), and whether
-the offline table still holds. So several filters run side by side. Every problem has one belief
+Two things are unknown: how fast a problem's own difficulty drifts (q, ``own_drift``), and whether
+the offline table still holds. So several filters run in parallel. Every problem has one belief
 N(m, v) about its own difficulty for each q of ``OWN_DRIFTS``, in each of two families: ``TABLE``
 starts from the offline counts, ``BLIND`` as if there were none. The filters of a family share one
 fit of w, made with the mean and the variance of their mixture: the batch as a whole determines w,
 and their beliefs about it hardly differ. Eight filters therefore cost little more than one.
 
 If the batch's mean residual is beyond ``LATER_SURPRISE`` standard deviations, the policy has
-jumped. The single filter then widens w by the square of the residual minus its variance. These
-filters widen it only by what exceeds the threshold, so that a false alarm does little harm.
+jumped. The single filter then raises the variance of w's intercept by the squared residual minus
+its variance. These filters raise it only by what exceeds the threshold, so a false alarm does
+little harm.
 
 With p_ik the value of row i under filter k, read before the rewards of step t enter,
 
     value_i = sum_k weight_k p_ik,    weight = softmax(score),
     score_k <- DISCOUNT score_k + sum_i y_i log p_ik + (1 - y_i) log(1 - p_ik).
 
-The weights of a step come from earlier steps alone, and p_ik is exactly independent of reward i:
-so is the value. The discount lets a filter come back after the policy has changed its pace.
+The weights of a step come from earlier steps alone, and p_ik is exactly independent of reward i.
+So the value is independent of reward i too. The discount lets a filter regain its weight when the
+policy starts to change faster or slower.
 
 ``value_filter_init`` and ``value_filter_update`` with a number as ``own_drift`` are the single
 filter with that drift.
@@ -61,16 +63,16 @@ from basis_jax.types import Estimate, Signals
 
 OWN_DRIFTS = (0.0, 0.002, 0.02, 0.1)
 TABLE, BLIND = 0, 1  # the families
-DISCOUNT = 0.9  # of the scores a step: about ten steps count
-DOUBT = 5.0  # nats that BLIND starts behind: a table is wrong once in e^5 runs
-FIRST_SURPRISE = 2.0  # of the first step, before which the policy may have left the table's
+DISCOUNT = 0.9  # of the scores per step: about ten steps count
+DOUBT = 5.0  # nats that BLIND starts behind: a priori a table is wrong in one of e^5 runs
+FIRST_SURPRISE = 2.0  # in the first step: the policy may not be the one that made the table
 LATER_SURPRISE = 2.5
-SUREST = 1e-6  # no reward costs a filter more than log of this
+SUREST = 1e-6  # least p and 1 - p in a score: no reward costs a filter more than -log of it
 
 
 @pytree
 class MixtureState:
-    """As FilterState, with two families (F) of filters and one for every drift (D) in each.
+    """Like FilterState, for two families (F) of filters, each with one filter for every drift (D).
 
     >>> state = estimators.value_filter_init(np.zeros(9), np.zeros(9))
     >>> isinstance(state, estimators.MixtureState), state.own_mean.shape
@@ -171,8 +173,8 @@ def value_filter_update(
     low: float = 0.0,
     high: float = 1.0,
 ) -> tuple[MixtureState | FilterState, Estimate]:
-    """One step of the value filter: A = r - value. If ``own_drift`` is a number, one filter with
-    that drift; otherwise the mixture that learns it.
+    """One step of the value filter: A = r - value. If ``own_drift`` is a number, a single filter
+    with that drift is used; otherwise the mixture that learns it.
 
     For cross-fitting the j-th valid row is in fold j mod ``folds``. Several rows of one problem
     share its old value, and their updates add up in any order. Invalid rows change no belief. A
@@ -209,8 +211,8 @@ def value_filter_update(
 
 
 def filter_values(state: MixtureState | FilterState, ids: Int[Array, " n"]) -> Float[Array, " n"]:
-    """The success rates of these problems under the state, before another reward is seen; the drift
-    since the last step is left out. NaN for an id outside 0..M-1.
+    """The expected success rates of these problems under the state. The drift since the last step
+    is not included. NaN for an id outside 0..M-1.
 
     >>> state = estimators.value_filter_init(np.array([4, 0]), np.array([8, 8]), own_drift=0.02)
     >>> print(estimators.filter_values(state, jnp.array([0, 1])))
@@ -300,8 +302,8 @@ def _mixture_update(
 def _fit_families(
     batch: Read, own: Own, prior: Shared, share: Float[Array, "F D"], *, folds: int, surprise: Array
 ) -> tuple[Shared, Float[Array, "N F D"], Float[Array, "N F D"]]:
-    """w of each family, on its beliefs mixed by ``share``; mean and variance of every row's logit
-    under each filter."""
+    """(w of each family, fitted with its beliefs mixed by ``share``; mean and variance of every
+    row's logit under each filter)."""
 
     def excess(square, variance):
         return jnp.maximum(square - surprise**2 * variance, 0)
@@ -318,8 +320,8 @@ def _fit_families(
     blind = batch.phi.at[:, 1].set(0)  # does not see the table's logit
     phi = jnp.stack([batch.phi, blind])
     own_mean, own_variance = jnp.moveaxis(own.mean, 1, 0), jnp.moveaxis(own.variance, 1, 0)
-    # One after the other. Under vmap the products of rows are no longer one each, and as two
-    # independent loops they can wait for each other forever on two CPU cores (jaxlib 0.10.2).
+    # One family after the other: vmap would make every product over rows a batched one, and two
+    # independent loops can wait for each other forever on two CPU cores (jaxlib 0.10.2).
     w, a, s = jax.lax.map(fit, (phi, own_mean, own_variance, share, prior))
     return w, jnp.moveaxis(a, 0, 1), jnp.moveaxis(s, 0, 1)
 

@@ -1,9 +1,9 @@
 """Estimators that compare the rollouts of one prompt: rows in groups of ``group_size``, adjacent.
 
 All raise ValueError for group_size < 2, because a group of one has nothing to compare with, and for
-rows that do not fill whole groups. Invalid rows are left out of their group's statistics; if one
-rollout is left, its advantage is 0. ``info["degenerate_share"]`` is the share of valid rows in
-groups whose rewards are all equal, which have no signal.
+rows that do not fill whole groups. Invalid rows are left out of their group's statistics. If a
+group has only one valid rollout, its advantage is 0. ``info["degenerate_share"]`` is the share of
+valid rows in groups whose rewards are all equal, which have no signal.
 """
 
 import jax
@@ -66,10 +66,11 @@ def grpo(
 ) -> Estimate:
     """A = (r - group mean) / (sd + eps), ddof = 1. Shao et al. 2024, arXiv 2402.03300, sect. 4.1.
 
-    ``trl`` eps 1e-4, ``verl`` (and tunix) 1e-6, ``oat`` 1e-8, ``openrlhf`` 1e-9: of the group, own
-    reward included. ``trl_batch``: as ``trl``, with the sd of all rewards of the batch.
-    ``nemo`` eps 1e-6: mean and sd of the *other* rollouts, no division where that sd is 0.
-    A degenerate group gives 0; a nearly degenerate one is amplified (one success in 8: 2.47).
+    Mean and sd are those of the group, own reward included, with eps 1e-4 (``trl``), 1e-6
+    (``verl``, also tunix), 1e-8 (``oat``) or 1e-9 (``openrlhf``). ``trl_batch`` is ``trl`` with the
+    sd of all rewards of the batch. ``nemo``, eps 1e-6, takes mean and sd of the *other* rollouts
+    and does not divide where that sd is 0. A degenerate group gives 0; in a nearly degenerate one
+    advantages are amplified (2.47 for one success in 8).
     Raises ValueError as ``rloo``, and for another ``convention``.
 
     >>> rewards = np.float32([1, 0, 0, 0, 1, 1, 1, 1])  # two prompts, four rollouts of each
@@ -153,10 +154,10 @@ def gpg(
 ) -> Estimate:
     """A = alpha (r - group mean), own reward included. Chu et al. 2025, arXiv 2504.02546.
 
-    alpha makes up for rows without gradient. ``authors``: rows / rows of groups that hold two
-    different rewards; ``verl``: rows / rows with a reward other than 0 (another quantity: with
-    rewards of -1 and 1 it is always 1). 1 where nothing is to be counted. Raises ValueError as
-    ``rloo``, and for another ``convention``.
+    alpha makes up for rows without gradient. ``authors``: valid rows divided by the valid rows of
+    groups with two different rewards. ``verl``: valid rows divided by those with a reward other
+    than 0, which is another quantity: with rewards of -1 and 1 it is always 1. If no row counts, A
+    is 0. Raises ValueError as ``rloo``, and for another ``convention``.
 
     >>> rewards = np.float32([1, 0, 0, 0, 1, 1, 1, 1])  # two prompts, four rollouts of each
     >>> print(estimators.gpg(rewards, group_size=4).advantages)

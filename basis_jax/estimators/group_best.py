@@ -1,4 +1,4 @@
-"""Group estimators that reward the best of several rollouts, or spread over all right ones.
+"""Group estimators for pass@k, for the best rollout alone, and for varied right rollouts.
 
 Groups, invalid rows and errors as in ``group.py``. Where it says "rewards 0 or 1", one outside
 [0, 1] is a ValueError (not while tracing) and every reward above 0 is a success.
@@ -24,8 +24,8 @@ def pass_at_k(
     k: int,
     valid: Bool[ArrayLike, " N"] | None = None,
 ) -> Estimate:
-    """Closed-form pass@k advantage. Chen et al. 2025, arXiv 2508.10751. Rewards 0 or 1. The own
-    reward is inside R and sd: they count all rollouts of the group.
+    """Closed-form pass@k advantage. Chen et al. 2025, arXiv 2508.10751. Rewards 0 or 1. R and sd
+    count all rollouts of the group, the own one included.
 
     n rollouts, w wrong: R = 1 - C(w, k) / C(n, k), sd = sqrt(R (1 - R)); right rollouts get
     (1 - R) / (sd + 1e-6), wrong ones (1 - R - C(w - 1, k - 1) / C(n - 1, k - 1)) / (sd + 1e-6).
@@ -69,8 +69,8 @@ def best_of_group(
 ) -> Estimate:
     """Only the best rollout counts: best - second best, the others 0. arXiv 2503.19595, as verl's
     ``grpo_passk``; ``scale`` divides by the group's sd + 1e-6 (ddof = 1, own reward included).
-    Ties give 0. The own reward is inside: it decides who is best, and ``values`` are r - A. Raises
-    ValueError as ``rloo``.
+    Ties give 0. The own reward decides which rollout is best, so the baseline depends on it;
+    ``values`` are r - A. Raises ValueError as ``rloo``.
 
     >>> rewards = np.float32([0.2, 0.9, 0.6, 0.1])  # one prompt, four rollouts
     >>> print(estimators.best_of_group(rewards, group_size=4).advantages)
@@ -98,14 +98,13 @@ def ucpo(
     weight: float = 0.2,
     valid: Bool[ArrayLike, " N"] | None = None,
 ) -> Estimate:
-    """UCPO: GRPO (ddof = 1, eps 1e-8) whose mass on right rollouts leans to the unlikely ones.
-    arXiv 2605.00365, code's form. Rewards 0 or 1.
+    """UCPO: GRPO (ddof = 1, eps 1e-8) that gives more of the advantage of right rollouts to the
+    unlikely ones. arXiv 2605.00365, in the form of the published code. Rewards 0 or 1.
 
     q is the softmax over the right rollouts of ``logprob_sum`` / ``lengths``, a completion's mean
-    token log-probability under the policy that sampled it, at least 1e-6. With n_c >= 2 right
-    rollouts these get n_c A w_i, w_i = (1 - weight) / n_c + weight (1 / q_i) / sum_j 1 / q_j; the
-    rest is GRPO.
-    Raises ValueError as ``rloo``.
+    token log-probability under the policy that sampled it; q is at least 1e-6. If n_c >= 2 rollouts
+    are right, each of them gets n_c A w_i with w_i = (1 - weight) / n_c + weight (1 / q_i) /
+    sum_j 1 / q_j. All other advantages are those of GRPO. Raises ValueError as ``rloo``.
 
     >>> rewards, logprob_sum = np.float32([1, 1, 0, 0]), np.float32([-2, -6, -1, -1])
     >>> lengths = np.array([2, 2, 1, 1])

@@ -58,7 +58,7 @@ def ema(
 ) -> tuple[Float[Array, ""], Estimate]:
     """A = r - b, and then b <- (1 - rate) b + rate mean(r): (new b, Estimate). Williams 1992.
 
-    b is used before it is updated, every rollout counts once; without valid rows b stays.
+    b is used before it is updated. Every rollout counts once. Without valid rows b stays.
     ValueError unless 0 <= rate <= 1.
 
     >>> baseline, estimate = estimators.ema(np.float32([1, 0, 1, 1]), 0.5, rate=0.1)
@@ -73,8 +73,8 @@ def ema(
 
 
 def ema_init(successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]) -> Float[Array, ""]:
-    """The pooled offline success rate (K + 1/2) / (n + 1); 1/2 without an offline table. Errors as
-    of ``init_table``.
+    """The pooled offline success rate (K + 1/2) / (n + 1); 1/2 without an offline table. Raises the
+    errors of ``init_table``.
 
     >>> successes, trials = np.array([4, 2, 6]), np.full(3, 8)  # of three problems
     >>> float(estimators.ema_init(successes, trials))
@@ -150,11 +150,11 @@ def spo_update(
 ) -> tuple[Evidence, Estimate]:
     """SPO: A = r - a / (a + b), standardised over the batch. Xu, Ding 2025, arXiv 2509.13232.
 
-    Then a <- d a + r, b <- d b + 1 - r, decayed once a step in which the problem is visited.
-    d = ``decay``, or ``spo_decay(divergence)``, how far the policy moved on each row's problem
-    since its last visit (the least d of a problem's rows). Rewards in [``low``, ``high``], 0 and 1
-    by default. ``convention`` as in ``standardise``, with its errors; ``none``: advantages
-    unscaled. ValueError unless 0 < decay < 1.
+    Then a <- d a + r, b <- d b + 1 - r. A problem's counts decay once in every step that visits it.
+    d is ``decay``, or ``spo_decay(divergence)`` if ``divergence`` is given: how far the policy has
+    moved on each row's problem since its last visit. If a problem has several rows, the least d
+    counts. Rewards are in [``low``, ``high``]. ``convention``: one of ``standardise``, or ``none``
+    for unscaled advantages. ValueError for another one, and unless 0 < decay < 1.
 
     >>> evidence = estimators.spo_init(np.full(9, 4), np.full(9, 8))
     >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
@@ -226,8 +226,8 @@ def spo_pp_update(
 
     a = decay^(q - z_0) a_0 + sum_i decay^(q - z_i) r_i, b likewise with 1 - r_i: q is this step,
     z_i the step whose policy wrote rollout i (``staleness`` = q - z_i, 0 if not given), so the
-    order in which rollouts arrive does not matter. Advantages by token measure (``convention``).
-    Rewards and errors as of ``spo_update``.
+    order in which rollouts arrive does not matter. The default ``convention`` weights by tokens.
+    Rewards and errors as in ``spo_update``.
 
     >>> evidence = estimators.spo_init(np.full(9, 4), np.full(9, 8))
     >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),

@@ -26,8 +26,8 @@ from basis_jax.types import Estimate, Signals
 
 @pytree
 class KernelHistory:
-    """The last W steps of every problem; step s lives in row s mod W. What stands there for steps
-    behind ``last`` is of W steps earlier and counts as 0.
+    """The last W steps of every problem; step s is stored in row s mod W. For steps after ``last``
+    the rows still hold older steps, which count as 0.
 
     >>> history = estimators.KernelHistory(sums=jnp.zeros((5, 9)), counts=jnp.zeros((5, 9)),
     ...                                    last=jnp.zeros(9, jnp.int32), step=jnp.int32(0))
@@ -66,11 +66,11 @@ def kae_update(state: KernelHistory, signals: Signals) -> tuple[KernelHistory, E
     """A = r - V, V = sum K Z / sum K over the problem's earlier rewards Z and the other rollouts of
     the problem in this step (K = 1). K(age) = max(0, 1 - age / window), age in updates.
 
-    The normaliser is the one of the paper's section 5 (its Algorithm 1 prints another), the window
-    of 5 steps that of its section 5.1. The paper does not define the value of a problem that is
-    alone in the batch and has no recent history; here it is the mean of the batch's other rows
-    (``fallback_share``). A problem may have any number of rows, and no V contains the own reward.
-    Invalid rows are not remembered. An id outside 0..M-1 reads NaN and writes nothing.
+    The normaliser is that of the paper's section 5 (its Algorithm 1 prints another one). The
+    default window of 5 steps is from its section 5.1. The paper does not define the value of a
+    problem that is alone in the batch and has no recent history; here it is the mean of the batch's
+    other rows (``fallback_share``). A problem may have any number of rows, and no V contains the
+    own reward. Invalid rows are not remembered. An id outside 0..M-1 reads NaN and writes nothing.
 
     >>> history = estimators.kae_init(np.zeros(9), np.zeros(9))
     >>> signals = estimators.Signals(rewards=jnp.float32([1, 0]), valid=jnp.array([True, True]),
@@ -98,7 +98,7 @@ def kae_update(state: KernelHistory, signals: Signals) -> tuple[KernelHistory, E
     fallback = batch_mean(rewards, valid=live).values
     values = jnp.where(known, divide(rewarded, weight), fallback)
     values = jnp.where(inside(ids, problems), values, jnp.nan)
-    now = jnp.arange(window)[:, None] == state.step % window  # of the step of window updates ago
+    now = jnp.arange(window)[:, None] == state.step % window  # replaces the oldest step
     sums = jnp.where(now, problem_total(rewards, ids)[None], sums)
     counts = jnp.where(now, problem_total(own, ids)[None], counts)
     written = jnp.where(live, ids, problems)  # out of range: dropped

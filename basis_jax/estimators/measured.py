@@ -2,9 +2,9 @@
 
 With one baseline b for all prompts the noise of the gradient is E[w (r - b)^2], w = |g|^2, with g
 the gradient of the completion's loss at advantage 1. It is least at b* = E[w r] / E[w] (module
-``weighted``). The length is that which the optimizer sees: AdamW divides every coordinate by
-sqrt(v), so |g|^2 = sum g^2 / v. Stand-ins such as ``score_norms`` know nothing of v, and in AdamW's
-metric b* is far from what they say.
+``weighted``). The norm is the one that the optimizer sees: AdamW divides every coordinate by
+sqrt(v), so |g|^2 = sum g^2 / v. Proxies such as ``score_norms`` ignore v, and in AdamW's metric b*
+is far from their estimate.
 
 A training step can measure it without the gradients of single rollouts. Take random signs e_i and
 
@@ -12,14 +12,14 @@ A training step can measure it without the gradients of single rollouts. Take ra
 
 The expectations over the signs are E <G, D> = sum (r_i - b) w_i and E <D, D> = sum w_i, because
 products of different rollouts have random signs. So two backward passes measure b* = b + <G, D> /
-<D, D>. Measurements are averaged with weights <D, D>, which makes a ratio of two sums of them. The
-plain mean of their b* is too large where most completions are right: a batch without a slip
-measures b* = 1, but its <D, D> is small. Without signs one pass would do in theory, since E g = 0;
-in practice the slips that bring this mean to 0 are so rare that no batch has one, and the measured
-b* is too large where most completions are right.
+<D, D>. Measurements are averaged with weights <D, D>, so the mean is a ratio of two sums. The plain
+mean of b* over batches would be too large where most completions are right: a batch without a wrong
+completion measures b* = 1, although its <D, D> is small. In theory one pass without signs would be
+enough, since E g = 0. In practice the wrong completions that bring this mean to 0 are so rare that
+most batches have none, and the measured b* is again too large where most completions are right.
 
-b* of a batch is close to that of the next ones: the policy changes slowly. The baseline of a step
-comes from earlier steps alone, so not one bit of it depends on any completion of the step. The
+b* of a batch is close to that of the next batches, because the policy changes slowly. The baseline
+of a step comes from earlier steps alone, so no bit of it depends on a completion of the step. The
 method is our own; ``docs/baselines.md`` has figures.
 """
 
@@ -45,7 +45,7 @@ from basis_jax.types import Estimate, Measurement, Signals
 
 @pytree
 class MeasuredMean:
-    """The baseline that earlier measurements give, their weight and their number.
+    """The baseline from earlier measurements, their total weight and their number.
 
     >>> made = {"baseline": jnp.float32(.25), "square": jnp.float32(8)}
     >>> state = estimators.MeasuredMean(**made, measurements=jnp.float32(3))
@@ -53,7 +53,7 @@ class MeasuredMean:
     3.0
     """
 
-    baseline: Float[Array, ""]  # 0: the least reward, 1: the largest
+    baseline: Float[Array, ""]  # 0 stands for ``low``, 1 for ``high``
     square: Float[Array, ""]  # discounted sum of <D, D>
     measurements: Float[Array, ""]  # discounted
 
@@ -61,7 +61,7 @@ class MeasuredMean:
 def measured_mean_init(
     successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]
 ) -> MeasuredMean:
-    """Nothing measured yet; counts say nothing about this baseline.
+    """Nothing measured yet. The counts are not used: they say nothing about this baseline.
 
     >>> float(estimators.measured_mean_init(np.full(9, 4), np.full(9, 8)).baseline)
     0.0
@@ -82,9 +82,9 @@ def measured_mean_update(
     """A = r - b with the b that earlier steps measured (``measured_mean_learn``), inside
     [``low``, ``high``]; before the first measurement b is ``low``.
 
-    ``values`` are the plain means of the other rows. ``memory`` belongs to the measurements. Info:
-    ``baseline`` and ``measurements``, the discounted number of them. ValueError for rewards outside
-    the range.
+    ``values`` are the plain means of the other rows. ``memory`` is used by ``measured_mean_learn``
+    only. Info: ``baseline`` and ``measurements``, their discounted number. ValueError for rewards
+    outside the range.
 
     >>> made = {"baseline": jnp.float32(.25), "square": jnp.float32(8)}
     >>> state = estimators.MeasuredMean(**made, measurements=jnp.float32(3))
@@ -139,5 +139,5 @@ def measured_mean_learn(
 
 
 def used_baseline(state: MeasuredMean) -> Float[Array, ""]:
-    """What is subtracted: the measured baseline inside the range of the rewards, as [0, 1]."""
+    """What is subtracted: the measured baseline, clipped into [0, 1] (``low`` to ``high``)."""
     return jnp.clip(state.baseline, 0, 1)

@@ -24,10 +24,10 @@ def a_star_po(
     """A = r - V*(x), the soft value of the reference policy; see ``soft_value``. Brantley et al.
     2025, arXiv 2505.20686. The loss adds -beta2 * sum(logprobs - ref_logprobs) to the residual.
 
-    Rewards ``low`` or ``high``, 0 or 1 by default. Without trials V* is that of a success rate 1/2
-    (``fallback_share``). A prompt without a success has V* = low, and a failure there no residual
+    Rewards are ``low`` or ``high``, 0 or 1 by default. Without trials V* is that of a success rate
+    of 1/2 (``fallback_share``). A prompt without a success has V* = low, so its failures have A = 0
     (``zero_share``). ValueError for beta < 0, unless low < high, and for a reward outside [low,
-    high] (not while tracing). NaN in rows without counts.
+    high] (not while tracing). Rows whose counts are NaN get NaN.
 
     >>> successes, trials = np.array([4, 0]), np.array([8, 8])  # of two prompts
     >>> print(estimators.a_star_po(np.float32([1, 0]), successes, trials).values)
@@ -46,7 +46,7 @@ def a_star_po(
 def soft_value(rate: Float[Array, "*s"], beta: float) -> Float[Array, "*s"]:
     """V* = beta log E_ref[exp(r / beta)] for 0/1 rewards with success rate ``rate``.
 
-    beta = 0: the rate itself, as the authors' code has it (the limit would be 1). This is not
+    beta = 0 gives the rate itself, as in the authors' code (the limit would be 1). This is not
     BASIS's tilted value E_ref[r exp(r / beta)] / E_ref[exp(r / beta)]. ValueError for beta < 0.
 
     >>> print(estimators.soft_value(jnp.float32([0, 0.5, 1]), 0.5))

@@ -34,7 +34,7 @@ class Options:
             try:
                 given = parameters.bind_partial(*args, **options)
             except TypeError:
-                return function(*args, **options)  # which says better what is wrong
+                return function(*args, **options)  # raises a clearer TypeError
             for name in self.ranges.keys() & given.arguments.keys():
                 checked = self.ranges[name].checked(who, name, given.arguments[name])
                 given.arguments[name] = checked
@@ -45,8 +45,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Number:
-    """Finite numbers from ``low`` to ``high``, both included but those named in ``without``
-    ("low", "high"): one (``axes`` 0), an array of so many axes, or one or an array (None)."""
+    """Finite numbers from ``low`` to ``high``. Both ends are included unless they are named in
+    ``without`` ("low", "high"). ``axes``: 0 for one number, k for an array with k axes, None for
+    either."""
 
     low: float = -np.inf
     high: float = np.inf
@@ -170,7 +171,7 @@ class Rewards:
 
 
 def _short(value: Any, place: Any = ()) -> str:
-    """The value, or the one at this place of an array."""
+    """The value as text, or that of the entry at this place of an array."""
     if len(place):
         return f"{np.asarray(value)[tuple(place)]} at {place.tolist()}"
     if np.ndim(value) if not isinstance(value, (list, tuple)) else True:

@@ -1,4 +1,4 @@
-"""The estimators by name, and ``make``, which gives the trainer's face of each."""
+"""The estimators by name, and ``make``, which builds the ``Estimator`` that a trainer uses."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -123,16 +123,16 @@ ESTIMATORS = {
         weighted_mean_update, weighted_mean_init, needs=(*ROWS, "score_norms")
     ),
 }
-"""What each estimator is and needs. One function: of rows. Two: update(state, signals) and
-init(successes, trials). The words are those of the module ``declare``."""
+"""The functions of each estimator and what it needs. A single function is a function of rows; two
+are update(state, signals) and init(successes, trials). Module ``declare`` explains the words."""
 
 LEAST_VARIANCE = "+least_variance"
-"""Behind a name: ``value_filter+least_variance`` is ``least_variance(make("value_filter"))``."""
+"""A suffix: ``value_filter+least_variance`` is ``least_variance(make("value_filter"))``."""
 
 LIBRARY_ONLY = {
     "sr_ppo": "a critic's prefix values",
 }
-"""Functions of more than a training step's Signals and table, and what they need besides."""
+"""Functions for which a training step's Signals and table are not enough, and what they need."""
 
 
 def definition(estimator: str | Callable | Definition) -> Definition:
@@ -140,8 +140,8 @@ def definition(estimator: str | Callable | Definition) -> Definition:
 
     ``estimator`` is a name out of ``ESTIMATORS``, a reference (``FILE.py:NAME`` with a path
     relative to the current directory, or ``package.module:NAME``), or what ``stateless``,
-    ``stateful`` or ``Definition`` made. ``+least_variance`` behind a name or reference: its values
-    are turned into the baselines of ``least_variance``. Raises ValueError, naming what is allowed,
+    ``stateful`` or ``Definition`` made. The suffix ``+least_variance`` of a name or reference turns
+    its values into the baselines of ``least_variance``. Raises ValueError, naming what is allowed,
     for anything else, for a reference that cannot be loaded, and for something that is not
     declared.
 
@@ -199,12 +199,11 @@ def source_fingerprint(name: str) -> str | None:
 
 
 def make(estimator: str | Callable | Definition, /, **options: Any) -> Estimator:
-    """The trainer's face of an estimator, given by name or as ``definition`` takes it.
+    """Make the ``Estimator`` that a trainer uses, from a name or what else ``definition`` accepts.
 
-    The only place where a name becomes a function. Options are keyword-only parameters of the
-    estimator's functions. Raises ValueError, naming what is allowed, for an unknown name or option,
-    a value that the estimator refuses, a group estimator with group_size < 2, and an update that
-    does not return what an update must.
+    ``options`` are keyword-only parameters of the estimator's functions. Raises ValueError, naming
+    what is allowed, for an unknown name or option, a value that the estimator refuses, a group
+    estimator with group_size < 2, and an update that does not return what an update must.
 
     >>> estimator = estimators.make("rloo", group_size=2)
     >>> state = estimator.init(np.zeros(9), np.zeros(9))  # nine problems, no offline table
@@ -274,8 +273,8 @@ def _check_options(declared: Definition, options: dict) -> None:
 
 
 def _guarded(update: Callable, declared: Definition) -> Callable:
-    """The update of signals that are all there, in which a row with a NaN reward is invalid: for
-    estimators of the user's own, too."""
+    """The update, which raises ValueError if signals that it needs are missing, and treats a row
+    whose reward is NaN or infinite as invalid. This also guards a user's own estimator."""
     needed = [name for name in OPTIONAL if name in declared.needs]
 
     def guarded(state: Any, signals: Signals) -> tuple[Any, Estimate]:
@@ -324,7 +323,7 @@ def _lift(declared: Definition, options: dict) -> tuple[Callable, Callable]:
 
 
 def _bind(declared: Definition, options: dict) -> tuple[Callable, Callable]:
-    """(init, update), each with those of the options that it takes."""
+    """(init, update), each with the options that it takes."""
     return _bound(cast(Callable, declared.init), options), _bound(declared.update, options)
 
 

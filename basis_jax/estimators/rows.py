@@ -116,7 +116,7 @@ def to_unit(rewards: Float[Array, "*s"], low: float, high: float) -> Float[Array
 
 
 def from_unit(values: Float[Array, "*s"], low: float, high: float) -> Float[Array, "*s"]:
-    """low + (high - low) value; for 0 and 1 the values as they are, so that nothing is rounded.
+    """low + (high - low) value. For low 0 and high 1 the values are returned without rounding.
 
     >>> estimators.rows.from_unit(jnp.float32([0, 0.5, 1]), -1.0, 1.0).tolist()
     [-1.0, 0.0, 1.0]
@@ -126,8 +126,8 @@ def from_unit(values: Float[Array, "*s"], low: float, high: float) -> Float[Arra
 
 
 def fold_of(valid: Bool[Array, " N"], folds: int) -> Int[Array, " N"]:
-    """The fold of every row for cross-fitting: the j-th valid row is in fold j mod ``folds``. What
-    stands at an invalid row means nothing.
+    """The fold of every row for cross-fitting: the j-th valid row is in fold j mod ``folds``. The
+    entries of invalid rows have no meaning.
 
     >>> estimators.rows.fold_of(jnp.array([True, True, True, False]), 2)[:3].tolist()
     [0, 1, 0]
@@ -152,16 +152,16 @@ def at(
 def visit(
     last: Int[Array, " M"], ids: Int[Array, " N"], *, live: Bool[Array, " N"], step: Int[Array, ""]
 ) -> Int[Array, " M"]:
-    """``last`` with ``step``, which is no earlier, at the live rows' problems; ids outside 0..M-1
-    write nothing.
+    """``last`` with ``step`` written at the live rows' problems. ``step`` is no earlier than
+    ``last``. Ids outside 0..M-1 write nothing.
 
     >>> last, live = jnp.array([0, 2, 1]), jnp.array([True, False])
     >>> estimators.rows.visit(last, jnp.array([0, 1]), live=live, step=jnp.int32(3)).tolist()
     [3, 2, 1]
     """
     written = jnp.where(live & inside(ids, last.size), ids, last.size)  # out of range: dropped
-    # A maximum, though the step is later: what is written then depends on what the update reads of
-    # ``last``, and XLA needs no copy of a donated ``last`` to write before it reads.
+    # The maximum is always ``step``. It makes what is written depend on what the update reads from
+    # ``last``, so that XLA does not copy a donated ``last``.
     return last.at[written].set(jnp.maximum(at(last, ids), step), mode="drop")
 
 
@@ -216,7 +216,7 @@ def _runs(ids: Int[Array, " N"]) -> tuple[Bool[Array, " N"], Int[Array, " N"]]:
 
 
 def _sum_before(x: Float[Array, " N"], first: Bool[Array, " N"]) -> Float[Array, " N"]:
-    """Sum of the entries before this one in its run."""
+    """For every entry, the sum of the entries before it in its run."""
 
     def add(left, right):
         (left_first, left_sum), (right_first, right_sum) = left, right
@@ -239,8 +239,8 @@ def estimate(
     baselines: Float[Array, " N"] | None = None,
     **info: Array,
 ) -> Estimate:
-    """Estimate with 0 in invalid rows; ``info["zero_share"]``: valid rows with advantage 0. The
-    values are the baselines too, unless others are given.
+    """Estimate with 0 in invalid rows. ``info["zero_share"]`` is the share of valid rows with
+    advantage 0. The baselines are the values unless ``baselines`` are given.
 
     >>> advantages, valid = jnp.float32([0.5, 9]), jnp.array([True, False])
     >>> estimate = estimators.rows.estimate(advantages, advantages, valid, rate=jnp.float32(0.1))
@@ -328,7 +328,7 @@ def join(
 ) -> Estimate:
     """The Estimate of rows [N] from arrays [B G], as ``estimate`` makes it.
 
-    ``info["degenerate_share"]``: valid rows whose group holds no two different rewards.
+    ``info["degenerate_share"]``: the share of valid rows whose group has equal rewards only.
 
     >>> r, w = estimators.rows.split(np.float32([1, 0, 1, 1]), None, 2)
     >>> values = estimators.rows.total(r) / 2

@@ -1,4 +1,4 @@
-"""Group baselines pulled towards something steadier than four rewards: the other prompts
+"""Group means shrunk towards something less noisy than a few rewards: the other prompts
 (James-Stein) or a prior value (V_0.5). Groups, invalid rows and errors as in ``group.py``."""
 
 import jax
@@ -45,13 +45,13 @@ def james_stein(
     convention: str = "paper",
 ) -> Estimate:
     """b_ig = (1 - l_i) mean of i's other rollouts + l_i mean over the other prompts' means.
-    arXiv 2511.03710, eq. 10-16. No part of b or l sees the own prompt's reward g: unbiased.
+    arXiv 2511.03710, eq. 10-16. Unbiased: neither mean nor l_i depends on reward g of prompt i.
 
-    l_i = (n - 1) / n v / (v + s) for n prompts: v the others' mean of (group variance / rollouts),
-    s the variance of the others' means. ``code`` drops (n - 1) / n and adds 1e-6 below. A rollout
-    alone in its group has l = 1; groups of one valid rollout leave v. Degenerate groups get an
-    advantage other than 0: never divide by a group sd afterwards. Raises ValueError as ``rloo``,
-    and for another ``convention``.
+    l_i = (n - 1) / n v / (v + s) for n prompts. v is the mean of (group variance / rollouts) over
+    the other prompts, s the variance of their means. ``code`` drops (n - 1) / n and adds 1e-6 to
+    the denominator. A rollout that is alone in its group has l = 1; groups with one valid rollout
+    do not count in v. Degenerate groups get an advantage other than 0: never divide by a group sd
+    afterwards. Raises ValueError as ``rloo``, and for another ``convention``.
 
     >>> rewards = np.float32([1, 0, 0, 1, 1, 0])  # two prompts, three rollouts of each
     >>> print(estimators.james_stein(rewards, group_size=3).values)
@@ -104,10 +104,10 @@ def v05(
     (k + 1/2) / (n + 1), mapped to [low, high], the range of the rewards. See ``fuse``.
     The paper reports that one or two rollouts are too few: the prior is never rejected. Raises
     ValueError as ``rloo``, unless low < high, and for a reward outside [low, high] (while tracing
-    it counts as the nearest in it; A keeps the reward). NaN in rows without a prior.
+    it is clipped in the mean, while A keeps the reward). NaN in rows without a prior.
 
     >>> rewards = np.float32([1, 1, 1, 1])  # one prompt, four rollouts
-    >>> successes, trials = np.full(4, 1), np.full(4, 8)  # the prompt's offline counts, once a row
+    >>> successes, trials = np.full(4, 1), np.full(4, 8)  # the prompt's offline counts, by row
     >>> print(estimators.v05(rewards, successes, trials, group_size=4).values)
     [0.925 0.925 0.925 0.925]
     """
@@ -134,13 +134,13 @@ def v05_filter_update(
     low: float = 0.0,
     high: float = 1.0,
 ) -> tuple[MixtureState | FilterState, Estimate]:
-    """V_0.5 with the value of ``value_filter`` as prior: no table and no value model is needed. The
-    filter then learns from the group's rewards. arXiv 2603.10848 for the rest; see ``fuse``.
+    """V_0.5 (arXiv 2603.10848; see ``fuse``) with the value of ``value_filter`` as prior. No table
+    and no value model is needed. The filter then learns from the group's rewards.
 
     The prior is that of the state, before any reward of this step (``filter_values``). The mean is
     that of the group's other rollouts; with ``leave_one_out=False``, as in the paper, the own
-    reward is part of it. Groups may have any number of valid rows. Errors as of ``rloo`` and
-    ``value_filter``.
+    reward is part of it. Groups may have any number of valid rows. Raises the errors of ``rloo``
+    and ``value_filter_update``.
 
     >>> state = estimators.value_filter_init(np.zeros(9), np.zeros(9))
     >>> signals = estimators.Signals(rewards=jnp.ones(4), valid=jnp.ones(4, bool),

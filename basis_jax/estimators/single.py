@@ -1,8 +1,8 @@
-"""Stateless estimators for one rollout a prompt: REINFORCE and batch baselines.
+"""Stateless estimators for one rollout per prompt: REINFORCE and batch baselines.
 
 A mean over rollouts can count each rollout once (sequence weighting) or once per completion token
-(token weighting). Use the one of the loss: token weighting with ``token_mean``, sequence weighting
-with ``sequence_mean``.
+(token weighting). Use the weighting of the loss: token weighting with ``token_mean``, sequence
+weighting with ``sequence_mean``.
 """
 
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ CONVENTIONS = {
 def reinforce(
     rewards: Num[ArrayLike, " N"], *, valid: Bool[ArrayLike, " N"] | None = None
 ) -> Estimate:
-    """A_i = r_i, no baseline. Williams 1992. With 0/1 rewards only successes push.
+    """A_i = r_i, no baseline. Williams 1992. With 0/1 rewards only successes have a gradient.
 
     Raises ValueError for rows of unequal length, as every estimator does.
 
@@ -81,7 +81,7 @@ def remax(
 ) -> Estimate:
     """A = r - reward of one greedy completion of the same prompt. Li et al. 2023, 2310.10505.
 
-    Costs a second completion per prompt; 0 where both succeed or both fail, and where the greedy
+    Costs a second completion per prompt. A is 0 where both rewards are equal, and where the greedy
     reward is NaN.
 
     >>> greedy_rewards = np.float32([1, 1, 0])
@@ -104,8 +104,8 @@ def reinforce_pp(
     convention: str = "openrlhf",
 ) -> Estimate:
     """REINFORCE++ without KL in the reward: A = (r - mean) / sd over the whole batch. Mean and sd
-    have the own reward inside. Hu et al. 2025, arXiv 2501.03262; ``lengths`` are completion
-    tokens. Conventions and errors as of ``standardise``.
+    include the own reward. Hu et al. 2025, arXiv 2501.03262. ``lengths`` are numbers of completion
+    tokens. Conventions and errors as in ``standardise``.
 
     >>> rewards, lengths = np.float32([1, 0, 1, 0]), np.array([7, 5, 9, 3])
     >>> print(estimators.reinforce_pp(rewards, lengths).advantages)

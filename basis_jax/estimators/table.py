@@ -42,8 +42,7 @@ def init_table(
     reference_rewards: Num[ArrayLike, "M n"] | None = None,
 ) -> Table:
     """The table as estimator state. Raises ValueError unless 0 <= successes <= trials everywhere
-    (checked where the numbers are there: not while tracing), and for ``reference_rewards`` that
-    are not one row a problem.
+    (not checked while tracing), and unless ``reference_rewards`` have one row per problem.
 
     >>> table = estimators.init_table(np.array([4, 0]), np.array([8, 8]))
     >>> table.successes.tolist(), table.trials.tolist()

@@ -1,11 +1,11 @@
-"""A filter of every problem's value over batch, history and prompt features; no paper behind it.
+"""A filter of every problem's value from batch, history and prompt features. It is our own.
 
 The success rate of problem i is sigmoid(z_i), z_i = u_i + phi_i . w. Here u_i ~ N(m_i, v_i) is the
 problem's own difficulty, and w ~ N(mu, S) is the policy's state, which drifts and is shared by all
-problems; phi_i = (1, t_i, features_i). t_i is the logit that the offline table gave. Its weight
-starts at 0. It falls when the table stops holding, which one number can express for all problems
-at once, and it rises when the differences between problems grow. Nothing pulls it back to 0. A step
-reads the values *before* its rewards enter:
+problems; phi_i = (1, t_i, features_i). t_i is the logit that the offline table gave. The first
+values already contain it, so its weight starts at 0. The weight falls when the table stops holding,
+which one number can express for all problems at once. It rises when the differences between
+problems grow. Nothing pulls it back to 0. A step reads the values *before* its rewards enter:
 
 1. widen: v_i by ``own_drift`` per step since the last visit, S by ``drift`` (``table_drift`` for
    t) on its diagonal, and its intercept by more where the batch's mean residual says that the
@@ -18,10 +18,11 @@ reads the values *before* its rewards enter:
 
 Rewards in [low, high] enter as y = (r - low) / (high - low), through the quasi-likelihood
 y log p + (1 - y) log(1 - p). A reward outside raises ValueError; under jit y is clipped into [0, 1]
-instead, while A keeps the reward. A step costs O(N d^2), the state holds four numbers per problem
-besides its features.
+instead, while A keeps the reward. A step costs O(N d^2). The state holds four numbers per problem
+and its features.
 
-Here ``own_drift`` is a given number. ``filter_mixture`` learns it, and has the public functions.
+Here ``own_drift`` is a given number. The module ``filter_mixture`` learns it and has the public
+functions.
 """
 
 import dataclasses
@@ -50,11 +51,11 @@ from basis_jax.masked import masked_mean
 from basis_jax.pytree import pytree
 from basis_jax.types import Estimate, Signals
 
-NEWTON_STEPS = 8  # at most; a step that moves no logit by more than ENOUGH is the last
-ENOUGH = 0.01  # what is left after it is of the order of its square
-SURPRISE = 2.5  # standard deviations of the batch's mean residual, beyond which the policy jumped
+NEWTON_STEPS = 8  # at most; the fit ends after a step that moves no logit by more than ENOUGH
+ENOUGH = 0.01  # the error after such a step is of the order of its square
+SURPRISE = 2.5  # standard deviations of the mean residual; beyond them the policy has jumped
 LARGEST_JUMP = 4.0  # variance that a jump adds to the intercept, at most
-TABLE_DOUBT = 1e-4  # variance of the table's weight at the start: it is of the first policy
+TABLE_DOUBT = 1e-4  # variance of the table's weight at the start, when the table fits the policy
 LARGEST_MOVE = 4.0  # of any logit in a Newton step: far from the optimum full steps oscillate
 EM_STEPS = 40
 NODES = 15  # of the quadrature over a logit
@@ -161,8 +162,8 @@ def _moments(
     prior_mean: Float[Array, " M"],
     prior_variance: Float[Array, ""],
 ) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
-    """Mean and variance of a logit's posterior: normal prior, binomial counts. Gauss-Hermite nodes
-    around the mode (whose own value would be biased to the prior where k is 0 or n)."""
+    """Mean and variance of a logit's posterior for a normal prior and binomial counts, with
+    Gauss-Hermite nodes around the mode. (The mode itself would be biased where k is 0 or n.)"""
     mode, spread = _mode(successes, trials, prior_mean, prior_variance)
     nodes, weights = (jnp.asarray(x, jnp.float32) for x in np.polynomial.hermite.hermgauss(NODES))
     z = mode[None] + jnp.sqrt(2 * spread)[None] * nodes[:, None]
@@ -180,8 +181,8 @@ def _mode(
     prior_mean: Float[Array, " M"],
     prior_variance: Float[Array, ""],
 ) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
-    """(mode, 1 / curvature) of that posterior: Newton steps of at most 1 logit from the middle
-    between prior mean and smoothed counts."""
+    """(mode, 1 / curvature) of that posterior, by Newton steps of at most 1 logit. They start from
+    a weighted mean of the prior mean and the smoothed counts' logit."""
     counted = jnp.log(successes + 0.5) - jnp.log(trials - successes + 0.5)
     weight = trials / (trials + 4 / prior_variance)
 
@@ -197,7 +198,7 @@ def _mode(
 
 # ----------------------------------------------------------------------------------------- a step
 class Read(NamedTuple):
-    """What a step reads of its signals and of the state, before any belief about u and w."""
+    """What a step reads of its signals and of the state, apart from the beliefs about u and w."""
 
     rewards: Float[Array, " N"]
     given: Bool[Array, " N"]  # the row is valid
@@ -244,9 +245,9 @@ def single_filter_update(
 ) -> tuple[FilterState, Estimate]:
     """One step of this module's filter; A = r - value.
 
-    Several rows of one problem share its old value; their updates add up as natural parameters, in
-    any order. Info: ``shared`` (w's intercept), ``table_weight`` (t's; 0 at the start), ``own_sd``
-    (mean sd of u_i).
+    Several rows of one problem share its old value. Their updates add up in natural parameters, so
+    their order does not matter. Info: ``shared`` (w's intercept), ``table_weight`` (the weight of
+    t; 0 at the start), ``own_sd`` (mean sd of u_i).
     """
     batch = read_batch(signals, state.last, state.features, step=state.step, low=low, high=high)
     ids, valid = signals.problem_ids, batch.valid
@@ -287,7 +288,8 @@ def widened(w: Shared, drift: float, table_drift: float) -> Shared:
 
 
 def surprising(square: Float[Array, ""], variance: Float[Array, ""]) -> Float[Array, ""]:
-    """What of e^2 is a jump: all beyond Var e, where e is above SURPRISE standard deviations."""
+    """The part of e^2 that a jump explains: e^2 - Var e if e is beyond SURPRISE standard deviations
+    of it, otherwise 0."""
     return jnp.where(square > SURPRISE**2 * variance, square - variance, 0)
 
 
@@ -299,9 +301,10 @@ def cross_fit(
     folds: int,
     excess: Callable = surprising,
 ) -> tuple[Shared, Float[Array, " N"], Float[Array, " N"]]:
-    """w on all valid rows; mean and variance of every row's logit under the w of the other folds.
+    """(w fitted on all valid rows; mean and variance of every row's logit under the w that is
+    fitted on the other folds).
 
-    The j-th valid row is in fold j mod ``folds``. ``excess`` is as ``surprising``.
+    The j-th valid row is in fold j mod ``folds``. ``excess`` is a function like ``surprising``.
     """
     fold = fold_of(valid, folds)
     used = valid[None, :] & (fold[None, :] != jnp.arange(folds + 1)[:, None])  # the last: all rows
@@ -347,8 +350,8 @@ def _fit(rows: Rows, live: Bool[Array, " N"], prior: Shared) -> Shared:
 
 
 def _jumped(rows: Rows, live: Bool[Array, " N"], prior: Shared, excess: Callable) -> Shared:
-    """The prior, its intercept's variance raised to what the live rows' e = sum (y - p) asks for,
-    by the excess of e^2 over Var e: drift that was faster than ``drift`` foresees."""
+    """The prior, with a larger variance of the intercept if the policy moved faster than ``drift``
+    allows: if the live rows' e = sum (y - p) is too large for its variance (``excess``)."""
     shrink = _shrink(rows.own_variance)
     p = jax.nn.sigmoid(shrink * (rows.own_mean + rows.phi @ prior.mean))
     noise = jnp.where(live, p * (1 - p), 0)
@@ -373,9 +376,9 @@ def own_posterior(
     *,
     logit: tuple[Float[Array, " N"], Float[Array, " N"]],
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
-    """Mean and variance of u_i after its rewards: m + v g and v - v^2 h for a single one, with g
-    and -h the first two derivatives of log P(reward) in the mean of z. In natural parameters, so
-    that several add up."""
+    """Mean and variance of u_i after its rewards. A single one gives m + v g and v - v^2 h, where g
+    and -h are the first two derivatives of log P(reward) in the mean of z. Several rewards add up
+    in natural parameters."""
     a, s = logit
     p = expected(a, s)
     g = jnp.where(valid, _shrink(s) * (rows.y - p), 0)

@@ -2,20 +2,20 @@
 
 The noise E[w (r - b)^2] is least at b*(x) = E[w r | x] / E[w | x], with w the squared norm of the
 completion's score (module ``weighted``). A baseline that is a function of the value V alone can be
-estimated from a batch with one rollout a prompt:
+estimated from a batch with one rollout per prompt:
 
     logit b(V) = tilt + slope logit V,  slope >= 0.
 
-tilt = log m1/m0 and slope 1 where wrong completions have a weight m0 and right ones m1 in every
-prompt; slope 0 is the constant of ``weighted_mean``, which is what is best where m0/m1 grows as
-fast as the odds of V. Both numbers maximise the weighted logistic likelihood
+If wrong completions have the mean weight m0 and right ones m1 in every prompt, the best map has
+tilt = log m1/m0 and slope 1. Slope 0 is the constant baseline of ``weighted_mean``, which is best
+where m0/m1 grows as fast as the odds of V. Both numbers maximise the weighted logistic likelihood
 
     sum_j w_j (y_j log b(V_j) + (1 - y_j) log(1 - b(V_j))) / s,  s = sum w^2 / sum w.
 
-Among all functions b its maximum is b*. Dividing by s makes the weights sum to the number of
-effective rows, which is how much a batch counts against two other sources: the prior
-slope ~ N(0, SLOPE_SD^2), tilt ~ N(0, TILT_SD^2), which pulls towards a constant baseline, and what
-earlier steps said, discounted.
+Among all functions b its maximum is at b*. Dividing by s makes the weights sum to the number of
+effective rows. This is how much a batch counts relative to two other terms: the prior
+slope ~ N(0, SLOPE_SD^2), tilt ~ N(0, TILT_SD^2), which pulls towards a constant baseline, and the
+discounted likelihood of earlier steps.
 
 b_i is exactly independent of completion i: of its reward, its score norm and its length. The rows
 are divided into ``folds``. The map of a fold is fitted on the rows outside it, at the values that
@@ -45,13 +45,13 @@ SLOPE_SD, TILT_SD = 0.7, 3.0  # of the prior
 LARGEST_LOGIT = 5.0  # of a value that enters the map: .0067 to .9933
 NEWTON_STEPS = 12
 LARGEST_MOVE = 2.0  # of tilt and slope in a Newton step
-TRIED_ROWS, TRIED_PROBLEMS = 16, 8  # of the trial that finds a value which has seen its own reward
+TRIED_ROWS, TRIED_PROBLEMS = 16, 8  # of the check that no value depends on its own reward
 
 
 @pytree
 class MapState:
-    """The other estimator's state, and what earlier steps said of (tilt, slope): a normal
-    likelihood in natural parameters.
+    """The other estimator's state, and the likelihood of (tilt, slope) from earlier steps: a normal
+    one, in natural parameters.
 
     >>> estimator = estimators.least_variance(estimators.make("ema"))
     >>> state = estimator.init(np.zeros(9), np.zeros(9))
@@ -65,7 +65,7 @@ class MapState:
 
 
 class Fitted(NamedTuple):
-    mean: Float[Array, " 2"]  # of the posterior: (tilt, slope), the slope of any sign
+    mean: Float[Array, " 2"]  # of the posterior: (tilt, slope); the slope may be negative
     precision: Float[Array, "2 2"]  # of the posterior
     used: Float[Array, " 2"]  # (tilt, slope) with slope >= 0
 
@@ -82,7 +82,7 @@ def least_variance(
     """An estimator with the values of ``estimator``, and baselines of least gradient noise.
 
     The baseline is a function of the value, fitted as the top of this module's file explains;
-    A = r - b without scaling. What earlier steps said is multiplied by ``memory`` at every step.
+    A = r - b without scaling. The likelihood of earlier steps is multiplied by ``memory`` per step.
     ``low`` and ``high`` are the range of rewards and values. The update calls that of ``estimator``
     ``folds`` + 1 times; its signals need score norms.
 
@@ -157,7 +157,7 @@ def _fit(
     prior = state.precision + _prior()
 
     def newton(free: Float[Array, " 2"]) -> tuple[Float[Array, " 2"], Float[Array, "2 2"]]:
-        """The maximum over the free ones of the two numbers, the other held at 0."""
+        """(mean, precision) at the maximum over the free numbers; the other one stays 0."""
 
         def step(_: Any, carry: Any) -> Any:
             mean, _ = carry

@@ -1,4 +1,4 @@
-"""Baselines of least gradient noise, from one rollout a prompt.
+"""Baselines of least gradient noise, from one rollout per prompt.
 
 A baseline b is subtracted to make the gradient less noisy: with g = grad log pi(completion) and
 w = |g|^2, the noise is E[w (r - b)^2]. It is least at b*(x) = E[w r | x] / E[w | x] (Weaver and
@@ -50,7 +50,7 @@ def usable(
 
 
 def effective(total: Float[Array, "*s"], squares: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """(sum w)^2 / sum w^2: how many rows of equal weight say as much; 0 without weights."""
+    """(sum w)^2 / sum w^2, the effective number of rows: n for n equal weights, 0 without any."""
     return total * divide(total, squares)
 
 
@@ -72,7 +72,7 @@ class WeightedSums:
 def weighted_mean_init(
     successes: Num[ArrayLike, " M"], trials: Num[ArrayLike, " M"]
 ) -> WeightedSums:
-    """Nothing seen yet: counts without weights say nothing about this baseline.
+    """Nothing seen yet. The counts are not used: they have no weights.
 
     >>> float(estimators.weighted_mean_init(np.full(9, 4), np.full(9, 8)).rows)
     0.0
@@ -144,10 +144,9 @@ def otb(
 ) -> Estimate:
     """A = r - sum w r / sum w over the group, own rollout included, with score norms w.
 
-    The optimal token baseline (arXiv 2602.07078) at its last token: there every token t has the
-    weights of the tokens up to t; here a completion has one baseline, with the weight of the whole.
-    A group without weights has its plain mean. ``values`` are the plain group means. Raises
-    ValueError as ``rloo``.
+    The optimal token baseline (arXiv 2602.07078) has a baseline for every token t, weighted by the
+    tokens up to t. Here a completion has one baseline, that of its last token. A group without
+    weights has its plain mean. ``values`` are the plain group means. Raises ValueError as ``rloo``.
 
     >>> rewards, score_norms = np.float32([1, 0, 1, 1]), np.float32([1, 3, 2, 2])  # two of each
     >>> print(estimators.otb(rewards, score_norms, group_size=2).advantages)

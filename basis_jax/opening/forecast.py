@@ -55,18 +55,18 @@ class Counts:
     branches: int  # completions from the steps of rollouts
     branched: float  # whole completions with as many tokens as all branches sample
     updates: int
-    scores: tuple[str, ...]  # forward passes over the rollouts for log-probabilities: what for
-    values: tuple[str, ...]  # a critic's, which do without the output layer
+    scores: tuple[str, ...]  # what needs a forward pass over the rollouts for log-probabilities
+    values: tuple[str, ...]  # what needs a pass without the output layer, for a critic
     measure_every: int  # steps between measurements of two more gradients of an update; 0: none
 
     @property
     def completions(self) -> float:
-        """As many whole completions are sampled."""
+        """Completions sampled, counted in whole ones."""
         return self.rollouts + self.greedy + self.branched
 
     @property
     def gradients(self) -> float:
-        """Of an update, on average. Only the first update of a step is measured."""
+        """Gradients per update, on average. Only the first update of a step is measured."""
         return 1.0 + (2 / self.measure_every / self.updates if self.measure_every else 0.0)
 
 
@@ -181,7 +181,7 @@ def step_bounds(
     """Bounds on a step whose prompts have ``prompt`` tokens and whose completions have ``new``.
 
     All slots are assumed busy, and each token's context is that of the middle of a completion,
-    where branches begin on average. What is counted, ``step_counts`` says.
+    where branches begin on average. ``step_counts`` says what is counted.
     """
     train, counts, width = config.train, step_counts(config), prompt + new
     sampler = computed_in(model_config, config.sampling.dtype)
@@ -219,7 +219,7 @@ def step_bounds(
 
 
 def step_flops(counts: Counts, model_config: ModelConfig, *, prompt: int, new: int) -> int:
-    """FLOPs of a step on all devices together."""
+    """FLOPs of a step, on all devices together."""
     rows, width = counts.rollouts, prompt + new
     middle = costs.decode_step(model_config, rows=1, context=prompt + new // 2)
     first = costs.prefill(model_config, rows=rows + counts.greedy, width=prompt)

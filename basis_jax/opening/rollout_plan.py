@@ -67,7 +67,8 @@ def check_plan(config: Config, plan: Plan, estimator: estimators.Estimator) -> N
 
 
 def check_credited(config: Config, plan: Plan, declared: estimators.Definition) -> None:
-    """Raise ValueError unless what the plan credits by token, if it does, is what is learnt."""
+    """Raise ValueError unless the estimator gets the credit by token that it needs, and estimator
+    and loss use the credit that the plan gives."""
     name, by, objective = config.sampling.plan, config.estimator.name, config.loss.objective
     uses_credit = "start_values" in declared.provided and by != CRITIC
     if plan.credit is None:

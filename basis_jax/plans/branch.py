@@ -1,4 +1,4 @@
-"""VinePPO: values of the steps of a completion, from fresh rollouts that begin where they do."""
+"""VinePPO: values of the steps of a completion, from fresh rollouts from the start of each step."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -1,5 +1,5 @@
-"""What a step can have: checks of a plan's requests and of its credit. Each raises a ValueError of
-one sentence, before which the caller puts the plan and the step."""
+"""Checks of a plan's requests and of its credit. Each raises a ValueError of one sentence; the
+caller puts the plan and the step before it."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -96,7 +96,7 @@ class Requests:
 
 
 def of_problems(problems: np.ndarray, rollouts: int, weights: np.ndarray | None = None) -> Requests:
-    """Requests for so many rollouts of each problem; ``weights`` are those of the problems."""
+    """Requests for ``rollouts`` rollouts of each problem; ``weights`` are those of the problems."""
     return Requests(
         np.repeat(problems, rollouts),
         np.tile(np.arange(rollouts), len(problems)),

@@ -10,7 +10,7 @@ SPREADS = {
     "deviation": lambda p: np.sqrt(p * (1 - p)),
     "variance": lambda p: p * (1 - p),
 }
-STREAM = 2  # random numbers of its own: data.order has no such last number
+STREAM = 2  # last number of the seed: data.order does not use it, so random numbers differ
 
 
 def weighted(

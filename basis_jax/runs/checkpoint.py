@@ -29,8 +29,8 @@ model and a slow disk."""
 
 
 class Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A folder that is being written. A checkpoint gets the digests of its files just before its
-    name; the folders of its parts, which orbax names in the same way, have none of their own."""
+    """A folder that is being written. A checkpoint gets the digests of its files just before it is
+    renamed. The folders of its parts, which orbax renames in the same way, get none."""
 
     async def finalize(self) -> None:
         written, final = Path(self.get()), Path(self.get_final())
@@ -126,7 +126,7 @@ def _failure_named(checkpoints: Any, step: int | None) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The system's reason at the end of tensorstore's long message; of others the first line."""
+    """The system's reason at the end of tensorstore's long message; the first line of any other."""
     first = (str(error).splitlines() or [type(error).__name__])[0]
     if "os_error_code" not in first:
         return first
@@ -285,8 +285,8 @@ def differing_leaf(part: str, stored: Mapping[str, Stored], wanted: Mapping[str,
 
 
 def check_same_leaves(folder: Path, like: TrainState) -> None:
-    """Raise ValueError naming the part of the state, and a leaf of it, that the checkpoint has and
-    ``like`` has not, or has in another shape."""
+    """Raise ValueError if the checkpoint's leaves are not those of ``like``, or have other shapes.
+    The message names the part of the state and the first leaf that differs."""
     stored, wanted = stored_leaves(folder), leaves_of(like)
     for part, (what, fields) in PARTS.items():
         if differing := differing_leaf(part, stored, wanted):

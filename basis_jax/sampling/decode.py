@@ -146,8 +146,8 @@ def sample(
     """One completion per prompt: prefill, then decode until every row has ended.
 
     A row ends with its first token of ``eos_ids`` (kept, and counted in its length) or after
-    ``max_new_tokens``, those that had begun included. The longest row determines the cost: rows
-    that have ended are computed too, but stay unchanged.
+    ``max_new_tokens``; the tokens that a completion begins with count. The longest row determines
+    the cost: rows that have ended are computed too, but stay unchanged.
     """
     weights = decode_weights(params, model_config)
     return sample_with(

@@ -2,8 +2,8 @@
 
 V_t = w . h_(t-1) / |h_(t-1)| + b is the value before token t, where h is the decoder's final hidden
 state. The states have no gradient: the head learns beside the policy and does not change it. PPO's
-usual critic is a second network of the policy's size; ours costs 3 (D + 1) numbers of memory and
-two forward passes a step (inferred: no paper has this head). w and b start at 0, where the
+usual critic is a second network of the policy's size. This head is our own, not from a paper. It
+costs 3 (D + 1) numbers of memory and two forward passes per step. w and b start at 0, where the
 advantages are the rewards.
 """
 
@@ -43,8 +43,9 @@ class CriticState:
 
 
 class Critic(NamedTuple):
-    """``credit(state, graded)`` of a step, before its updates, and ``update(state, microbatches)``
-    -> state, metrics. ``alone(step)``: whether the policy still waits for the critic."""
+    """``credit(state, graded)`` is the step's credit by token, made before its updates.
+    ``update(state, microbatches)`` -> state, metrics. ``alone(step)``: whether only the critic
+    learns in this step."""
 
     credit: Callable[[TrainState, Graded], TokenCredit | None]
     update: Callable[[TrainState, list[Batch]], tuple[TrainState, dict[str, Array]]]

@@ -134,4 +134,4 @@ PASSES: dict[str, tuple[Callable, Callable]] = {
     "ais": (sums_for_ais, finish_ais),
     "mask": (mask_sums, finish_mask),
 }
-"""By loss: sums over a microbatch, and what is made of the sums of the whole update."""
+"""For each loss: the sums over a microbatch, and the function that uses those of the update."""

@@ -227,7 +227,7 @@ def evaluation_due(config: Config, step: int, watch: Watch) -> bool:
 
 
 def evaluate_unless_stopped(params: PyTree, session: Session, stopper: Stopper) -> dict[str, float]:
-    """``evaluate_now``, or {} if the run is asked to stop: a resumed run evaluates first then."""
+    """``evaluate_now``, or {} if the run is asked to stop. The resumed run then evaluates first."""
     try:
         with stopper.droppable():
             return evaluate_now(params, session)

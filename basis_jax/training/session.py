@@ -85,11 +85,11 @@ def sized(
     training: bool,
     report: Callable[[str], None],
 ) -> Config:
-    """The config with the sizes from ``with_sizes``, for the longest prompts, which may be held-out
-    ones. Raises ValueError if the problems are too few for a step or for the features, or too long
-    for a rollout."""
+    """The config with the sizes from ``with_sizes``, for the longest prompts, training or held-out.
+    Raises ValueError if the problems are too few for a step or for the features, or too long for a
+    rollout."""
     size = len(train_set.problems)
-    problems_of_step(config, train_set, 0)  # fits?
+    problems_of_step(config, train_set, 0)  # raises ValueError if they are too few
     width = train_set.tokens.shape[1]
     widest = max([width, *(problems.tokens.shape[1] for problems in held_out.values())])
     rows = config.train.prompts_per_step * config.sampling.group_size

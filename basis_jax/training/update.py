@@ -140,8 +140,8 @@ def make_estimate(
     """The estimator's jitted step over the whole batch, before any split.
 
     The estimate's info includes ``noise_report``. The given state is donated: a step writes the
-    batch's problems in place and copies nothing else. ``credit``: by token, which
-    has the values of the prompts.
+    batch's problems in place and copies nothing else. ``credit``: the step's credit by token, if it
+    has one; its ``start_values`` become those of the signals.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -120,8 +120,8 @@ class Watch:
 
     @property
     def solved(self) -> bool:
-        """Whether every completion of the last ``train.patience`` steps was right. Never if the
-        verifier's verdict is no part of the reward."""
+        """Whether every completion of the last ``train.patience`` steps was right. Always False if
+        the verifier's verdict is not part of the reward."""
         return self._out_of_patience and self._rewards_verdicts and min(self._right) == 1
 
     @property

@@ -1,6 +1,6 @@
-"""Grading completions: right, wrong or invalid. Invalid (``valid`` False) means that nothing can be
-said about the completion for a reason that the policy has no part in; it is never counted as 0
-without notice. No JAX here."""
+"""Grade completions as right, wrong or invalid. A completion is invalid (``valid`` False) if it
+could not be graded for a reason that is not the policy's fault. Invalid completions are never
+counted as 0 without notice. No JAX here."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ VERIFIERS = ("exact", "math", "math_strict", "gym")
 
 
 def is_own(name: str) -> bool:
-    """Whether a name is a reference to a function of the user's own."""
+    """Whether a name is a reference to a user's own function."""
     return ":" in name
 
 
@@ -24,15 +24,15 @@ def needs_answers(name: str) -> bool:
 
 
 def source_fingerprint(name: str) -> str | None:
-    """SHA-256 in hex of the file behind an own reward function; None for a built-in name.
+    """SHA-256 in hex of the file of a user's own reward function; None for a built-in name.
 
     Raises ValueError for a file or module that does not exist."""
     return references.fingerprint(name, "reward function") if is_own(name) else None
 
 
 class ExactVerifier(Verifier):
-    """Right if the whole completion is the answer, apart from spaces around it. Several answers
-    that are all wanted may come in any order, separated by commas."""
+    """Right if the whole completion is the answer, apart from spaces around it. If several answers
+    are all wanted, they may come in any order, separated by commas."""
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         return any_of(self.grade_single, completions, answers)
@@ -51,8 +51,8 @@ def is_exactly(completion: str, answer: str) -> bool:
 
 
 def extraction_mode(verifier: str, mode: str = "") -> str:
-    """Where a verifier looks for the answer (``extract.MODES``): ``mode``, or, where it is empty,
-    "strict" for ``math_strict`` and else "lenient".
+    """Where a verifier looks for the answer (``extract.MODES``): ``mode``, or if it is empty,
+    "strict" for ``math_strict`` and "lenient" for the others.
 
     Raises ValueError for an unknown mode, and for one given to a verifier other than ``math``.
     """
@@ -67,12 +67,18 @@ def extraction_mode(verifier: str, mode: str = "") -> str:
 
 
 def make_verifier(name: str, *, mode: str = "", **options: Any) -> Verifier:
-    """The verifier called ``name``: ``exact``; ``math``, which finds and compares mathematical
-    answers (``MathVerifier`` has the options; ``mode`` is that of ``extraction_mode``);
-    ``math_strict``, which takes only boxed answers and those after ``####``; ``gym``, the scorers
-    of reasoning-gym; a function of the user's own by reference (``OwnReward``). Of several accepted
-    answers one is enough, or all are wanted (``accepted``). Raises ValueError for an unknown name
-    or mode, and for a function that cannot be loaded."""
+    """The verifier called ``name``.
+
+    - ``exact``: the completion is the answer.
+    - ``math``: finds and compares mathematical answers (options: ``MathVerifier``; ``mode``:
+      ``extraction_mode``).
+    - ``math_strict``: ``math`` that takes only boxed answers and those after ``####``.
+    - ``gym``: the scorers of reasoning-gym.
+    - A reference to a user's own function: ``OwnReward``.
+
+    A problem may have several accepted answers, of which one is enough or all are wanted
+    (``accepted``). Raises ValueError for an unknown name or mode, and for a function that cannot be
+    loaded."""
     mode = extraction_mode(name, mode)
     if is_own(name):
         from basis_jax.verify.own import OwnReward

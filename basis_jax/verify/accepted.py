@@ -1,7 +1,7 @@
 """Several accepted answers, written as one text: a completion is right if any of them matches.
 
-``{"any of": ["4", "four"]}`` is how the data writes them (``data.answers.several``); so is
-``{"all of": ["3", "-3"], ...}``, where a completion must give all, in any order.
+``data.answers.several`` writes them as ``{"any of": ["4", "four"]}``, or as
+``{"all of": ["3", "-3"], ...}`` if a completion must give all of them, in any order.
 """
 
 import json
@@ -12,8 +12,8 @@ from basis_jax.verify.verdicts import Verdict
 
 
 def alternatives(answer: str) -> list[str]:
-    """The answers of which one is enough; any other text is the only one. Raises ValueError for a
-    text that begins like several and is not written so."""
+    """The answers of which one is enough; a plain answer is the only one. Raises ValueError for a
+    text that begins like several answers but is not a list of them."""
     if not answer.startswith(ANY):
         return [answer]
     try:
@@ -30,12 +30,12 @@ def alternatives(answer: str) -> list[str]:
 
 
 def together(answer: str) -> list[str] | None:
-    """The answers that are wanted together; None for any other text."""
+    """The answers of which all are wanted; None for any other text."""
     return wanted_together(answer)[0] if answer.startswith(MARK) else None
 
 
 def check_answer(answer: str) -> None:
-    """Raise ValueError for an answer that begins like several and is not written so."""
+    """Raise ValueError for an answer that begins like several answers but is not a list of them."""
     for text in alternatives(answer):
         together(text)
 
@@ -45,8 +45,8 @@ def any_of(
     completions: Sequence[str],
     answers: Sequence[str],
 ) -> list[Verdict]:
-    """Verdicts where several answers may be accepted. ``grade`` compares with one answer at a time;
-    the best verdict counts: right before invalid before wrong."""
+    """Verdicts if several answers may be accepted. ``grade`` compares with one answer at a time.
+    The best verdict counts: right is better than invalid, and invalid better than wrong."""
     accepted = [readable(answer) for answer in answers]
     repeated = [c for c, texts in zip(completions, accepted, strict=True) for _ in texts]
     verdicts = iter(grade(repeated, [text for texts in accepted for text in texts]))
@@ -54,7 +54,7 @@ def any_of(
 
 
 def readable(answer: str) -> list[str]:
-    """The alternatives; where they are not written as such, the text, which nothing equals."""
+    """``alternatives``; if they cannot be read, the text itself, which no completion equals."""
     try:
         return alternatives(answer)
     except ValueError:

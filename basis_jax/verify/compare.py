@@ -1,8 +1,8 @@
-r"""Whether two answers say the same, by their structure: lists, tuples, intervals, matrices, units.
+r"""Whether two answers mean the same, by structure: lists, tuples, intervals, matrices, units.
 
-The structure is taken apart here, in plain Python and bounded time; what remains are pairs without
-structure. Two plain numbers are compared exactly (0.333 is not 1/3), words as words; only other
-pairs go to ``scalars``, which knows algebra.
+This module takes the structure apart, in plain Python and bounded time, until pairs without
+structure are left. Two plain numbers are compared exactly (0.333 is not 1/3), words as words. Only
+other pairs go to ``scalars``, which does algebra.
 """
 
 import re
@@ -63,8 +63,8 @@ def equivalent(
     tolerance: Tolerance = EXACT,
     seconds: float = float("inf"),
 ) -> bool:
-    """Whether ``answer`` says what the right answer ``gold`` says. It may say more: name what it
-    computes (``x = 5`` for 5), add a unit, or go on to an approximation.
+    """Whether ``answer`` means the same as the right answer ``gold``. It may say more: name what it
+    computes (``x = 5`` for 5), add a unit, or add an approximation.
 
     Raises Overtime after ``seconds`` without a result.
     """
@@ -73,15 +73,15 @@ def equivalent(
 
 
 class Comparison:
-    """The comparison of one answer: what its parts have in common."""
+    """The comparison of one answer, with the settings that are the same for all its parts."""
 
     def __init__(self, scalars: Scalars, tolerance: Tolerance, deadline: float):
         self.scalars, self.tolerance, self.deadline = scalars, tolerance, deadline
         self.depth = 0
 
     def same(self, gold: str, answer: str) -> bool:
-        """``equivalent`` for answers in canonical notation, or parts of one. Parts within parts
-        deeper than ``MAX_DEPTH`` are not the same."""
+        """``equivalent`` for answers in canonical notation, or parts of one. Parts that are nested
+        deeper than ``MAX_DEPTH`` count as different."""
         if time.perf_counter() > self.deadline:
             raise Overtime
         if self.depth >= MAX_DEPTH:
@@ -114,7 +114,7 @@ class Comparison:
 
 
 def unwrapped(text: str) -> str:
-    r"""Without ``\text``, and without spaces but those between digits."""
+    r"""Without ``\text``, and without spaces except those between digits."""
     return re.sub("(?<![0-9]) +| +(?![0-9])", "", TEXT.sub(r"\1", text))
 
 
@@ -164,7 +164,7 @@ def plain_fraction(value: Fraction) -> str:
 
 
 def as_intervals(text: str) -> str:
-    r"""``x < 1 or 2 \le x < 3`` as ``(-\infty,1)\cup[2,3)``; any other text as it is."""
+    r"""``x < 1 or 2 \le x < 3`` as ``(-\infty,1)\cup[2,3)``; any other text unchanged."""
     intervals = []
     for condition in split_top(text):
         parts = ORDER.split(condition)
@@ -181,8 +181,8 @@ def as_intervals(text: str) -> str:
 
 
 def items(text: str) -> tuple[str, list[str]]:
-    r"""The brackets around all of a text ("" where none) and what stands between its commas, the
-    two values of ``\pm`` apart."""
+    r"""The brackets around a whole text ("" if there are none), and the parts between its commas.
+    ``\pm`` gives two parts."""
     brackets = ""
     for opening, closings in ((r"\{", (r"\}",)), ("(", (")", "]")), ("[", (")", "]"))):
         end = [c for c in closings if text.endswith(c)]
@@ -202,9 +202,9 @@ def items(text: str) -> tuple[str, list[str]]:
 
 
 def same_items(gold: str, answer: str, same: Same) -> bool | None:
-    """Lists and sets in any order, tuples and intervals in theirs, brackets alike; a list without
-    brackets may stand for a tuple, and named values have the order of their names. None where
-    neither is one."""
+    """Compare lists, sets, tuples and intervals. Lists and sets may be in any order; tuples and
+    intervals need the same order and the same brackets. A list without brackets may stand for a
+    tuple. Named values are matched by name (``same_by_name``). None if neither has parts."""
     (left, golds), (right, answers) = items(gold), items(answer)
     if left and len(golds) > 1 and not right:
         right, answers = items(without_point(answer))
@@ -236,7 +236,7 @@ def same_items(gold: str, answer: str, same: Same) -> bool | None:
 
 
 def without_point(text: str) -> str:
-    """The coordinates of ``P(3,4)``."""
+    """``(3,4)`` for ``P(3,4)``; any other text unchanged."""
     point = POINT.match(text)
     if not point or closing(text, point.end()) != len(text) - 1:
         return text
@@ -267,7 +267,7 @@ def same_in_any_order(golds: Sequence[str], answers: Sequence[str], same: Same) 
 
 
 def same_union(gold: str, answer: str, same: Same) -> bool | None:
-    """Unions of as many parts, in any order."""
+    """Compare unions of as many parts, in any order. None for any others."""
     golds, answers = split_top(gold, r"\cup"), split_top(answer, r"\cup")
     if len(golds) != len(answers) or len(golds) == 1:
         return None
@@ -275,7 +275,7 @@ def same_union(gold: str, answer: str, same: Same) -> bool | None:
 
 
 def same_matrix(gold: str, answer: str, same: Same) -> bool | None:
-    """Entry by entry, whatever the brackets; a matrix is nothing but a matrix."""
+    """Compare matrices entry by entry, whatever their brackets. A matrix equals only a matrix."""
     tables = []
     for match in (MATRIX.fullmatch(gold), MATRIX.fullmatch(answer)):
         rows = match[2].split("\\\\") if match else []
@@ -291,7 +291,7 @@ def same_matrix(gold: str, answer: str, same: Same) -> bool | None:
 
 
 def same_percent(gold: str, answer: str, same: Same) -> bool | None:
-    r"""``50\%`` is 50, by convention, and a half, by meaning."""
+    r"""``50\%`` equals 50, by convention, and also 1/2, by its meaning."""
     bare = [text.removesuffix(r"\%").strip() for text in (gold, answer)]
     if bare == [gold, answer]:
         return None
@@ -307,7 +307,7 @@ def same_percent(gold: str, answer: str, same: Same) -> bool | None:
 
 
 def same_choice(gold: str, answer: str, same: Same) -> bool | None:
-    """The letter of an option, with or without what the option says: ``(C) 12`` is C, and 12."""
+    """Compare options by letter or content: ``(C) 12`` equals C, and also 12."""
     (letter, says), (other, others) = choice(gold), choice(answer)
     if letter and other:
         return letter == other
@@ -319,7 +319,7 @@ def same_choice(gold: str, answer: str, same: Same) -> bool | None:
 
 
 def same_integral(gold: str, answer: str, same: Same) -> bool | None:
-    """Whatever the constant of integration is called, ``+C`` or ``+c``."""
+    """Compare integrals whatever their constant is called, such as ``+C`` or ``+c``."""
     left, right = CONSTANT.search(gold), CONSTANT.search(answer)
     if not left or not right or gold[left.start() :].replace(" ", "")[1:2] not in ("C", "\\"):
         return None
@@ -331,7 +331,8 @@ def same_integral(gold: str, answer: str, same: Same) -> bool | None:
 
 
 def same_base(gold: str, answer: str, same: Same) -> bool | None:
-    """Digits as text, and the bases where both are given: ``101_2`` is not a number in tens."""
+    """Compare numbers with a base, their digits as text. The answer may leave out the gold's base.
+    If the gold has none, that of the answer must be 10: ``101_2`` does not equal 101."""
     written = [BASED.fullmatch(TEXT.sub(r"\1", text)) for text in (gold, answer)]
     if written == [None, None]:
         return None
@@ -343,7 +344,7 @@ def same_base(gold: str, answer: str, same: Same) -> bool | None:
 
 
 def same_parts(gold: str, answer: str, same: Same) -> bool | None:
-    r"""Ratios and times of day, part by part, so ``2:3`` is not ``4:6``; and ``x \ne 2``."""
+    r"""Compare ratios and times of day by part, so ``2:3`` is not ``4:6``; also ``x \ne 2``."""
     separator = r"\ne" if r"\ne" in gold and r"\ne" in answer else ":"
     golds, answers = gold.split(separator), answer.split(separator)
     if len(golds) == len(answers) == 1:
@@ -354,7 +355,7 @@ def same_parts(gold: str, answer: str, same: Same) -> bool | None:
 
 
 def same_words(gold: str, answer: str, same: Same) -> bool | None:
-    """Words, in any case; four letters together are a word and not a product."""
+    """Compare words, ignoring case. Four letters in a row are a word, not a product."""
     left, right = (TEXT.sub(r"\1", text).strip() for text in (gold, answer))
     counts = [COUNTS.get(text.casefold(), text) for text in (left, right)]
     if counts != [left, right]:

@@ -1,14 +1,14 @@
-"""What a grading process gives up once it has loaded what it needs.
+"""Confine a grading process, once it has loaded what it needs.
 
-Memory beyond the present, writing to files, and dumps of core are limited by the kernel (rlimits).
-New processes and threads, sockets, signals to others, opening files to write, and changes of the
-file system are refused by the kernel as well, where it is Linux on x86-64 or aarch64 (seccomp);
-elsewhere by RLIMIT_NPROC, which does not bind root, and by the audit hook.
+The kernel limits additional memory, writing to files, and core dumps (rlimits). On Linux on x86-64
+or aarch64 it also refuses new processes and threads, sockets, signals to other processes, opening
+files for writing, and changes of the file system (seccomp). Elsewhere only RLIMIT_NPROC, which does
+not bind root, and the audit hook do this.
 
-The audit hook (PEP 578) refuses the same to Python code that tries it in the usual ways, and also
-compiling and reading files other than Python's modules. It cannot stop native code that a hostile
-answer might manage to run. The kernel's limits still hold then, but they do not cover reading files
-that the user may read.
+The audit hook (PEP 578) refuses the same to Python code that tries it in the usual ways. It also
+refuses compiling, and reading files other than Python's modules. It cannot stop native code that a
+hostile answer might manage to run. The kernel's limits still hold then, but they do not cover
+reading files that the user may read.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 HARMLESS = ("os.listdir", "os.scandir")
 MODULES = (".py", ".pyc", ".so")
 
-SYSCALLS = {  # (x86-64, aarch64); None where the machine has no such call
+SYSCALLS = {  # (x86-64, aarch64); None if the machine has no such call
     "fork": (57, None), "vfork": (58, None), "clone": (56, 220), "clone3": (435, 435),
     "execve": (59, 221), "execveat": (322, 281), "ptrace": (101, 117),
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
@@ -41,17 +41,17 @@ SYSCALLS = {  # (x86-64, aarch64); None where the machine has no such call
     "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
     "mount": (165, 40), "bpf": (321, 280), "keyctl": (250, 219), "setrlimit": (160, 164),
 }  # fmt: skip
-OPENING = {"open": (2, None, 1), "openat": (257, 56, 2)}  # and which argument the flags are
+OPENING = {"open": (2, None, 1), "openat": (257, 56, 2)}  # third: which argument has the flags
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, audit architecture
 ALLOW, DENY = 0x7FFF0000, 0x00050001  # and EPERM
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 
 
 def confine(megabytes: int, readable: str = "") -> list[str]:
-    """No more memory than ``megabytes`` beyond the present, no files but those in the folder
-    ``readable`` to read, nothing compiled or run, no new process. What the audit hook has refused
-    since is noted in the list returned."""
-    if sys.platform == "linux":  # elsewhere address space is not counted so
+    """Allow this process only ``megabytes`` of additional memory and reading files in the folder
+    ``readable``; it can no longer compile or run code, or start a process. Returns a list to which
+    the audit hook adds whatever it refuses."""
+    if sys.platform == "linux":  # elsewhere address space is not counted like this
         resource.setrlimit(resource.RLIMIT_AS, (used_memory() + megabytes * 2**20,) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -75,8 +75,8 @@ def used_memory() -> int:
 
 
 def is_allowed(event: str, arguments: tuple, readable: str) -> bool:
-    """Audit events (PEP 578): sympy may import its modules late, and write itself functions that
-    multiply monomials, whose text holds nothing of the answer; no more."""
+    """Whether an audit event (PEP 578) is allowed. sympy may import its modules late, and compile
+    functions that multiply monomials; their source contains nothing of the answer."""
     if event == "open":
         path, mode, flags = arguments
         known = isinstance(path, str) and path.endswith(MODULES)
@@ -91,7 +91,8 @@ def is_allowed(event: str, arguments: tuple, readable: str) -> bool:
 
 
 class Instruction(ctypes.Structure):
-    """Of classic BPF: skip ``then`` or ``otherwise`` instructions by a test of the loaded value."""
+    """An instruction of classic BPF. A test of the loaded value skips ``then`` or ``otherwise``
+    instructions."""
 
     _fields_ = [
         ("code", ctypes.c_uint16),
@@ -106,8 +107,8 @@ class Program(ctypes.Structure):
 
 
 def forbid_syscalls() -> bool:
-    """Have the kernel answer EPERM to the calls of ``SYSCALLS`` and to opening files to write, from
-    now on in this thread; False where it cannot (another system, machine or an old kernel)."""
+    """Make the kernel answer EPERM to the calls of ``SYSCALLS`` and to opening files for writing,
+    from now on in this thread. False if it cannot (another system or machine, or an old kernel)."""
     if sys.platform != "linux" or platform.machine() not in MACHINES:
         return False
     instructions = seccomp_filter(*MACHINES[platform.machine()])

@@ -1,12 +1,12 @@
-"""Right answers with more to them than a text: a tolerance, or several answers that are all wanted.
+"""Right answers with a tolerance, or with several parts that are all wanted.
 
-``criterion`` writes them as the one string that travels as a problem's answer; the verifier for
-mathematics reads it back. Any other string is a right answer by itself, compared exactly.
+``criterion`` writes them as one string, which is stored as the problem's answer. The verifier for
+mathematics reads it back. Any other string is a plain right answer, compared exactly.
 
 - Minerva (``MINERVA``): two numbers within |a - b| <= 1e-8 + 1e-5 |b|, as the ``numeric_equality``
   of the set's own evaluation does with NumPy's ``isclose``.
-- OlympiadBench: two numbers within 1.01 times the ``error`` of the problem, or 1e-8 where it has
-  none, as the set's ``MathJudger`` does; ``final_answer`` is a list, all of which is wanted.
+- OlympiadBench: two numbers within 1.01 times the ``error`` of the problem, or 1e-8 if it has none,
+  as the set's ``MathJudger`` does. ``final_answer`` is a list of answers that are all wanted.
 """
 
 import json
@@ -38,8 +38,8 @@ MARK, ANY = '{"all of": ', '{"any of": '
 
 
 def olympiad_tolerance(error: Any) -> Tolerance:
-    """That of a problem's column ``error``, which may be empty or hold one number; several, one
-    for each answer, count as the smallest. Raises ValueError for anything else."""
+    """The tolerance of a problem's column ``error``, which may be empty or hold one number. Of
+    several numbers, one per answer, the smallest is used. Raises ValueError for anything else."""
     parts = str(error if error is not None else "").replace(",", " ").split()
     try:
         errors = [float(part) for part in parts]
@@ -53,7 +53,7 @@ def olympiad_tolerance(error: Any) -> Tolerance:
 
 
 def criterion(answers: str | Sequence[str], tolerance: Tolerance = EXACT) -> str:
-    """The right answer as one string. Raises ValueError where there is none."""
+    """The right answer as one string. Raises ValueError if there is none."""
     answers = [answers] if isinstance(answers, str) else list(answers)
     if not answers or not all(answer.strip() for answer in answers):
         raise ValueError(
@@ -65,18 +65,18 @@ def criterion(answers: str | Sequence[str], tolerance: Tolerance = EXACT) -> str
 
 
 def read_criterion(text: str) -> tuple[str, Tolerance]:
-    """The answers that are wanted, as a list in LaTeX in any order, and the tolerance. Raises
-    ValueError for a text that begins like a criterion and is none."""
-    if not text.startswith((MARK, ANY)):  # alternatives come one by one
+    """The wanted answers, as one text in LaTeX with commas between them, and the tolerance. Raises
+    ValueError for a text that begins like a criterion but is none."""
+    if not text.startswith((MARK, ANY)):  # alternatives are graded one by one
         return text, EXACT
     answers, tolerance = wanted_together(text)
-    if len(answers) > 1:  # the comma of 1,000 would separate
+    if len(answers) > 1:  # the comma in 1,000 would separate two answers
         answers = [re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", a.strip(" $.")) for a in answers]
     return ", ".join(answers), tolerance
 
 
 def wanted_together(text: str) -> tuple[list[str], Tolerance]:
-    """The answers of a criterion, and the tolerance. Raises ValueError where it is none."""
+    """The answers of a criterion, and the tolerance. Raises ValueError if the text is none."""
     try:
         found = json.loads(text)
         answers = found.pop("all of")

@@ -1,4 +1,4 @@
-r"""Equations: which are a named value (``x = 5``, ``m + n = 6``) and which say something else
+r"""Equations that name a value (``x = 5``, ``m + n = 6``) and those that say something else
 (``x^2 = 25`` is not 25); residues, ``3 \pmod 7``."""
 
 import re
@@ -42,7 +42,7 @@ def is_name(text: str) -> bool:
 
 
 def without_name(text: str) -> str:
-    """What stands right of ``x =``, where something does."""
+    """The text to the right of ``x =``, if there is any; otherwise the whole text."""
     name, *rest = split_top(text, "=")
     return "=".join(rest) if rest and is_name(name) and not is_several(text) else text
 
@@ -53,8 +53,8 @@ def is_several(text: str) -> bool:
 
 
 def same_relation(gold: str, answer: str, same: Same) -> bool | None:
-    """A named value against a bare one. Whatever an answer equates without naming it must be the
-    gold itself, so ``5 = 3`` is not 3, nor is ``x + 1 = 3``."""
+    """Compare a named value with a bare one. Every side of an answer's equation that is not a name
+    must equal the gold, so ``5 = 3`` does not equal 3, nor does ``x + 1 = 3``."""
     golds, answers = split_top(gold, "="), split_top(answer, "=")
     if is_several(answer) and not is_several(gold):
         return same(without_name(gold), answer) if without_name(gold) != gold else None
@@ -72,8 +72,9 @@ def same_relation(gold: str, answer: str, same: Same) -> bool | None:
 def same_named(
     golds: list[str], answers: list[str], gold: str, *, answer: str, same: Same
 ) -> bool | None:
-    """The gold is an equation: its value where it has a name; an equation has to be matched by
-    one. None where both are equations."""
+    """Compare with a gold that is an equation. If its left side is a name, the values are compared.
+    If the answer is another equation, it is None: algebra decides. Otherwise only an equation
+    between constants can equal a bare answer, by its last side."""
     if len(answers) > 1 and golds[0] != answers[0]:
         return None
     if is_name(golds[0]):
@@ -85,8 +86,8 @@ def same_named(
 
 
 def by_name(parts: Sequence[str]) -> dict[str, str] | None:
-    """The values of ``a = 3, b = 5`` by their names; None where a part has no name, and where two
-    names are one letter (the roots ``x_1 = 3, x_2 = 5`` have no order)."""
+    """The values of ``a = 3, b = 5`` by their names. None if a part has no name, or if two names
+    have the same letter (the roots ``x_1 = 3, x_2 = 5`` have no order)."""
     values = {}
     for part in parts:
         name, *rest = split_top(part, "=")
@@ -99,8 +100,8 @@ def by_name(parts: Sequence[str]) -> dict[str, str] | None:
 
 
 def same_by_name(golds: Sequence[str], answers: Sequence[str], same: Same) -> bool | None:
-    """Named values, each against that of its name; against values without names they stand in the
-    order of the gold, or of the alphabet where it is the answer that names them. None where
+    """Compare named values by name. If only one side has names, the values are compared in order:
+    in that of the gold if it has the names, in that of the alphabet if the answer has them. None if
     neither side names its values."""
     named, others = by_name(golds), by_name(answers)
     if len(golds) != len(answers) or len(golds) < 2:
@@ -120,8 +121,8 @@ REMAINDER = re.compile(r"(.*?) ?\\mod ?(.+)")
 
 
 def same_residues(gold: str, answer: str, same: Same) -> bool | None:
-    r"""``3 \pmod 7`` is 3 and ``10 \pmod 7``, not ``3 \pmod 5``; ``7 \mod 4``, the operation, is
-    3, and with letters in it it is left to algebra."""
+    r"""Compare residues: ``3 \pmod 7`` equals 3 and ``10 \pmod 7``, but not ``3 \pmod 5``. The
+    operation ``7 \mod 4`` equals 3; with letters in it, it is left to algebra."""
     left = CONGRUENT.fullmatch(gold) or REMAINDER.fullmatch(gold)
     right = CONGRUENT.fullmatch(answer) or REMAINDER.fullmatch(answer)
     if left and right:

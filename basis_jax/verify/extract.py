@@ -1,8 +1,8 @@
-r"""Where the answer stands in a completion, or in a worked solution. Linear in the text's length.
+r"""Find the answer in a completion or in a worked solution, in time linear in the text's length.
 
-``MODES`` says which marks give an answer, by the prompt of the data set. In the lenient mode the
-last of these counts: a box, GSM8K's ``#### x``, a line ``Answer: x``, a heading "Final Answer" with
-something under it, ``<answer>`` tags. Where there are none, it is the last "the answer is x".
+``MODES`` says which marks give an answer, depending on the data set's prompt. In the lenient mode
+the last of these counts: a box, GSM8K's ``#### x``, a line ``Answer: x``, a heading "Final Answer"
+with something under it, ``<answer>`` tags. Without any, it is the last "the answer is x".
 """
 
 import re
@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from basis_jax.verify.prose import ADVERBS, without_talk
 
-TAIL = 60_000  # characters at the end of a completion that are looked at: a bound on the time
-MAX_MARKS = 50  # of one sort that are looked behind, from the end
-Found = tuple[int, str]  # where the mark stands, the answer
+TAIL = 60_000  # characters at the end of a completion that are searched, to bound the time
+MAX_MARKS = 50  # of one kind that are tried, from the end
+Found = tuple[int, str]  # position of the mark, the answer
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s?\{")
 BARE_BOX = re.compile(
@@ -65,7 +65,7 @@ TALK = re.compile(
 
 
 def extract_answer(completion: str, mode: str) -> str | None:
-    """The answer that the end (``TAIL``) of a completion gives; None where it gives none."""
+    """The answer in the end (``TAIL``) of a completion; None if there is none."""
     completion = completion[-TAIL:]
     found = [mark(completion) for mark in MARKS[mode]]
     last = max((mark for mark in found if mark is not None), default=None)
@@ -75,10 +75,11 @@ def extract_answer(completion: str, mode: str) -> str | None:
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-    """Where each complete box starts and ends, and its inside, nested boxes left to the outer one.
+    """Start, end and content of each complete box. A nested box is part of the outer one.
 
-    Escaped braces are text. An empty box, as in an instruction repeated, says nothing, nor does one
-    left open, as by a completion cut short. ``\\boxed 5``, without braces, holds the next token.
+    Escaped braces are text. Empty boxes, as in a repeated instruction, are left out, and so are
+    boxes that do not end, as in a completion that was cut. ``\\boxed 5``, without braces, holds the
+    next token.
     """
     depth, opened = 0, []
     found = [(m.start(), m.end(), m[1].strip()) for m in BARE_BOX.finditer(text)]
@@ -101,14 +102,14 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def last_boxed(text: str) -> str | None:
-    """Inside of the last complete box; None where there is none."""
+    """Content of the last complete box; None if there is none."""
     found = boxes(text)
     return found[-1][2] if found else None
 
 
 def last_boxes(text: str) -> Found | None:
-    """The last box, with those before it that a comma, "and" or "or" joins to it: several boxes
-    for several answers. The position is that of the last."""
+    """The last box, together with boxes before it that are joined to it by a comma, "and" or "or",
+    which give several answers. The position is that of the last box."""
     found = boxes(text)
     if not found:
         return None
@@ -123,18 +124,18 @@ def last_boxes(text: str) -> Found | None:
 
 
 def after_hashes(text: str) -> str | None:
-    """The rest of the line after the last ``####``; None where there is none."""
+    """The rest of the line after the last ``####``; None if there is none."""
     _, mark, rest = text.rpartition("####")
     return rest.lstrip(" \t").partition("\n")[0].strip() if mark else None
 
 
 def last_matches(mark: re.Pattern, text: str) -> list[re.Match]:
-    """The last first."""
+    """The last ``MAX_MARKS`` matches, the last one first."""
     return list(mark.finditer(text))[: -MAX_MARKS - 1 : -1]
 
 
 def last_hashes(text: str) -> Found | None:
-    """After the last ``####`` that can be a value and no heading: a heading has words."""
+    """What follows the last ``####`` that is a value and not a heading, which has words."""
     for match in last_matches(HASHES, text):
         content = tidy(match[1])
         if content and is_value(content, last=not text[match.end() :].strip()):
@@ -143,8 +144,8 @@ def last_hashes(text: str) -> Found | None:
 
 
 def is_value(content: str, *, last: bool) -> bool:
-    """Whether a line is a value and no heading; one with words has to start as a value and be the
-    ``last`` of the text."""
+    """Whether a line is a value and not a heading. A line with words must begin like a value and be
+    the ``last`` one of the text."""
     if NUMBERED.match(content):
         return False
     if WORD.search(content.replace(r"\text", "")):
@@ -153,7 +154,7 @@ def is_value(content: str, *, last: bool) -> bool:
 
 
 def last_line(text: str) -> Found | None:
-    """The last line ``Answer: x`` or what stands under a heading "Answer"."""
+    """The last line ``Answer: x``, or the text under a heading "Answer"."""
     for match in last_matches(LINE, text):
         content = value_at(text, match.end())
         if not PLACEHOLDER.fullmatch(content):
@@ -162,7 +163,7 @@ def last_line(text: str) -> Found | None:
 
 
 def answer_colon(text: str) -> Found | None:
-    """DAPO's: what follows the last ``Answer:``, to the end of the line."""
+    """DAPO's mark: the text after the last ``Answer:``, to the end of the line."""
     for match in last_matches(ANSWER_COLON, text):
         content = tidy(text[match.end() :].partition("\n")[0])
         if not PLACEHOLDER.fullmatch(content):
@@ -171,7 +172,7 @@ def answer_colon(text: str) -> Found | None:
 
 
 def last_tag(text: str) -> Found | None:
-    """Inside of the last ``<answer>`` tags."""
+    """Content of the last ``<answer>`` tags."""
     end = None
     for match in reversed(list(TAG.finditer(text))):
         if match[1]:
@@ -183,14 +184,14 @@ def last_tag(text: str) -> Found | None:
 
 
 def tagged_answer(text: str) -> str | None:
-    """Inside of the last ``<answer>`` tags; None where there are none."""
+    """Content of the last ``<answer>`` tags; None if there are none."""
     found = last_tag(text)
     return found[1] if found else None
 
 
 def after_phrase(text: str) -> str | None:
-    """What follows the last "answer is" with a value behind it, else the last with words that can
-    be an answer: "the answer is correct" gives none."""
+    """The value after the last "answer is" that a value follows. If there is none, the words after
+    the last one with words that can be an answer: "the answer is correct" gives none."""
     words = None
     for match in last_matches(PHRASE, text):
         content = value_at(text, match.end())
@@ -204,7 +205,7 @@ def after_phrase(text: str) -> str | None:
 
 
 def value_at(text: str, start: int) -> str:
-    """A formula, a block of code, else the rest of the sentence without the reasons it gives."""
+    """A formula, a block of code, or else the rest of the sentence without the reasons in it."""
     rest = text[start : start + 2000].lstrip(DECORATION.replace("`", "") + "\n")
     if adverb := ADVERBS.match(rest):
         rest = rest[adverb.end() :].lstrip(DECORATION.replace("`", "") + "\n")

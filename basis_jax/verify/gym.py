@@ -1,7 +1,7 @@
 """The verifier for problems of reasoning-gym (``tasks.gym``): their own scorers.
 
-A scorer is code written for trusted answers, and some compile them; so it runs in the confined
-worker processes that do the algebra of ``mathematics``, where that ends in an error.
+A scorer is written for trusted answers, and some scorers compile them. So scorers run in confined
+worker processes, like those that do the algebra of ``mathematics``, where compiling is an error.
 """
 
 import json
@@ -14,11 +14,11 @@ from basis_jax.verify.verdicts import Verdict, Verifier, verdict_of
 
 
 class GymVerifier(Verifier):
-    """Right if the problem's scorer gives 1; partial credit counts as wrong.
+    """Right if the problem's scorer returns 1; partial credit counts as wrong.
 
-    The answer is what the last ``<answer>`` tags hold, else what a mark gives (``extract``), else
-    the whole completion. ``answers`` are task, options and problem as JSON. Limits as those of
-    ``MathVerifier``.
+    The answer is the content of the last ``<answer>`` tags, else what another mark gives
+    (``extract``), else the whole completion. ``answers`` are task, options and problem as JSON. The
+    limits are those of ``MathVerifier``.
     """
 
     def __init__(self, *, workers: int = 0, seconds: float = 5.0, memory_mb: int = 512):
@@ -31,7 +31,7 @@ class GymVerifier(Verifier):
         )
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """A verdict for each completion; those alike for one problem are scored once."""
+        """A verdict for each completion. Equal answers to a problem are scored once."""
         pairs = [(a, submitted_answer(c)) for c, a in zip(completions, answers, strict=True)]
         different = list(dict.fromkeys(pairs))
         replies = dict(zip(different, self.pool.run(different), strict=True))
@@ -46,7 +46,7 @@ class GymVerifier(Verifier):
 
 def check_scorer(path: str, answers: Sequence[str]) -> None:
     """Try a scorer before a run. Raises ValueError unless the confined scorer accepts the own
-    answer of each problem, and reaches a verdict on the answers of the other problems."""
+    answer of each problem and reaches a verdict on the answers of the others."""
     with GymVerifier(workers=1) as verifier:
         right = [f"<answer>{json.loads(answer)['entry']['answer']}</answer>" for answer in answers]
         own = verifier.grade(right, answers)

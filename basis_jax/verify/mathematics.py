@@ -1,5 +1,5 @@
-"""The verifier for mathematical answers. What a completion says is found and compared in plain
-Python where that suffices (most answers), and in worker processes where algebra is needed."""
+"""The verifier for mathematical answers. It finds the answer of a completion and compares it in
+plain Python if that is enough (most answers), and in a worker process if algebra is needed."""
 
 import os
 from collections.abc import Sequence
@@ -17,22 +17,22 @@ MAX_NESTING = 20
 MAX_REMEMBERED = 100_000
 MAX_PLAIN_LENGTH = 300
 MAX_PLAIN_SECONDS = 0.03
-"""Of a comparison in the trainer's process; what is longer goes to a worker."""
+"""Limit of a comparison in the trainer's process. What takes longer goes to a worker."""
 
 
 Pair = tuple[str, str | None]  # the right answer, and that of a completion
 
 
 class NeedsAlgebra(Exception):
-    """Raised out of ``equivalent`` where plain Python cannot tell."""
+    """Raised in ``equivalent`` when plain Python cannot decide."""
 
 
 class MathVerifier(Verifier):
-    """Right where the completion's answer is equivalent to the right one.
+    """Right if the completion's answer is equivalent to the right one.
 
-    ``mode`` says which marks count as giving an answer (``extract``). ``seconds`` of CPU time and
-    ``memory_mb`` of memory are for one comparison: beyond them the answer is wrong, of the kind
-    "timeout" or "memory". A right answer may hold a tolerance or several answers (``criteria``).
+    ``mode`` says which marks count as giving an answer (``extract``). ``seconds`` (of CPU time) and
+    ``memory_mb`` limit one comparison. An answer that exceeds them is wrong, of the kind "timeout"
+    or "memory". A right answer may have a tolerance or several parts (``criteria``).
     """
 
     def __init__(
@@ -43,7 +43,8 @@ class MathVerifier(Verifier):
         seconds: float = 5.0,
         memory_mb: int = 512,
     ):
-        """``workers`` 0: as many as cores, at most 8. Raises ValueError for an unknown mode."""
+        """``workers``: number of processes; 0 means one per core, at most 8. Raises ValueError for
+        an unknown mode."""
         if mode not in MODES:
             raise ValueError(f"verifier mode is {mode!r}; allowed are {', '.join(MODES)}")
         self.mode = mode
@@ -63,7 +64,7 @@ class MathVerifier(Verifier):
         return any_of(self.grade_single, completions, answers)
 
     def grade_single(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """A verdict for each completion and its one answer. Equal comparisons are made once."""
+        """A verdict for each completion with one right answer. Equal comparisons are made once."""
         pairs: list[Pair] = []
         verdicts: dict[Pair, Verdict | None] = {}
         for completion, gold in zip(completions, answers, strict=True):
@@ -86,7 +87,7 @@ class MathVerifier(Verifier):
                 self.remembered[pair] = verdict
         if len(self.remembered) > MAX_REMEMBERED:
             self.remembered.clear()
-        return [cast(Verdict, verdicts[pair]) for pair in pairs]  # the hard ones have theirs now
+        return [cast(Verdict, verdicts[pair]) for pair in pairs]  # by now all have one
 
     def stop(self) -> None:
         self.pool.stop()
@@ -96,7 +97,7 @@ class MathVerifier(Verifier):
 
 
 def plain_verdict(gold: str, answer: str | None) -> Verdict | None:
-    """The verdict where it takes no algebra and no time; None where it does."""
+    """The verdict, if it takes neither algebra nor long; otherwise None."""
     if answer is None:
         return verdict_of("no_answer", "no answer found")
     try:
@@ -115,7 +116,7 @@ def plain_verdict(gold: str, answer: str | None) -> Verdict | None:
         right = equivalent(
             text, answer, need_algebra, tolerance=tolerance, seconds=MAX_PLAIN_SECONDS
         )
-    except Exception:  # NeedsAlgebra and Overtime; any other is met again in the worker
+    except Exception:  # NeedsAlgebra and Overtime; any other one is raised again in the worker
         return None
     return RIGHT if right else WRONG
 
@@ -125,7 +126,7 @@ def need_algebra(gold: str, answer: str) -> bool:
 
 
 def why_not_comparable(text: str) -> str:
-    """Why a text is no answer that can be compared; "" where it can be."""
+    """Why a text cannot be compared as an answer; "" if it can."""
     if len(text) > LONGEST:
         return f"is longer than {LONGEST} characters"
     if any("\ud800" <= c <= "\udfff" for c in text):

@@ -1,7 +1,8 @@
 r"""Answers in one notation: ``\dfrac12``, ``{1}/2.`` and ``$\frac{1}{2}$`` become alike.
 
-Text in, text out, by the conventions of MATH and AIME answers; nothing is computed but plain
-numbers. No pattern can backtrack far, and callers cap the length (``LONGEST``).
+All functions map text to text, by the conventions of MATH and AIME answers, except ``number``,
+which computes plain numbers. No pattern can backtrack far, and callers limit the length
+(``LONGEST``).
 """
 
 import re
@@ -37,8 +38,8 @@ NUMERAL = "|".join(sorted(BASES, key=len, reverse=True))  # "six" would match in
 
 
 def combination(match: re.Match) -> str:
-    r"""``_{10}C_3``, ``C_{10}^3`` and ``C^3_{10}`` as ``\binom{10}{3}``: of two numbers the greater
-    is the one chosen from, else the lower index (the first of ``_nC_k``)."""
+    r"""``_{10}C_3``, ``C_{10}^3`` and ``C^3_{10}`` as ``\binom{10}{3}``. Of two numbers, n is the
+    larger one; otherwise it is the lower index (the first one in ``_nC_k``)."""
     first, second = match[1] or match[2], match[3] or match[4]
     if re.fullmatch("[0-9]+", first) and re.fullmatch("[0-9]+", second):
         first, second = sorted((first, second), key=int, reverse=True)
@@ -156,7 +157,7 @@ PEELED = ("{", r"\text{", r"\text {", r"\boxed{", "(")
 
 
 def canonical(text: str) -> str:
-    """The answer in the one notation, without what encloses the whole of it or is said about it."""
+    """The answer in one notation, without brackets around all of it and without words about it."""
     if WRITTEN_PLAINLY.fullmatch(text):
         return text.strip()
     if len(LONE_DOLLAR.findall(text)) % 2:
@@ -168,7 +169,8 @@ def canonical(text: str) -> str:
 
 
 def peel(text: str) -> str:
-    """Without final points, and without braces, boxes and idle parentheses around everything."""
+    """The text without full stops at its end and without braces, boxes and redundant parentheses
+    around all of it."""
     before = None
     while text != before:
         before = text
@@ -182,7 +184,7 @@ def peel(text: str) -> str:
 
 
 def closing(text: str, start: int) -> int:
-    """Where the bracket at ``start`` closes, any bracket closing any other; -1: nowhere."""
+    """Where the bracket at ``start`` closes, or -1. Any closing bracket closes any opening one."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in OPEN) - (text[i] in CLOSE)
@@ -192,7 +194,7 @@ def closing(text: str, start: int) -> int:
 
 
 def split_top(text: str, separator: str = ",") -> list[str]:
-    """The parts between separators that stand in no bracket."""
+    """The parts between those separators that are not inside brackets."""
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         depth += (character in OPEN) - (character in CLOSE)

@@ -1,12 +1,13 @@
-"""Reward functions of the user's own, given by reference (``references``).
+"""A user's own reward functions, given by reference (``references``).
 
     def reward(prompts, completions, answers, **columns) -> list[float | None]
 
-Plain or async. It is called by keyword with as much of this as its signature names: ``prompts``
-(texts, or chats as lists of messages), ``completions`` (texts), ``answers`` (texts, None where a
-row of the data has none), ``tokens`` (of each completion), ``terminated`` (False: cut at the length
-limit), and any column of the data set, each a list with an item per completion. None as a reward
-means that nothing can be told: the rollout is invalid and left out.
+The function is plain or async. It is called by keyword with those of these arguments that its
+signature names: ``prompts`` (texts, or chats as lists of messages), ``completions`` (texts),
+``answers`` (texts, None if a row of the data has none), ``tokens`` (the number in each completion),
+``terminated`` (False: cut at the length limit), and any column of the data set. Each is a list with
+one item per completion. A reward of None means that the completion cannot be graded: the rollout is
+invalid and left out.
 """
 
 import asyncio
@@ -26,25 +27,25 @@ from basis_jax.verify.verdicts import RIGHT_ABOVE, Submission, Verdict, Verifier
 WHAT = "reward function"
 GIVEN = ("prompts", "completions", "answers")
 ASKED = ("tokens", "terminated")
-"""What every call is given, and what one is given that asks for it by name."""
+"""Arguments of every call, and those of a function that asks for them by name."""
 KNOWN = (*GIVEN, *ASKED)
 SHAPE = "def NAME(prompts, completions, answers, **columns)"
 SECONDS, WORKER_SECONDS = 600.0, 10.0
-"""Limits of a call where none is set: in this process; of CPU time, in a worker process."""
-LOOK_EVERY_S = 0.5  # whether the run has been stopped
+"""Default limits of a call: in this process, and of CPU time in a worker process."""
+LOOK_EVERY_S = 0.5  # seconds between looks whether the run has been stopped
 SHOWN = 60  # characters of a text in an error
 TRIED = 8
-"""So many completions without a reward, the first ones, are the function's doing."""
-SEARCH_SECONDS = 10.0  # for the row of a batch on which a function fails
+"""If none of the first so many completions gets a reward, the function itself is at fault."""
+SEARCH_SECONDS = 10.0  # to find the row of a batch on which a function fails
 
 Rewards = list[float | None]
 Await = Callable[[Awaitable], Any]
 
 
 class RewardFunction:
-    """A function that was loaded, and what its signature asks for.
+    """A loaded function, and what its signature asks for.
 
-    Raises ValueError, one sentence, for what cannot be loaded or called.
+    Raises ValueError, one sentence, for a function that cannot be loaded or called.
     """
 
     def __init__(self, reference: str):
@@ -70,7 +71,7 @@ class RewardFunction:
 
     @property
     def columns(self) -> tuple[str, ...] | None:
-        """The columns that it reads; None: all."""
+        """The columns that the function reads; None: all."""
         return None if self.takes_all else tuple(n for n in self.named if n not in KNOWN)
 
     @property
@@ -78,8 +79,8 @@ class RewardFunction:
         return tuple(name for name in self.required if name not in KNOWN)
 
     def __call__(self, rows: Sequence[Submission], wait_for: Await) -> Rewards:
-        """The rewards of a batch. Raises ValueError, one sentence, where it raises or returns
-        something else."""
+        """The rewards of a batch. Raises ValueError, one sentence, if the function raises or
+        returns anything but rewards."""
         arguments = self.arguments(rows)
         try:
             found = self.function(**arguments)
@@ -92,8 +93,8 @@ class RewardFunction:
         return self._checked(found, rows)
 
     def arguments(self, rows: Sequence[Submission]) -> dict[str, list]:
-        """What it is called with. Raises ValueError where it asks for a column that is not there;
-        a row without a column that others have gets None."""
+        """The arguments of a call. A row without a column that other rows have gets None. Raises
+        ValueError if the function asks for a column that is not there."""
         given: dict[str, list] = {
             "prompts": [_messages(row.prompt) for row in rows],
             "completions": [row.completion for row in rows],
@@ -155,13 +156,13 @@ class RewardFunction:
 
 
 class OwnReward(Verifier):
-    """The rewards of a function of the user's own.
+    """The rewards of a user's own function.
 
-    ``workers`` 0: it is called in this process, with all completions of a step at once, and may
+    With ``workers`` 0 it is called in this process, with all completions of a step at once, and may
     take ``seconds`` (0: ``SECONDS``). Otherwise it is called with one completion at a time in so
-    many confined processes (``confinement``: no files, no network, no new process), may compute for
-    ``seconds`` (0: ``WORKER_SECONDS``), and a completion on which it takes longer, needs too much
-    memory or dies has reward 0, as with the verifiers of this package.
+    many confined processes (``confinement``: no files, no network, no new process). There it may
+    compute for ``seconds`` (0: ``WORKER_SECONDS``) per completion. A completion on which it takes
+    longer, needs too much memory or dies has reward 0, as with the verifiers of this package.
     """
 
     def __init__(
@@ -187,16 +188,16 @@ class OwnReward(Verifier):
         return self.judge([Submission(completion, answer) for completion, answer in pairs])
 
     def judge(self, rows: Sequence[Submission]) -> list[Verdict]:
-        """Raises ValueError where the function raises, returns no rewards, or never returns."""
+        """Raises ValueError if the function raises, does not return rewards, or does not return."""
         if not rows:
             return []
         if self.pool:
-            first = 0 if self.answered else TRIED  # never all to a function that hangs
+            first = 0 if self.answered else TRIED  # a function that hangs gets only these
             return self._in_workers(rows[:first]) + self._in_workers(rows[first:])
         return [scored(value) for value in self._in_time(rows)]
 
     def _in_time(self, rows: Sequence[Submission]) -> Rewards:
-        """The function's rewards, called in a thread that is left alone where it never returns."""
+        """The function's rewards. It runs in a thread, which is abandoned if it does not return."""
         outcome: list[Any] = []
 
         def call() -> None:
@@ -225,7 +226,8 @@ class OwnReward(Verifier):
         return outcome[0]
 
     def _called(self, rows: Sequence[Submission]) -> Rewards:
-        """Where it fails on a batch, the first row on which it fails alone is named."""
+        """The function's rewards. If it fails on a batch, the error names the first row on which it
+        fails alone."""
         try:
             return self.function(rows, _run)
         except ValueError:
@@ -276,7 +278,7 @@ class OwnReward(Verifier):
 
 
 def scored(reward: float | None) -> Verdict:
-    """The verdict that a reward is. It counts as right above ``RIGHT_ABOVE``."""
+    """The verdict for a reward. It counts as right above ``RIGHT_ABOVE``."""
     if reward is None:
         return verdict_of("ungraded", "the reward function gave None")
     kind = "right" if reward > RIGHT_ABOVE else "wrong"
@@ -284,8 +286,8 @@ def scored(reward: float | None) -> Verdict:
 
 
 def judge_in_worker(reference: str) -> Callable[[str, str], list[str]]:
-    """(row as JSON, completion) -> ["scored", reward as JSON], or ["broken", a sentence]; for a
-    process that is confined afterwards: whatever opens something is made here."""
+    """Make the function (row as JSON, completion) -> ["scored", reward as JSON], or ["broken", a
+    sentence]. The process is confined afterwards, so everything that opens files is done here."""
     function, loop = RewardFunction(reference), asyncio.new_event_loop()
 
     def judge(row: str, completion: str) -> list[str]:
@@ -302,7 +304,8 @@ def judge_in_worker(reference: str) -> Callable[[str, str], list[str]]:
 
 
 def _parameters(reference: str, function: Callable) -> list[inspect.Parameter]:
-    """Those that are given by keyword. Raises ValueError for others without a default."""
+    """The parameters that can be given by keyword. Raises ValueError for others without a
+    default."""
     try:
         parameters = [*inspect.signature(function).parameters.values()]
     except (TypeError, ValueError) as error:
@@ -332,7 +335,7 @@ def _messages(prompt: str | tuple) -> str | list[dict[str, str]]:
 
 
 def _about(rows: Sequence[Submission]) -> str:
-    """The row that an error is about; of several how many they are."""
+    """Describe the row that an error is about; for several rows, their number."""
     if len(rows) > 1:
         return f"a batch of {len(rows)} completions"
     prompt = rows[0].prompt if isinstance(rows[0].prompt, str) else rows[0].prompt[-1][1]

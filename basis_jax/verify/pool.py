@@ -1,7 +1,7 @@
-"""Worker processes with a hard time limit for each job; one that overstays dies and is replaced.
+"""Worker processes with a hard time limit per job: one that exceeds it is killed and replaced.
 
-No thread, no signal, no pickle, and no fork of a process that runs JAX: the workers are programs of
-their own, talking JSON lines over pipes. They start when the first job comes.
+There are no threads, signals, pickles, or forks of a process that runs JAX: the workers are
+separate programs that exchange JSON lines over pipes. They start with the first job.
 """
 
 import json
@@ -19,20 +19,21 @@ from typing import IO, cast
 
 START_SECONDS = 120
 START_ATTEMPTS = 3
-LOOK_EVERY_S = 0.5  # whether the run has been stopped
-PATIENCE = 10  # a job may take this many times its CPU time by the clock: others compute as well
+LOOK_EVERY_S = 0.5  # seconds between looks whether the run has been stopped
+PATIENCE = 10  # wall-clock limit of a job, in units of its CPU time: other processes compute too
 UNCLEAN = ("memory", "nonsense", "refused")
-"""What may be due to jobs before; repeated by a fresh process unless it was one."""
+"""Kinds of replies that earlier jobs may have caused. A fresh process repeats the job, unless it
+was the first job of its process."""
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR")
-OWN = "own:"  # begins the kind of a user's own function, whose module may be on his import path
+OWN = "own:"  # begins the kind of a user's own function; it may need the user's import path
 PLAIN = ("right", "wrong", "gold", "scored")
 """Kinds of replies after which a process may take another job."""
 Reply = tuple[str, str]  # the kind of verdict ("right", "wrong", "timeout", ...); the reason
 
 
 class Stopped(Exception):
-    """Grading was given up, as the run that asked for it ends."""
+    """Grading was given up, because the run that asked for it ends."""
 
 
 class Worker:
@@ -65,7 +66,8 @@ class Worker:
             pass
 
     def receive(self) -> Reply | None:
-        """A whole line, once it is there; when the process has ended, what it died of."""
+        """The reply, once its line is complete; the cause of death if the process has ended; None
+        otherwise."""
         found = os.read(self.output.fileno(), 65536)
         if not found:
             return self.cause_of_death()
@@ -77,7 +79,7 @@ class Worker:
         return status, reason
 
     def cause_of_death(self) -> Reply:
-        """By its exit status: the job's doing, or that of somebody outside."""
+        """Why the process ended, by its exit status: through the job, or killed from outside."""
         try:
             status = -self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -99,11 +101,11 @@ class Worker:
 
 
 class Pool:
-    """``run`` pairs of right answer and answer through up to ``workers`` processes.
+    """``run`` grades pairs (right answer, answer) in up to ``workers`` processes.
 
-    ``kind`` is what grades them (``worker.KINDS``), ``package`` where that comes from. ``seconds``
-    is CPU time for one pair, ``memory_mb`` what a worker may use beyond its own code. One call at
-    a time; a second thread waits.
+    ``kind`` is what grades them (``worker.KINDS``), ``package`` the package that it needs.
+    ``seconds`` is the CPU time for one pair, ``memory_mb`` the memory that a worker may use beyond
+    its own code. There is one call at a time; a second thread waits.
     """
 
     def __init__(self, *, kind: str, package: str, workers: int, seconds: float, memory_mb: int):
@@ -114,8 +116,8 @@ class Pool:
         self.lock, self.stopped = threading.Lock(), threading.Event()
 
     def run(self, pairs: Sequence[tuple[str, str]]) -> list[Reply]:
-        """The reply to each pair. Raises ValueError where no worker could ever start; later a
-        pair without a process to grade it is a failure. Raises Stopped after ``stop``."""
+        """The reply to each pair. Raises ValueError if no worker has ever started. If some have but
+        no more start, the pairs that are left are failures. Raises Stopped after ``stop``."""
         with self.lock:
             replies: dict[int, Reply] = {}
             waiting = deque(range(len(pairs)))
@@ -128,13 +130,13 @@ class Pool:
                         self._take(worker, spoke, replies, waiting=waiting)
                     if self.failed_starts >= START_ATTEMPTS:
                         self._give_up(waiting, replies)
-            finally:  # after an interrupt: nobody is left to hear those that are busy
+            finally:  # after an interrupt nobody reads the replies of busy workers
                 for worker in [w for w in self.workers if w.job is not None]:
                     self._drop(worker)
             return [replies[i] for i in range(len(pairs))]
 
     def _feed(self, waiting: deque[int], pairs: Sequence[tuple[str, str]]) -> None:
-        """As many workers as there is work for, and a job for each that is free and lives."""
+        """Start as many workers as there is work for, and give a job to each that is free."""
         idle = [w for w in self.workers if w.ready and w.job is None]
         for worker in [w for w in idle if w.process.poll() is not None]:
             self._drop(worker)
@@ -150,8 +152,8 @@ class Pool:
                 worker.send(job, pairs[job], self.seconds)
 
     def _start(self) -> Worker:
-        """A process with nothing of this one's environment but where libraries are; the seed of
-        hashes is fixed, since the order of sets can decide how sympy proceeds."""
+        """Start a process. Of this one's environment it gets only where libraries are. The seed of
+        hashes is fixed, because the order of sets can change what sympy does."""
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
         folders = [str(Path(__file__).parent.parent.parent)]
         if self.kind.startswith(OWN) and "PYTHONPATH" in os.environ:
@@ -181,7 +183,7 @@ class Pool:
     def _take(
         self, worker: Worker, spoke: bool, replies: dict[int, Reply], *, waiting: deque[int]
     ) -> None:
-        """Note what a worker said, or why it will say nothing."""
+        """Store a worker's reply, or why there will be none."""
         stalled = "failure", f"the grading process stalled for {PATIENCE * self.seconds:g} s"
         reply = worker.receive() if spoke else stalled
         if reply is None:
@@ -208,8 +210,8 @@ class Pool:
         self.trouble = trouble or self.trouble
 
     def _give_up(self, waiting: deque[int], replies: dict[int, Reply]) -> None:
-        """No process starts: an error of the installation, or, if some did before, a failure for
-        each pair that waits for one."""
+        """No process starts. Raise ValueError if none ever has, because then the installation is
+        wrong; otherwise every waiting pair is a failure."""
         self.failed_starts = 0
         if not self.has_started:
             raise ValueError(
@@ -228,7 +230,7 @@ class Pool:
         self.stopped.set()
 
     def close(self) -> None:
-        """End the processes. The pool can be used again; they would start anew."""
+        """End the processes. The pool can be used again and then starts new ones."""
         with self.lock:
             while self.workers:
                 self._drop(self.workers[-1])

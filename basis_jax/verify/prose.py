@@ -1,4 +1,4 @@
-r"""What is said around an answer: ``\text{The answer is } 5``, ``4 (since k = 2)``."""
+r"""Remove words around an answer: ``\text{The answer is } 5``, ``4 (since k = 2)``."""
 
 import re
 
@@ -11,8 +11,8 @@ LEAD = re.compile(
     r"(?: ?\})?(?![a-z])(?= ?\S)",
     re.IGNORECASE,
 )
-"""Words in front that end in a verb or a colon: at least three letters, so ``A: 5`` and ``a:b`` do
-not count, nor does ``at least 5``."""
+"""Words before an answer that end in a verb or a colon. They have at least three letters, so
+``A: 5``, ``a:b`` and ``at least 5`` do not match."""
 ADVERBS = re.compile(
     r" ?(?:indeed|then|thus|therefore|hence|simply|just|exactly|clearly|now|precisely|equal to"
     r"|given by|always|only|still|again|in fact)\b ?,?",
@@ -26,8 +26,9 @@ COMMENT = re.compile(
     r")\b(?![a-zA-Z{_^=(]).*",
     re.DOTALL,
 )
-"""A reason behind an answer; a condition or a place only in parentheses, where it is an aside.
-Behind words, only what is sure to be a reason: "increases as x decreases" is one answer."""
+"""A reason after an answer. A condition or a place matches only in parentheses, where it is an
+aside. After words, only what is certainly a reason matches: "increases as x decreases" is one
+answer."""
 
 
 def without_talk(text: str) -> str:
@@ -58,8 +59,8 @@ LETTER = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])\)?")
 
 
 def choice(text: str) -> tuple[str, str]:
-    """The letter of an option and what the option says: ("C", "12") for ``(C) 12``; "" for both
-    where there is no letter in front, or there are the letters of several options."""
+    """The letter of an option and its content: ("C", "12") for ``(C) 12``. Both are "" if there is
+    no letter in front, or if there are letters of several options."""
     text = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text).strip()
     if whole := LETTER.fullmatch(text):
         return whole[1], ""

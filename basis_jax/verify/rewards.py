@@ -1,4 +1,4 @@
-"""Several rewards with weights, and ready-made ones for form and length."""
+"""Several rewards with weights, and ready-made rewards for format and length."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,17 +11,17 @@ from basis_jax.verify.verdicts import Submission, Verdict, Verifier, verdict_of
 
 READY_MADE = ("format", "overlong")
 THINK_THEN_ANSWER = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"
-"""The form of R1 (arXiv 2501.12948)."""
+"""The format of R1 (arXiv 2501.12948)."""
 MATCH_SECONDS = 1.0
-"""Some patterns, such as (a+)+b, would take years: the form then counts as missed."""
+"""Some patterns, such as (a+)+b, could take years. The completion then counts as not matching."""
 
 
 class FormatReward(Verifier):
-    """1 where the whole completion has the form of a regular expression, else 0; a dot is any
-    character, also the end of a line. A completion whose matching takes over MATCH_SECONDS gets 0
-    and the verdict "timeout".
+    """1 if the whole completion matches a regular expression, else 0. A dot matches any character,
+    line breaks included. A completion whose matching takes more than MATCH_SECONDS gets 0 and the
+    verdict "timeout".
 
-    Raises ValueError for a pattern that is none.
+    Raises ValueError for a pattern that is not a regular expression.
     """
 
     name = "format"
@@ -83,14 +83,14 @@ def overlong(tokens: int, *, limit: int, buffer: int) -> float:
 
 
 class SeveralRewards(Verifier):
-    """The sum of weighted rewards r_k of a completion; the first is that of the verifier.
+    """The weighted sum of the rewards r_k of a completion; the first is that of the verifier.
 
-    A completion that one of them cannot grade is invalid. ``normalised``: over the N valid
-    completions of a step
+    A completion that one of them cannot grade is invalid. With ``normalised``, over the N valid
+    completions of a step,
 
         r_i = sum_k w_k r_ki / s_k,    s_k^2 = mean_j (r_kj - m_k)^2,    m_k = mean_j r_kj,
 
-    so that each reward varies as much as its weight says. As in GDPO (arXiv 2601.05242), with the
+    so that each reward varies in proportion to its weight. This is GDPO (arXiv 2601.05242) with the
     step in place of the group; the mean is left to the estimator's baseline. A reward that is the
     same for all (s_k = 0) adds 0. A completion's own reward is part of s_k: leaving it out changes
     s_k by a factor of about 1 + (1 - z^2) / (2 N) at z deviations from the mean. The factor is
@@ -116,7 +116,7 @@ class SeveralRewards(Verifier):
         )
 
     def judge(self, rows: Sequence[Submission]) -> list[Verdict]:
-        with ThreadPoolExecutor(len(self.rewards)) as threads:  # slow ones wait together
+        with ThreadPoolExecutor(len(self.rewards)) as threads:  # slow ones run at the same time
             graded = [*threads.map(lambda reward: reward.judge(rows), self.rewards)]
         return [self._sum(of_row) for of_row in zip(*graded, strict=True)]
 

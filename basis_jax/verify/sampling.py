@@ -1,5 +1,5 @@
-"""Equality of sympy expressions by their values, to 50 digits: constants, and functions at chosen
-points."""
+"""Equality of sympy expressions by their values to 50 digits: those of constants, and those of
+functions at chosen points."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ from basis_jax.verify.criteria import EXACT, Tolerance
 
 DIGITS = 60  # e^(pi sqrt(163)) is a whole number to 30 of them
 INTEGER_NAMES = frozenset("jkmnKMN")
-"""Letters that stand for whole numbers where two expressions agree at those alone."""
+"""Letters that are taken for whole numbers if two expressions agree only at whole numbers."""
 INTEGERS = ((7, 12), (6, 4), (9, 6), (10, 15), (5, 8), (12, 18), (-4, -9))
 """Values of the first two variables, with and without common factors, of either parity."""
 
@@ -59,7 +59,7 @@ def to_fraction(value: Rational) -> Fraction:
 
 
 def is_precise(value: Expr) -> bool:
-    """Whether a number's digits are more than the noise left of a sum that cancels."""
+    """Whether a number's digits are more than the rounding noise of a sum that cancels."""
     parts = value.atoms(Float)
     return any(part and part._prec > 10 for part in parts) or bool(value.is_Rational and value)
 
@@ -68,8 +68,8 @@ def same_functions(left: Basic, right: Basic) -> bool | None:
     """Whether two expressions agree at every chosen point at which both are real (or complex, if
     the variables are positive). None if they are not expressions, or if no point is of use.
 
-    Integer functions are tried at integers too; where all that the two share are variables named
-    as integers are (k, m, n), agreement at integers is enough.
+    Integer functions are tried at integers too. If the only variables are letters that usually
+    stand for integers (k, m, n), agreement at integers is enough.
     """
     if not all(isinstance(side, Expr) for side in (left, right)):
         return None
@@ -95,13 +95,13 @@ def same_functions(left: Basic, right: Basic) -> bool | None:
 
 
 def is_of_integers(side: Expr) -> bool:
-    """Whether a function in it is defined for integers alone."""
+    """Whether the expression has a function that is defined for integers only."""
     return any(type(f).__name__ in ("Gcd", "Lcm") for f in side.atoms(Expr) if f.is_Function)
 
 
 def real_points(symbols: Sequence[Symbol]) -> Iterator[tuple[dict[Symbol, Rational], bool]]:
-    """Points, and whether all variables are positive there: thrice all positive (once all
-    large), all negative, and the signs in turn."""
+    """Points, and whether all variables are positive there: three with all positive (in one of them
+    all large), one with all negative, and for several variables one with alternating signs."""
     for numerator, signs in ((17, (1,)), (31, (1,)), (1009, (1,)), (23, (-1,)), (19, (1, -1))):
         if len(symbols) == 1 and len(signs) == 2:
             continue
@@ -126,8 +126,8 @@ def integer_points(
 def agree(
     left: Expr, right: Expr, points: Iterator[tuple[dict[Symbol, Rational], bool]]
 ) -> bool | None:
-    """Whether two expressions have equal values wherever they have any; None where that is at no
-    point with positive variables, or digits say nothing there."""
+    """Whether two expressions have equal values at every point that is used. None if none is, or if
+    a point with positive variables cannot decide (no value, or digits that are rounding noise)."""
     verdict_so_far = None
     for values, positive in points:
         if not positive and not (has_real_roots(left, values) and has_real_roots(right, values)):
@@ -143,8 +143,8 @@ def agree(
 
 
 def has_real_roots(side: Expr, values: dict[Symbol, Rational]) -> bool:
-    """Whether no root and no logarithm in it is one of a negative number at a point. Two of them
-    can multiply to a real number, as sqrt(-2) sqrt(-3) does."""
+    """Whether every root and logarithm in the expression has a real value at a point. Two that have
+    none can multiply to a real number, as sqrt(-2) sqrt(-3) does."""
     for part in side.atoms(Pow, log):
         inside = part.args[0].xreplace(values)
         whole = isinstance(part, Pow) and part.exp.xreplace(values).is_integer

@@ -1,8 +1,9 @@
 r"""Algebra: whether two expressions in LaTeX are equal, by math-verify on sympy.
 
-For worker processes only: an expression can take for ever and all memory. math-verify's own time
-limit is off (it needs the main thread, and can hang), and its ways to ``eval`` are not taken: its
-reader of plain text is not used, its reader of LaTeX is given a ``parse_number`` that only counts.
+For worker processes only: an expression can take all memory and never end. math-verify's own time
+limit is off, because it needs the main thread and can hang. Its calls of ``eval`` are avoided: its
+reader of plain text is not used, and its reader of LaTeX gets a ``parse_number`` that only reads
+numbers.
 """
 
 import math
@@ -37,8 +38,8 @@ CHOSEN = re.compile(r"(?<![a-zA-Z\\])C ?\( ?([0-9]+|[a-z]) ?, ?([0-9]+|[a-z]) ?\
 
 
 class IntegerFunction(Function):
-    """A function of integers that sympy would take for one of polynomials: not evaluated before
-    its arguments are integers."""
+    """A function of integers, which sympy would evaluate as a function of polynomials. It stays
+    unevaluated until its arguments are integers."""
 
     @classmethod
     def eval(cls, *arguments):
@@ -58,7 +59,8 @@ class Lcm(IntegerFunction):
 
 
 class Reader(_Latex2Sympy):
-    """math-verify's reader; numbers are exact, and never given to ``sympify``, which evaluates."""
+    """math-verify's reader, with exact numbers. They are not passed to ``sympify``, which uses
+    ``eval``."""
 
     def parse_number(self, text: str) -> Rational:
         return Rational(text.replace(",", ""))
@@ -68,13 +70,14 @@ class Reader(_Latex2Sympy):
 
 
 class Unreadable(Exception):
-    """The right answer is in no notation that the parser knows."""
+    """The parser cannot read the right answer."""
 
 
 def same_scalars(gold: str, answer: str, tolerance: Tolerance = EXACT) -> bool:
-    """Equal as numbers, expressions, relations or sets; an answer that is no mathematics is not.
+    """Whether two answers are equal as numbers, expressions, relations or sets. An answer that
+    cannot be read is not equal.
 
-    Raises Unreadable where it is the gold that cannot be read.
+    Raises Unreadable if the gold cannot be read.
     """
     gold, answer = prepared(gold), prepared(answer)
     real = not should_treat_as_complex(gold + " " + answer)
@@ -105,8 +108,8 @@ def same_scalars(gold: str, answer: str, tolerance: Tolerance = EXACT) -> bool:
 
 
 def prepared(text: str) -> str:
-    r"""The canonical notation in what the reader knows: ``\cis``, degrees (radians inside of
-    trigonometric functions, dropped elsewhere), ``C(n,k)``."""
+    r"""The canonical notation without what the reader does not know: ``\cis``, ``C(n,k)``, and
+    degrees, which become radians if the text has trigonometric functions and are dropped if not."""
     if TRIGONOMETRY.search(text):
         text = DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
     text = text.replace(r"^\circ", "")

@@ -1,7 +1,7 @@
 r"""Values with a unit or a magnitude behind them: ``5\text{ cm}^2``, ``2.5\text{ million}``.
 
-A unit may be left out. Known units must measure the same, and are converted; other words after a
-number (``7 apples``) are ignored unless they change what it says (``7 or more``).
+A unit may be left out. Two known units must measure the same quantity, and are converted. Other
+words after a number (``7 apples``) are ignored, unless they change its meaning (``7 or more``).
 """
 
 import re
@@ -15,7 +15,7 @@ Same = Callable[[str, str], bool]
 
 
 def table(text: str) -> dict[str, Unit]:
-    """``name name: kind size`` by line, the size in the kind's own unit."""
+    """Read lines ``name name: kind size``; the size is given in the kind's own unit."""
     units: dict[str, Unit] = {}
     for line in text.strip().splitlines():
         names, _, measure = line.partition(":")
@@ -109,7 +109,7 @@ TELLING = frozenset(
     factorial percent half quarter thirds iff bc ad factor multiple divides recurring
     repeating""".split()
 )
-"""Words that change what the number before them says, or are no unit of it."""
+"""Words that change the meaning of the number before them, or are not a unit of it."""
 
 POWER = r"(?: ?\^ ?(?:\{ ?-?[0-9] ?\}|-?[0-9]))?"
 WRAPPED = rf"(?:\\text ?\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}{POWER}|\^\\circ|\\text\{{deg[cf]\}})"
@@ -125,7 +125,7 @@ WORD = re.compile(r"([a-zA-Zµμ¢]+)\.?|\^ ?\{? ?(-?[0-9]) ?\}?|(/)|([^ ])")
 
 
 def same_quantities(gold: str, answer: str, same: Same) -> bool | None:
-    """The values, where at least one answer has a unit or a magnitude."""
+    """Compare quantities. None if neither answer has a unit or a magnitude."""
     left, right = split_unit(gold), split_unit(answer)
     if left[0] == gold and right[0] == answer:
         return None
@@ -146,7 +146,7 @@ def same_quantities(gold: str, answer: str, same: Same) -> bool | None:
 
 
 def same_angle(value: str, unit: Unit, other: str, others_unit: Unit, *, same: Same) -> bool:
-    """Degrees and radians measure the same."""
+    """Compare angles: degrees and radians are converted."""
     kinds = [set(unit[0]), set(others_unit[0])]
     if kinds == [{"degree"}, {"radian"}]:
         return same(scaled(value, r"\frac{\pi}{180}"), other)
@@ -156,8 +156,9 @@ def same_angle(value: str, unit: Unit, other: str, others_unit: Unit, *, same: S
 
 
 def conversion(unit: Unit, other: Unit) -> Fraction | None:
-    """How many of ``other`` a ``unit`` is; None where they do not measure the same. Units without
-    a name may be any length: an area in square units is one in square centimeters."""
+    """How many of ``other`` one ``unit`` is; None if they do not measure the same quantity. The
+    word "unit" may stand for any unit. Only for lengths the powers must agree: square units may be
+    square centimeters."""
     dimensions = [u[0] for u in (unit, other)]
     if any("unit" in d for d in dimensions):
         powers = [sum(d.values()) for d in dimensions]
@@ -167,7 +168,7 @@ def conversion(unit: Unit, other: Unit) -> Fraction | None:
 
 
 def scaled(value: str, factor: Fraction | str) -> str:
-    r"""The product in LaTeX: a number where the value is one."""
+    r"""The product in LaTeX; a plain number if the value is one."""
     if factor == 1:
         return value
     exact = number(value)
@@ -180,13 +181,13 @@ def scaled(value: str, factor: Fraction | str) -> str:
 
 
 def is_constant(value: str) -> bool:
-    """No letter of it is a variable."""
+    """Whether no letter of the value is a variable."""
     return not re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", value))
 
 
 def split_unit(text: str) -> tuple[str, Unit | None, tuple[str, ...]]:
-    """The value with its magnitude, the unit where it is known, and other words behind it; the
-    text itself, None and () where it is no quantity."""
+    """The value times its magnitude, the unit if it is known (else None), and the other words after
+    it. A text that is no quantity gives the text itself, None and ()."""
     nothing = text, None, ()
     if currency := CURRENCY.fullmatch(text):
         sign, name, rest = currency.groups()
@@ -215,9 +216,9 @@ def split_unit(text: str) -> tuple[str, Unit | None, tuple[str, ...]]:
 
 
 def plain_unit(value: str, text: str, tail: str, *, unit: Unit | None) -> bool:
-    r"""Whether words without ``\text`` are a unit: after a plain number, and a letter alone only
-    where it is a usual unit and stands apart (``5x`` is algebra); after other constants those of
-    two letters that are known."""
+    r"""Whether words without ``\text`` are a unit. After a plain number, a known unit is one if it
+    has two letters or follows a space (``5x`` is algebra), and an unknown one if it has three
+    letters and follows a space. After another constant only known units of two letters are."""
     spaced = text[len(value) : len(value) + 1] == " "
     word = re.match("[a-zA-Zµμ]*", tail)
     letters = len(word[0]) if word else 0
@@ -229,7 +230,7 @@ def plain_unit(value: str, text: str, tail: str, *, unit: Unit | None) -> bool:
 
 
 def read_unit(text: str) -> tuple[Fraction, Unit | None, tuple[str, ...]]:
-    """The magnitude, the unit (None where a word of it is not known) and the unknown words."""
+    """The magnitude, the unit (None if one of its words is not known) and the unknown words."""
     text = re.sub(r"\\text ?\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 ", text).replace(
         "^\\circ", "degree"
     )
@@ -261,7 +262,7 @@ def read_unit(text: str) -> tuple[Fraction, Unit | None, tuple[str, ...]]:
 
 
 def add(dimensions: dict[str, int], unit: Unit, power: int, size: Fraction) -> Fraction:
-    """Multiply a power of a unit onto dimensions, in place; the size of the product."""
+    """Multiply ``dimensions`` in place by a power of a unit; returns the size of the product."""
     for kind, exponent in unit[0].items():
         dimensions[kind] = dimensions.get(kind, 0) + exponent * power
     return size * unit[1] ** power

@@ -1,4 +1,4 @@
-"""What a verifier says of a completion, and what every verifier offers."""
+"""The verdict on a completion, and the interface of every verifier."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ RIGHT_ABOVE = 0.5
 @dataclass(frozen=True)
 class Submission:
     """A completion that is to be graded, and what is known about it. ``prompt`` is a text, or the
-    messages of a chat as (role, content) pairs; ``answer`` is empty where the data has none."""
+    messages of a chat as (role, content) pairs. ``answer`` is empty if the data has none."""
 
     completion: str
     answer: str
@@ -38,9 +38,9 @@ class Submission:
 @dataclass(frozen=True)
 class Verdict:
     """The grade of one completion. ``reward``: 1 or 0, or any finite number of a reward function.
-    ``valid``: False if it could not be graded, for a reason that the policy has no part in.
-    ``reason``: for a reader. ``kind``: for counting, one of ``KINDS``. ``parts``: the single
-    rewards where there are several."""
+    ``valid``: False if it could not be graded for a reason that is not the policy's fault.
+    ``reason``: a text for people. ``kind``: one of ``KINDS``, to be counted. ``parts``: the single
+    rewards, if there are several."""
 
     reward: float
     valid: bool
@@ -50,7 +50,7 @@ class Verdict:
 
 
 def verdict_of(kind: str, reason: str) -> Verdict:
-    """What a kind means for reward and validity."""
+    """The verdict of a kind: reward 1 for "right", else 0; not valid if the kind is ``INVALID``."""
     return Verdict(float(kind == "right"), kind not in INVALID, reason, kind)
 
 
@@ -59,9 +59,9 @@ WRONG = verdict_of("wrong", "differs")
 
 
 def shares(kinds: Sequence[str]) -> dict[str, float]:
-    """The share of each kind of verdict among ``kinds``, one a verdict, as metrics:
-    ``verify/timeout`` and so on, 0 for a kind that does not occur. All kinds but right and wrong,
-    which are the reward. Raises ValueError where there are no verdicts."""
+    """The share of each kind among the ``kinds`` of verdicts, as metrics: ``verify/timeout`` and so
+    on, 0 for a kind that does not occur. "right" and "wrong" are left out, because the reward shows
+    them. Raises ValueError if there are no verdicts."""
     if not kinds:
         raise ValueError("no verdicts; give at least one")
     return {
@@ -72,20 +72,20 @@ def shares(kinds: Sequence[str]) -> dict[str, float]:
 
 
 class Verifier:
-    """A context manager; its processes, where it has any, end with the block."""
+    """A context manager. If a verifier has processes, they end with the block."""
 
     name = ""
     part_names: tuple[str, ...] = ()
-    """Of the single rewards, where there are several; the first is the verifier's own."""
+    """Names of the single rewards, if there are several; the first is the verifier's own."""
     columns: tuple[str, ...] | None = ()
-    """Columns of the data set that it reads; None: all."""
+    """Columns of the data set that the verifier reads; None: all."""
     required_columns: tuple[str, ...] = ()
-    """Those without which it cannot grade."""
+    """Columns without which it cannot grade."""
     whole_batches = False
-    """Whether it wants all completions of a step in one call; otherwise they may come in parts."""
+    """Whether it needs all completions of a step in one call; otherwise they may come in parts."""
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """A verdict for each completion; ``answers`` are the right ones. From any thread."""
+        """A verdict for each completion; ``answers`` are the right ones. Any thread may call it."""
         raise NotImplementedError
 
     def judge(self, rows: Sequence[Submission]) -> list[Verdict]:
@@ -93,7 +93,7 @@ class Verifier:
         return self.grade([row.completion for row in rows], [row.answer for row in rows])
 
     def settle(self, verdicts: list[Verdict]) -> list[Verdict]:
-        """The verdicts of a step, once all are there."""
+        """The final verdicts of a step, made of all its verdicts."""
         return verdicts
 
     def stop(self) -> None:

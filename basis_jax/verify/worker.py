@@ -1,8 +1,8 @@
 """The process that grades: a line of JSON in, a line of JSON out, until its input ends.
 
 It is started with ``python -m basis_jax.verify.worker KIND SECONDS MEGABYTES`` and expects to be
-killed from outside. What it reads was written by a model, so it is confined once it has started up
-(``confinement``), and each job may compute for SECONDS, after which the process dies of SIGPROF.
+killed from outside. Its input was written by a model, so it is confined once it has started up
+(``confinement``). Each job may use SECONDS of CPU time, after which SIGPROF ends the process.
 
 A verdict must not depend on earlier jobs. So caches are emptied and random numbers are seeded again
 for each job, and the process ends after anything but a plain verdict, or when memory is used up.
@@ -28,7 +28,7 @@ WARM_UP = (
     ("x<3", "x>3"),
     (r"\int_0^1 x^2 dx", "1"),
 )
-"""What makes sympy load and make what it loads and makes late."""
+"""Comparisons after which sympy has imported its late modules and filled what it fills late."""
 
 
 GROWTH = 4  # a worker ends once a fourth of its memory is used between jobs
@@ -38,9 +38,9 @@ Kind = tuple[Judge, Callable[[], None], str]  # also: forget; the folder it may 
 
 
 def main() -> None:
-    """Say ``["ready", ""]``, then to each job ``[gold, answer]`` a kind of verdict, and why."""
+    """Print ``["ready", ""]``, then for each job ``[gold, answer]`` a kind of verdict and why."""
     kind, seconds, megabytes = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, who ends our input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends our input
     output = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # nothing else can write between the lines
     try:
@@ -48,7 +48,7 @@ def main() -> None:
     except (ImportError, ValueError) as error:
         print(json.dumps(["failure", str(error)]), file=output, flush=True)
         return
-    memory = open("/proc/self/statm", "rb") if sys.platform == "linux" else None  # while it may
+    memory = open("/proc/self/statm", "rb") if sys.platform == "linux" else None  # still allowed
     present = pages(memory)
     refusals = confine(megabytes, readable)
     print(json.dumps(["ready", ""]), file=output, flush=True)
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def answer(judge: Judge, line: str, refusals: list[str]) -> list[str]:
-    """The reply to one job, whatever it raises: the answer is hostile."""
+    """The reply to one job, whatever the judge raises: the answer may be hostile."""
     try:
         reply = judge(*json.loads(line))
     except MemoryError:
@@ -78,7 +78,7 @@ def answer(judge: Judge, line: str, refusals: list[str]) -> list[str]:
 
 
 def pages(memory: BinaryIO | None) -> int:
-    """Of address space, read from an open file, since confined nothing can be opened."""
+    """Pages of address space, from a file opened before: a confined process cannot open files."""
     return int(os.pread(memory.fileno(), 100, 0).split()[0]) if memory else 0
 
 
@@ -115,8 +115,8 @@ def mathematics() -> Kind:
 
 
 def gym() -> Kind:
-    """The scorers of reasoning-gym, which read its word lists; the right answer is the task, its
-    options and the problem, as JSON. What a scorer cannot read is wrong."""
+    """The scorers of reasoning-gym, which may read its word lists. The right answer is the task,
+    its options and the problem, as JSON. An answer that a scorer cannot read is wrong."""
     import reasoning_gym
 
     @functools.lru_cache(maxsize=8)
@@ -143,7 +143,7 @@ def gym() -> Kind:
 
 
 def own(kind: str) -> Kind:
-    """A reward function of the user's own."""
+    """A user's own reward function."""
     from basis_jax.verify.own import judge_in_worker
 
     return judge_in_worker(kind.removeprefix(OWN)), lambda: random.seed(0), ""

@@ -46,7 +46,7 @@ def problems(*, held_out: bool) -> list[Problem]:
 
 
 def of_kind(name: str, *, held_out: bool) -> list[Problem]:
-    """One side of a kind's questions, drawn once and for all, in the order of the operands."""
+    """One side of a kind's questions, always the same ones, in the order of the operands."""
     kind = KINDS[name]
     pairs = [(a, b) for a in kind.left for b in kind.right]
     chosen = sorted(random.Random(name).sample(pairs, kind.size))
@@ -68,8 +68,8 @@ def is_held_out(name: str, pair: tuple[int, int]) -> bool:
 
 
 def worked_lines(kind: Kind, shown: Sequence[tuple[int, int]], pair: tuple[int, int]) -> str:
-    """Answered training questions, none of them the asked one in either order; the asked one
-    decides which."""
+    """Training questions with answers, none of them the asked question in either order. The asked
+    question decides which."""
     draw = random.Random(kind.text.format(*pair)).sample(shown, kind.worked + 2)
     others = [other for other in draw if sorted(other) != sorted(pair)][: kind.worked]
     return "".join(f"{kind.text.format(*other)} {kind.function(*other)}\n" for other in others)

@@ -16,8 +16,8 @@ SIZE = 1000
 
 
 def problems(spec: str, *, held_out: bool) -> list[Problem]:
-    """One side of a task's problems. Raises ValueError where reasoning-gym is missing or does not
-    know the task or its options."""
+    """One side of a task's problems. Raises ValueError if reasoning-gym is missing or does not know
+    the task or its options."""
     try:
         import reasoning_gym
     except ImportError as error:
@@ -45,7 +45,7 @@ def problems(spec: str, *, held_out: bool) -> list[Problem]:
 
 
 def written(name: str, options: dict[str, Any], entry: dict[str, Any]) -> str:
-    """What the scorer needs; nothing of where in the data set the problem stood."""
+    """What the scorer needs, as JSON, without the problem's position in the data set."""
     metadata = {k: v for k, v in entry["metadata"].items() if k != "source_index"}
     made = {k: v for k, v in options.items() if k not in ("size", "seed")}
     found = {"task": name, "options": made, "entry": entry | {"metadata": metadata}}

@@ -80,7 +80,7 @@ def draw(generator: random.Random, kind: str) -> Question:
 
 
 def draw_count(generator: random.Random) -> Question:
-    """How often a digit occurs among three to five; two in five are made equal to it."""
+    """How often a digit occurs among three to five digits; about two in five are set to it."""
     digit = generator.randrange(10)
     digits = [
         digit if generator.random() < 0.4 else generator.randrange(10)
@@ -91,7 +91,7 @@ def draw_count(generator: random.Random) -> Question:
 
 
 def questions(*, held_out: bool) -> list[Question]:
-    """The questions of one side, drawn once and for all; each content once, in one wording."""
+    """The questions of one side, always the same ones; each occurs once, in one wording."""
     chosen = []
     for kind, size in (HELD_OUT if held_out else TRAINING).items():
         generator = random.Random(kind)

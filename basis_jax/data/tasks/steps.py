@@ -31,7 +31,7 @@ HARDNESS = {
     for tens in range(POSITIONS // 10)
 }
 """0 (hardly ever wrong) to 3 (more often wrong than right), by verb, amount and the tens of the
-position: without a rule, but that the amounts two and three are easy."""
+position. It follows no rule, except that the amounts two and three are easy."""
 Weights = tuple[float, float, float, float]
 GENTLE: Weights = (1.0, 0.3, 0.02, 0.0)
 ROUGH: Weights = (0.3, 0.6, 1.0, 0.5)
@@ -64,7 +64,7 @@ REGIMES = {
 
 @dataclass(frozen=True)
 class Question:
-    """``steps`` are (verb, amount) pairs, their amounts all different; of ``long`` all alike."""
+    """``steps`` are (verb, amount) pairs with different amounts; in ``long`` all are equal."""
 
     manner: str
     start: int
@@ -72,7 +72,7 @@ class Question:
 
     @property
     def answer(self) -> int:
-        """Where the dial stands in the end."""
+        """The position of the dial after all steps."""
         return functools.reduce(
             lambda position, step: turned(step, position), self.steps, self.start
         )
@@ -94,12 +94,12 @@ class Question:
 
 
 def hardness(step: tuple[str, int], position: int) -> int:
-    """Of a step from ``position``."""
+    """The hardness of a step from ``position``."""
     return HARDNESS[*step, position // 10]
 
 
 def turned(step: tuple[str, int], position: int) -> int:
-    """Where a step from ``position`` ends."""
+    """The position after a step from ``position``."""
     verb, amount = step
     return (position + SIGNS[verb] * amount) % POSITIONS
 
@@ -132,7 +132,7 @@ def draw_steps(
 
 
 def questions(name: str, *, held_out: bool) -> list[Question]:
-    """The questions of one side of a regime, drawn once and for all; each content once."""
+    """The questions of one side of a regime, always the same ones; each occurs once."""
     regime, generator = REGIMES[name], random.Random(name)
     size = HELD_OUT if held_out else TRAINING
     found: dict[Question, None] = {}
