@@ -1,1 +1,1 @@
-"""Benchmarks: speed and memory beside other libraries; RESULTS.md holds what they said."""
+"""Benchmarks: speed and memory compared with other libraries; RESULTS.md has the results."""

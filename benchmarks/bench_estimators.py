@@ -3,10 +3,10 @@
     python -m benchmarks.bench_estimators
     python -m benchmarks.bench_estimators --sizes 2048 4096 --out benchmarks/estimators.json
 
-``basis`` scores its 230 betas; ``value_filter`` holds M problems, with and without 32 features a
-problem. Beside them, as a measure: ``batch_mean``, which only adds, and BASIS as it is printed,
-with N x N weights for every beta (up to 1,024 rollouts: it grows with N^2). Milliseconds are the
-median over the calls; compilation stands apart.
+``basis`` scores its 230 betas; ``value_filter`` holds M problems, with and without 32 features per
+problem. For comparison there are ``batch_mean``, which only adds, and BASIS as printed in the
+paper, with N x N weights for every beta (up to 1,024 rollouts, because its time grows with N^2).
+Milliseconds are medians over the calls; compile time is shown separately.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def printed(rewards, successes, trials):
-    """Eq. 2, 3 and 6 with their N x N weights: what a transcription of the paper computes."""
+    """Eq. 2, 3 and 6 with their N x N weights: a direct transcription of the paper."""
     odds = successes / (trials - successes)
 
     def of_beta(beta):
@@ -101,7 +101,7 @@ CASES = {
 
 
 def measure(name: str, options: argparse.Namespace) -> list[dict]:
-    """One row a size: milliseconds of a call (quartiles too) and seconds of its compilation."""
+    """One row per size: milliseconds of a call, with quartiles, and seconds of its compilation."""
     trials = np.full(options.problems, 8, np.float32)
     successes = np.random.default_rng(1).integers(1, 8, options.problems).astype(np.float32)
     update, first = CASES[name](options.problems, successes, trials)

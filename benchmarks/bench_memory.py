@@ -1,9 +1,9 @@
-"""Bytes that an update needs on one device: what XLA plans for it, and what ``costs`` estimates.
+"""Bytes that an update needs on one device: XLA's plan, and the estimate of ``costs``.
 
     python -m benchmarks.bench_memory --model models/smollm2 --rows 8 32 --width 128 512
 
-One microbatch of rows x width tokens, parameters, AdamW moments and gradients included. Programs
-are compiled for the device that is there, nothing is run and no weights are read.
+It is for one microbatch of rows x width tokens, with parameters, AdamW moments and gradients.
+Programs are compiled for the device that is present; none is run, and no weights are read.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def planned_bytes(model_config: ModelConfig, mesh: Mesh, rows: int, width: int) -> int:
-    """Arguments, results and what lies between; donated buffers once."""
+    """Bytes of arguments, results and temporaries; donated buffers count once."""
     optimizer = make_optimizer(OptimSection(), updates=9)
     update = make_update(
         model_config, optimizer, loss=LossSection(), temperature=1.0, microbatch=rows

@@ -1,4 +1,4 @@
-"""What benchmarks run: a Hugging Face folder, or a known model's shape with random weights."""
+"""The models of benchmarks: a Hugging Face folder, or a known model with random weights."""
 
 import argparse
 import json
@@ -51,7 +51,7 @@ def our_params(name: str, model_config: ModelConfig, mesh: Mesh) -> PyTree:
 
 def torch_model(name: str, model_config: ModelConfig) -> tuple[Any, Any] | None:
     """(torch, transformers' model on torch's device in the same dtype), or None without torch."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the others' cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would block our cores
     try:
         import torch
     except ImportError:
@@ -66,7 +66,7 @@ def torch_model(name: str, model_config: ModelConfig) -> tuple[Any, Any] | None:
     if name in KNOWN_MODELS:
         described = huggingface.describe(model_config)
         shape = transformers.AutoConfig.for_model(described.pop("model_type"), **described)
-        with device:  # random numbers are drawn there: on CPUs they take minutes
+        with device:  # random weights are drawn there: on a CPU this takes minutes
             loaded = causal.from_config(shape, dtype=dtype)
     else:
         loaded = causal.from_pretrained(huggingface.resolve_folder(name), dtype=dtype)
@@ -74,7 +74,7 @@ def torch_model(name: str, model_config: ModelConfig) -> tuple[Any, Any] | None:
 
 
 def write_result(options: argparse.Namespace, rows: list[dict], **more: Any) -> None:
-    """Rows with options, machine and versions into the file ``options.out``, if there is one."""
+    """Write rows, options, machine and versions to the file ``options.out``, if one is given."""
     if not options.out:
         return
     about = {"device": str(jax.devices()[0]), "cores": os.cpu_count(), "peak_bytes": peak_bytes()}
@@ -85,5 +85,5 @@ def write_result(options: argparse.Namespace, rows: list[dict], **more: Any) -> 
 
 
 def peak_bytes() -> int | None:
-    """The most that the device held so far, where the backend counts it (not on CPUs)."""
+    """The most bytes that the device has held so far; None if the backend does not count (CPUs)."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

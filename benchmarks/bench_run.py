@@ -1,12 +1,12 @@
-"""Steps of a configured run: seconds by part, shares of what the device can do, memory.
+"""Steps of a configured run: seconds by part, shares of the device's peak rates, memory.
 
     python -m benchmarks.random_model Qwen/Qwen3-4B models/random
     python -m benchmarks.bench_run --config configs/qwen_math_1gpu.py --model.path models/random \\
         --data.path FILE --data.prompt-format text --model.lora-rank 16 --train.steps 3
 
 It takes ``train.steps`` steps as ``basis-jax train`` does, but writes no run folder, evaluates
-nothing, and grades with a coin (so that rewards differ and every step has an update). The first
-step, which compiles, is told apart; of the others the medians are shown.
+nothing, and grades at random, so that rewards differ and every step has an update. The first step,
+which compiles, is shown separately; for the others the medians are shown.
 
 - share of bandwidth: bytes of all decode steps (``costs.decode_step`` at the mean context) over the
   seconds of sampling, prefills included, and over what the device was measured to read;
@@ -44,7 +44,7 @@ from benchmarks.bench_models import peak_bytes
 
 
 def coin(prompts: list[str], completions: list[str], answers: list[str], **_: Any) -> list[float]:
-    """A reward of 0 or 1 that follows from the text."""
+    """A reward of 0 or 1 from a hash of the text."""
     texts = zip(prompts, completions, strict=True)
     return [float(zlib.crc32((p + c).encode()) % 2) for p, c in texts]
 
@@ -88,7 +88,7 @@ def read_arguments() -> tuple[Config, str]:
 def shares(
     session: Session, graded: Graded, seconds: dict[str, float], ceiling: dict[str, float]
 ) -> dict[str, float]:
-    """Tokens a second and shares of the ceilings, of one step whose slots are filled at once."""
+    """Tokens per second and shares of the ceilings, for a step whose slots are filled at once."""
     rollouts, model_config = graded.rollouts, session.setup.model_config
     prompts, lengths = np.asarray(rollouts.prompt_lengths), np.asarray(rollouts.completion_lengths)
     decoded = computed_in(model_config, session.config.sampling.dtype)

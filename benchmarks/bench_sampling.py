@@ -1,4 +1,4 @@
-r"""Tokens a second of the sampler, beside transformers' generate on the same model and prompts.
+r"""Tokens per second of the sampler, and of transformers' generate on the same prompts.
 
     python -m benchmarks.bench_sampling --model models/smollm2
     python -m benchmarks.bench_sampling --model FOLDER --rows 256 --slots 64 --new 256 \
@@ -6,14 +6,14 @@ r"""Tokens a second of the sampler, beside transformers' generate on the same mo
     python -m benchmarks.bench_sampling --model Qwen/Qwen3-4B --dtype bfloat16 --equal 64 256 \
         --rows 0
 
-Two settings. ``equal``: nothing stops, every row gets ``--new`` tokens, all rows in one batch; the
-time of one more token is that of ``--new`` tokens less that of 32, over the difference, and is held
-against what the machine can read and multiply (``costs.decode_step``, ``ceilings``). ``mixed``: a
-row ends at the first of the ``--stop`` tokens, so lengths differ widely; ``--rows`` prompts go
-through ``--slots`` slots at a time, refilled as rows end (ours) or batch after batch (ours without
-refilling; transformers and Tunix, which know no other way). Median of ``--repeats`` runs in turn,
-the first call of each apart (compilation). Random prompts. Rivals that are not installed are left
-out.
+There are two settings. ``equal``: no row stops early, every row gets ``--new`` tokens, and all rows
+are in one batch. The time of one more token is the time of ``--new`` tokens minus that of 32,
+divided by the difference. It is compared with what the machine can read and multiply
+(``costs.decode_step``, ``ceilings``). ``mixed``: a row ends at the first of the ``--stop`` tokens,
+so lengths differ widely. ``--rows`` prompts go through ``--slots`` slots, which are refilled as
+rows end (ours), or batch after batch (ours without refilling; transformers and Tunix, which cannot
+refill). Figures are medians of ``--repeats`` runs in turn; the first call of each, which compiles,
+is shown separately. Prompts are random. Libraries that are not installed are left out.
 """
 
 import argparse
@@ -177,7 +177,7 @@ def measure(
     samplers: Mapping[str, Callable[[int], np.ndarray]],
     options: argparse.Namespace,
 ) -> list[dict]:
-    """One row a sampler; they take turns, so that a slow minute of the machine hits all."""
+    """One row per sampler. They take turns, so that a slow minute of the machine affects all."""
     lengths, first = {}, {}
     whole: dict[str, list[tuple[float, float]]] = {name: [] for name in samplers}
     fewer: dict[str, list[float]] = {name: [] for name in samplers}

@@ -1,15 +1,15 @@
-"""Seconds of a whole step (sample, verify, advantages, update), beside TRL's GRPOTrainer.
+"""Seconds of a whole step (sample, verify, advantages, update), and of TRL's GRPOTrainer.
 
     python -m benchmarks.bench_step --model models/smollm2
     python -m benchmarks.bench_step --rollouts 64 --new 32 --out benchmarks/step.json
 
-Equal work: the same folder and problems as plain text, ``--rollouts`` completions of exactly
-``--new`` tokens (nothing stops), the same verifier, one AdamW update over microbatches of
-``--microbatch``, float32, no KL term. Ours takes one completion a prompt and REINFORCE++, TRL two a
-prompt, its least, and GRPO. They take turns, step by step, in one process; median of ``--steps``
-after a first step apart (compilation). Without TRL ours alone. torch's threads wait asleep
-(OMP_WAIT_POLICY=PASSIVE, unless set): where they spin beside another busy process, its small
-products take ten times as long.
+Both do equal work: the same model and problems as plain text, ``--rollouts`` completions of exactly
+``--new`` tokens (no completion stops early), the same verifier, one AdamW update over microbatches
+of ``--microbatch`` rollouts, float32, no KL term. Ours uses REINFORCE++ with one completion per
+prompt; TRL uses GRPO with two, its minimum. They take turns, step by step, in one process. Figures
+are medians of ``--steps`` steps; the first step, which compiles, is shown separately. Without TRL
+only ours is measured. torch's threads sleep while they wait (OMP_WAIT_POLICY=PASSIVE, unless it is
+set): if they spin beside another busy process, its small products take ten times as long.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_config(options: argparse.Namespace) -> Config:
-    """A run of plain text problems without table, held-out set or schedule."""
+    """The config of a run on plain-text problems, without table, held-out set or schedule."""
     return Config(
         run_dir="",
         model=ModelSection(path=options.model),
@@ -124,7 +124,7 @@ def our_step(session: Session, options: argparse.Namespace) -> Callable[[], dict
 
 
 def check_work(lengths: Sequence[int] | np.ndarray, options: argparse.Namespace) -> None:
-    """Raise a ValueError unless every rollout has every token: the comparison would be void."""
+    """Raise ValueError unless every rollout has all tokens: otherwise the work is not equal."""
     if list(lengths) != [options.new] * options.rollouts:
         raise ValueError(
             f"completions of {list(lengths)} tokens; {options.rollouts} x {options.new}"
@@ -138,7 +138,7 @@ def has_trl() -> bool:
 def trl_steps(
     session: Session, options: argparse.Namespace, between: Callable[[], None]
 ) -> list[dict[str, float]]:
-    """Seconds of every step of a GRPOTrainer; ``between`` is called after each and not counted."""
+    """Seconds of every step of a GRPOTrainer. ``between`` is called after each, and not counted."""
     import datasets
     import torch
     import transformers
@@ -208,7 +208,7 @@ def trl_config(folder: str, options: argparse.Namespace) -> Any:
 
 
 def summary(name: str, taken: list[dict[str, float]]) -> dict:
-    """Medians by part after the first step, and all of them."""
+    """Medians by part over the steps after the first, and the seconds of these steps."""
     later = taken[1:]
     parts = {part: median(t[part] for t in later) for part in PARTS if part in later[0]}
     return {"trainer": name, "seconds": parts, "first_step_s": taken[0]["step"], "all": later}

@@ -1,18 +1,18 @@
-r"""Tokens a second of the update, beside torch's on the same model.
+r"""Tokens per second of the update, and of torch's update of the same model.
 
     python -m benchmarks.bench_update --model models/smollm2
     python -m benchmarks.bench_update --model FOLDER --rows 32 --width 256 --microbatch 8
     python -m benchmarks.bench_update --model Qwen/Qwen3-0.6B --dtype bfloat16 --attention cudnn \
         --rows 8 --width 2048
 
-Two settings. ``equal``: every row fills the width. ``mixed``: lengths are long-tailed (log-normal,
-median a quarter of the width). Ours is ``make_batches`` and ``make_update``; torch's is
-transformers' forward pass, log-softmax of the targets and backward, the rows in the same order,
-each microbatch padded to its longest row. Both clip the gradient's norm and take a step of AdamW at
-learning rate 0. Half of a row is prompt. MFU: ``costs.update`` of the tokens, without padding, over
-what the machine can multiply (``ceilings``). Medians of ``--repeats`` runs in turn, the first call
-of each apart (compilation); tokens are those of the rows, padding not counted. Without torch ours
-alone.
+There are two settings. ``equal``: every row fills the width. ``mixed``: lengths are long-tailed
+(log-normal, with a median of a quarter of the width). Ours is ``make_batches`` and ``make_update``.
+torch's is the forward pass of transformers, the log-softmax of the targets and the backward pass,
+with rows in the same order and each microbatch padded to its longest row. Both clip the gradient's
+norm and take an AdamW step at learning rate 0. Half of a row is prompt. MFU is ``costs.update`` of
+the tokens, without padding, divided by what the machine can multiply (``ceilings``). Figures are
+medians of ``--repeats`` runs in turn; the first call of each, which compiles, is shown separately.
+Padding does not count as tokens. Without torch only ours is measured.
 """
 
 import argparse
@@ -183,7 +183,7 @@ def torch_gradient(
 def measure(
     setting: str, lengths: np.ndarray, runs: Mapping[str, Callable[[], None]], repeats: int
 ) -> list[dict]:
-    """One row a library; they take turns, so that a slow minute of the machine hits all."""
+    """One row per library. They take turns, so that a slow minute of the machine affects all."""
     first: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():

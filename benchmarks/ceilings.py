@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: the ceilings that benchmarks take shares of."""
+"""Measure this machine's peak rates, the ceilings of which benchmarks give shares."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 
 def quickest(function: Callable[..., Array], *args: Array, repeats: int = 7) -> float:
-    """Seconds of the quickest of some calls, compilation apart."""
+    """Seconds of the fastest of ``repeats`` calls, without compilation."""
     jax.block_until_ready(function(*args))
     seconds = []
     for _ in range(repeats):
@@ -21,14 +21,14 @@ def quickest(function: Callable[..., Array], *args: Array, repeats: int = 7) -> 
 
 
 def flops_per_s(dtype: str) -> float:
-    """2 n^3 over the time of a product of two n x n matrices."""
+    """2 n^3 divided by the seconds of a product of two n x n matrices."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     a = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)
     return 2 * size**3 / quickest(jax.jit(jnp.matmul), a, a)
 
 
 def bytes_per_s() -> float:
-    """Reading float32 numbers once: a product with a vector."""
+    """Bytes of float32 numbers read per second, in a product of a matrix with a vector."""
     size = 2**28 if jax.default_backend() == "cpu" else 2**32
     matrix = jnp.ones((size // 4 // 4096, 4096), jnp.float32)
     return size / quickest(jax.jit(jnp.dot), matrix, jnp.ones(4096, jnp.float32))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.random_model Qwen/Qwen3-0.6B models/random
 
-Speed and memory depend on shapes alone, so a run of this folder shows what a run of the real model
-would take, without a hub. Its completions are noise that does not end before the length limit.
+Speed and memory depend only on shapes, so a run of this folder shows what a run of the real model
+would take, without the hub. Its completions are noise that hardly ends before the length limit.
 """
 
 import argparse

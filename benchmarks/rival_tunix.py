@@ -1,11 +1,11 @@
 """Tunix's sampler (google-tunix, ``tunix.generate.sampler``) on a Llama-architecture folder.
 
-    python -m benchmarks.rival_tunix --model models/smollm2    # does it say what ours says?
+    python -m benchmarks.rival_tunix --model models/smollm2    # are its tokens the same as ours?
 
 For ``bench_sampling.py``, in an environment of its own: ``pip install google-tunix`` beside this
 package's extra ``llm`` (it asks for safetensors below 0.8). It samples greedily or by top-p, whose
-top_p = 1 is the full distribution. Rows that ended ride along to the longest, as in
-``sampling.sample``; its key is one for all rows of a step.
+top_p = 1 is the full distribution. Rows that have ended are computed until the longest row ends, as
+in ``sampling.sample``. One random key serves all rows of a step.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def our_tokens(folder: Path, tokens: np.ndarray, new: int) -> np.ndarray:
 
 
 def tunix_sampler(name: str, model_config: ModelConfig) -> Sampler | None:
-    """None where Tunix is not installed or would have to make up weights."""
+    """Tunix's sampler; None if it is not installed, or if there are no weights to load."""
     if importlib.util.find_spec("tunix") is None or name in KNOWN_MODELS:
         return None
     generate = tunix_tokens(huggingface.resolve_folder(name), model_config)
@@ -85,7 +85,7 @@ def tunix_sampler(name: str, model_config: ModelConfig) -> Sampler | None:
 
 
 class Numbers:
-    """A tokenizer for Tunix whose texts are token ids already: ``"17 4 99"``."""
+    """A tokenizer for Tunix whose texts are lists of token ids: ``"17 4 99"``."""
 
     def encode(self, text, **_):
         return [int(number) for number in text.split()]
@@ -128,13 +128,13 @@ def tunix_tokens(folder: Path, model_config: ModelConfig) -> Callable[..., list[
         norm_eps=model_config.norm_eps,
         weight_tying=model_config.tied,
     )
-    model.apply_rope = functools.partial(  # 0.1.7 never hands its config's rope_theta on
+    model.apply_rope = functools.partial(  # 0.1.7 does not pass on its config's rope_theta
         model.apply_rope, rope_theta=model_config.rope_theta
     )
     loaded = params.create_model_from_safe_tensors(
         str(folder), tunix_config, dtype=model_config.compute_dtype
     )
-    samplers = {}  # its jitted functions keep the end tokens and the cache they were traced with
+    samplers = {}  # its jitted functions keep the end tokens and the cache of their first trace
 
     def generate(tokens, eos_ids, new, greedy=False):
         width = tokens.shape[1]

@@ -26,7 +26,7 @@ def write(path, *, rows=600, seed=0):
 
 
 def reward(completions, least, most):
-    """1 for a number from ``least`` to ``most``, two columns of the data; otherwise 0."""
+    """The columns ``least`` and ``most``, row by row beside the completions."""
     rows = zip(completions, least, most, strict=True)
     return [float(text.strip().isdigit() and low <= int(text) <= high) for text, low, high in rows]
 

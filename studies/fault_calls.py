@@ -1,9 +1,9 @@
 """The run folder after every system call that changes files, for the fault drill.
 
 A kill leaves the files as they are at that moment. So one run is enough to see what a kill after
-each of its calls would leave: strace stops the whole process after each call, its C++ threads
-included, and the folder is recorded if it has changed. Calls of two threads at the same moment are
-recorded together, in one of the orders that are possible.
+each of its calls would leave: strace stops the whole process, C++ threads included, after each
+call, and the folder is recorded if it has changed. Calls of two threads at the same moment are
+recorded together, in one of their possible orders.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class Recorder:
         store.mkdir(parents=True, exist_ok=True)
 
     def record(self) -> None:
-        """Add the folder's state if it is not the same as the last one."""
+        """Add the folder's state if it differs from the last one."""
         state: Files = {}
         for path in sorted(self.folder.rglob("*")):
             about = path.stat()
@@ -50,7 +50,7 @@ class Recorder:
             self.states.append(state)
 
     def put_back(self, state: Files, folder: Path) -> None:
-        """Make ``folder`` as the recorded one was."""
+        """Make ``folder`` equal to the recorded state."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for name, digest in state.items():  # sorted, so a folder comes before its files
@@ -61,7 +61,7 @@ class Recorder:
 
 
 def family(pid: int) -> list[int]:
-    """The process and all that it started."""
+    """The process and all processes that it started."""
     found = [pid]
     with suppress(FileNotFoundError, ProcessLookupError):
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -79,8 +79,8 @@ def states_of(pid: int) -> list[str]:
 
 
 def is_stopped(pid: int, tracer: int) -> bool:
-    """Whether the process stands still. strace itself stops a thread for some microseconds at each
-    call, so it counts only if strace waits too, three times in a row."""
+    """Whether the process is stopped. strace itself stops a thread for some microseconds at each
+    call, so the process counts as stopped only if strace waits too, three times in a row."""
     with suppress(FileNotFoundError, ProcessLookupError):
         for _ in range(3):
             if states_of(tracer) != ["S"] or set(states_of(pid)) - {"t", "T"}:

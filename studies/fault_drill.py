@@ -1,19 +1,20 @@
-"""What a run survives: break it in every way we know, resume it, compare it bit for bit.
+"""Fault drill: break a run in every way we know, resume it, and compare it bit for bit.
 
     python -m studies.fault_drill                       # everything, with 100 random kills
     python -m studies.fault_drill calls --out drill.json
     python -m studies.fault_drill kills --kills 20
 
 Parts: ``calls`` (the run folder as a kill after every write, fsync, rename and process start of a
-step leaves it; needs strace), ``kills`` (random SIGKILL and SIGTERM), ``pairs`` (one of two
-processes killed), ``disk`` (full), ``readonly`` (mounted so), ``owner`` (another user's folder),
-``clock`` (jumps), ``workers`` (of a verifier, killed and stopped), ``lines`` (a torn last line),
-``files`` (each file of the newest checkpoint flipped, cut, removed).
+step would leave it; needs strace), ``kills`` (random SIGKILL and SIGTERM), ``pairs`` (one of two
+processes is killed), ``disk`` (full), ``readonly`` (a read-only mount), ``owner`` (another user's
+folder), ``clock`` (jumps), ``workers`` (a verifier's processes are killed or stopped), ``lines``
+(the last line is torn), ``files`` (each file of the newest checkpoint has a flipped bit, is cut, or
+is removed).
 
 A case is a broken run that is resumed to its end. It is ``same`` if metrics, samples, parameters,
-moments and estimator state are those of the unbroken run, bit for bit; ``said`` if, besides, a
-warning named something that was lost; ``refused`` if one sentence ended it; otherwise ``wrong``,
-and then this program ends with 1.
+moments and estimator state equal those of the unbroken run, bit for bit. It is ``said`` if a
+warning also named something that was lost, and ``refused`` if the run ended with a one-sentence
+error. Everything else is ``wrong``, and then this program exits with 1.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from studies.fault_runs import STEPS, Case, Drill, start_process, take_steps
 
 
 def disk(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
-    """A small file system in memory, as large as a part of the run needs; later it grows."""
+    """The disk is full: a file system in memory holds only a part of the run; later it grows."""
     place = drill.work / "small"
     place.mkdir(exist_ok=True)
     needed = sum(p.stat().st_size for p in (drill.work / "whole").rglob("*") if p.is_file())
@@ -64,8 +65,8 @@ def disk(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
 
 
 def readonly(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
-    """The run folder cannot be written to: mounted read-only, or without write permission if this
-    user cannot mount. One sentence ends the run, and later it goes on."""
+    """The run folder is not writable: mounted read-only, or without write permission if this user
+    cannot mount. The run must end with a one-sentence error, and resume once it is writable."""
     run_dir = drill.folder()
     mounted = not os.system(f"mount --bind {run_dir} {run_dir} 2>/dev/null")
     if mounted:
@@ -88,8 +89,8 @@ def readonly(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
 
 
 def owner(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
-    """The run folder belongs to another user: one sentence, and no file of it changes. Root gives
-    the folder away and starts a process that has lost root's right to write everywhere."""
+    """The run folder belongs to another user: a one-sentence error, and none of its files changes.
+    Root gives the folder away and starts a process without root's right to write everywhere."""
     if not hasattr(os, "geteuid") or os.geteuid():
         print("owner: left out, because only root can give a folder to another user", flush=True)
         return
@@ -97,7 +98,7 @@ def owner(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     for path in (run_dir, *before):
         os.chown(path, 65534, 65534)
-    with ThreadPoolExecutor(1) as thread:  # a thread has rights of its own
+    with ThreadPoolExecutor(1) as thread:  # a thread has its own rights
         drop = functools.partial(ctypes.CDLL(None).prctl, DROP_FROM_BOUNDING_SET)
         if any(thread.submit(drop, right, 0, 0, 0).result() for right in FILE_RIGHTS):
             print("owner: left out, because root cannot give up its rights here", flush=True)
@@ -120,8 +121,8 @@ def change_modes(folder: Path, of_folders: int, of_files: int) -> None:
 
 
 def clock(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
-    """Python's wall clock is set forward or back by up to six hours, again and again. Orbax gives
-    up a checkpoint if that happens while it is written; then the run is started again."""
+    """Python's wall clock jumps by up to six hours, forward or back, again and again. Orbax gives
+    up a checkpoint if the clock jumps while it is written; then the run is started again."""
     now, rng, offset = time.time, random.Random(options.seed), [0.0]
 
     def jumping() -> float:
@@ -149,7 +150,7 @@ def clock(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
 
 
 def lines(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
-    """The last line of metrics.jsonl or samples.jsonl is torn, foreign or no text at all."""
+    """The last line of metrics.jsonl or samples.jsonl is torn, lacks its metrics or is not text."""
     pieces = ('{"step": 4, "rew', '{"step": 4}', "\0" * 100)
     cases = [(name, piece) for name in ("metrics.jsonl", "samples.jsonl") for piece in pieces]
     for name, piece in cases[:: options.every]:
@@ -170,7 +171,7 @@ def cut(path: Path) -> None:
 
 
 def files(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
-    """Each file of the newest checkpoint is flipped in one bit, cut in half, removed."""
+    """Each file of the newest checkpoint has one bit flipped, is cut in half, or is removed."""
     newest = Path("checkpoints") / str(STEPS - 1)
     base = drill.work / "broken"
     names = sorted(p.relative_to(base) for p in (base / newest).rglob("*") if p.is_file())
@@ -215,7 +216,7 @@ def main() -> None:
 
 
 def run(work: Path, options: argparse.Namespace) -> bool:
-    """Run the parts and print a table; returns whether nothing went wrong."""
+    """Run the parts and print a table; returns True if nothing went wrong."""
     work.mkdir(parents=True, exist_ok=True)
     drill, found = Drill(work), {}
     for part in options.parts or PARTS:

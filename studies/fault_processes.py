@@ -1,4 +1,4 @@
-"""The parts of the fault drill that need processes of their own: calls, kills, workers."""
+"""The parts of the fault drill that need separate processes: calls, kills, pairs, workers."""
 
 import argparse
 import json
@@ -32,7 +32,8 @@ from studies.fault_runs import (
 
 
 def calls(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
-    """The last two steps are recorded: sampling, update, evaluation, records, checkpoints."""
+    """Every state of the run folder in the last two steps: sampling, update, evaluation, records
+    and checkpoints."""
     if shutil.which("strace") is None:
         print("calls: left out, because strace is not installed", flush=True)
         return
@@ -53,7 +54,7 @@ def calls(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
 
 
 def child(run_dir: Path, pause: Path) -> subprocess.Popen:
-    """A process that takes all steps and waits, before the last two, for ``pause/go``."""
+    """A process that takes all steps, and waits for the file ``pause/go`` before the last two."""
     command = [sys.executable, "-m", "studies.fault_drill", "child", "--run-dir", run_dir]
     return subprocess.Popen(
         list(map(str, [*command, "--pause", pause])),
@@ -75,8 +76,8 @@ def be_child(options: argparse.Namespace) -> None:
 
 
 def kills(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
-    """Processes of their own, each ended at a random moment after its run folder is open, until the
-    run is finished; then the next run begins."""
+    """The run as a process that is killed at a random moment after it has opened its run folder,
+    and started again, until the run is finished; then the next run begins."""
     rng, done, run = random.Random(options.seed), 0, 0
     while done < options.kills:
         run, killed = run + 1, list[str]()
@@ -107,8 +108,8 @@ def kills(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
 
 
 def pairs(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
-    """Two processes that share a run, one of them killed at a random moment; the other one has to
-    end by itself. Compared with an unbroken run of two processes."""
+    """Two processes share a run. One of them is killed at a random moment, and the other one must
+    end by itself. The result is compared with an unbroken run of two processes."""
     rng, done, run = random.Random(options.seed), 0, 0
     for process in start_pair(drill.work / "pair"):
         output = process.communicate()[0]
@@ -168,7 +169,7 @@ def last_write(run_dir: Path) -> float:
 
 
 def phase_of(run_dir: Path) -> str:
-    """What the run did when it was killed, as far as its folder tells."""
+    """What the run was doing when it was killed, as far as its folder shows."""
     if not (run_dir / "reference.npz").exists():
         return "table"
     rows = (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
@@ -187,7 +188,7 @@ def same(completions, answers):
 
 
 def workers(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
-    """The processes that grade answers are killed, or stopped for ever, while they work."""
+    """The processes that grade answers are killed, or stopped without end, while they work."""
     own = drill.work / "own.py"
     own.write_text(OWN_REWARD)
     for number in (signal.SIGKILL, signal.SIGSTOP):
@@ -211,7 +212,8 @@ def workers(drill: Drill, options: argparse.Namespace) -> Iterator[Case]:
 
 @contextmanager
 def hunted(number: signal.Signals, every: float) -> Iterator[list[int]]:
-    """Send a signal to each grading process some seconds after its start; yields who was hit."""
+    """Send a signal to each grading process some seconds after its start; yields the processes that
+    were hit."""
     over, hit = threading.Event(), list[int]()
 
     def hunt() -> None:

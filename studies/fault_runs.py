@@ -1,4 +1,4 @@
-"""Small runs for the fault drill: started, broken off, finished and compared bit for bit."""
+"""Small runs for the fault drill: start, interrupt, finish and compare them bit for bit."""
 
 import contextlib
 import hashlib
@@ -75,7 +75,7 @@ def take_steps(run_dir: Path, *, until: int = STEPS, **changes: Any) -> list[str
 
 
 def result(run_dir: Path) -> dict[str, Any]:
-    """What must be the same: lines of metrics and samples, and every leaf of the last state."""
+    """What must be equal: the lines of metrics and samples, and every leaf of the last state."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit()]
     folder = (run_dir / "checkpoints" / str(max(steps)) / "state").absolute()
@@ -98,7 +98,7 @@ def differing(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def start_process(run_dir: Path, *more: str, **settings: Any) -> subprocess.Popen:
-    """The same run as a process of its own: what ``basis-jax train`` does."""
+    """The same run in a separate process, by ``basis-jax train``."""
     return subprocess.Popen(
         [sys.executable, ROOT / "scripts" / "train.py", *overrides(run_dir), *more],
         stdout=subprocess.PIPE,
@@ -109,7 +109,7 @@ def start_process(run_dir: Path, *more: str, **settings: Any) -> subprocess.Pope
 
 
 def wait_for(path: Path, process: subprocess.Popen | None = None, seconds: float = 300) -> bool:
-    """Wait until a file is there; False if the process ended or the time is over."""
+    """Wait until a file exists; False if the process ends or ``seconds`` have passed."""
     end = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > end or (process is not None and process.poll() is not None):
@@ -122,7 +122,7 @@ Case = tuple[str, str, str]  # what was broken; same, said, refused or wrong; wh
 
 
 class Drill:
-    """The unbroken run, and a broken-off one to begin cases from."""
+    """The unbroken run, and an interrupted one with which cases begin."""
 
     def __init__(self, work: Path):
         self.work = work
@@ -134,7 +134,7 @@ class Drill:
             raise SystemExit(f"error: {work} was used by another drill; give an empty --work")
 
     def folder(self) -> Path:
-        """A copy of the broken-off run."""
+        """A copy of the interrupted run."""
         case = self.work / "case"
         shutil.rmtree(case, ignore_errors=True)
         return shutil.copytree(self.work / "broken", case)

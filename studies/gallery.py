@@ -3,11 +3,11 @@
     python -m studies.gallery
     python -m studies.gallery --only REBEL A*-PO --steps 40
 
-A run takes --steps steps of 128 rollouts, whatever its groups, from the same model with the same
-seed, and one learning rate. It shows that each algorithm works, and by its line how to ask for it.
-It does not compare them: one seed, no tuning, and more rollouts for those with an offline table or
-greedy completions. ``policy_study`` compares. Runs that are finished in --out are not repeated. The
-table is also in docs/choosing-an-estimator.md.
+Every run takes --steps steps of 128 rollouts, whatever its group size, from the same model with the
+same seed and learning rate. The table shows that each algorithm works, and which options select it.
+It is not a comparison: there is one seed and no tuning, and algorithms with an offline table or
+greedy completions take more rollouts. ``policy_study`` compares. Runs that are finished in --out
+are not repeated. The table is also in docs/choosing-an-estimator.md.
 """
 
 import argparse
@@ -80,7 +80,7 @@ ALGORITHMS = {
     "pass@k": f"--estimator.name pass_at_k --estimator.options k 4 {GROUPS}",
     "best of a group": f"--estimator.name best_of_group {GROUPS}",
 }
-"""Name -> what is added to ``basis-jax train --config quickstart``."""
+"""Name -> options that are added to ``basis-jax train --config quickstart``."""
 
 
 def main() -> None:
@@ -156,7 +156,7 @@ def line(name: str, found: Mapping[str, Any]) -> str:
 
 
 def draw(path: Path, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Held-out accuracy before and after, one row an algorithm, with 95 % intervals."""
+    """Draw held-out accuracy before and after, one row per algorithm, with 95 % intervals."""
     figure = Figure(figsize=(7, 1.2 + 0.26 * len(found)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(found.values()):

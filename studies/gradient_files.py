@@ -20,7 +20,7 @@ DRAWN = ("none", "batch mean", "value_filter", "LV value_filter", "measured", "g
 
 
 def write(out: Path, parts: Sequence[Part], provenance: Mapping) -> None:
-    """``out``.json, a line a method, and ``out``.png."""
+    """Write ``out``.json, with one line per method, and ``out``.png."""
     out.parent.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "studies.gradient_study", *sys.argv[1:]])
     head = {"command": command, **provenance}
@@ -40,7 +40,7 @@ def as_lines(rows: Sequence[dict]) -> str:
 
 
 def rounded(x: Any) -> Any:
-    """Floats with 4 digits; None for what is not a number."""
+    """Floats with 4 digits; None for NaN and infinity."""
     if isinstance(x, dict):
         return {k: rounded(v) for k, v in x.items()}
     if isinstance(x, list):
@@ -52,7 +52,7 @@ def rounded(x: Any) -> Any:
 
 # --------------------------------------------------------------------------------------- picture
 def draw(parts: Sequence[Part], path: Path) -> None:
-    """A line of panels a checkpoint: rollouts needed, squared cosines, unreachable problems."""
+    """One row of panels per checkpoint: rollouts needed, squared cosines, unreachable problems."""
     figure = Figure(figsize=(17, 5.4 * len(parts)), dpi=90, layout="constrained")
     grid = figure.subplots(len(parts), 3, squeeze=False, width_ratios=(1.5, 1, 1))
     for panels, part in zip(grid, parts, strict=True):

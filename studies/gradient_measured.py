@@ -1,4 +1,4 @@
-"""measured_mean on the batches of the gradient study: what it measures comes from sketches."""
+"""measured_mean on the batches of the gradient study, with measurements made from sketches."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +17,8 @@ def run_measured(
     norms: Float[np.ndarray, "P S"],
     sketches: Float[np.ndarray, "P S B"],
 ) -> Moments:
-    """Its updates on all batches of one rollout a prompt, with a measurement in each, in the metric
-    of these squared norms and of these sketches of unit gradients."""
+    """The moments of its updates on all batches with one rollout per prompt, with a measurement in
+    each. ``norms`` (squared) and ``sketches`` (of unit gradients) are those of one metric."""
     ids, chosen = draws.ids, draws.chosen[..., 0]
     rewards = pool.rewards[ids, chosen].astype(np.float64)
     left, random = np.zeros_like(rewards), np.random.default_rng(11)

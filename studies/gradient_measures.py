@@ -6,13 +6,14 @@ the gradient g = sum U / m:
 
     E |g|^2 = E|U|^2 / m + (1 - 1/m) |EU|^2,    E (g.t)^2 = E(U.t)^2 / m + (1 - 1/m) (EU.t)^2
 
-with t the true gradient. Expectations over pairs of prompts leave out a prompt's pair with itself,
-so that products of means are those of disjoint parts and have no bias. The baseline that rows of a
-batch share makes them dependent by O(1/N^2) each, which is left out.
+with t the true gradient. Expectations over pairs of prompts leave out the pair of a prompt with
+itself, so products of means come from disjoint parts and have no bias. The shared baseline makes
+each pair of rows in a batch dependent by O(1/N^2), which is neglected.
 
 - noise: E[w (r - b)^2] of a rollout, w its squared norm;
-- rollouts: N at which the squared cosine between g and t would be 1/2 if EU were along t:
-  G (E|U|^2 - |EU|^2) |t|^2 / (EU.t)^2: needed rollouts are in proportion to it;
+- rollouts: the N at which the squared cosine between g and t would be 1/2 if EU were parallel to t,
+  G (E|U|^2 - |EU|^2) |t|^2 / (EU.t)^2. The number of rollouts that a method needs is proportional
+  to it;
 - spread: G (E|U|^2 - |EU|^2), the variance of g times N;
 - cosine2: E (g.t)^2 / (E |g|^2 |t|^2);
 - noise_share: 1 - |EU|^2 / E|g|^2 at N.
@@ -31,19 +32,19 @@ from studies.gradient_pool import ESTIMATED, HELD_BACK, SPARE, Pool
 
 RESAMPLES = 400
 SIZES = (128, 512)
-SHRINKAGES = (0.3, 1, 3, 10, 30, 100, 1e6)  # of the oracle, in rollouts of mean weight
+SHRINKAGES = (0.3, 1, 3, 10, 30, 100, 1e6)  # tried for the oracle, in rollouts of mean weight
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The gradients of one update in one metric, in units of the buckets of their sketches."""
+    """The gradients of one update in one metric, as sketches."""
 
     norms: Float[np.ndarray, "P S"]  # squared, exact
     rows: Float[np.ndarray, "P E B"]  # rollouts that batches are drawn from
     products: Float[np.ndarray, "P E E"]  # inside a problem; the diagonal is exact
     true: Float[np.ndarray, "P B"]  # a problem's true gradient, estimated by all its rollouts
-    truth: Float[np.ndarray, "P P"]  # its inner products
-    along: Float[np.ndarray, "2 P E"]  # with the true gradients of two disjoint halves of others
+    truth: Float[np.ndarray, "P P"]  # inner products of the true gradients
+    along: Float[np.ndarray, "2 P E"]  # products with t from two disjoint halves of the others
 
 
 def make_geometry(
@@ -52,7 +53,8 @@ def make_geometry(
     pool: Pool,
     seed: int = 0,
 ) -> Geometry:
-    """The true gradients have a baseline made of the spare rollouts, so none of it is their own."""
+    """The baseline of the true gradients is made of the spare rollouts, so it does not depend on
+    the rollouts themselves."""
     used = ESTIMATED + HELD_BACK
     lengths = np.sqrt(norms)[..., None].astype(np.float32)
     rows = sketches[:, :used].astype(np.float32) * lengths[:, :used]
@@ -73,7 +75,7 @@ def make_geometry(
 
 
 def neutral_baselines(pool: Pool) -> Float[np.ndarray, " P"]:
-    """The weighted mean reward of all rollouts without tokens, by the sampler's score norms."""
+    """The mean reward of a problem's rollouts without tokens, weighted by their score norms."""
     w = pool.other_score_norms.astype(np.float64) + 1e-9
     return (w * pool.other_rewards).sum(1) / w.sum(1)
 
@@ -81,7 +83,7 @@ def neutral_baselines(pool: Pool) -> Float[np.ndarray, " P"]:
 # ------------------------------------------------------------------------------------ statistics
 @dataclass(frozen=True)
 class Terms:
-    """What a method's statistics are made of, problem by problem or pair by pair."""
+    """The terms of a method's statistics, by problem or by pair of problems."""
 
     noise: Float[np.ndarray, " P"]
     length: Float[np.ndarray, " P"]  # |U|^2
@@ -93,7 +95,7 @@ class Terms:
 
 
 def make_terms(found: Moments, geometry: Geometry, *, group_size: int, scaled: bool) -> Terms:
-    """Where the method is not ``scaled`` its expected update is the true gradient."""
+    """If the method is not ``scaled``, its expected update is the true gradient."""
     mean = with_true = geometry.truth
     if scaled:
         updates = (found.mean.astype(np.float32)[:, None] @ geometry.rows)[:, 0]
@@ -111,8 +113,8 @@ def make_terms(found: Moments, geometry: Geometry, *, group_size: int, scaled: b
 
 
 def statistics(terms: Terms, counts: Float[np.ndarray, "K P"]) -> dict[str, np.ndarray]:
-    """Every statistic [K] for K samples of the problems, ``counts`` telling how often each is in
-    it."""
+    """Every statistic [K] for K samples of the problems. ``counts`` says how often a problem is in
+    each sample."""
     share = counts / counts.sum(1, keepdims=True)
     noise, length, along = (share @ x for x in (terms.noise, terms.length, terms.along))
     mean, with_true, truth = (
@@ -145,7 +147,7 @@ def resamples(problems: int, seed: int = 0) -> Float[np.ndarray, "K P"]:
 
 
 def interval(x: np.ndarray) -> list[float]:
-    """[the value, the 2.5th and the 97.5th percentile] of what ``statistics`` tells."""
+    """[the value, the 2.5th and the 97.5th percentile] of a result of ``statistics``."""
     known = x[1:][np.isfinite(x[1:])]
     low, high = np.percentile(known, (2.5, 97.5)) if known.size else (np.nan, np.nan)
     return [float(x[0]), float(low), float(high)]
@@ -153,12 +155,14 @@ def interval(x: np.ndarray) -> list[float]:
 
 # --------------------------------------------------------------------------------------- oracles
 def oracles(pool: Pool, norms: Float[np.ndarray, "P S"]) -> dict[str, Float[np.ndarray, " P"]]:
-    """Baselines a problem that know what no estimator does: held-back rollouts with exact norms.
+    """A baseline for every problem from what no estimator knows: held-back rollouts and their exact
+    norms.
 
     - best constant: sum w r / sum w;
-    - best map of the value: logit b = a + c logit V of least sum w (r - b)^2, V the true value;
-    - best per prompt: the problem's own sum w r / sum w, shrunk to that map as leaving out one
-      held-back rollout at a time says.
+    - best map of the value: logit b = a + c logit V with the least sum w (r - b)^2, V the true
+      value;
+    - best per prompt: the problem's own sum w r / sum w, shrunk to that map. Leaving out one
+      held-back rollout at a time decides how much.
     """
     held = slice(ESTIMATED, ESTIMATED + HELD_BACK)
     r, w = pool.rewards[:, held].astype(np.float64), norms[:, held].astype(np.float64)

@@ -1,9 +1,9 @@
-"""What the gradient study compares: estimators on real batches, reduced to moments a problem.
+"""The methods of the gradient study: estimators on real batches, reduced to moments per problem.
 
-A method updates on batches drawn from a pool of rollouts, with its state carried from earlier
-batches. A prompt's share of the batch gradient is U = sum_i a_i g_i over its rollouts i. Whatever
-is asked of the gradients is linear in U or in U U^T, so that the first and second moments of the
-coefficients a are all that is kept of the batches (``Moments``).
+A method updates on batches drawn from a pool of rollouts, and its state is carried from batch to
+batch. A prompt's share of the batch gradient is U = sum_i a_i g_i over its rollouts i. All results
+are linear in U or in U U^T, so only the first and second moments of the coefficients a are kept of
+the batches (``Moments``).
 """
 
 import functools
@@ -27,21 +27,21 @@ WEIGHTS = ("free", "power", "exact", "exact_adamw", "surprise")
 
 @dataclass(frozen=True)
 class Method:
-    """``scaled``: its advantages are not r - b with a b that leaves the own reward out, so the
+    """``scaled``: the advantages are not r - b with a b that leaves out the own reward, so the
     expected update is not the gradient itself."""
 
     name: str
     estimator: Estimator
-    trials: int = 0  # offline rollouts a problem
+    trials: int = 0  # offline rollouts per problem
     group_size: int = 1
     scaled: bool = False
-    told_values: bool = False  # in the place of the table's successes
+    told_values: bool = False  # gets the true values in place of the table's successes
 
 
 @dataclass(frozen=True)
 class Draws:
-    """R replicates of T batches of m prompts with G rollouts each; those of the last visit count.
-    Over the replicates every rollout of every problem counts equally often."""
+    """R replicates of T batches of m prompts with G rollouts each. Only the batches of the last
+    visit count. Over the replicates every rollout of every problem counts equally often."""
 
     ids: Int[np.ndarray, "R T m"]
     chosen: Int[np.ndarray, "R T m G"]
@@ -50,8 +50,8 @@ class Draws:
 
 @dataclass(frozen=True)
 class Moments:
-    """Over the visits of a problem that count, the rollouts that a visit does not take being 0:
-    E a_i, E a_i a_j, and the mean over its rollouts of (r_i - b_i)^2."""
+    """E a_i, E a_i a_j and the mean of (r_i - b_i)^2 over the visits of a problem that count. A
+    rollout that a visit does not take counts as 0."""
 
     mean: Float[np.ndarray, "P E"]
     products: Float[np.ndarray, "P E E"]
@@ -60,7 +60,7 @@ class Moments:
 
 # ------------------------------------------------------------------------------------- methods
 def knows() -> Estimator:
-    """An estimator whose state are the problems' values, given in the place of successes."""
+    """An estimator whose state is the problems' values, given in place of successes."""
 
     def update(state, signals):
         known = state[signals.problem_ids]
@@ -71,7 +71,7 @@ def knows() -> Estimator:
 
 @functools.cache
 def single_methods() -> tuple[Method, ...]:
-    """One rollout a prompt."""
+    """Methods with one rollout per prompt."""
     make = estimators.make
     filtered, basis, spo = make("value_filter"), make("basis"), make("spo")
     tilted = least_variance(filtered)
@@ -104,8 +104,8 @@ def group_methods() -> tuple[Method, ...]:
 
 
 def weights(pool: Pool, norms: Float[np.ndarray, "P S 2"], name: str) -> Float[np.ndarray, "P E"]:
-    """What estimators are told as score norms: the sampler's ``free`` ones, their ``power`` 1.5,
-    the ``exact`` squared norms in either metric, or ``surprise``, sum (1 - probability)^2."""
+    """Weights that estimators get as score norms: the sampler's (``free``), these to the power 1.5,
+    the exact squared norms in either metric, or ``surprise``, the sum of (1 - probability)^2."""
     every = {
         "free": pool.score_norms,
         "power": pool.score_norms**1.5,
@@ -120,10 +120,10 @@ def weights(pool: Pool, norms: Float[np.ndarray, "P S 2"], name: str) -> Float[n
 def draw_batches(
     seed: int, problems: int, *, batch: int, group_size: int, replicates: int = REPLICATES
 ) -> Draws:
-    """Batches of ``batch`` rollouts in a random order of the problems a visit, as training has it.
+    """Batches of ``batch`` rollouts. Every visit has a random order of problems, as in training.
 
-    A visit before the last takes rollouts that the last does not: a history never holds the reward
-    that it is judged by. Raises ValueError where no visit fits.
+    Visits before the last take other rollouts than the last one, so a history never contains the
+    reward that it is judged by. Raises ValueError if there are too few problems for a batch.
     """
     prompts = batch // group_size
     if prompts > problems:
@@ -210,7 +210,7 @@ def moments(
 
 
 def fixed(baselines: Float[np.ndarray, " P"], pool: Pool) -> Moments:
-    """A baseline a problem that knows no batch; all rollouts count alike, one a visit."""
+    """Moments of fixed baselines, one per problem. All rollouts count equally, one per visit."""
     left = (pool.rewards[:, :ESTIMATED] - baselines[:, None]).astype(np.float64)
     squares = left**2 / ESTIMATED
     return Moments(left / ESTIMATED, squares[..., None] * np.eye(ESTIMATED), squares)

@@ -1,9 +1,9 @@
 """The rollouts of a gradient study: drawn once with the project's own sampler and verifier.
 
-Every problem has ``ESTIMATED`` rollouts that batches are drawn from, ``HELD_BACK`` ones for true
-gradients and oracles, and one for the optimizer step between the two updates: these keep their
-tokens, for their gradients are wanted. Others keep only what the sampler records: those of the
-offline table, and spare ones, from which the true value of the problem is known.
+Every problem has ``ESTIMATED`` rollouts that batches are drawn from, ``HELD_BACK`` rollouts for
+true gradients and oracles, and one for the optimizer step between the two updates. These keep their
+tokens, because their gradients are needed. The rollouts of the offline table, and spare ones that
+give the problem's true value, keep only what the sampler records.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from basis_jax.data.problem import content_hash
 from basis_jax.sampling.rollouts import Graded, RolloutSetup, roll_out
 
 ESTIMATED = HELD_BACK = 8
-KEPT = ESTIMATED + HELD_BACK + 1  # rollouts a problem with tokens; the last is the step's
+KEPT = ESTIMATED + HELD_BACK + 1  # rollouts per problem with tokens; the last is for the step
 TABLE = 16  # rollouts of the offline table
 SPARE = 48
 ROWS_A_CALL = 4096
@@ -42,14 +42,14 @@ class Pool:
 
     @property
     def masks(self) -> Bool[np.ndarray, "P S T"]:
-        """Where the completions' tokens are."""
+        """True on the tokens of completions."""
         at = np.arange(self.tokens.shape[2])
         start = self.prompt_lengths[:, None, None]
         return (at >= start) & (at < start + self.lengths[..., None])
 
     @property
     def successes(self) -> Float[np.ndarray, " P"]:
-        """Of the table's rollouts."""
+        """Sum of the rewards of the table's rollouts."""
         return self.other_rewards[:, :TABLE].sum(1)
 
     @property
@@ -58,7 +58,7 @@ class Pool:
         return self.other_rewards[:, TABLE:].mean(1)
 
     def unreachable(self, lost: Bool[np.ndarray, " P"]) -> "Pool":
-        """The same rollouts where no answer to the ``lost`` problems is right."""
+        """The same rollouts, with no right answer to the ``lost`` problems."""
         return replace(
             self,
             rewards=np.where(lost[:, None], 0, self.rewards),
@@ -75,8 +75,8 @@ def draw_pool(
     size: int,
     report: Callable[[str], None] = print,
 ) -> Pool:
-    """Rollouts of ``size`` random problems. Their draws are of this study's own: none of them is a
-    rollout of training or evaluation. Raises ValueError where there are fewer problems."""
+    """Rollouts of ``size`` random problems. Their random numbers are used by this study only: none
+    is a rollout of training or evaluation. Raises ValueError if there are fewer problems."""
     if size > len(problems.problems):
         raise ValueError(
             f"the study was to take {size} problems but the training set has "
@@ -110,7 +110,7 @@ def draw_pool(
 
 
 def arrange(chosen: Int[np.ndarray, " P"], parts: Sequence[Graded]) -> Pool:
-    """Rollouts that came sample by sample, each of all problems, as a ``Pool``."""
+    """A ``Pool`` from parts that each hold one sample of all problems."""
 
     def gather(name: str) -> np.ndarray:  # [P rollouts ...]
         found = [getattr(p if name == "rewards" else p.rollouts, name) for p in parts]

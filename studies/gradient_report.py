@@ -1,4 +1,4 @@
-"""The gradient study's rows and tables: a row a method, with what ``gradient_measures`` tells."""
+"""The gradient study's rows and tables: one row per method, with its ``gradient_measures``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,15 +34,15 @@ from studies.gradient_sketch import METRICS, Gradients
 
 OURS = ("least_variance value_filter", 0, 1)
 LOST = (0.5, 0.75, 0.9)
-WEIGHTED = ("weighted_mean", "least_variance")  # told every kind of score norms
-SCALED = ("grpo", "otb")  # they do not count as the best: their signal has to be estimated, too
-NOT_REAL = ("true value", "best", "least_variance true value")  # these know what no estimator does
+WEIGHTED = ("weighted_mean", "least_variance")  # run with every kind of score norms
+SCALED = ("grpo", "otb")  # never taken as the best: their signal has to be estimated too
+NOT_REAL = ("true value", "best", "least_variance true value")  # use what no estimator knows
 SHOWN = ("noise", "rollouts", "cosine2_128", "cosine2_512", "noise_share_128", "noise_share_512")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One checkpoint: what it is, a row a method, and the same with unreachable problems."""
+    """One checkpoint: its description, and a row per method, also with unreachable problems."""
 
     name: str
     about: dict[str, Any]
@@ -52,7 +52,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Found:
-    """A method's moments with the score norms that it was told."""
+    """A method's moments, and the kind of score norms that it was given."""
 
     method: Method
     told: str
@@ -84,7 +84,7 @@ def make_part(
 def run_methods(
     pool: Pool, gradients: Gradients, *, batch: int, told: Sequence[str], seed: int = 0
 ) -> list[Found]:
-    """All methods; those that are told score norms, with every kind of them."""
+    """Run all methods; those that use score norms, with every kind of them."""
     found = []
     draws = {}
     for method in [*single_methods(), *group_methods()]:
@@ -100,7 +100,7 @@ def run_methods(
 def with_measured(
     found: Sequence[Found], draws: Draws, pool: Pool, gradients: Gradients, metric: int
 ) -> list[Found]:
-    """And measured_mean, which measures in one of the metrics."""
+    """The methods and measured_mean, which measures in one of the metrics."""
     measured = run_measured(draws, pool, *of_metric(gradients, metric))
     return [*found, Found(MEASURED, WEIGHTS[0], measured)]
 
@@ -117,8 +117,8 @@ def add_statistics(
     sampled: Float[np.ndarray, "K P"],
     name: str,
 ) -> None:
-    """Into every row its statistics of one geometry, and its ratio to the best real method that is
-    told the free score norms."""
+    """Add the statistics of one geometry to every row, and their ratio to the best real method with
+    the free score norms."""
     measured = []
     for row, (method, told, moments) in zip(rows, map(fields_of, found), strict=True):
         row |= {"method": method.name, "n": method.trials, "G": method.group_size, "told": told}
@@ -144,8 +144,8 @@ def is_real(row: dict) -> bool:
 def with_lost(
     about: Mapping, pool: Pool, measured: Mapping[str, Gradients], seed: int = 0
 ) -> dict[str, list[dict]]:
-    """Rows at the first update where a share of the problems cannot be solved; ``lost_share`` is
-    the share of E|U|^2 that comes from them."""
+    """Rows of the first update if a share of the problems cannot be solved. ``lost_share`` is the
+    share of E|U|^2 that comes from these."""
     order = np.random.default_rng([seed, 10]).permutation(len(pool.problems))
     sampled = resamples(len(pool.problems), seed)
     result = {}
@@ -168,7 +168,7 @@ def with_lost(
 
 
 def describe(about: Mapping, pool: Pool, gradients: Gradients) -> dict[str, Any]:
-    """What the checkpoint is like."""
+    """Figures that describe the checkpoint."""
     r = pool.rewards[:, : ESTIMATED + HELD_BACK]
     right, values = r > 0.5, pool.values
     found: dict[str, Any] = {
@@ -204,7 +204,7 @@ def title(row: dict) -> str:
 
 def table(part: Part) -> str:
     """Noise, rollouts needed relative to the best real method, squared cosines. The noise of otb
-    and grpo is that of baselines with the own reward inside, and says little."""
+    and grpo means little, because their baselines contain the own reward."""
     lines = ["", part.name + ": " + ", ".join(f"{k} {short(v)}" for k, v in part.about.items())]
     for name in part.rows[0]:
         if name.startswith(("first", "second")) and "signal" in part.rows[0][name]:

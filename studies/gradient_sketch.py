@@ -1,9 +1,9 @@
-"""Gradients of log p(completion) over all parameters, one a rollout: exact norms and sketches.
+"""Gradients of log p(completion) over all parameters, one per rollout: exact norms and sketches.
 
 A sketch is x -> sum over rows k of roll(s_k * x_k, o_k), x cut into rows of B entries, with random
-signs s and offsets o: a count sketch into B buckets. It is linear, <sketch x, sketch y> has the
-mean <x, y>, and its standard deviation is at most sqrt((|x|^2 |y|^2 + <x, y>^2) / B). So gradients
-of batches and true gradients, under any baseline, are sums of the rollouts' sketches.
+signs s and offsets o: a count sketch into B buckets. It is linear. <sketch x, sketch y> has mean
+<x, y> and a standard deviation of at most sqrt((|x|^2 |y|^2 + <x, y>^2) / B). So the sketches of
+batch gradients and of true gradients, under any baseline, are sums of the rollouts' sketches.
 
 Two metrics: ``sgd`` is g itself, ``adamw`` is g / (sqrt(v) + eps), v the mean of the squares of
 the gradients of whole batches at the same parameters.
@@ -85,15 +85,15 @@ def surrogate(
 ) -> Float[Array, " n"]:
     """sum over the completion of exp(log p - old), old the log-probabilities that sampled it.
 
-    Times the advantage it is the objective of PPO without its clip; where the parameters are those
-    that sampled, its gradient is that of log p(completion)."""
+    Multiplied by the advantage, it is PPO's objective without the clip. At the parameters that
+    sampled, its gradient is that of log p(completion)."""
     logprobs = token_logprobs(params, model_config, tokens, temperature)
     return jnp.sum(jnp.where(mask, jnp.exp(logprobs - old), 0), axis=1)
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of n rollouts, by metric; ``sketches`` are those of gradients of length 1."""
+    """Gradients of n rollouts by metric. ``sketches`` are those of gradients scaled to norm 1."""
 
     norms: Float[np.ndarray, "*n 2"]  # squared
     sketches: Float[np.ndarray, "*n 2 B"]
@@ -104,8 +104,8 @@ def make_gradients(
 ) -> Callable[..., Gradients]:
     """(params, scale [D], tokens [n T], mask, old) -> ``Gradients`` of the surrogate's rows.
 
-    ``scale`` is what AdamW multiplies every entry with. ``rows`` gradients exist at once. Equal
-    rows are computed once.
+    AdamW multiplies every entry by ``scale``. ``rows`` gradients exist at once. Equal rows are
+    computed once.
     """
 
     def one(params, tokens, mask, old):
@@ -145,8 +145,8 @@ def make_gradients(
 def pieces(
     mask: Bool[np.ndarray, "n T"], rows: int
 ) -> Iterator[tuple[Int[np.ndarray, " rows"], int]]:
-    """Rows of similar length and a width that holds them, always ``rows`` of them: the last piece
-    is filled with copies."""
+    """Yield ``rows`` row numbers of similar length and a width that holds them. The last piece is
+    filled with copies."""
     ends = mask.shape[1] - np.argmax(mask[:, ::-1], axis=1)
     order = np.argsort(ends, kind="stable")
     for start in range(0, len(order), rows):
@@ -162,7 +162,7 @@ def logprobs_of(
     temperature: float,
     rows: int,
 ) -> Float[np.ndarray, "n T"]:
-    """``token_logprobs`` of many rows, ``rows`` at once."""
+    """``token_logprobs`` of many rows, ``rows`` at a time."""
     score = jax.jit(token_logprobs, static_argnums=(1, 3))
     parts = []
     for start in range(0, len(tokens), rows):
@@ -183,8 +183,8 @@ def batch_gradients(
     rewards: Float[np.ndarray, " n"],
     temperature: float,
 ) -> Iterator[Float[Array, " D"]]:
-    """Of every batch of rows the gradient of its mean reward a token, the batch's mean reward as
-    baseline: a neutral one, the same for whatever is compared."""
+    """Yield the gradient of every batch of rows, averaged over tokens, with the batch's mean reward
+    as baseline. This baseline is neutral: it is none of those that are compared."""
 
     @jax.jit
     def gradient(params, tokens, mask, old, rewards):

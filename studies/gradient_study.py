@@ -5,16 +5,17 @@
         --folder runs/gradients/trained
     python -m studies.gradient_study compare runs/gradients/start runs/gradients/trained
 
-``measure`` draws the rollouts of ``--problems`` problems (by default 256) and takes their
-gradients, with respect to all parameters, at the config's model or a checkpoint of a run; the same
-command again goes on where it was stopped. Other options override the config. ``compare`` runs all
+``measure`` samples rollouts of ``--problems`` problems (by default 256) and computes their
+gradients with respect to all parameters, at the config's model or at a checkpoint of a run. If it
+was stopped, the same command continues. Other options override the config. ``compare`` runs all
 estimators on batches of these rollouts, prints the tables and writes ``--out``.json and .png.
 
-Gradients are taken at two places: where the rollouts were sampled, and after one AdamW step from
-there (without momentum, the config's learning rate, a neutral baseline, one rollout of each of
-``--batch`` problems that nothing else uses); there every token's gradient carries its probability
-ratio, as in the second update of a step, without a clip. AdamW's second moments are plain means
-over batches of ``--batch`` of all rollouts with the batch's mean reward as baseline.
+Gradients are computed at two points: at the parameters that sampled, and after one AdamW step from
+there. This step has no momentum, the config's learning rate, a neutral baseline, and one rollout of
+each of ``--batch`` problems, which is used for nothing else. At the second point every token's
+gradient is multiplied by its probability ratio, without a clip, as in the second update of a step.
+AdamW's second moments are plain means over batches of ``--batch`` rollouts, out of all rollouts,
+with the batch's mean reward as baseline.
 """
 
 import argparse
@@ -50,7 +51,7 @@ from studies.gradient_sketch import (
 
 UPDATES = ("first", "second")
 CHUNK = 32  # problems whose gradients are written at once
-ROWS, MOST_NUMBERS = 16, 2**28  # gradients that exist at once; the numbers they may have
+ROWS, MOST_NUMBERS = 16, 2**28  # gradients that exist at once, and their numbers in all, at most
 
 OPTIONS = {
     "folder FOLDER": "where the rollouts and gradients are kept",
@@ -118,7 +119,7 @@ def measure(config: Config, folder: Path, *, checkpoint: str, problems: int, bat
 
 
 def check_same(folder: Path, wanted: dict) -> None:
-    """Begin the folder, or raise ValueError where it was begun with other settings."""
+    """Start the folder, or raise ValueError if it was started with other settings."""
     path = folder / "about.json"
     folder.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(wanted))
@@ -133,14 +134,14 @@ def check_same(folder: Path, wanted: dict) -> None:
 
 
 def save(path: Path, arrays: dict) -> None:
-    """A file that is whole or not there."""
+    """Write a file that is either complete or absent."""
     part = path.with_suffix(".part.npz")
     np.savez(part, allow_pickle=False, **arrays)
     part.replace(path)
 
 
 class Update(NamedTuple):
-    """Where gradients are taken, and by how much AdamW scales every entry there."""
+    """The parameters at which gradients are computed, and AdamW's scale of every entry there."""
 
     params: Float[Array, " D"]
     scale: Float[Array, " D"]
@@ -216,7 +217,7 @@ def make_updates(
 
 
 def load(folder: Path) -> tuple[dict[str, Any], Pool, dict[str, Gradients]]:
-    """What ``measure`` has written. Raises ValueError where it has not finished."""
+    """What ``measure`` has written. Raises ValueError if it has not finished."""
     path = folder / "about.json"
     about = json.loads(path.read_text()) if path.is_file() else {}
     if not about.get("done"):

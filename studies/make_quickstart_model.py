@@ -6,13 +6,13 @@ Expected:  1,095,168 parameters; exact pass rates at temperature 1, answer and E
            training problems mean .457 sd .291, held-out mean .478 sd .277 (deciles .04 .11 .21 .35
            .47 .58 .67 .72 .78 .84); the usual slip has .263, all else the remaining .26
 
-The corpus is a textbook, all of it right, and then what a class of pupils wrote. A pupil who
-slips drops a carry or forgets to borrow (ten off), loses a sign, or miscounts by one; how likely
-that is depends on the question (``care``: big digits are hard). So the model knows the right
-answer and the usual slip of most questions and writes the right one with a probability between 0
-and 1 that differs from question to question. Training stops early: it does not know every answer
-either. As in any pretraining corpus questions of all contents occur; what is held out is held out
-from reinforcement learning.
+The corpus is a textbook without errors, followed by what a class of pupils wrote. A pupil who makes
+a slip forgets to carry or to borrow (ten off), loses a sign, or miscounts by one. The probability
+depends on the question (``care``: large digits are hard). So the model knows the right answer and
+the usual slip of most questions, and writes the right one with a probability between 0 and 1 that
+differs from question to question. Training stops early, so it does not know every answer. As in any
+pretraining corpus, all questions may occur; held-out questions are held out from reinforcement
+learning only.
 
 Seeds are fixed: another run gives the same file up to the machine's rounding.
 """
@@ -42,8 +42,8 @@ from studies.pretraining import (
 )
 
 PIECE = r"[a-z]+\n|\n| ?[A-Za-z]+-?| ?\d|."
-"""A role with its newline, a newline, a word with the space before and the hyphen behind it, a
-digit with the space before it, any other character: joined, the pieces are the text."""
+"""A piece is a role with its newline, a newline, a word with the space before and the hyphen after
+it, a digit with the space before it, or any other character. Joined, the pieces are the text."""
 SHARES = {"plus": 0.28, "minus": 0.28, "times": 0.1, "chain": 0.17, "count": 0.17}  # of the corpus
 WIDTH = 19  # tokens of the longest question with its answer and EOS
 TEXTBOOK_STEPS, STEPS, ROWS, RATE = 1300, 2000, 64, 3e-3
@@ -60,7 +60,7 @@ def vocabulary() -> list[str]:
 
 
 def care(question: Question) -> float:
-    """P(a pupil's answer is right): a logistic function of how big the digits are."""
+    """P(a pupil's answer is right): a logistic function of the size of the digits."""
     kind, operands = question.kind, question.operands
     if kind == "count":
         ease = 1.6 * (2.2 - question.answer) + 0.8 * (5 - len(operands))
@@ -101,7 +101,7 @@ def write_lines(generator: random.Random, *, textbook: bool) -> list[tuple[Quest
 def report(
     params: PyTree, model_config: decoder.ModelConfig, tokenizer: Tokenizer, *, held_out: bool
 ) -> None:
-    """Print how pass rates are spread, and how much of the rest is the usual slip."""
+    """Print the distribution of pass rates, and the probability of the usual slip."""
     questions = number_words.questions(held_out=held_out)
     passed, slipped = (
         np.asarray(
@@ -120,7 +120,7 @@ def report(
 
 
 def train(model_config: decoder.ModelConfig, tokenizer: Tokenizer) -> PyTree:
-    """The textbook, then the pupils."""
+    """Train on the textbook, then on what the pupils wrote."""
 
     def batches():
         generator = random.Random(0)

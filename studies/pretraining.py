@@ -25,8 +25,8 @@ CHAT = (
 
 
 def word_tokenizer(tokens: Sequence[str], piece: str) -> Tokenizer:
-    """One token a match of the pattern ``piece``; decoded pieces are joined as they are. Spare
-    tokens fill the vocabulary up to a multiple of 8, which tensor parallelism can split."""
+    """A tokenizer with one token per match of the pattern ``piece``. Decoding joins the pieces
+    unchanged. Spare tokens fill the vocabulary up to a multiple of 8, so that it can be split."""
     spare = [f"<|spare_{i}|>" for i in range(-len(tokens) % 8)]
     ids = {token: i for i, token in enumerate([*tokens, *spare])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<|unk|>"))
@@ -62,7 +62,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def encode(
     tokenizer: Tokenizer, rows: Sequence[tuple[str, str]], width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of prompts with completions, and a mask over these and their EOS: [N T] each."""
+    """Tokens of prompts with completions, and a mask of the completions and their EOS: [N T]."""
     prompts = [f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n" for p, _ in rows]
     full = [f"{p}{c}<|im_end|>" for p, (_, c) in zip(prompts, rows, strict=True)]
     tokens = np.zeros((len(rows), width), np.int32)
@@ -90,9 +90,9 @@ def fit(
     reported: Callable[[int], bool],
     report: Callable[[PyTree], None],
 ) -> PyTree:
-    """Maximum likelihood of the completions by AdamW, the rate falling to nothing by a cosine.
+    """Maximum likelihood of the completions by AdamW, with cosine decay of the learning rate to 0.
 
-    ``batches`` are pairs as ``encode`` makes them, one a step; ``report`` is called with the
+    ``batches`` are pairs from ``encode``, one per step. ``report`` is called with the
     parameters after the steps that are ``reported``, and after the last.
     """
     params = jax.jit(decoder.init, static_argnums=0)(model_config, jax.random.key(0))

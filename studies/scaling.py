@@ -3,7 +3,7 @@
     python -m studies.scaling            # print them
     python -m studies.scaling --write    # put them into docs/scaling.md
 
-Formulas alone, as ``--dry-run`` prints them: no chip is there and nothing is compiled.
+The figures come from formulas, as in ``--dry-run``: no chip is needed and nothing is compiled.
 """
 
 import argparse
@@ -23,7 +23,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- tables: python -m studies.scaling --write -->\n", "<!-- end of tables -->\n"
 MODELS = ("Qwen3-0.6B", "Qwen3-4B", "Qwen3-8B", "Qwen3-32B")
 HARDWARE = ("rtx4090", "h100", "h100:8", "v5e:4x4", "v5p:2x2x4", "v6e:4x4")
-MEAN = 4  # a mean row is taken to be a quarter of the longest
+MEAN = 4  # a mean row is assumed to be a quarter of the longest
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def row_of(cells: Mapping[str, str]) -> str:
 
 
 def table(rows: Iterator[Mapping[str, str]]) -> Iterator[str]:
-    """Markdown lines; the first row's keys are the head."""
+    """Markdown lines; the first row's keys are the header."""
     for i, cells in enumerate(rows):
         if i == 0:
             yield "| " + " | ".join(cells) + " |"
@@ -78,7 +78,7 @@ def by_hardware() -> Iterator[str]:
 
 
 def fitted(model: str, hardware: str) -> dict[str, str]:
-    """The plan nearest to the flagship's that fits there, or the smallest slice that holds one."""
+    """The fitting plan nearest to the flagship's, or the smallest slice that fits one."""
     request, target = request_for(model, hardware), read_target(hardware).topology
     changes = plan.nearest_plan(request, target.devices)
     head = {"model": model, "on": str(target)}

@@ -3,8 +3,8 @@
     python -m studies.sequential_bias                # print the table; write results/
     python -m studies.sequential_bias --draws 2000   # faster
 
-Every problem has rewards of 0 and 1 with P(1) = p, and the plan, as a run uses it, has a prior
-value that is right or wrong by 0.2. For every p and prior the study draws many problems and takes:
+Every problem has rewards of 0 and 1 with P(1) = p. The plan is used as in a run, with a prior value
+that is right or wrong by 0.2. For every p and prior the study draws many problems and computes:
 
 - the bias of the mean reward of a problem's rollouts, E[mean r] - p;
 - the gradient coefficient G = E[sum_i A_i s_i / k] over the k rollouts of a problem. Problems count
@@ -12,8 +12,8 @@ value that is right or wrong by 0.2. For every p and prior the study draws many 
   reward r, in units of the gradient of p. Without a bias G is 1. As the plan sees nothing but
   rewards, G times the gradient of p is the expected gradient for every policy.
 
-A is the advantage by the named estimator, with the prior as its value of the problem. The same with
-4 and with 16 rollouts of every problem shows what the plan adds. Intervals are those of 95 %.
+A is the advantage of the named estimator, with the prior as its value of the problem. The same
+figures with 4 and with 16 rollouts of every problem show what the plan adds. Intervals are 95 %.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def plan_of(name: str, problems: int) -> Plan:
 def sampled(
     plan: Plan, p: float, prior: float, problems: int, random: np.random.Generator
 ) -> tuple[Group, Bool[np.ndarray, "problems most"]]:
-    """Rewards of so many problems, and where there is one."""
+    """Rewards of ``problems`` problems, and a mask of the rollouts that the plan asked for."""
     belief = Belief(np.full(problems, prior))
     rewards = np.zeros((problems, MOST))
     there = np.zeros(rewards.shape, bool)
@@ -69,7 +69,7 @@ def sampled(
 
 
 def graded_as(right: Bool[np.ndarray, " n"]) -> Graded:
-    """Rollouts without tokens that have these rewards."""
+    """Rollouts without tokens, with these rewards."""
     zeros = np.zeros(right.size, np.int32)
     return Graded(
         rollouts=Rollouts(
@@ -115,7 +115,7 @@ def interval(values: Float[np.ndarray, " problems"]) -> dict[str, float]:
 
 
 def measured(plan: str, case: str, p: float, draws: int) -> dict[str, Any]:
-    """What comes out for one plan, one kind of prior and one p."""
+    """The results for one plan, one kind of prior and one p."""
     prior = float(np.clip(p + PRIORS[case], 0.01, 0.99))
     key = [[*PLANS].index(plan), [*PRIORS].index(case), RATES.index(p)]
     random = np.random.default_rng(key)

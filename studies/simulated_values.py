@@ -1,7 +1,7 @@
 """Worlds for the value study: true values, visits, rewards and offline tables, drawn.
 
-Logits are the construction throughout: V = sigmoid(z). Where the truth comes from a model, only
-visits, rewards and (on request) the table are drawn here.
+True values are made from logits: V = sigmoid(z). If the true values come from a model, only visits,
+rewards and (on request) the table are drawn here.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +16,15 @@ MOST_ROLLOUTS = 8
 PUBLISHED = {"mean": 0.59, "variance": 0.065}  # of V; E[V(1-V)] = .59 - .065 - .59^2 = .177
 SHIFT, SPREAD = 1.0, 0.5
 """The current policy's logit is the reference's + SHIFT + SPREAD x a standard normal of the
-problem. SHIFT = 1 is a tilt with beta = 1, what the paper reports for its steps 20 to 25; SPREAD is
-our choice: drift that no shared number can tell."""
+problem. SHIFT = 1 is a tilt with beta = 1, which the paper reports for its steps 20 to 25. SPREAD
+is our choice: drift that differs between problems."""
 LONG_RUN = {"mean": 1.5, "sd": 1.5, "shift": 1.6, "slope_sd": 0.9}
-"""Of the long run: z_i = u_i + s_i t with u ~ N(mean, sd^2), s ~ N(shift, slope_sd^2), t from 0 to
-1 over the run. Batch mean and group of 8 then err by .036 and .013 over the run and by .026 and
-.0096 in its last epoch, which are the levels of our first prototype (rounded solution)."""
+"""The long run: z_i = u_i + s_i t with u ~ N(mean, sd^2), s ~ N(shift, slope_sd^2), t from 0 to 1
+over the run. The squared errors of the batch mean and of a group of 8 are then .036 and .013 over
+the run, and .026 and .0096 in its last epoch. These levels were those of our first prototype; the
+constants are a rounded solution."""
 UNEQUAL_SLOPE_SD = 1.5
-"""A harder run besides: one problem in seven gets worse while the policy improves."""
+"""A harder run: one problem in seven gets worse while the policy improves."""
 
 
 def sigmoid(z):
@@ -79,7 +80,7 @@ def draw_world(
 def draw_visits(
     rng: np.random.Generator, replicates: int, problems: int, *, batch: int, epochs: int
 ) -> Int[np.ndarray, "R T B"]:
-    """Every epoch a permutation in problems // batch batches, the rest of it unused."""
+    """Every epoch is a permutation in problems // batch batches; the rest of it is not used."""
     steps = problems // batch
     base = np.broadcast_to(np.arange(problems, dtype=np.int32), (replicates * epochs, problems))
     visits = rng.permuted(base, axis=1)[:, : steps * batch]
@@ -89,7 +90,7 @@ def draw_visits(
 def draw_tables(
     rng: np.random.Generator, rates: Float[np.ndarray, "R M"], sizes: tuple[int, ...]
 ) -> dict[int, Float[np.ndarray, "R M"]]:
-    """Successes in the first n offline rollouts, nested: those of n = 8 are among those of 64."""
+    """Successes in the first n offline rollouts. They are nested: the 8 are the first of the 64."""
     tables, successes, before = {}, np.zeros(rates.shape, np.float32), 0
     for n in sorted(sizes):
         successes = successes + rng.binomial(n - before, rates).astype(np.float32)
@@ -101,7 +102,7 @@ def draw_tables(
 def published_world(
     replicates: int, *, sizes: tuple[int, ...], batch: int, seed: int
 ) -> tuple[World, dict]:
-    """Batches of new problems under one frozen policy with the paper's moments, and what it is."""
+    """Batches of new problems under a frozen policy with the paper's moments, and a description."""
     rng = np.random.default_rng([seed, 1])
     mean, sd = solve_logits(**PUBLISHED)
     reference = rng.normal(mean - SHIFT, np.sqrt(sd**2 - SPREAD**2), (replicates, batch))
@@ -138,7 +139,7 @@ def long_world(
     epochs: int,
     seed: int,
 ) -> tuple[World, dict]:
-    """Runs over the same problems while the policy improves, each problem at its own pace."""
+    """Runs over the same problems while the policy improves, each problem at its own rate."""
     rng = np.random.default_rng([seed, 2])
     start = rng.normal(LONG_RUN["mean"], LONG_RUN["sd"], (replicates, problems))
     slope = rng.normal(LONG_RUN["shift"], slope_sd, (replicates, problems))
@@ -176,8 +177,8 @@ def checkpoint_world(
     batch: int,
     batches: int,
 ) -> World:
-    """``batches`` random batches of every checkpoint, each a replicate of one step; rewards as
-    recorded, or drawn from the values where there are none."""
+    """``batches`` random batches of every checkpoint, each a replicate of one step. Rewards are
+    those recorded, or drawn from the values if there are none."""
     count, problems = values.shape
     if batch > problems:
         raise SystemExit(f"error: --batch is {batch} and there are {problems} problems")
@@ -204,8 +205,8 @@ def replay_world(
     epochs: int,
     runs: int,
 ) -> World:
-    """The run again: its checkpoints' steps are spread evenly over the epochs, the policy between
-    two of them has the values whose logits lie between, and rewards are drawn from those."""
+    """A replay of the run. The checkpoints' steps are spread evenly over the epochs. Between two
+    checkpoints the logits of the values are interpolated, and rewards are drawn from these."""
     logits = np.log(np.clip(values, 1e-6, 1 - 1e-6))
     logits -= np.log1p(-np.clip(values, 1e-6, 1 - 1e-6))
 

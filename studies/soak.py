@@ -2,9 +2,9 @@
 
     python -m studies.soak --steps 2000 --segments 8 --out soak      # soak.json and soak.png
 
-The quickstart's model takes many small steps. Each segment is a process of its own that resumes the
-run; the last step of a segment is ended as by a crash. After every step the resident memory, the
-open files, the seconds and the compiled programs are recorded. A segment is flat if the median of
+The quickstart's model takes many small steps. Each segment is a separate process that resumes the
+run and ends as in a crash. After every step the resident memory, the open files, the seconds and
+the compiled programs are recorded. A segment is flat if the median of
 its last quarter is at most 5 % above that of its second quarter in memory and 20 % in time, and if
 no file stays open and no program is compiled after its first quarter.
 """
@@ -32,7 +32,7 @@ MEMORY, SECONDS = 1.05, 1.20  # allowed growth within a segment
 
 
 def take_segment(run_dir: Path, until: int, steps: int, rows: Path) -> None:
-    """Resume the run up to a step, and append what every step needed."""
+    """Resume the run up to a step, and append the measurements of every step."""
     page, before = os.sysconf("SC_PAGE_SIZE"), time.perf_counter()
 
     def note(step: int, _: object, metrics: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the regimes of the embedded model of worked steps are like: values, lengths, gradients.
+"""Describe the regimes of the embedded model of worked steps: values, lengths, gradients.
 
 Command:   python -m studies.steps_report [--model FOLDER] [--regimes free single guess]
 Hardware:  2 CPU cores; below 10 minutes beside several other jobs
@@ -13,15 +13,15 @@ hard     .105  .105   .110     31      1.10     293    261    261    260
 easy     .912  .077  1.000     24      2.82     809    198    184    180
 long     .583  .050  1.000    237      1.62    5355   2857   2946   2707
 
-A line's wording has 3.19 nats (``single``: .01), and no right completion of a prompt with V >= .85
-is likelier than .002 (``single``: .98).
+The wording of a line has an entropy of 3.19 nats (``single``: .01). No right completion of a prompt
+with V >= .85 has a probability above .002 (``single``: .98).
 
-For each regime, of held-out problems: the value V (share of right samples) and its standard
-deviation between problems (sampling noise taken off), greedy accuracy, completion lengths, entropy
-of a line's wording, and the largest probability of a right completion where V >= .85. Then, from
-exact gradients g of whole completions' log-probabilities, w = |g|^2: m0 / m1 = E[w | wrong] /
-E[w | right], and the noise E[w (r - b)^2] of four baselines b: none, the mean reward, the value
-(the mean of the problem's other samples), the constant that is best.
+For the held-out problems of each regime the table has the value V (share of right samples) and its
+standard deviation between problems (without sampling noise), greedy accuracy, completion lengths,
+the entropy of a line's wording, and the largest probability of a right completion where V >= .85.
+From exact gradients g of whole completions' log-probabilities, with w = |g|^2, it has m0 / m1 =
+E[w | wrong] / E[w | right], and the noise E[w (r - b)^2] of four baselines b: none, the mean
+reward, the value (the mean of the problem's other samples), and the best constant.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from studies.gradient_sketch import pieces
 from studies.gradient_sketch import token_logprobs as plain_logprobs
 from studies.make_steps_model import EQUALS, OPENERS, vocabulary
 
-ROWS = 16  # whose gradients exist at once
+ROWS = 16  # rows whose gradients exist at once
 LONG = 300  # tokens of the longest completion of ``long``
 
 
@@ -80,7 +80,7 @@ def mask_of(graded: Graded) -> np.ndarray:
 def weights_of(
     params: PyTree, model_config: ModelConfig, graded: Graded, rows: np.ndarray
 ) -> np.ndarray:
-    """``squared_norms`` of some rollouts, those of like length together."""
+    """``squared_norms`` of some rollouts; those of similar length are computed together."""
     mask, tokens = mask_of(graded)[rows], np.asarray(graded.rollouts.tokens)[rows]
     norms = np.zeros(len(rows))
     for at, width in pieces(mask, ROWS):
@@ -96,7 +96,7 @@ def sample(
     sampling: SamplingSection,
     n: int,
 ) -> Graded:
-    """``n`` graded completions of every problem, those of a problem together."""
+    """``n`` graded completions of every problem; those of a problem are adjacent."""
     size = len(problems.problems)
     ids = np.repeat(np.arange(size, dtype=np.int32), n)
     samples = np.tile(np.arange(n, dtype=np.int32), size)
@@ -136,7 +136,7 @@ def values(params: PyTree, model_config: ModelConfig, graded: Graded, n: int) ->
 
 
 def wording_entropy(params: PyTree, model_config: ModelConfig, graded: Graded) -> float:
-    """Nats of a line's opener and of its word for "is", over the first 256 rollouts."""
+    """Entropy, in nats, of a line's opener and of its word for "is", over the first 256 rollouts."""
     tokens = np.asarray(graded.rollouts.tokens)[:256]
     inside = mask_of(graded)[:256]
     score = jax.jit(token_logprobs, static_argnums=1)

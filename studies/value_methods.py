@@ -1,8 +1,8 @@
-"""What the value study compares, and how a method's values are scored against the truth.
+"""The methods of the value study, and how their values are scored against the truth.
 
 A ``World`` holds R replicates of T steps over M problems with the true success probability of every
-row; a ``Method`` is an estimator with its offline trials n and its rollouts a prompt G. All methods
-see the same nested rewards: the single rollout is the first of the group.
+row. A ``Method`` is an estimator with n offline trials and G rollouts per prompt. All methods see
+the same nested rewards: the single rollout is the first of the group.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from basis_jax.estimators import Estimator, Signals
 from basis_jax.estimators.rows import estimate
 from basis_jax.estimators.table import init_table
 
-ROWS_AT_ONCE = 16_384  # of the replicates that one call runs side by side
+ROWS_AT_ONCE = 16_384  # rows of the replicates that one call runs together
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8)
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class World:
-    """``ages`` names the slice of every step (an epoch, a checkpoint) and broadcasts to [R T];
+    """``ages`` has the name of every step's slice (an epoch, a checkpoint) and broadcasts to [R T].
     ``units`` is what the bootstrap draws: ``replicates`` or ``problems``."""
 
     truth: Float[np.ndarray, "R T B"]
@@ -40,7 +40,7 @@ class World:
 class Method:
     name: str  # as in the tables
     estimator: Estimator
-    trials: int = 0  # offline rollouts a problem that it starts from
+    trials: int = 0  # offline rollouts per problem that it starts from
     group_size: int = 1
 
 
@@ -53,7 +53,7 @@ class Outcome:
 
 # ------------------------------------------------------------------------------------- methods
 def own_reward() -> Estimator:
-    """The "group mean" of one rollout: a baseline that is the own reward (the paper's G = 1)."""
+    """The "group mean" of one rollout: the baseline is the own reward (the paper's G = 1)."""
 
     def update(state, signals):
         rewards = signals.rewards
@@ -63,7 +63,7 @@ def own_reward() -> Estimator:
 
 
 def bare_table() -> Estimator:
-    """The offline Jeffreys rate (k + 1/2) / (n + 1), nothing else: how the table ages by itself."""
+    """The offline Jeffreys rate (k + 1/2) / (n + 1) alone, which shows how the table ages."""
 
     def update(table, signals):
         rate = (table.successes + 0.5) / (table.trials + 1)
@@ -82,8 +82,8 @@ def methods(
 ) -> list[Method]:
     """Every method at the offline trials and group sizes that it takes; reinforce_pp comes first.
 
-    ``moved``: the policy has left the one of the table before the first step, with no step between
-    to follow it by; a filter that is told so (both drifts 1) is added.
+    ``moved``: the policy already differs from that of the table in the first step, so no filter can
+    have followed it. A filter that expects this (both drifts 1) is added.
     """
     make = estimators.make
     tables = [n for n in trials if n]
@@ -153,7 +153,7 @@ def run(method: Method, world: World) -> Outcome:
 
 # ------------------------------------------------------------------------------------- scoring
 def slices(world: World) -> dict[str, Bool[np.ndarray, "R T B"]]:
-    """Name -> rows that it counts: all, by age, by the bin of the true value."""
+    """Name of a slice -> its rows: all, by age, by bin of the true value."""
     shape = world.truth.shape
     found = {"all": np.ones(shape, bool)}
     ages = np.broadcast_to(world.ages, shape[:2])[:, :, None]
@@ -187,8 +187,8 @@ def score(
     """For every method and slice the mean squared error with a 95 % bootstrap interval, and its
     ratio to each of ``references``, positions in ``outcomes``.
 
-    Units are drawn with replacement, the same for all methods, so that the interval of a ratio is
-    that of paired runs.
+    Units are drawn with replacement, the same ones for all methods, so the interval of a ratio is
+    that of paired data.
     """
     visits = unit_sums(world, np.ones_like(world.truth), np.ones(world.truth.shape, bool))
     draws = np.random.default_rng(seed).multinomial(

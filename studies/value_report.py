@@ -38,13 +38,13 @@ DRAWN = (
     ("value_filter, 32 features", 8, 1),
     ("value_filter, 32 features", 0, 1),
 )
-"""(estimator, n, G) of the lines in the picture, where a part has them."""
+"""(estimator, n, G) of the lines in the picture, if a part has them."""
 TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One setting of the study: what it is, and a row for every method."""
+    """One setting of the study: its description, and a row for every method."""
 
     name: str
     about: dict
@@ -98,7 +98,7 @@ def ages(part: Part) -> list[str]:
 
 
 def table(part: Part) -> str:
-    """One line a method; errors in units of .0001 are exact in the JSON."""
+    """One line per method. The JSON has the errors with more digits."""
     names = ages(part)
     shown = names if len(names) <= 8 else names[:: -(-len(names) // 8)]
     width = max(len(row["estimator"]) for row in part.rows)
@@ -134,7 +134,7 @@ def paper_table() -> str:
 
 # ------------------------------------------------------------------------------------------ file
 def write(out: Path, parts: Sequence[Part], settings: dict, provenance: dict) -> None:
-    """``out``.json and ``out``.png; ``provenance`` as it was when the study began."""
+    """Write ``out``.json and ``out``.png. ``provenance`` is that of the start of the study."""
     out.parent.mkdir(parents=True, exist_ok=True)
     paper = [dict(zip(("estimator", "n", "G", "mse", "bins"), row, strict=True)) for row in PAPER]
     content = {
@@ -149,7 +149,7 @@ def write(out: Path, parts: Sequence[Part], settings: dict, provenance: dict) ->
 
 
 def as_lines(content: dict) -> str:
-    """JSON with one line a method."""
+    """JSON with one line per method."""
     head = {key: value for key, value in content.items() if key != "parts"}
     parts = []
     for part in content["parts"]:
@@ -160,7 +160,7 @@ def as_lines(content: dict) -> str:
 
 
 def rounded(x):
-    """Floats with 6 digits: more says nothing and makes the file unreadable."""
+    """Floats with 6 digits; more are meaningless and make the file hard to read."""
     if isinstance(x, dict):
         return {str(k): rounded(v) for k, v in x.items()}
     if isinstance(x, list | tuple):
@@ -172,7 +172,7 @@ def rounded(x):
 
 # --------------------------------------------------------------------------------------- picture
 def draw(parts: Sequence[Part], path: Path) -> None:
-    """A line of panels a part: overall, by true value, by age, share of 0/1 baselines."""
+    """One row of panels per part: overall, by true value, by age, share of 0/1 baselines."""
     figure = Figure(figsize=(20, 4.6 * len(parts) + 0.4), dpi=110, layout="constrained")
     grid = figure.subplots(len(parts), 4, squeeze=False)
     for line, part in zip(grid, parts, strict=True):

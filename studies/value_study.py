@@ -1,12 +1,12 @@
-"""How far the values of each estimator are from the truth: mean of (V_i - value_i)^2.
+"""How far each estimator's values are from the true values: the mean of (V_i - value_i)^2.
 
     python -m studies.value_study simulate
     python -m studies.value_study still --config configs/smollm2_arithmetic.py
     python -m studies.value_study real --run runs/quickstart
 
-``simulate`` draws policies; ``still`` takes the first policy of a config, held still; ``real`` the
-checkpoints of a run of scripts/train.py (``--checkpoint.keep 100``). Each prints one table a
-setting and writes ``--out``.json and ``--out``.png.
+``simulate`` simulates policies. ``still`` uses the first policy of a config, without training it.
+``real`` uses the checkpoints of a run of scripts/train.py (``--checkpoint.keep 100``). Each prints
+one table per setting and writes ``--out``.json and ``--out``.png.
 """
 
 import time
@@ -221,7 +221,7 @@ class Real:
         return parts
 
     def true_values(self, config: Config) -> Policies:
-        """Of every policy of the run; kept in the run folder, where the next study finds them."""
+        """The true values of every policy of the run, kept in the run folder for later studies."""
         if self.truth == "exact":
             check_exact(config)
         steps = policy_values.steps(self.run, config)
@@ -236,7 +236,7 @@ class Real:
         return found
 
     def measure_values(self, config: Config) -> Policies:
-        """Values, rewards and table; the latter two empty where they are to be drawn."""
+        """Values, rewards and table; rewards and table are empty if they are to be drawn."""
         steps, values, rewards, reference = [], [], [], np.zeros((0, 0))
         with open_session(config) as session, jax.set_mesh(session.setup.mesh):
             setup, problems = session.setup, session.train_set
@@ -269,7 +269,7 @@ def check_exact(config: Config) -> None:
 
 
 def agreement(truth: np.ndarray, rewards: np.ndarray) -> str:
-    """The mean of the rollouts beside the truth, and their distance in standard errors."""
+    """The mean of the rollouts, and its distance from the true mean in standard errors."""
     if not rewards.size:
         return ""
     noise = np.sqrt((truth * (1 - truth)).sum() / rewards.shape[1]) / len(truth)
@@ -296,7 +296,7 @@ COMMANDS: dict[str, Callable[..., Simulate | Real | Still]] = {
 
 def main() -> None:
     chosen = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__)
-    made_with = provenance()  # now: others may commit while it runs
+    made_with = provenance()  # at the start: others may commit while it runs
     parts = chosen.study()
     if any(part.about.get("beside_paper") for part in parts):
         print("\n" + paper_table())
