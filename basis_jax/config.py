@@ -170,28 +170,29 @@ class LossSection:
     clip_low: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]; DAPO's clip-higher: 0.2, 0.28."""
     clip_high: float = 0.2
-    """The upper end of that range."""
+    """See ``clip_low``."""
     dual_clip: float = 0.0
     """Upper bound, above 1, on the ratio of tokens with negative advantage (0: off; often 3)."""
     beta: float = 1e-3
-    """Of the regressions: the larger, the closer to the starting policy (``rebel``: to the policy
-    that sampled, with the paper's eta = 1 / beta)."""
+    """Only for the regressions: a larger beta keeps the policy closer to the starting policy
+    (``rebel``: to the policy that sampled; the paper's eta is 1 / beta)."""
     sampler_correction: str = "none"
     """Correct for a sampler of lower precision by p_trainer / p_sampler: ``tis`` (weight of a token
     up to ``sampler_cap``), ``sequence_tis`` (of a completion), ``icepop`` (tokens outside
     ``sampler_floor`` to ``sampler_cap`` weigh 0), ``mask`` (completions whose geometric mean is
-    outside are left out), ``ais`` (TIS, as far as the whole update calls for it). ``mask`` and
-    ``ais`` cost a forward pass if a step has one update."""
+    outside are left out), ``ais`` (TIS, with a strength that is computed for the whole update).
+    ``mask`` and ``ais`` cost a forward pass if a step has one update."""
     sampler_cap: float = 2.0
     """Largest p_trainer / p_sampler. Published: 2 (TIS), 5 (IcePop, AIS), 1.001 (mask)."""
     sampler_floor: float = 0.5
     """Smallest p_trainer / p_sampler, of ``icepop`` and ``mask``. Published: 0.5 and 0.999."""
     ais_mismatch: float = 0.02
-    """Mean difference in nats a token at which ``ais`` corrects in full."""
+    """Mean difference, in nats per token, from which on ``ais`` corrects in full."""
     ais_variance: float = 1.2
     """Growth of the advantages' standard deviation above which ``ais`` corrects less."""
     ais_beta: float = 1.0
-    """How much less. The paper does not print its value; 0 leaves the term out."""
+    """How strongly that growth weakens the correction (0: not at all). The paper does not give its
+    value."""
     kl: str = "k3+"
     """Estimate of KL(policy || starting policy): ``k1``, ``k2``, ``k3``, or ``k3+`` (value of k3,
     gradient of k2)."""
@@ -211,7 +212,7 @@ class LossSection:
 
 @dataclass(frozen=True)
 class CriticSection:
-    """Of ``estimator.name gae``: a linear value head on the policy's final states."""
+    """The critic of ``estimator.name gae``: a linear value head on the policy's final states."""
 
     lr: float = 3e-3
     """Adam's learning rate of the head, whose states have length 1."""
@@ -256,9 +257,9 @@ class TrainSection:
     steps: int = 100
     """Training steps of the whole run, those done before a resume included."""
     prompts_per_step: int = 512
-    """Problems of a step, all different; times ``sampling.group_size`` rollouts."""
+    """Problems per step, all different. Each has ``sampling.group_size`` rollouts."""
     minibatch_rollouts: int = 512
-    """Rollouts per optimizer update. A step has rollouts / this number of updates."""
+    """Rollouts per optimizer update. A step has its number of rollouts / this number of updates."""
     microbatch_rollouts: int = 64
     """Rollouts per forward and backward pass at full width, on each of the devices that the batch
     is split over (``mesh.data`` x ``mesh.fsdp``); a pass over shorter ones takes a power of two
@@ -292,11 +293,11 @@ class WatchSection:
     truncated: float = 0.5
     """More completions than this share are cut at the length limit."""
     entropy: float = 0.05
-    """The policy's entropy a token is below this share of the first."""
+    """The policy's entropy per token is below this share of the first."""
     length: float = 0.2
     """The mean length of completions is below this share of the first."""
     logprob_gap: float = 0.1
-    """Sampler and trainer differ by more than this many nats a token, on average."""
+    """Sampler and trainer differ by more than this many nats per token, on average."""
     grad_norm: float = 0.01
     """The gradient's norm is below this share of the first."""
 
@@ -315,11 +316,11 @@ class EvalSection:
     samples: int = 1
     """Completions per held-out problem."""
     temperature: float = 1.0
-    """0: greedy."""
+    """Temperature of evaluations (0: greedy)."""
     set_samples: dict[str, int] = field(default_factory=dict)
     """Sets with another number of completions, as in ``AIME24 32``."""
     set_temperatures: dict[str, float] = field(default_factory=dict)
-    """Sets with another temperature; one at 0 has one completion a problem."""
+    """Sets with another temperature; a set at 0 has one completion per problem."""
     set_verifiers: dict[str, str] = field(default_factory=dict)
     """Sets with another verifier than ``data.verifier``."""
 
@@ -349,10 +350,10 @@ class CheckpointSection:
     every: int = 10
     """Steps between checkpoints; the last step is always kept."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
     keep_best: int = 0
-    """Checkpoints of highest held-out accuracy kept besides; only steps that are evaluated count
-    (``eval.every``)."""
+    """Number of checkpoints with the highest held-out accuracy that are kept too. Only evaluated
+    steps count (``eval.every``)."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def sampler_weights(
     - ``tis``: min(rho, cap) (Yao et al. 2025).
     - ``sequence_tis``: min(the product of the row's rho, cap) on each of its tokens.
     - ``icepop``: rho if floor <= rho <= cap, else 0 (OpenRLHF's bounds are 0.5 and 5).
-    - ``ais``: 1 + alpha (min(rho, cap) - 1) with alpha = ``batch.ais_alpha``, one number an update
+    - ``ais``: 1 + alpha (min(rho, cap) - 1) with alpha = ``batch.ais_alpha``, one per update
       (``ais_alpha``; arXiv 2605.13907, whose cap is 5).
     - ``none`` and ``mask``: 1. ``mask`` changes the loss weights instead: see ``kept_rows``.
 
@@ -107,7 +107,7 @@ def ais_sums(
 def ais_alpha(
     sums: dict[str, Float[Array, ""]], *, mismatch: float, variance: float, beta: float
 ) -> Float[Array, ""]:
-    """How far AIS weighs a whole update, 0 to 1. arXiv 2605.13907, eqs 9 to 19.
+    """The strength of AIS in a whole update, 0 to 1. arXiv 2605.13907, eqs 9 to 19.
 
     alpha = clip(ess - beta var, 0, 1) mis, with sd of ddof 1 over tokens, w = min(rho, cap):
     ess = (1 + (sd(w) / mean(w))^2)^(-1/2), mis = min(1, mean |gap| / ``mismatch``), and

@@ -31,12 +31,12 @@ def lock(file: IO, what: str, option: str) -> None:
 
 
 LONGEST = 1500
-"""Characters of a message that are printed, where a part of it comes from outside."""
+"""Characters of a message that are printed, if a part of it comes from a file or a model."""
 
 
 def one_line(text: str) -> str:
-    """A message as it may be printed: on one line, without control characters, and without its
-    middle where it is longer than ``LONGEST``."""
+    """A message that is safe to print: on one line, without control characters, and without its
+    middle if it is longer than ``LONGEST``."""
     text = " ".join(cut(text).split())
     return cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
@@ -51,13 +51,13 @@ def is_step(name: str) -> bool:
 
 
 def home(path: str | Path) -> Path:
-    """The path, with the folder that ``~`` stands for, where there is one."""
+    """The path, with ``~`` replaced by the home folder."""
     return Path(os.path.expanduser(path))
 
 
 def check_regular(path: Path) -> None:
-    """Raise ValueError for a pipe or a device, whose reading may never end. What is not there, and
-    folders, are left to the reader."""
+    """Raise ValueError for a pipe or a device, because reading it may never end. Missing files and
+    folders are left to the reader."""
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise ValueError(f"{path} is a pipe or a device and no file; give a file")
 
@@ -76,7 +76,7 @@ def writing(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(
-            f"{path} could not be written ({error.strerror or error}); mend that and give the same "
+            f"{path} could not be written ({error.strerror or error}); fix that and give the same "
             "command again: what was complete before is kept"
         ) from error
 

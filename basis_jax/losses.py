@@ -2,7 +2,7 @@
 
 The loss is ``jnp.sum(loss_weights * per_token)``. ``loss_weights`` are computed once from the mask
 of the whole update and include all denominators, so microbatches and devices only add up. A
-regression has one term a row, whose weight is the sum of the row's ``loss_weights``.
+regression has one term per row, whose weight is the sum of the row's ``loss_weights``.
 """
 
 import jax
@@ -126,13 +126,12 @@ def regression_loss(
       this one. More than two rows are our reading of it. The mean is ``batch.row_offsets``, which
       may be a constant: the residuals of a prompt sum to 0, so its gradient adds up to 0.
     - ``tbrm``: e = x + V - A / beta, anchor ref, A = r. V is ``start_lse``, the log of the sum of
-      exp(logits / temperature) at the first token of the completion (arXiv 2505.15311, as told by
-      arXiv 2603.23355; its beta is not published).
+      exp(logits / temperature) at the first token of the completion (arXiv 2505.15311, as described
+      in arXiv 2603.23355; its beta is not published).
 
-    ``residuals`` has e without a mean taken off where there are no ``row_offsets``. x is 0 in value
-    where the update is strictly on-policy and the anchor is old. Raises ValueError for another
-    objective, a batch without ``ref_logprobs`` where the anchor is ref, and tbrm without
-    ``start_lse``.
+    Without ``row_offsets`` no mean is subtracted from e. The value of x is 0 if the update is
+    strictly on-policy and the anchor is old. Raises ValueError for another objective, for a batch
+    without ``ref_logprobs`` if the anchor is ref, and for tbrm without ``start_lse``.
     """
     if objective not in REGRESSIONS:
         raise ValueError(f"loss.objective is {objective!r}; allowed are {', '.join(REGRESSIONS)}")

@@ -63,7 +63,7 @@ class Signals:
     lengths: Int[Array, " N"]  # completion tokens
     score_norms: Float[Array, " N"] | None = None  # like |gradient of log p(completion)|^2
     logprob_sum: Float[Array, " N"] | None = None  # log p(completion), as it was sampled
-    start_values: Float[Array, " N"] | None = None  # a critic's values of the prompts
+    start_values: Float[Array, " N"] | None = None  # values of the prompts, by a critic or plan
     greedy_rewards: Float[Array, " N"] | None = None  # of the prompt's greedy completion, or NaN
 
 
@@ -106,7 +106,7 @@ class Batch:
 
 @pytree
 class TokenCredit:
-    """What is learnt from every token of a step, where this is not one number a rollout: made by a
+    """What is learnt from every token of a step, if it is not one number per rollout: made by a
     critic, or by a rollout plan that samples from the middle of completions."""
 
     advantages: Float[AnyArray, "N T"]

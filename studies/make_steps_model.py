@@ -116,7 +116,7 @@ def write_rows(generator: random.Random, length: int) -> list[tuple[str, str]]:
 
 
 def width_of(length: int) -> int:
-    """Tokens of a question with ``length`` steps (0: the longest ``long``), its solution and EOS."""
+    """Tokens of a question of ``length`` steps (0: the longest ``long``), its solution and EOS."""
     return 13 + 9 * length if length else 17 + 9 * max(steps.REPEATS)
 
 

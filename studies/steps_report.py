@@ -136,7 +136,7 @@ def values(params: PyTree, model_config: ModelConfig, graded: Graded, n: int) ->
 
 
 def wording_entropy(params: PyTree, model_config: ModelConfig, graded: Graded) -> float:
-    """Entropy, in nats, of a line's opener and of its word for "is", over the first 256 rollouts."""
+    """Entropy (nats) of a line's opener and of its word for "is", over the first 256 rollouts."""
     tokens = np.asarray(graded.rollouts.tokens)[:256]
     inside = mask_of(graded)[:256]
     score = jax.jit(token_logprobs, static_argnums=1)

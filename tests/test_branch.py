@@ -343,7 +343,7 @@ def test_a_regression_on_advantages_by_token_is_refused(objective):
         estimator=EstimatorSection(name="vineppo"),
         loss=LossSection(objective=objective),
     )
-    with pytest.raises(ValueError, match=f"{objective} takes one advantage a rollout"):
+    with pytest.raises(ValueError, match=f"{objective} takes one advantage per rollout"):
         open_plan(config, (9999,), estimators.make("vineppo"))
 
 

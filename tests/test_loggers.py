@@ -130,7 +130,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
     "name, message",
     [
         ("own.py:without_close", r"made a Half without close\(\); give it log\(step, metrics\)"),
-        ("own.py:raises", r"could not be opened \(ConnectionError: no such host\); mend it or"),
+        ("own.py:raises", r"could not be opened \(ConnectionError: no such host\); fix it or"),
     ],
 )
 def test_what_cannot_be_opened_ends_the_run_with_a_sentence(folder, name, message):

@@ -517,7 +517,7 @@ def test_adapters_beside_other_weights_are_refused(saved, tiny_folder, tmp_path)
     model_config = huggingface.read_model_config(tiny_folder)
     huggingface.save_params(params, model_config, other, source=tiny_folder, overwrite=True)
     for options in ({}, {"adapters": True}):
-        with pytest.raises(ValueError, match="were trained beside other weights than those of"):
+        with pytest.raises(ValueError, match="were trained with other weights than those of"):
             convert.run(saved, to=tmp_path / "out", model_path=str(other), **options)
     assert not (tmp_path / "out").exists()
 

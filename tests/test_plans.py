@@ -377,7 +377,7 @@ def bad(problems=(1,), samples=(0,), **more):
         (lambda: bad(weights=np.array([-1])), "a weight that is negative or not finite"),
         (lambda: bad(greedy=True), "declare them with Plan(greedy=True)"),
         (lambda: bad((1, 2), (0,)), "arrays of 2, 1 and 2 entries"),
-        (lambda: bad((1.5,)), "problems float64[1]; give one whole number a rollout"),
+        (lambda: bad((1.5,)), "problems float64[1]; give one whole number per rollout"),
         (lambda: 1 / 0, "raised ZeroDivisionError"),
     ],
 )

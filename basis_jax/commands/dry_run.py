@@ -212,7 +212,7 @@ def report_table(request: Request, mesh: AbstractMesh, chip: Chip, report: Repor
     for samples in dict.fromkeys((section.table_samples, 8)):
         rollouts = problems * samples
         report(
-            f"reference table of {samples} rollouts a problem: {rollouts:,} rollouts, as many as "
+            f"reference table of {samples} rollouts per problem: {rollouts:,} rollouts, as many as "
             f"{rollouts / step:,.0f} steps of sampling; the run itself has {config.train.steps}"
         )
     report(

@@ -53,7 +53,7 @@ def main() -> None:
         processes.check_same(lambda: given | start_facts(config))
         failed = evaluate(config, options.checkpoint, out)
     if failed:
-        sys.exit(f"error: no result for {', '.join(failed)}; the reason stands above")
+        sys.exit(f"error: no result for {', '.join(failed)}; see the reason above")
 
 
 def evaluate(config: Config, checkpoint: str, out: Path) -> list[str]:

@@ -17,8 +17,8 @@ def prompts_by_set(weights: Sequence[float], total: int) -> list[int]:
     if 0 in counts:
         raise ValueError(
             f"train.prompts_per_step is {total} and data.more_sets leaves a set no prompt of a "
-            f"step (weights {', '.join(f'{weight:g}' for weight in weights)}); raise the one or "
-            "the weight"
+            f"step (weights {', '.join(f'{weight:g}' for weight in weights)}); raise "
+            "train.prompts_per_step or the smallest weight"
         )
     return counts
 

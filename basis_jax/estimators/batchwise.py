@@ -135,9 +135,8 @@ def basis(
     - ``rewards``: in [``low``, ``high``], one rollout for each of N prompts.
     - ``successes``, ``trials``: counts of reference completions of the same prompts, whose rewards
       were low or high. Successes outside [0, trials] are clipped into it.
-    - ``reference_rewards``: the rewards of reference completions, instead of counts, if rewards
-      between low and high occur. NaN where there is no completion. V is then eq. 5 for these
-      rewards, k is their sum and n their number.
+    - ``reference_rewards``: given instead of counts if rewards between low and high occur; NaN
+      where there is no completion. V is then eq. 5 of these, k is their sum and n their number.
 
     A row whose count is NaN (an unknown problem) has the value NaN. Rewards are first mapped to
     (r - low) / (high - low), and beta refers to that scale. The variance s = V (1 - V) is the

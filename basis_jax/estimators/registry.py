@@ -282,7 +282,7 @@ def _guarded(update: Callable, declared: Definition) -> Callable:
             if getattr(signals, name) is None:
                 raise ValueError(
                     f"{declared.name} needs {name}, which these Signals lack; give "
-                    f"Signals({name}=...), one number a row"
+                    f"Signals({name}=...), one number per row"
                 )
         finite, valid = jnp.isfinite(signals.rewards), signals.valid
         rewards = jnp.where(finite, signals.rewards, 0)
@@ -367,7 +367,7 @@ def _trace(estimator: Estimator, declared: Definition, options: dict) -> None:
         if array.shape != (rows,) or not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(
                 f"{declared.name} returned {field} {array.dtype}{list(array.shape)} for {rows} "
-                "rows; give one float a row"
+                "rows; give one float per row"
             )
 
 

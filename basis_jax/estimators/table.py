@@ -61,7 +61,7 @@ def init_table(
     if rewards is not None and np.shape(rewards)[:-1] != np.shape(successes):
         raise ValueError(
             f"got reference_rewards {np.shape(rewards)} for {np.shape(successes)[0]} problems; "
-            "give one row a problem"
+            "give one row per problem"
         )
     return Table(
         successes=jnp.asarray(successes, jnp.float32),

@@ -116,7 +116,7 @@ def single_filter_init(
     features = jnp.asarray(features, jnp.float32)
     if features.ndim != 2 or features.shape[0] != size:
         raise ValueError(
-            f"got features {features.shape} for {size} problems; give one row a problem"
+            f"got features {features.shape} for {size} problems; give one row per problem"
         )
     phi = jnp.concatenate([jnp.ones((size, 1)), _scaled(features)], 1)
     ridge = jnp.eye(phi.shape[1]) / shared_variance

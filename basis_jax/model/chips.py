@@ -17,9 +17,9 @@ from dataclasses import dataclass
 class Chip:
     name: str
     memory: int  # bytes of one chip
-    bandwidth: float  # bytes a second between chip and its memory
-    flops: float  # a second
-    interconnect: float  # bytes a second out of one chip
+    bandwidth: float  # bytes per second between chip and its memory
+    flops: float  # per second
+    interconnect: float  # bytes per second out of one chip
     tpu: bool = False
 
 

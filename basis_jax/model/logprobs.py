@@ -12,7 +12,7 @@ from basis_jax.model import decoder
 from basis_jax.model.decoder import ModelConfig
 from basis_jax.model.sharding import constrain, over_batch
 
-PIECES = 4  # a single chunk is cut into so many
+PIECES = 4  # a single chunk is cut into this many pieces
 
 
 def token_logprobs(
@@ -49,8 +49,8 @@ def token_scores(
     """``token_logprobs``, and the log of the sum of exp(logits / temperature) that the first token
     in the mask was drawn from: the value of the completion's start, if logits are Q-values.
 
-    The latter has a gradient and costs the logits of one position a row, N x V float32. It means
-    nothing in rows without a token in the mask.
+    The latter has a gradient and costs the logits of one position per row, N x V float32. It has no
+    meaning in rows without a token in the mask.
     """
     hidden, _ = decoder.forward(params, model_config, tokens)
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask

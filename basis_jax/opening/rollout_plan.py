@@ -85,6 +85,6 @@ def check_credited(config: Config, plan: Plan, declared: estimators.Definition) 
         )
     if objective in REGRESSIONS:
         raise ValueError(
-            f"loss.objective {objective} takes one advantage a rollout and sampling.plan {name} "
+            f"loss.objective {objective} takes one advantage per rollout and sampling.plan {name} "
             "credits every token; set loss.objective to ppo_clip, or sampling.plan to uniform"
         )

@@ -77,7 +77,7 @@ class Requests:
             if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
                 raise ValueError(
                     f"Requests got {name} {array.dtype}{list(array.shape)}; give one whole number "
-                    "a rollout"
+                    "per rollout"
                 )
             object.__setattr__(self, name, array.astype(np.int32))
         if self.weights is not None:
@@ -86,12 +86,12 @@ class Requests:
         if any(array.shape != self.problems.shape for array in arrays):
             raise ValueError(
                 f"Requests got arrays of {self.problems.size}, {self.samples.size} and "
-                f"{arrays[1].size} entries; give one a rollout in each"
+                f"{arrays[1].size} entries; give one per rollout in each"
             )
         if self.prefixes is not None and len(self.prefixes) != self.problems.size:
             raise ValueError(
                 f"Requests got {self.problems.size} problems and {len(self.prefixes)} prefixes; "
-                "give one a rollout"
+                "give one per rollout"
             )
 
 

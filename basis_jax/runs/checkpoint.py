@@ -120,7 +120,7 @@ def _failure_named(checkpoints: Any, step: int | None) -> Iterator[None]:
         except Exception as error:  # classes of orbax, tensorstore and the system
             raise ValueError(
                 f"checkpoint {checkpoints.directory / str(step)} could not be written "
-                f"({_reason(error)}); mend that and give the same command again: it goes on from "
+                f"({_reason(error)}); fix that and give the same command again: it goes on from "
                 "the checkpoint before"
             ) from error
 

@@ -64,7 +64,7 @@ def lock_run(run_dir: str | Path) -> Iterator[Path]:
         opened = (run_dir / ".lock").open("w")
     except OSError as error:
         raise ValueError(
-            f"run folder {run_dir} cannot be written to ({error.strerror}); mend that, or give "
+            f"run folder {run_dir} cannot be written to ({error.strerror}); fix that, or give "
             "another --run-dir"
         ) from None
     with opened as file:

@@ -220,7 +220,7 @@ def open_loggers(
             logger = make(run)
         except Exception as error:  # of a network, a login or a user's own code
             raise ValueError(
-                f"the logger {name} of train.loggers could not be opened ({what(error)}); mend it "
+                f"the logger {name} of train.loggers could not be opened ({what(error)}); fix it "
                 "or leave it out"
             ) from error
         _check_logger(name, logger)

@@ -202,7 +202,7 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 "lines in order"
             )
         elif number < len(lines):
-            raise ValueError(f'line {number} of {path} is no JSON object with "step"; mend it')
+            raise ValueError(f'line {number} of {path} is no JSON object with "step"; fix it')
 
 
 def _open_lines(path: Path, resume_step: int) -> tuple[BufferedWriter, int]:

@@ -59,7 +59,7 @@ class ReferenceTable:
 
     @property
     def fractional(self) -> bool:
-        """Is a reward neither 0 nor 1, so that the counts do not say all?"""
+        """Whether a reward is neither 0 nor 1, so that the counts are not enough."""
         return self.rewards is not None and not _binary(self.rewards)
 
 

@@ -53,7 +53,7 @@ def findings(
     if value("estimate/zero_share") > limits.zero_share:
         found["zero_share"] = (
             f"{value('estimate/zero_share'):.0%} of the advantages are 0 and teach nothing; use "
-            "problems that the model solves sometimes, or more rollouts a step"
+            "problems that the model solves sometimes, or more rollouts per step"
         )
     if value("reward/invalid") > limits.invalid:
         found["invalid"] = (
@@ -79,7 +79,7 @@ def findings(
     if value("sampler/logprob_gap_mean") > limits.logprob_gap:
         found["logprob_gap"] = (
             "the sampler's log-probabilities differ from the trainer's by "
-            f"{value('sampler/logprob_gap_mean'):.3g} nats a token; set sampling.dtype to "
+            f"{value('sampler/logprob_gap_mean'):.3g} nats per token; set sampling.dtype to "
             "model.compute_dtype, or loss.sampler_correction to tis"
         )
     if relative("policy/grad_norm") < limits.grad_norm:

@@ -121,7 +121,7 @@ class RewardFunction:
         said = " ".join(str(error).split())
         return (
             f"{self.reference} raised {type(error).__name__}{line}: {said}, for {_about(rows)}; "
-            "correct it, or return None where nothing can be told"
+            "correct it, or return None for what cannot be graded"
         )
 
     def _checked(self, found: Any, rows: Sequence[Submission]) -> Rewards:
@@ -150,7 +150,7 @@ class RewardFunction:
         if not math.isfinite(value):
             raise ValueError(
                 f"{self.reference} returned {float(value)} for {_about([row])}; return a finite "
-                "number, or None where nothing can be told"
+                "number, or None for what cannot be graded"
             )
         return float(value)
 

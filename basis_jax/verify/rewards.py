@@ -44,9 +44,9 @@ class FormatReward(Verifier):
         except TimeoutError:
             return verdict_of("timeout", "matching data.format_pattern takes too long")
         return (
-            verdict_of("right", "has the form")
+            verdict_of("right", "has the format")
             if found
-            else verdict_of("wrong", "has not the form")
+            else verdict_of("wrong", "does not have the format")
         )
 
 

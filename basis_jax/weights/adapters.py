@@ -25,7 +25,7 @@ from basis_jax.weights import huggingface, layout, trained
 
 
 def saved_lora(checkpoint: Path) -> Lora | None:
-    """The adapters that a checkpoint holds; None where it holds all parameters."""
+    """The adapters that a checkpoint holds; None if it holds all parameters."""
     section = trained.saved_config(checkpoint)["model"]
     if not section.get("lora_rank"):  # absent in those of older versions
         return None
@@ -43,7 +43,7 @@ def load_policy(
 
     They are float32 and laid out over the mesh; without one, NumPy arrays. The weights below the
     adapters are first rounded to the dtype in which training had them. Raises ValueError as
-    ``trained.load_checkpoint_params``, and where the adapters were trained beside other weights.
+    ``trained.load_checkpoint_params``, and if the adapters were trained with other weights.
     """
     found = saved_lora(checkpoint)
     plain = dataclasses.replace(model_config, lora=None)
@@ -65,14 +65,14 @@ def load_policy(
 
 
 def check_base(checkpoint: Path, folder: Path) -> None:
-    """Raise ValueError where the run's config.json says that its model had other weights. A
-    checkpoint that was moved out of its run tells nothing of them."""
+    """Raise ValueError if the run's config.json says that its model had other weights. A checkpoint
+    that was moved out of its run is not checked."""
     record = checkpoint.parent.parent / "config.json"
     identity = read_json(record).get("identity") if record.is_file() else None
     known = identity.get("model.path") if isinstance(identity, dict) else None
     if known is not None and known != huggingface.fingerprint(folder):
         raise ValueError(
-            f"the adapters of {checkpoint} were trained beside other weights than those of "
+            f"the adapters of {checkpoint} were trained with other weights than those of "
             f"{folder}; give the model folder that their training began from"
         )
 

@@ -1,8 +1,8 @@
 """config.json of Qwen2, Qwen3 and Llama <-> ModelConfig.
 
 Absent settings have the defaults of transformers 5.23. A setting is refused by name if transformers
-refuses it, if it would guess a size without regard to the others, or if it computes something else
-than we do.
+refuses it, if transformers would guess a size that may not fit the others, or if transformers
+computes something else than we do.
 """
 
 import math
@@ -30,7 +30,7 @@ SIZES = {  # config.json -> ModelConfig
 }
 LARGEST = {"num_hidden_layers": 10_000}
 LARGEST_SIZE = 1 << 31  # of anything else
-ASSUMED = {  # by transformers where they are absent, whatever the other sizes are
+ASSUMED = {  # by transformers if they are absent, whatever the other sizes are
     "llama": {},
     "qwen2": {"num_key_value_heads": 32},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
@@ -167,8 +167,8 @@ def read_rope(
     """theta and scaling, from ``rope_parameters`` (transformers 5) or ``rope_scaling`` (4).
 
     As in transformers (``convert_rope_params_to_dict``), a ``rope_scaling`` takes the place of the
-    whole ``rope_parameters``, and settings inside win over those of the top level. Where that would
-    lose the theta of ``rope_parameters``, ValueError is raised.
+    whole ``rope_parameters``, and settings inside override those of the top level. Raises
+    ValueError if that would lose the theta of ``rope_parameters``.
     """
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(raw.get(name), dict | None):
@@ -227,7 +227,7 @@ def _scaling(
 
 
 def _yarn_amplitude(rope: Mapping[str, Any], factor: float) -> float:
-    """m(1) with m(s) = 0.1 s ln(factor) + 1, or m(mscale) / m(mscale_all_dim) where both are set
+    """m(1) with m(s) = 0.1 s ln(factor) + 1, or m(mscale) / m(mscale_all_dim) if both are set
     (DeepSeek-V2's convention)."""
 
     def at(scale: float) -> float:
@@ -243,7 +243,7 @@ def _is_whole(value: object, least: int = 1) -> bool:
 
 
 def _flag(raw: Mapping[str, Any], name: str) -> bool:
-    """A setting that is off where it is absent. Raises ValueError for "false" and other strings."""
+    """A setting that is off if it is absent. Raises ValueError for "false" and other strings."""
     value = raw.get(name)
     if not isinstance(value, bool | None):
         raise ValueError(f"{name} is {value!r}; true or false is needed, without quotes")
@@ -253,7 +253,7 @@ def _flag(raw: Mapping[str, Any], name: str) -> bool:
 def _positive(
     raw: Mapping[str, Any], name: str, default: float | None = None, *, where: str = ""
 ) -> float:
-    """A finite number above 0; ``default`` where it is absent or null."""
+    """A finite number above 0; ``default`` if it is absent or null."""
     value = raw.get(name)
     if value is None:
         value = default

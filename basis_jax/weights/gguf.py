@@ -43,7 +43,7 @@ TOKEN_IDS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pa
 EPSILON = "llama.attention.layer_norm_rms_epsilon"
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 MOST_PACKED = 20
-"""A .gguf of weights is never so many times larger than the archive that it is in."""
+"""A .gguf of weights is never this many times larger than its archive."""
 
 
 def convert(file: str | Path, folder: str | Path, *, dtype: str = "float32") -> Path:
@@ -67,7 +67,7 @@ def convert(file: str | Path, folder: str | Path, *, dtype: str = "float32") -> 
 
 @contextmanager
 def _named(file: Path) -> Iterator[None]:
-    """Turn whatever a damaged or hostile file leads to into one sentence with its name."""
+    """Turn any error from a damaged or hostile file into one sentence with its name."""
     try:
         yield
     except Exception as error:  # fields may have any type; tokenizers raises bare Exceptions
@@ -169,7 +169,7 @@ def config_json(fields: dict[str, Any], names: set[str]) -> dict[str, Any]:
 def tokenizer_files(fields: dict[str, Any]) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json: byte-level BPE of the GGUF's own vocabulary.
 
-    Raises ValueError where the GGUF names another tokenizer or another way to split text.
+    Raises ValueError if the GGUF names another tokenizer or another way to split text.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

@@ -38,7 +38,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
-"""From the source folder into an export."""
+"""Files that an export copies from the source folder."""
 EMBEDDED = {"embedded:quickstart": "quickstart_model", "embedded:steps": "steps_model"}
 """The models in this package, and their folders beside this file."""
 
@@ -48,7 +48,7 @@ def resolve_folder(path: str | Path) -> Path:
 
     ``path`` is one of ``EMBEDDED`` (in this package), a folder, a model's folder in the hub's
     cache (``models--owner--name``: its newest snapshot), or a hub id, which is downloaded or found
-    in that cache. Raises ValueError where there is none.
+    in that cache. Raises ValueError if there is none.
     """
     if str(path) in EMBEDDED:
         return Path(__file__).parent / EMBEDDED[str(path)]
@@ -60,7 +60,7 @@ def resolve_folder(path: str | Path) -> Path:
         return folder if (folder / "config.json").exists() else _in_cache(folder)
     if os.path.exists(folder):
         raise ValueError(
-            f"{path} is a file; give the folder that it stands in with --model.path (basis-jax "
+            f"{path} is a file; give the folder that contains it with --model.path (basis-jax "
             "convert makes a folder out of a .gguf file)"
         )
     if str(path).startswith((".", "~", "/")) or str(path).count("/") != 1:
@@ -81,8 +81,9 @@ def resolve_folder(path: str | Path) -> Path:
 
 
 def _in_cache(folder: Path) -> Path:
-    """The snapshot in a folder of the hub's cache that ``main`` names, or its only one; any other
-    folder as it is. Raises ValueError for the cache itself and for several snapshots."""
+    """The snapshot in a folder of the hub's cache that ``main`` names, or its only one. Any other
+    folder is returned unchanged. Raises ValueError for the cache itself and for several
+    snapshots."""
     models = list_names(p.name for i in ("", "hub/") for p in folder.glob(f"{i}models--*"))
     if models:
         raise ValueError(
@@ -111,8 +112,9 @@ def read_model_config(
 ) -> ModelConfig:
     """The decoder that ``config.json`` describes, written by transformers 4 or 5.
 
-    Raises ValueError naming whatever we would compute otherwise than transformers does: another
-    architecture or activation, sliding windows, another rotary embedding, quantised weights.
+    Raises ValueError for anything that we would compute differently from transformers, and names
+    it: another architecture or activation, sliding windows, another rotary embedding, quantised
+    weights.
     """
     if compute_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"compute_dtype is {compute_dtype!r}; float32 and bfloat16 are allowed")
@@ -281,7 +283,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def _vocabulary(folder: str | Path) -> int | float:
-    """``vocab_size`` of config.json; infinity where it is not there."""
+    """``vocab_size`` of config.json; infinity if it is absent."""
     path = Path(folder) / "config.json"
     size = read_json(path).get("vocab_size") if path.is_file() else None
     return size if isinstance(size, int) else math.inf
@@ -291,7 +293,7 @@ def eos_ids(folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a completion, ascending.
 
     The union of eos_token_id in generation_config.json, in config.json and of the tokenizer.
-    Raises ValueError where there is none, and for what is no token of the model.
+    Raises ValueError if there is none, and for ids that are not tokens of the model.
     """
     found = {tokenizer.eos_token_id}
     size = _vocabulary(folder)
@@ -318,7 +320,7 @@ def eos_ids(folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
 def fingerprint(folder: str | Path) -> str:
     """sha256 (hex) over config.json and the weight files, by name, size and contents.
 
-    Reads every weight once: about 1 s a GB where the files are in the page cache.
+    Reads every weight once: about 1 s per GB if the files are in the page cache.
     """
     digest = hashlib.sha256()
     for path in [Path(folder) / "config.json", *layout.weight_files(folder)]:

@@ -30,7 +30,7 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors
 
 @dataclass(frozen=True)
 class Layout:
-    """``ours`` and ``theirs`` are axis letters, one an axis of a layer's parameter.
+    """``ours`` and ``theirs`` are axis letters, one per axis of a layer's parameter.
 
     An axis of the file's tensor may be made of two: ``"hk d"`` is (heads x head_dim, embed).
     """
@@ -102,7 +102,7 @@ class Parameter:
 
     @property
     def names(self) -> list[str]:
-        """Tensors in the files, one a layer where it is stacked."""
+        """Tensors in the files, one per layer if it is stacked."""
         if not self.stacked:
             return [self.layout.name]
         return [self.layout.name.format(i) for i in range(self.shape[0])]
@@ -116,7 +116,7 @@ class Parameter:
     ) -> Callable[[tuple[slice, ...]], np.ndarray]:
         """index -> that block in ``dtype``; devices that hold the same block share one reading.
 
-        A reading raises ValueError where the block holds NaN or infinity.
+        A reading raises ValueError if the block holds NaN or infinity.
         """
         parts = [tensors[name] for name in self.names]
         blocks: dict[tuple, np.ndarray] = {}
@@ -222,8 +222,8 @@ def check_tensors(
 ) -> None:
     """Raise ValueError unless the files hold exactly the parameters, in the right shapes.
 
-    Allowed besides them: rotary_emb.inv_freq (computed here), and with tied embeddings an
-    lm_head.weight that equals the embedding.
+    rotary_emb.inv_freq (computed here) is allowed too, and with tied embeddings an lm_head.weight
+    that equals the embedding.
     """
     expected = {name: p.stored_shape for p in parameters(model_config) for name in p.names}
     surplus = {n for n in tensors if n not in expected and not n.endswith("rotary_emb.inv_freq")}
@@ -267,7 +267,7 @@ def _check_tied(tensors: Mapping[str, Any], folder: str | Path, rows: int = 4096
 
 def stored_tensors(params: PyTree, model_config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) in the files' names and layouts, one parameter on the host at a time. Every
-    process has them whole, and takes all of them."""
+    process gets whole tensors, and must take all of them."""
     for parameter, leaf in zip(parameters(model_config), jax.tree.leaves(params), strict=True):
         if leaf.shape != parameter.shape:
             raise ValueError(
@@ -280,8 +280,8 @@ def stored_tensors(params: PyTree, model_config: ModelConfig) -> Iterator[tuple[
 
 
 def rounded(value: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """The values in another dtype. Raises ValueError for NaN and infinity, and for numbers that
-    float16 has no room for."""
+    """The values in another dtype. Raises ValueError for NaN and infinity, and for numbers beyond
+    the range of float16."""
     check_finite(value, name)
     with np.errstate(over="ignore"):
         found = value.astype(jnp.dtype(dtype), copy=False)
@@ -299,7 +299,7 @@ def write_folder(
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> Path:
-    """Write named tensors as ``name``.safetensors (with an index where there are several) and other
+    """Write named tensors as ``name``.safetensors (with an index if there are several) and other
     files.
 
     Everything is written to ``<folder>.partial``, which is renamed when it is complete, so a crash

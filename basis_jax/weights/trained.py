@@ -26,7 +26,7 @@ from basis_jax.weights.layout import check_finite, list_names
 def find_checkpoint(path: str | Path) -> Path:
     """The folder of one checkpoint: ``path`` itself, or the newest of the run ``path``.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     path = Path(path)
     if os.path.isdir(path / "state"):  # False where a name cannot be one
@@ -42,8 +42,8 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def saved_config(checkpoint: Path) -> dict:
-    """The fields of the config that made the checkpoint, by section. Raises ValueError where it is
-    no config."""
+    """The fields of the config that made the checkpoint, by section. Raises ValueError if it is not
+    a config."""
     with reading(checkpoint):
         for file in (checkpoint / "config").iterdir():
             files.check_size(file)
@@ -64,11 +64,11 @@ def model_path(checkpoint: Path) -> str:
 def load_checkpoint_params(
     checkpoint: Path, model_config: ModelConfig, mesh: Mesh | None = None
 ) -> PyTree:
-    """What was trained, all parameters or adapters, in float32 as the checkpoint has it, laid out
-    over the mesh; without one, NumPy arrays.
+    """The trained parameters, all or the adapters, in float32 as the checkpoint has them, laid out
+    over the mesh; without a mesh, NumPy arrays.
 
-    Raises ValueError where it is damaged or cannot be read, its parameters are not those of
-    ``model_config``, or they hold NaN or infinity.
+    Raises ValueError if the checkpoint is damaged or cannot be read, if its parameters are not
+    those of ``model_config``, or if they hold NaN or infinity.
     """
     if wrong := files.damage(checkpoint):
         raise ValueError(f"checkpoint {checkpoint} is damaged ({wrong}); give another checkpoint")
