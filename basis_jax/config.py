@@ -81,8 +81,8 @@ class DataSection:
     verifier: str = "exact"
     """``exact`` (the completion is the answer), ``math`` (equivalent answers, in a box, after
     ``####`` or in a sentence), ``math_strict`` (as ``math``, but not in a sentence), ``gym`` (the
-    scorer of a ``task:gym/...``), or your own reward function: ``FILE.py:NAME`` (a path relative to the current
-    directory) or ``package.module:NAME``. A reward above 0.5 counts as right."""
+    scorer of a ``task:gym/...``), or your own reward function: ``FILE.py:NAME`` (a path relative to
+    the current directory) or ``package.module:NAME``. A reward above 0.5 counts as right."""
     answer_mode: str = ""
     """Where the verifier ``math`` looks for the answer, by what the prompt asks for: ``boxed``,
     ``hashes`` (GSM8K's ``#### x``), ``answer_line`` (DAPO's ``Answer: x``), ``answer_tags`` (R1's
