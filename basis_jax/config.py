@@ -41,8 +41,9 @@ class ModelSection:
 @dataclass(frozen=True)
 class DataSection:
     path: str = "task:number_words"
-    """``task:<name>`` (made here; ``task:gym/<name>?size=1000``: by reasoning-gym), a file (.json,
-    .jsonl, .csv or .parquet, also compressed by gzip), a folder, or a hub id."""
+    """``task:<name>`` (a task of this package) or ``task:gym/<name>?size=1000`` (one of
+    reasoning-gym), a file (.json, .jsonl, .csv or .parquet, also compressed by gzip), a folder, or
+    a hub id."""
     more_sets: dict[str, float] = field(default_factory=dict)
     """Further training sets: path and weight; ``data.path`` has weight 1. A step has prompts of all
     sets in proportion to their weights. Columns have the names configured for ``data.path`` if a
@@ -52,8 +53,8 @@ class DataSection:
     """Split of a hub data set or folder."""
     problem_field: str = ""
     """Column with the problem, a string or a chat's list of messages; ``a.b`` is field b of column
-    a. Empty: recognised, for the layouts of MATH, GSM8K, DeepScaleR and DAPO-Math-17K. It is also
-    used for the files of ``eval.sets`` that have this column."""
+    a. Empty: recognised, for the layouts of MATH, GSM8K, DeepScaleR, DAPO-Math-17K, OlympiadBench
+    and chats. It is also used for the files of ``eval.sets`` that have this column."""
     answer_field: str = ""
     """Column with the answer, or with a solution that ends in a box or ``#### x``. It is
     given like ``data.problem_field``. A list holds several accepted answers."""
@@ -79,9 +80,9 @@ class DataSection:
     """Longer prompts are left out and counted, never cut."""
     verifier: str = "exact"
     """``exact`` (the completion is the answer), ``math`` (equivalent answers, in a box, after
-    ``####`` or in a sentence), ``math_strict`` (not in a sentence), ``gym`` (the scorer of a
-    ``task:gym/...``), or your own reward function: ``FILE.py:NAME`` (a path relative to the current
-    directory) or ``package.module:NAME``. A reward above 0.5 counts as right."""
+    ``####`` or in a sentence), ``math_strict`` (as ``math``, but not in a sentence), ``gym`` (the
+    scorer of a ``task:gym/...``), or your own reward function: ``FILE.py:NAME`` (a path relative to
+    the current directory) or ``package.module:NAME``. A reward above 0.5 counts as right."""
     answer_mode: str = ""
     """Where the verifier ``math`` looks for the answer, by what the prompt asks for: ``boxed``,
     ``hashes`` (GSM8K's ``#### x``), ``answer_line`` (DAPO's ``Answer: x``), ``answer_tags`` (R1's
@@ -127,7 +128,7 @@ class SamplingSection:
     less precise than the trainer's, watch ``sampler/logprob_gap_mean``."""
     group_size: int = 1
     """Rollouts per prompt. BASIS needs one; group estimators need two or more. With a plan that
-    asks for groups of unequal size: the most."""
+    asks for groups of unequal size, this is the largest."""
     plan: str = "uniform"
     """Which problems a step samples, and how often: ``uniform``, ``weighted``, ``sticky``,
     ``greedy_beside``, ``sequential``, ``branch``, or your own: ``FILE.py:NAME`` (a path relative to
@@ -146,11 +147,12 @@ class EstimatorSection:
     table: str = ""
     """Offline reference table (.npz); empty: made in the run folder when one is needed."""
     table_samples: int = 64
-    """Reference rollouts per problem of a table made here (0: none, for estimators that can start
-    without a table: SPO, value_filter)."""
+    """Reference rollouts per problem, if the run makes the table itself (0: no table, for all
+    estimators but basis, a_star_po and v05)."""
     features: int = 0
-    """Numbers per problem from the reference policy's state at the end of the prompt, one prefill
-    each, for estimators that take features: value_filter (0: none). They are kept in the table."""
+    """Numbers per problem from the reference policy's state at the end of the prompt, at the cost
+    of one prefill per problem (0: none). They are for estimators that take features, such as
+    value_filter, and are kept in the table."""
     score_norms: str = "logits"
     """Weight of a completion in baselines of least noise, summed over its tokens: ``logits``, the
     squared norm of the score in the logits (right for plain gradient descent), or ``natural``,
@@ -187,11 +189,12 @@ class LossSection:
     sampler_floor: float = 0.5
     """Smallest p_trainer / p_sampler, of ``icepop`` and ``mask``. Published: 0.5 and 0.999."""
     ais_mismatch: float = 0.02
-    """Mean difference in nats a token at which ``ais`` corrects in full."""
+    """Mean difference in nats per token at which ``ais`` corrects in full."""
     ais_variance: float = 1.2
     """Growth of the advantages' standard deviation above which ``ais`` corrects less."""
     ais_beta: float = 1.0
-    """How much less. The paper does not print its value; 0 leaves the term out."""
+    """How much less ``ais`` then corrects. The paper does not print its value; 0 leaves the term
+    out."""
     kl: str = "k3+"
     """Estimate of KL(policy || starting policy): ``k1``, ``k2``, ``k3``, or ``k3+`` (value of k3,
     gradient of k2)."""
@@ -256,7 +259,7 @@ class TrainSection:
     steps: int = 100
     """Training steps of the whole run, those done before a resume included."""
     prompts_per_step: int = 512
-    """Problems of a step, all different; times ``sampling.group_size`` rollouts."""
+    """Problems of a step, all different; each has ``sampling.group_size`` rollouts."""
     minibatch_rollouts: int = 512
     """Rollouts per optimizer update. A step has rollouts / this number of updates."""
     microbatch_rollouts: int = 64
@@ -292,11 +295,11 @@ class WatchSection:
     truncated: float = 0.5
     """More completions than this share are cut at the length limit."""
     entropy: float = 0.05
-    """The policy's entropy a token is below this share of the first."""
+    """The policy's entropy per token is below this share of the first."""
     length: float = 0.2
     """The mean length of completions is below this share of the first."""
     logprob_gap: float = 0.1
-    """Sampler and trainer differ by more than this many nats a token, on average."""
+    """Sampler and trainer differ by more than this many nats per token, on average."""
     grad_norm: float = 0.01
     """The gradient's norm is below this share of the first."""
 
@@ -315,11 +318,11 @@ class EvalSection:
     samples: int = 1
     """Completions per held-out problem."""
     temperature: float = 1.0
-    """0: greedy."""
+    """Temperature of the completions (0: greedy)."""
     set_samples: dict[str, int] = field(default_factory=dict)
     """Sets with another number of completions, as in ``AIME24 32``."""
     set_temperatures: dict[str, float] = field(default_factory=dict)
-    """Sets with another temperature; one at 0 has one completion a problem."""
+    """Sets with another temperature; one at 0 has one completion per problem."""
     set_verifiers: dict[str, str] = field(default_factory=dict)
     """Sets with another verifier than ``data.verifier``."""
 
