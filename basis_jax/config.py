@@ -41,8 +41,9 @@ class ModelSection:
 @dataclass(frozen=True)
 class DataSection:
     path: str = "task:number_words"
-    """``task:<name>`` (made here; ``task:gym/<name>?size=1000``: by reasoning-gym), a file (.json,
-    .jsonl, .csv or .parquet, also compressed by gzip), a folder, or a hub id."""
+    """``task:<name>`` (a task of this package) or ``task:gym/<name>?size=1000`` (one of
+    reasoning-gym), a file (.json, .jsonl, .csv or .parquet, also compressed by gzip), a folder, or
+    a hub id."""
     more_sets: dict[str, float] = field(default_factory=dict)
     """Further training sets: path and weight; ``data.path`` has weight 1. A step has prompts of all
     sets in proportion to their weights. Columns have the names configured for ``data.path`` if a
@@ -52,8 +53,8 @@ class DataSection:
     """Split of a hub data set or folder."""
     problem_field: str = ""
     """Column with the problem, a string or a chat's list of messages; ``a.b`` is field b of column
-    a. Empty: recognised, for the layouts of MATH, GSM8K, DeepScaleR and DAPO-Math-17K. It is also
-    used for the files of ``eval.sets`` that have this column."""
+    a. Empty: recognised, for the layouts of MATH, GSM8K, DeepScaleR, DAPO-Math-17K, OlympiadBench
+    and chats. It is also used for the files of ``eval.sets`` that have this column."""
     answer_field: str = ""
     """Column with the answer, or with a solution that ends in a box or ``#### x``. It is
     given like ``data.problem_field``. A list holds several accepted answers."""
@@ -79,9 +80,9 @@ class DataSection:
     """Longer prompts are left out and counted, never cut."""
     verifier: str = "exact"
     """``exact`` (the completion is the answer), ``math`` (equivalent answers, in a box, after
-    ``####`` or in a sentence), ``math_strict`` (not in a sentence), ``gym`` (the scorer of a
-    ``task:gym/...``), or your own reward function: ``FILE.py:NAME`` (a path relative to the current
-    directory) or ``package.module:NAME``. A reward above 0.5 counts as right."""
+    ``####`` or in a sentence), ``math_strict`` (as ``math``, but not in a sentence), ``gym`` (the
+    scorer of a ``task:gym/...``), or your own reward function: ``FILE.py:NAME`` (a path relative to
+    the current directory) or ``package.module:NAME``. A reward above 0.5 counts as right."""
     answer_mode: str = ""
     """Where the verifier ``math`` looks for the answer, by what the prompt asks for: ``boxed``,
     ``hashes`` (GSM8K's ``#### x``), ``answer_line`` (DAPO's ``Answer: x``), ``answer_tags`` (R1's
@@ -127,7 +128,7 @@ class SamplingSection:
     less precise than the trainer's, watch ``sampler/logprob_gap_mean``."""
     group_size: int = 1
     """Rollouts per prompt. BASIS needs one; group estimators need two or more. With a plan that
-    asks for groups of unequal size: the most."""
+    asks for groups of unequal size, this is the largest."""
     plan: str = "uniform"
     """Which problems a step samples, and how often: ``uniform``, ``weighted``, ``sticky``,
     ``greedy_beside``, ``sequential``, ``branch``, or your own: ``FILE.py:NAME`` (a path relative to
@@ -146,11 +147,12 @@ class EstimatorSection:
     table: str = ""
     """Offline reference table (.npz); empty: made in the run folder when one is needed."""
     table_samples: int = 64
-    """Reference rollouts per problem of a table made here (0: none, for estimators that can start
-    without a table: SPO, value_filter)."""
+    """Reference rollouts per problem, if the run makes the table itself (0: no table, for all
+    estimators but basis, a_star_po and v05)."""
     features: int = 0
-    """Numbers per problem from the reference policy's state at the end of the prompt, one prefill
-    each, for estimators that take features: value_filter (0: none). They are kept in the table."""
+    """Numbers per problem from the reference policy's state at the end of the prompt, at the cost
+    of one prefill per problem (0: none). They are for estimators that take features, such as
+    value_filter, and are kept in the table."""
     score_norms: str = "logits"
     """Weight of a completion in baselines of least noise, summed over its tokens: ``logits``, the
     squared norm of the score in the logits (right for plain gradient descent), or ``natural``,
@@ -170,29 +172,29 @@ class LossSection:
     clip_low: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]; DAPO's clip-higher: 0.2, 0.28."""
     clip_high: float = 0.2
-    """See ``clip_low``."""
+    """The upper end of that range."""
     dual_clip: float = 0.0
     """Upper bound, above 1, on the ratio of tokens with negative advantage (0: off; often 3)."""
     beta: float = 1e-3
-    """Only for the regressions: a larger beta keeps the policy closer to the starting policy
-    (``rebel``: to the policy that sampled; the paper's eta is 1 / beta)."""
+    """Of the regressions: the larger, the closer to the starting policy (``rebel``: to the policy
+    that sampled, with the paper's eta = 1 / beta)."""
     sampler_correction: str = "none"
     """Correct for a sampler of lower precision by p_trainer / p_sampler: ``tis`` (weight of a token
     up to ``sampler_cap``), ``sequence_tis`` (of a completion), ``icepop`` (tokens outside
     ``sampler_floor`` to ``sampler_cap`` weigh 0), ``mask`` (completions whose geometric mean is
-    outside are left out), ``ais`` (TIS, with a strength that is computed for the whole update).
-    ``mask`` and ``ais`` cost a forward pass if a step has one update."""
+    outside are left out), ``ais`` (TIS, as far as the whole update calls for it). ``mask`` and
+    ``ais`` cost a forward pass if a step has one update."""
     sampler_cap: float = 2.0
     """Largest p_trainer / p_sampler. Published: 2 (TIS), 5 (IcePop, AIS), 1.001 (mask)."""
     sampler_floor: float = 0.5
     """Smallest p_trainer / p_sampler, of ``icepop`` and ``mask``. Published: 0.5 and 0.999."""
     ais_mismatch: float = 0.02
-    """Mean difference, in nats per token, from which on ``ais`` corrects in full."""
+    """Mean difference in nats per token at which ``ais`` corrects in full."""
     ais_variance: float = 1.2
     """Growth of the advantages' standard deviation above which ``ais`` corrects less."""
     ais_beta: float = 1.0
-    """How strongly that growth weakens the correction (0: not at all). The paper does not give its
-    value."""
+    """How much less ``ais`` then corrects. The paper does not print its value; 0 leaves the term
+    out."""
     kl: str = "k3+"
     """Estimate of KL(policy || starting policy): ``k1``, ``k2``, ``k3``, or ``k3+`` (value of k3,
     gradient of k2)."""
@@ -212,7 +214,7 @@ class LossSection:
 
 @dataclass(frozen=True)
 class CriticSection:
-    """The critic of ``estimator.name gae``: a linear value head on the policy's final states."""
+    """Of ``estimator.name gae``: a linear value head on the policy's final states."""
 
     lr: float = 3e-3
     """Adam's learning rate of the head, whose states have length 1."""
@@ -257,9 +259,9 @@ class TrainSection:
     steps: int = 100
     """Training steps of the whole run, those done before a resume included."""
     prompts_per_step: int = 512
-    """Problems per step, all different. Each has ``sampling.group_size`` rollouts."""
+    """Problems of a step, all different; each has ``sampling.group_size`` rollouts."""
     minibatch_rollouts: int = 512
-    """Rollouts per optimizer update. A step has its number of rollouts / this number of updates."""
+    """Rollouts per optimizer update. A step has rollouts / this number of updates."""
     microbatch_rollouts: int = 64
     """Rollouts per forward and backward pass at full width, on each of the devices that the batch
     is split over (``mesh.data`` x ``mesh.fsdp``); a pass over shorter ones takes a power of two
@@ -316,11 +318,11 @@ class EvalSection:
     samples: int = 1
     """Completions per held-out problem."""
     temperature: float = 1.0
-    """Temperature of evaluations (0: greedy)."""
+    """Temperature of the completions (0: greedy)."""
     set_samples: dict[str, int] = field(default_factory=dict)
     """Sets with another number of completions, as in ``AIME24 32``."""
     set_temperatures: dict[str, float] = field(default_factory=dict)
-    """Sets with another temperature; a set at 0 has one completion per problem."""
+    """Sets with another temperature; one at 0 has one completion per problem."""
     set_verifiers: dict[str, str] = field(default_factory=dict)
     """Sets with another verifier than ``data.verifier``."""
 
@@ -350,10 +352,10 @@ class CheckpointSection:
     every: int = 10
     """Steps between checkpoints; the last step is always kept."""
     keep: int = 2
-    """Number of newest checkpoints that are kept."""
+    """Newest checkpoints kept."""
     keep_best: int = 0
-    """Number of checkpoints with the highest held-out accuracy that are kept too. Only evaluated
-    steps count (``eval.every``)."""
+    """Checkpoints of highest held-out accuracy kept besides; only steps that are evaluated count
+    (``eval.every``)."""
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def ais_alpha(
     ess = (1 + (sd(w) / mean(w))^2)^(-1/2), mis = min(1, mean |gap| / ``mismatch``), and
     var = max(0, (s - ``variance``) / ``variance``), s = sd(A w) / (sd(A) + 1e-6). The paper has
     mismatch 0.02 and variance 1.2. Its ``beta`` is not published: ours is a choice. Inferred: the
-    paper writes alpha by prompt, and computes one an update. Without tokens alpha is 0.
+    paper writes one alpha per prompt, but computes one per update. Without tokens alpha is 0.
     """
     count = jnp.maximum(sums["tokens"], 1.0)
 

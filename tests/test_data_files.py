@@ -212,6 +212,21 @@ def test_a_folder_of_text_files_is_read_as_its_files_are(tmp_path):
     assert [p.answer for p in load(tmp_path)] == ["4", "2020-01-01"]
 
 
+@pytest.mark.parametrize(
+    ("split", "answers"),
+    [
+        ("train[:1]", ["007"]),
+        ("train[1:]", ["08", "1e3"]),
+        ("train[:67%]", ["007", "08"]),
+        ("train[2:]+test", ["1e3", "00"]),
+    ],
+)
+def test_a_slice_of_a_folder_is_read_as_the_whole_is(tmp_path, split, answers):
+    (tmp_path / "train.csv").write_text("problem,answer\na,007\nb,08\nc,1e3\n")
+    (tmp_path / "test.csv").write_text("problem,answer\nd,00\n")
+    assert [p.answer for p in load(tmp_path, split=split)] == answers
+
+
 def test_a_folder_may_be_a_link_and_hold_links(tmp_path):
     """The hub's cache is made of them."""
     (tmp_path / "file").write_text(LINE)

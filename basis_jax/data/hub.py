@@ -1,6 +1,7 @@
 """Rows of parquet files, folders and data sets on the hub, read by the package ``datasets``."""
 
 import glob
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,9 +49,10 @@ def found_rows(path: str, split: str) -> Iterator[dict[str, Any]]:
     if any((local / made).is_file() for made in SAVED):
         return rows_of(read_saved(local, split))
     if local.is_dir():
-        files = folder_files(local, subset, split)
-        if files and all(file_kind(file) in (JSON, CSV) for file in files):
-            return text_rows(files)
+        files = folder_files(local, subset)
+        wanted = {split: files[split]} if split in files else files
+        if wanted and all(file_kind(f) in (JSON, CSV) for part in wanted.values() for f in part):
+            return split_rows(wanted, split)
         return rows_of(datasets.load_dataset(str(local), subset or None, split=split))
     return rows_of(datasets.load_dataset(name, subset or None, split=split))
 
@@ -66,6 +68,18 @@ def rows_of(dataset: Any) -> Iterator[dict[str, Any]]:
                 batch[name] = [v if v is None else change(v) for v in batch[name]]
         for values in zip(*batch.values(), strict=True):  # 20 times faster than row by row
             yield dict(zip(batch, values, strict=True))
+
+
+def split_rows(files: Mapping[str, Sequence[Path]], split: str) -> Iterator[dict[str, Any]]:
+    """The rows of a split of JSON and CSV files, or of slices of splits, as in train[:100]+test."""
+    import datasets
+
+    if split in files:
+        return text_rows(files[split])
+    rows = {name: list(text_rows(part)) for name, part in files.items()}
+    counts = {name: len(part) for name, part in rows.items()}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(counts)
+    return itertools.chain(*(rows[part.splitname][part.from_ : part.to] for part in parts))
 
 
 def text_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -116,17 +130,17 @@ def read_saved(folder: Path, split: str) -> Any:
     return dataset
 
 
-def folder_files(folder: Path, subset: str, split: str) -> list[Path]:
-    """The files of a split, if our own readers can read them; [] if its README.md sets options of
-    another reader. Raises ValueError for files outside of the folder, for files of an unknown kind,
-    and for parquet files that unpack to too much."""
+def folder_files(folder: Path, subset: str) -> dict[str, list[Path]]:
+    """The files of every split, if our own readers can read them; {} if its README.md sets options
+    of another reader. Raises ValueError for files outside of the folder, for a file that has no
+    rows to read, and for parquet files that unpack to too much."""
     import datasets
 
     config = datasets.load_dataset_builder(str(folder), subset or None).config
     common = ("name", "version", "data_dir", "data_files", "description")
     usual = type(config)(**{name: getattr(config, name) for name in common})
     roots = {os.path.abspath(folder), os.path.realpath(folder)}  # the folder may be a link
-    chosen: list[Path] = []
+    chosen: dict[str, list[Path]] = {}
     for name, found in (config.data_files or {}).items():
         for file in map(Path, found):
             if not any(Path(os.path.abspath(file)).is_relative_to(root) for root in roots):
@@ -135,8 +149,8 @@ def folder_files(folder: Path, subset: str, split: str) -> list[Path]:
                 raise ValueError(f"{file} is of an unknown kind")
             if file_kind(file) is PARQUET:
                 check_parquet(file)
-            chosen += [file] if str(name) == split else []
-    return chosen if config == usual else []
+            chosen.setdefault(str(name), []).append(file)
+    return chosen if config == usual else {}
 
 
 def check_parquet(path: Path) -> None:
