@@ -172,7 +172,7 @@ class LossSection:
     clip_low: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]; DAPO's clip-higher: 0.2, 0.28."""
     clip_high: float = 0.2
-    """The upper end of that range."""
+    """See ``clip_low``."""
     dual_clip: float = 0.0
     """Upper bound, above 1, on the ratio of tokens with negative advantage (0: off; often 3)."""
     beta: float = 1e-3
@@ -182,8 +182,8 @@ class LossSection:
     """Correct for a sampler of lower precision by p_trainer / p_sampler: ``tis`` (weight of a token
     up to ``sampler_cap``), ``sequence_tis`` (of a completion), ``icepop`` (tokens outside
     ``sampler_floor`` to ``sampler_cap`` weigh 0), ``mask`` (completions whose geometric mean is
-    outside are left out), ``ais`` (TIS, as far as the whole update calls for it). ``mask`` and
-    ``ais`` cost a forward pass if a step has one update."""
+    outside are left out), ``ais`` (TIS, with a strength that is computed for the whole update).
+    ``mask`` and ``ais`` cost a forward pass if a step has one update."""
     sampler_cap: float = 2.0
     """Largest p_trainer / p_sampler. Published: 2 (TIS), 5 (IcePop, AIS), 1.001 (mask)."""
     sampler_floor: float = 0.5
@@ -354,8 +354,8 @@ class CheckpointSection:
     keep: int = 2
     """Newest checkpoints kept."""
     keep_best: int = 0
-    """Checkpoints of highest held-out accuracy kept besides; only steps that are evaluated count
-    (``eval.every``)."""
+    """Number of checkpoints with the highest held-out accuracy that are kept too. Only evaluated
+    steps count (``eval.every``)."""
 
 
 @dataclass(frozen=True)
