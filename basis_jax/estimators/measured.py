@@ -16,7 +16,7 @@ products of different rollouts have random signs. So two backward passes measure
 mean of b* over batches would be too large where most completions are right: a batch without a wrong
 completion measures b* = 1, although its <D, D> is small. In theory one pass without signs would be
 enough, since E g = 0. In practice the wrong completions that bring this mean to 0 are so rare that
-no batch has one, and the measured b* is again too large where most completions are right.
+most batches have none, and the measured b* is again too large where most completions are right.
 
 b* of a batch is close to that of the next batches, because the policy changes slowly. The baseline
 of a step comes from earlier steps alone, so no bit of it depends on a completion of the step. The
