@@ -88,6 +88,7 @@ COMMON: dict[str, Any] = {
     "eval.samples": 4,
     "eval.every": 8,
     "checkpoint.every": 100_000,  # the last step only
+    "train.patience": 1000,  # a policy that collapses is a result, not an error
 }
 
 
