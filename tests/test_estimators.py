@@ -235,7 +235,7 @@ for call in (
     try:
         call()
     except ValueError as error:
-        assert "one length" in str(error) or "one row a problem" in str(error), error
+        assert "one length" in str(error) or "one row per problem" in str(error), error
     else:
         raise AssertionError("accepted")
 """
