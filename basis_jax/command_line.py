@@ -33,7 +33,7 @@ PROCESSES = {
 }
 """Options of the commands that several processes can run."""
 COMMON = {"config FILE": "a Python file with a function config(), or the name of a packaged config"}
-DEBUG = {"debug": "show the traceback of an error"}
+DEBUG = "show the traceback of an error"
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -157,7 +157,8 @@ def parse(
     default = load_config(known.config or "quickstart")
     check_names(rest, default)
     rest = with_auto(rest)
-    described = f"{description}\n\n{listed(COMMON | dict(options) | dict(flags) | DEBUG)}"
+    own = listed({**COMMON, **options, **flags, "debug": DEBUG})
+    described = f"{description}\n\n{own}"
     given = {a[2:].split("=")[0].replace("-", "_") for a in rest if a.startswith("--")}
     kept = {name: field_of(default, name) for name in BY_NAME if name not in given}
     empty = with_fields(default, {} if "help" in given else dict.fromkeys(BY_NAME, {}))
@@ -166,7 +167,7 @@ def parse(
 
 
 def listed(options: Mapping[str, str]) -> str:
-    """The command's own options, one a line, as ``--help`` shows them."""
+    """The command's own options, one per line, as ``--help`` shows them."""
     width = max(map(len, options)) + 2
     lines = [f"    --{name:{width}}{meaning}" for name, meaning in options.items()]
     return "\n".join(["Options of this command, besides the fields of the config:", "", *lines])
@@ -211,7 +212,7 @@ def _field(name: str) -> str:
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
     """List ``--debug`` in the help of a command with its own parser. ``run`` itself reads it."""
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help=DEBUG)
 
 
 def same_command() -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from basis_jax import command_line
 from basis_jax.config import Config
 from basis_jax.opening.rollout_setup import stop_ids
 from basis_jax.saved_config import config_from
@@ -147,5 +148,5 @@ def main() -> None:
     if arguments and arguments[0] not in FORMS and Path(arguments[0]).is_dir():
         arguments = ["run", *arguments]
     tyro.extras.subcommand_cli_from_dict(
-        FORMS, description=f"{__doc__}\n--debug shows the traceback of an error.", args=arguments
+        FORMS, description=f"{__doc__}\n--debug: {command_line.DEBUG}", args=arguments
     )

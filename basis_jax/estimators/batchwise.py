@@ -165,7 +165,7 @@ def basis(
     _check(rewards, valid, reference_rewards, betas, Rewards(low, high))
     counts = {"successes": successes, "trials": trials}
     rewards, given = read(rewards, valid, **{n: x for n, x in counts.items() if x is not None})
-    batch = _batch(rewards, given, successes, trials, reference_rewards, low, high)
+    batch = _batch(rewards, given, successes, trials, reference_rewards, low=low, high=high)
     if rule == "published":
         row_beta, fit = _published(batch, betas, VARIANTS[variant])
         baseline = fit.baseline
@@ -205,6 +205,7 @@ def _batch(
     successes: Num[ArrayLike, " N"] | None,
     trials: Num[ArrayLike, " N"] | None,
     reference_rewards: Num[ArrayLike, "N n"] | None,
+    *,
     low: float,
     high: float,
 ) -> ValidRows:
