@@ -231,3 +231,4 @@ def test_the_help_lists_a_commands_own_options_and_keeps_the_lines_of_its_exampl
     assert len(examples) >= 2
     for line in examples:
         assert line in run.stdout.splitlines()
+        assert "  " not in line.strip()  # two lines of the source have not become one
