@@ -26,27 +26,31 @@ from studies.policy_plan import (
     powers_of,
     tuning,
 )
-from studies.policy_runs import FINAL, found_in
+from studies.policy_runs import FINAL, Reported, found_in
 from studies.policy_statistics import area, summary
 
 NEAR_BEST = 0.02  # of a method's best tuned accuracy: how wide its range of rates is
 
 
-def write(out: str, regimes: Sequence[str], report: Path) -> None:
-    """Print the tables; write ``report``.json and .png."""
-    found = {regime: found_in(out, regime) for regime in regimes}
-    compared = {
-        regime: {
-            "start": json.loads(Path(out, regime, "start.json").read_text()),
+def write(
+    out: str, regimes: Sequence[str], report: Path, earlier: Mapping[str, Any] | None = None
+) -> None:
+    """Print the tables; write ``report``.json and .png. The runs of an ``earlier`` report count
+    where the folder ``out`` has nothing."""
+    known: Mapping[str, Reported] = earlier["regimes"] if earlier else {}
+    compared = {}
+    for regime in regimes:
+        reported = known.get(regime, {})
+        methods = reported.get("methods", {})
+        compared[regime] = {
+            "start": reported.get("start")
+            or json.loads(Path(out, regime, "start.json").read_text()),
             "methods": {
-                method: described(out, regime, method, runs)
-                for method, runs in found[regime].items()
+                method: described(out, regime, method, runs, methods.get(method, {}))
+                for method, runs in found_in(out, regime, reported).items()
                 if runs
             },
         }
-        for regime in regimes
-    }
-    for regime in compared:
         add_differences(compared[regime]["methods"])
         print(table(regime, compared[regime]))
     report.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +62,9 @@ def write(out: str, regimes: Sequence[str], report: Path) -> None:
     content = {
         "command": shlex.join(["python", "-m", "studies.policy_study", *sys.argv[1:]]),
         **provenance(),
+        "earlier": [*earlier.get("earlier", ()), {k: earlier[k] for k in ("command", "commit")}]
+        if earlier
+        else [],
         "plan": plan | {"METHODS": {name: method._asdict() for name, method in METHODS.items()}},
         "regimes": compared,
     }
@@ -66,8 +73,11 @@ def write(out: str, regimes: Sequence[str], report: Path) -> None:
     print(f"\n{report}.json\n{report}.png")
 
 
-def described(out: str, regime: str, method: str, runs: Found) -> dict[str, Any]:
-    """A method in a regime: accuracy by rate, and what is known of its test runs."""
+def described(
+    out: str, regime: str, method: str, runs: Found, reported: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A method in a regime: accuracy by rate, and what is known of its test runs. ``reported`` is
+    what an earlier report says of the method."""
     best, _ = tuning(runs, powers_of(regime))
     rates = sorted({power for power, seed in runs if seed in TUNING_SEEDS})
     tuned = {p: [runs[p, s] for s in TUNING_SEEDS if (p, s) in runs] for p in rates}
@@ -81,29 +91,47 @@ def described(out: str, regime: str, method: str, runs: Found) -> dict[str, Any]
         return told
     seeds = sorted(seed for power, seed in runs if power == best and seed not in TUNING_SEEDS)
     told["rate"], told["seeds"] = Job(regime, method, best, 0).rate, seeds
-    folders = [Path(out, Job(regime, method, best, seed).name) for seed in seeds]
-    finals = [json.loads((folder / FINAL).read_text()) for folder in folders]
-    curves = [curve(folder) for folder in folders]
     if not seeds:
         return told
-    per_seed = {
-        "accuracy": [final["accuracy"] for final in finals],
-        "greedy": [final["greedy"] for final in finals],
-        "pass@8": [final["pass@8"] for final in finals],
-        "best temperature": [
-            max(final["accuracy"], final["greedy"], *final["cooler"].values()) for final in finals
-        ],
-        "at equal steps": [float(np.interp(STEPS, c["steps"], c["accuracy"])) for c in curves],
-        "area": [area(np.array(c["steps"]), np.array(c["accuracy"]), STEPS) for c in curves],
-        "entropy": [c["entropy"][-1] for c in curves],
-        "kl": [c["kl"][-1] for c in curves],
-        "seconds": [c["seconds"] for c in curves],
-        "tokens": [c["tokens"] for c in curves],
+    tests = tests_in(reported) | {
+        seed: test_of(folder)
+        for seed in seeds
+        if ((folder := Path(out, Job(regime, method, best, seed).name)) / FINAL).is_file()
     }
+    curves = [tests[seed]["curve"] for seed in seeds]
+    measures = [name for name in tests[seeds[0]] if name != "curve"]
+    per_seed = {name: [tests[seed][name] for seed in seeds] for name in measures}
     told["per seed"] = per_seed
     told["mean"] = {name: summary(values) for name, values in per_seed.items()}
     told["curves"] = curves
     return told
+
+
+def tests_in(reported: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """By seed, the test runs of a method that a report holds."""
+    return {
+        seed: {name: values[i] for name, values in reported["per seed"].items()}
+        | {"curve": reported["curves"][i]}
+        for i, seed in enumerate(reported.get("seeds", ()))
+    }
+
+
+def test_of(folder: Path) -> dict[str, Any]:
+    """A finished test run: its curve, and one number of every kind."""
+    final, c = json.loads((folder / FINAL).read_text()), curve(folder)
+    return {
+        "accuracy": final["accuracy"],
+        "greedy": final["greedy"],
+        "pass@8": final["pass@8"],
+        "best temperature": max(final["accuracy"], final["greedy"], *final["cooler"].values()),
+        "at equal steps": float(np.interp(STEPS, c["steps"], c["accuracy"])),
+        "area": area(np.array(c["steps"]), np.array(c["accuracy"]), STEPS),
+        "entropy": c["entropy"][-1],
+        "kl": c["kl"][-1],
+        "seconds": c["seconds"],
+        "tokens": c["tokens"],
+        "curve": c,
+    }
 
 
 def curve(folder: Path) -> dict[str, Any]:

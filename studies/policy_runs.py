@@ -20,16 +20,32 @@ from basis_jax.files import lock, replace_file
 from basis_jax.runs.metrics import read_metrics
 from basis_jax.training.loop import train
 from basis_jax.weights import huggingface, trained
-from studies.policy_plan import METHODS, POWERS, SAMPLES, WIDER, Found, Job, config_of, jobs_of
+from studies.policy_plan import (
+    METHODS,
+    POWERS,
+    SAMPLES,
+    TUNING_SEEDS,
+    WIDER,
+    Found,
+    Job,
+    config_of,
+    jobs_of,
+)
 
 FINAL = "final.json"
 COOLER = (0.25, 0.5, 0.75)  # other temperatures at which a last policy is evaluated
 COOLER_SAMPLES = 4
 
 
-def found_in(out: str, regime: str) -> Mapping[str, Found]:
-    """Accuracies of the finished runs of a regime, by method."""
-    found: dict[str, dict[tuple[int, int], float]] = {name: {} for name in METHODS}
+Reported = Mapping[str, Any]
+"""What a report holds of one regime (``start`` and ``methods``), or nothing."""
+
+
+def found_in(out: str, regime: str, reported: Reported | None = None) -> Mapping[str, Found]:
+    """Accuracies of the finished runs of a regime, by method: those of a report and those in the
+    folder, which win."""
+    methods = (reported or {}).get("methods", {})
+    found = {name: accuracies(name, methods.get(name, {})) for name in METHODS}
     for name in METHODS:
         for power in range(POWERS[0] - WIDER, POWERS[-1] + WIDER + 1):
             for folder in Path(out, Job(regime, name, power, 0).name).parent.glob("seed_*"):
@@ -37,6 +53,21 @@ def found_in(out: str, regime: str) -> Mapping[str, Found]:
                 if accuracy is not None:
                     found[name][power, int(folder.name.removeprefix("seed_"))] = accuracy
     return found
+
+
+def accuracies(method: str, told: Mapping[str, Any]) -> dict[tuple[int, int], float]:
+    """Accuracies of the runs of a method that a report holds."""
+
+    def power(rate: float) -> int:
+        return round(2 * np.log10(rate / METHODS[method].rate))
+
+    found = {
+        (power(float(rate)), seed): accuracy
+        for rate, tuned in told.get("rates", {}).items()
+        for seed, accuracy in zip(TUNING_SEEDS, tuned, strict=False)  # the second may be missing
+    }
+    tested = zip(told.get("seeds", ()), told.get("per seed", {}).get("accuracy", ()), strict=True)
+    return found | {(power(told["rate"]), seed): accuracy for seed, accuracy in tested}
 
 
 def accuracy_of(folder: Path) -> float | None:
@@ -47,11 +78,20 @@ def accuracy_of(folder: Path) -> float | None:
 
 
 def work(
-    out: str, regimes: Sequence[str], overrides: Sequence[str], report: Callable[[str], None]
+    out: str,
+    regimes: Sequence[str],
+    overrides: Sequence[str],
+    report: Callable[[str], None],
+    *,
+    known: Mapping[str, Reported],
 ) -> None:
-    """Do what is missing and not claimed, until nothing is."""
+    """Do what is missing and not claimed, until nothing is. Runs of ``known`` are not missing."""
     while True:
-        jobs = [job for regime in regimes for job in jobs_of(regime, found_in(out, regime))]
+        jobs = [
+            job
+            for regime in regimes
+            for job in jobs_of(regime, found_in(out, regime, known.get(regime)))
+        ]
         for job in jobs:
             with claimed(Path(out, "claims", job.name.replace("/", "+"))) as ours:
                 folder = Path(out, job.name)

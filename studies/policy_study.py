@@ -5,8 +5,9 @@
 Methods, endpoint, learning rates and seeds stand in ``policy_plan``, which was committed before the
 test seeds were run. The command runs what is missing in OUT, in as many processes as --workers
 says, each on cores of its own, and writes --report.json and .png; the same command again goes on
-where a killed one stopped. ``--only-report`` runs nothing. Other options override the config of
-every run (``--eval.size 40``).
+where a killed one stopped. ``--known results/policy_study.json`` takes the runs of an earlier
+report as finished, and the new report holds them too: so the study goes on without their folders.
+``--only-report`` runs nothing. Other options override the config of every run (``--eval.size 40``).
 
 - accuracy: of the last policy, at temperature 1, over 16 completions of each held-out problem;
 - equal steps: the accuracy curve at the last step of the methods with an offline table;
@@ -17,27 +18,30 @@ every run (``--eval.size 40``).
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from basis_jax import command_line
 from basis_jax.files import replace_file
 from studies import policy_report
 from studies.policy_plan import REGIMES, Job, config_of
-from studies.policy_runs import measure, work
+from studies.policy_runs import Reported, measure, work
 
 
 def main() -> None:
     options, overrides = parse()
+    earlier = json.loads(Path(options.known).read_text()) if options.known else None
+    known: Mapping[str, Reported] = earlier["regimes"] if earlier else {}
     if not options.only_report:
-        run_workers(options, overrides)
+        run_workers(options, overrides, known)
     if not options.worker:
-        start_measured(options.out, options.regimes, overrides)
-        policy_report.write(options.out, options.regimes, Path(options.report))
+        start_measured(options.out, [r for r in options.regimes if r not in known], overrides)
+        policy_report.write(options.out, options.regimes, Path(options.report), earlier)
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -46,6 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind, allow_abbrev=False)
     parser.add_argument("--out", default="runs/policy_study", help="folder of the runs")
     parser.add_argument("--report", default="results/policy_study", help="the .json and the .png")
+    parser.add_argument("--known", default="", help="a report whose runs are not run again")
     parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--only-report", action="store_true", help="run nothing")
@@ -53,10 +58,13 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     return parser.parse_known_args(argv)
 
 
-def run_workers(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+def run_workers(
+    options: argparse.Namespace, overrides: Sequence[str], known: Mapping[str, Reported]
+) -> None:
     """Work in this process, or in ``--workers`` processes that share the cores evenly."""
     if options.workers < 2:
-        work(options.out, options.regimes, overrides, lambda line: print(line, flush=True))
+        report = functools.partial(print, flush=True)
+        work(options.out, options.regimes, overrides, report, known=known)
         return
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     command = [sys.executable, "-m", "studies.policy_study", *sys.argv[1:], "--worker"]

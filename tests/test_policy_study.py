@@ -1,6 +1,7 @@
 """studies/policy_study.py: what is run next, intervals by hand, what is done is not done again."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,12 +144,39 @@ def done(monkeypatch):
 
 def test_all_runs_of_a_regime_are_done_once(tmp_path, done):
     out = str(tmp_path)
-    policy_runs.work(out, ["hard"], (), lambda line: None)
+    policy_runs.work(out, ["hard"], (), lambda line: None, known={})
     methods = [m for m in METHODS if "hard" in METHODS[m].regimes]
     assert len(done) == len(set(done)) == len(methods) * (len(powers_of("hard")) + 2 + SEEDS)
-    policy_runs.work(out, ["hard"], (), lambda line: None)
+    policy_runs.work(out, ["hard"], (), lambda line: None, known={})
     assert len(done) == len(set(done))
     assert policy_runs.found_in(out, "hard")["none"][-7, 0] == 0.5
+
+
+def test_the_runs_of_an_earlier_report_are_neither_run_nor_lost(tmp_path, done, monkeypatch):
+    """The report, its second tuning seeds and its test seeds stand for folders that are gone."""
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    policy_runs.work(first, ["hard"], (), lambda line: None, known={})
+    keep = {"steps": [0, 48], "accuracy": [0.25, 0.5], "kl": [0.0, 1.0], "entropy": [2.0, 1.0]}
+    curve = {**keep, "greedy": [0.5, 0.5], "seconds": 1.5, "tokens": 2.5}
+    whole = {"accuracy": 0.5, "greedy": 0.625, "pass@8": 0.75, "cooler": {"0.5": 0.875}}
+    for path in Path(first).glob("hard/*/*/seed_?/final.json"):
+        path.write_text(json.dumps(whole | {"accuracy": 0.5 + int(path.parent.name[5:]) / 64}))
+    Path(first, "hard", "start.json").write_text(json.dumps(whole))
+    monkeypatch.setattr(policy_report, "curve", lambda folder: curve)
+    policy_report.write(first, ["hard"], tmp_path / "one")
+    one = json.loads((tmp_path / "one.json").read_text())
+
+    known = one["regimes"]
+    assert policy_runs.found_in(second, "hard", known["hard"]) == policy_runs.found_in(
+        first, "hard"
+    )
+    del done[:]
+    policy_runs.work(second, ["hard"], (), lambda line: None, known=known)
+    assert done == []
+    policy_report.write(second, ["hard"], tmp_path / "two", one)
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["regimes"] == known
+    assert two["earlier"] == [{"command": one["command"], "commit": one["commit"]}]
 
 
 def test_a_run_that_another_process_has_claimed_is_left_to_it(tmp_path, done, monkeypatch):
@@ -159,7 +187,7 @@ def test_a_run_that_another_process_has_claimed_is_left_to_it(tmp_path, done, mo
             raise ValueError("another process is writing there")
 
     monkeypatch.setattr(policy_runs, "lock", lock)
-    policy_runs.work(str(tmp_path), ["hard"], (), lambda line: None)
+    policy_runs.work(str(tmp_path), ["hard"], (), lambda line: None, known={})
     assert done and taken not in done
     assert not [job for job in done if job.method == "none" and not job.tuning]  # it has to wait
 
