@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from basis_jax import files
 from basis_jax.commands import dry_run
 from basis_jax.config import Config, DataSection, ModelSection
-from basis_jax.data import hub, sources, tables, template_trial, templates
+from basis_jax.data import encoding, hub, sources, tables, template_trial
+from basis_jax.data.problem import Problem
 from basis_jax.evaluation import completions
 from basis_jax.opening import forecast
 from basis_jax.runs import identity, metrics, terminal
@@ -205,6 +206,7 @@ def test_a_chat_template_runs_no_code(model, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
+@pytest.mark.parametrize("only", ["", "{% if 'b' in messages[0].content %}"], ids=["any", "some"])
 @pytest.mark.parametrize(
     ("template", "named"),
     [
@@ -215,22 +217,56 @@ def test_a_chat_template_runs_no_code(model, tmp_path):
         ("{% generation %}{{ 'a' * 10**10 }}{% endgeneration %}", "of memory"),
         ("{{ '%99999999999d' % 1 }}", "of memory"),
         ("{{ messages[0].content * 10**6 }}", "writes more than"),
-        (["a"], "is a list and no text"),
     ],
-    ids=["loops", "text", "format", "long", "list"],
+    ids=["loops", "text", "format", "long"],
 )
-def test_a_chat_template_that_never_ends_is_not_rendered_here(monkeypatch, template, named):
-    """It is tried in a process with limits."""
+def test_a_chat_template_that_never_ends_is_not_rendered_here(monkeypatch, only, template, named):
+    """It is tried in a process with limits, with every problem: it may spare most of them."""
     monkeypatch.setattr(template_trial, "SECONDS", 1)
 
     class Tokenizer:
-        chat_template = template
+        chat_template = only + template + "{% endif %}" * bool(only)
 
         def apply_chat_template(self, *_, **__):
             pytest.fail("rendered in this process")
 
-    said = sentence(templates.template_options, DataSection(), Tokenizer())
+    problems = [Problem(prompt=f"{x}: 2+2?", answer="4") for x in "aaabc"]
+    said = sentence(encoding.encode_prompts, problems, DataSection(), Tokenizer())
     assert named in said and "--data.prompt-format text" in said
+    assert not only or "for the problem 'b: 2+2?'" in said
+
+
+def test_every_chat_is_tried_once_however_many_processes_that_takes(monkeypatch):
+    tried = []
+    monkeypatch.setattr(template_trial, "trouble_with", lambda *a: tried.append(a[2]) or "")
+    monkeypatch.setattr(template_trial, "CHATS", 3)
+    monkeypatch.setattr(template_trial, "CHARACTERS", 10)
+    sizes = (4, 4, 2, 1, 1, 1, 1, 99, 1)
+    chats = [[{"role": "user", "content": "x" * size}] for size in sizes]
+    assert template_trial.trouble("", {}, chats) == ""
+    assert [[len(c[0]["content"]) for c in part] for part in tried] == [
+        [4, 4, 2],
+        [1, 1, 1],
+        [1],
+        [99],
+        [1],
+    ]
+    assert template_trial.trouble("", {}, []) == "" and len(tried) == 5
+
+
+def test_a_chat_template_that_is_no_text_or_leaves_the_problem_out_is_one_sentence():
+    class Tokenizer:
+        chat_template = ["a"]
+
+        def apply_chat_template(self, *_, **__):
+            return "Hello."
+
+    problems = [Problem(prompt="2+2?", answer="4")]
+    said = sentence(encoding.encode_prompts, problems, DataSection(), Tokenizer())
+    assert "is a list and no text" in said
+    Tokenizer.chat_template = "Hello."
+    said = sentence(encoding.encode_prompts, problems, DataSection(), Tokenizer())
+    assert "leaves out the problem '2+2?'" in said
 
 
 def test_a_template_that_ends_is_used():
@@ -238,7 +274,8 @@ def test_a_template_that_ends_is_used():
         "{{ raise_exception('no') }}",
         "{% generation %}{{ messages }}{% endgeneration %}",
     ):
-        assert template_trial.trouble(text, "{}") == ""
+        chat = [{"role": "user", "content": "2+2?"}]
+        assert template_trial.trouble(text, {"depth": 4}, [chat]) == ""
 
 
 def head(tensors: int, fields: int) -> bytes:

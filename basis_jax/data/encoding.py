@@ -13,7 +13,8 @@ from basis_jax.config import DataSection
 from basis_jax.data.overlap import contradictions
 from basis_jax.data.problem import Problem
 from basis_jax.data.sources import answers_needed
-from basis_jax.data.templates import chat_text, token_rows
+from basis_jax.data.template_trial import Chat
+from basis_jax.data.templates import chat_texts, token_rows
 from basis_jax.data.values import shown
 
 FORMATS = ("chat", "text")
@@ -55,24 +56,29 @@ def written(problem: Problem) -> str:
         ) from error
 
 
-def as_text(problem: Problem, section: DataSection, tokenizer: Any) -> str:
-    """The prompt as the model reads it."""
+def as_texts(problems: Sequence[Problem], section: DataSection, tokenizer: Any) -> list[str]:
+    """The prompts as the model reads them."""
+    chats = [as_chat(problem, section) for problem in problems]
+    if section.prompt_format != "text":
+        return chat_texts(chats, section, tokenizer) if chats else []
+    if section.chat_template_options or any(len(chat) > 1 for chat in chats):
+        raise ValueError(
+            "data.prompt_format 'text' has no place for data.system_prompt, "
+            "data.chat_template_options or a chat of several messages; use 'chat', or "
+            "data.problem_prefix for what stands before a problem"
+        )
+    return [chat[0]["content"] for chat in chats]
+
+
+def as_chat(problem: Problem, section: DataSection) -> Chat:
+    """The prompt's messages, with the system prompt, the prefix and the suffix."""
     messages = problem.prompt
     if isinstance(messages, str):
         messages = (("user", messages),)
     *before, (role, content) = messages
     content = section.problem_prefix + content + section.problem_suffix
-    if section.prompt_format == "text":
-        if before or section.system_prompt or section.chat_template_options:
-            raise ValueError(
-                "data.prompt_format 'text' has no place for data.system_prompt, "
-                "data.chat_template_options or a chat of several messages; use 'chat', or "
-                "data.problem_prefix for what stands before a problem"
-            )
-        return content
     system = [("system", section.system_prompt)] if section.system_prompt else []
-    chat = [{"role": r, "content": c} for r, c in (*system, *before, (role, content))]
-    return chat_text(chat, section, tokenizer)
+    return [{"role": r, "content": c} for r, c in (*system, *before, (role, content))]
 
 
 def encode_and_report(
@@ -155,7 +161,7 @@ def encode_prompts(
         for uid in sorted(unique)
         if unique[uid].prompt and (unique[uid].answer or not needed)
     ]
-    texts = [as_text(p, section, tokenizer) for p in complete]
+    texts = as_texts(complete, section, tokenizer)
     rows = token_rows(texts, section, tokenizer)
     fitting = [
         (p, row)

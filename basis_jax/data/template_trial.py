@@ -2,82 +2,118 @@
 
 A template is a program. Its sandbox keeps it from files and from Python's classes, but not from
 endless loops and from texts that fill the memory, and neither can be stopped inside the trainer's
-process. So each template first renders short chats in another process.
+process. So another process renders every chat first. It takes .1 ms a chat: two minutes for a
+million prompts.
 """
 
-import functools
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
-SECONDS = 5  # of CPU time; templates take milliseconds
+Chat = Sequence[Mapping[str, str]]
+
+SECONDS = 5  # of CPU time for a chat; templates take less than a millisecond
 MEGABYTES = 1024
-LARGEST = 1_000_000  # characters that a template may write for a short chat
+LARGEST, LONGER = 1_000_000, 10  # a template may write so many characters + 10 a character given
+CHATS, CHARACTERS = 10_000, 10_000_000  # that one process renders
 PATIENCE = 20  # wall-clock limit, in units of the CPU time: other processes compute too
-CHATS = (
-    [{"role": "user", "content": "2 + 2 = ?"}],
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "2 + 2 = ?"},
-        {"role": "assistant", "content": "4"},
-        {"role": "user", "content": "3 + 3 = ?"},
-    ],
-)
 TOKENS = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")}
 GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # transformers' own tag
 NO_MEMORY, TOO_LONG = 3, 4  # exit codes
 
 
-@functools.lru_cache(maxsize=8)
-def trouble(template: str, options: str) -> str:
-    """Why a template must not be rendered in this process, or "". ``options`` are its options as
-    JSON. Errors that it raises are not reported here, but where it is rendered."""
-    asked = json.dumps([template, json.loads(options)]).encode()
+def trouble(template: str, options: Mapping[str, Any], chats: Sequence[Chat]) -> str:
+    """Why a template must not render these chats in this process, or "". Errors that it raises are
+    not reported here, but where it is rendered."""
+    for part in parts(chats):
+        if found := trouble_with(template, options, part):
+            return found
+    return ""
+
+
+def parts(chats: Sequence[Chat]) -> Iterator[list[Chat]]:
+    """The chats in runs that one process renders."""
+    part: list[Chat] = []
+    characters = 0
+    for chat in chats:
+        more = length(chat)
+        if part and (len(part) == CHATS or characters + more > CHARACTERS):
+            yield part
+            part, characters = [], 0
+        part.append(chat)
+        characters += more
+    if part:
+        yield part
+
+
+def length(chat: Chat) -> int:
+    return sum(len(message["content"]) for message in chat)
+
+
+def trouble_with(template: str, options: Mapping[str, Any], chats: Sequence[Chat]) -> str:
+    asked = json.dumps([template, options, [list(map(dict, chat)) for chat in chats]]).encode()
     command = [sys.executable, "-P", __file__, str(SECONDS)]
-    try:
-        done = subprocess.run(command, input=asked, capture_output=True, timeout=SECONDS * PATIENCE)
-    except subprocess.TimeoutExpired:
-        return f"does not end within {SECONDS * PATIENCE} s"
-    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"does not end within {SECONDS} s"
-    if done.returncode == TOO_LONG:
-        return f"writes more than {LARGEST:,} characters for a short chat"
-    return f"needs more than {MEGABYTES} MiB of memory" if done.returncode == NO_MEMORY else ""
+    allowed = SECONDS * PATIENCE + len(chats) // 10
+    with tempfile.TemporaryFile() as begun:  # one byte a chat
+        try:
+            done = subprocess.run(
+                command, input=asked, stdout=begun, stderr=subprocess.DEVNULL, timeout=allowed
+            )
+        except subprocess.TimeoutExpired:
+            done = None
+        last = max(begun.seek(0, 2) - 1, 0)
+    if done is None:
+        what = f"does not end within {allowed} s"
+    elif done.returncode in (-signal.SIGPROF, -signal.SIGXCPU, -signal.SIGKILL):
+        what = f"does not end within {SECONDS} s"
+    elif done.returncode == TOO_LONG:
+        what = f"writes more than {LARGEST:,} characters"
+    elif done.returncode == NO_MEMORY:
+        what = f"needs more than {MEGABYTES} MiB of memory"
+    else:
+        return ""
+    return f"{what} for the problem {chats[last][-1]['content'][:80]!r}"
 
 
 def main() -> None:
-    """Render the template in the standard input; the exit code says how it went."""
-    limit(int(sys.argv[1]))
+    """Render the chats in the standard input; the exit code says how it went."""
+    seconds = int(sys.argv[1])
+    limit_memory()
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # imported within the limits
 
-    template, options = json.load(sys.stdin)
+    template, options, chats = json.load(sys.stdin)
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = lambda value, *_, **__: json.dumps(value)
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.globals["raise_exception"] = refuse
-    for chat in CHATS:
+    compiled = None
+    for chat in chats:
+        os.write(1, b".")
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # of CPU time; its signal ends this process
         try:
+            compiled = compiled or environment.from_string(GENERATION.sub("", template))
             values = TOKENS | {"messages": chat, "tools": None, "documents": None} | options
-            compiled = environment.from_string(GENERATION.sub("", template))
             written = sum(map(len, compiled.generate(add_generation_prompt=True, **values)))
         except MemoryError:
             sys.exit(NO_MEMORY)
         except Exception:  # raised again, and reported, where the template is used
             continue
-        if written > LARGEST:
+        if written > LARGEST + LONGER * length(chat):
             sys.exit(TOO_LONG)
 
 
-def limit(seconds: int) -> None:
-    """Let the kernel end this process after so much CPU time, and refuse it memory."""
+def limit_memory() -> None:
     import resource
 
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":  # elsewhere address space is not counted like this
         resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES * 2**20,) * 2)

@@ -1,13 +1,13 @@
 """Chat templates and special tokens: from messages to the tokens that a model reads."""
 
+import functools
 import inspect
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from basis_jax.config import DataSection
-from basis_jax.data.template_trial import trouble
+from basis_jax.data.template_trial import Chat, trouble
 from basis_jax.files import one_line
 
 INSTEAD = "give --data.prompt-format text, which needs no template"
@@ -15,17 +15,20 @@ TRUTH = {"true": True, "false": False}
 ANSWER = "forty-two"  # the assistant's message with which the end of a turn is found
 
 
-def chat_text(chat: Sequence[Mapping[str, str]], section: DataSection, tokenizer: Any) -> str:
-    """The messages in the tokenizer's chat template, up to where the model's answer begins.
+def chat_texts(chats: Sequence[Chat], section: DataSection, tokenizer: Any) -> list[str]:
+    """Each chat in the tokenizer's chat template, up to where the model's answer begins.
 
-    Raises ValueError if there is no template, if it refuses the messages or leaves out the system
-    message, and for options that it does not read.
+    Raises ValueError if there is no template, if it does not end or fills the memory
+    (``template_trial``), if it refuses a chat, if it leaves out the system message or the problem,
+    and for options that it does not read.
     """
-    options = template_options(section, tokenizer)
+    render = tried_template(chats, section, tokenizer)
+    return [chat_text(chat, render) for chat in chats]
+
+
+def chat_text(chat: Chat, render: Callable[..., str]) -> str:
     try:
-        text = tokenizer.apply_chat_template(
-            list(chat), tokenize=False, add_generation_prompt=True, **options
-        )
+        text = render(list(chat), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates are programs: jinja2's errors, and Python's
         reason = one_line(str(error)) or type(error).__name__
         raise ValueError(
@@ -33,22 +36,29 @@ def chat_text(chat: Sequence[Mapping[str, str]], section: DataSection, tokenizer
             f"the roles {', '.join(message['role'] for message in chat)} ({reason}); change "
             f"data.system_prompt or the problem's chat, or {INSTEAD}"
         ) from error
-    for message in chat:
-        if message["role"] == "system" and message["content"].strip() not in text:
+    needed = [("system message", m) for m in chat if m["role"] == "system"]
+    for what, message in (*needed, ("problem", chat[-1])):
+        if message["content"].strip() not in text:
             raise ValueError(
-                f"the tokenizer's chat template leaves out the system message "
+                f"the tokenizer's chat template leaves out the {what} "
                 f"{message['content'][:80]!r}; change data.system_prompt or the problem's chat, "
                 f"or {INSTEAD}"
             )
     return text
 
 
-def template_options(section: DataSection, tokenizer: Any) -> dict[str, bool | int | float | str]:
-    """``data.chat_template_options``, with "true" and "false" as booleans.
+def tried_template(
+    chats: Sequence[Chat], section: DataSection, tokenizer: Any
+) -> Callable[..., str]:
+    """``tokenizer.apply_chat_template`` with the section's options. Raises ValueError where these
+    chats must not be rendered in this process (``template_trial``)."""
+    template, options = template_of(tokenizer), template_options(section, tokenizer)
+    if found := trouble(template, options, chats):
+        raise ValueError(f"the tokenizer's chat template {found}; {INSTEAD}")
+    return functools.partial(tokenizer.apply_chat_template, **options)
 
-    Raises ValueError if there is no template, if it does not end or fills the memory
-    (``template_trial``), and for an option that it does not read.
-    """
+
+def template_of(tokenizer: Any) -> str:
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several by name; transformers takes the default one
         template = template.get("default")
@@ -61,6 +71,13 @@ def template_options(section: DataSection, tokenizer: Any) -> dict[str, bool | i
         raise ValueError(
             f"the tokenizer's chat template is a {type(template).__name__} and no text; {INSTEAD}"
         )
+    return template
+
+
+def template_options(section: DataSection, tokenizer: Any) -> dict[str, bool | int | float | str]:
+    """``data.chat_template_options``, with "true" and "false" as booleans. Raises ValueError for an
+    option that the template does not read."""
+    template = template_of(tokenizer)
     own = inspect.signature(tokenizer.apply_chat_template).parameters
     for name in section.chat_template_options:
         if name in own or not re.search(rf"\b{re.escape(name)}\b", template):
@@ -68,13 +85,10 @@ def template_options(section: DataSection, tokenizer: Any) -> dict[str, bool | i
                 f"data.chat_template_options has {name!r}, which the tokenizer's chat template "
                 "does not read; take it out, or write it as the template does"
             )
-    options = {
+    return {
         name: TRUTH.get(value.lower(), value) if isinstance(value, str) else value
         for name, value in section.chat_template_options.items()
     }
-    if found := trouble(template, json.dumps(options)):
-        raise ValueError(f"the tokenizer's chat template {found}; {INSTEAD}")
-    return options
 
 
 def turn_end(section: DataSection, tokenizer: Any) -> tuple[str, list[int]]:
@@ -83,8 +97,7 @@ def turn_end(section: DataSection, tokenizer: Any) -> tuple[str, list[int]]:
     template has no place for an answer."""
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
     try:
-        options = template_options(section, tokenizer)
-        text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+        text = tried_template([chat], section, tokenizer)(chat, tokenize=False)
     except Exception:  # the prompts' own rendering says what is wrong with a template
         return "", []
     before, _, end = text.rpartition(ANSWER)
