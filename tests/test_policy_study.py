@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from studies import policy_plan, policy_report, policy_runs, policy_study
+from studies import noise_and_accuracy, policy_plan, policy_report, policy_runs, policy_study
 from studies.policy_plan import (
     METHODS,
     POWERS,
@@ -24,6 +24,8 @@ from studies.policy_plan import (
 from studies.policy_statistics import area, half_width, summary
 
 FIRST, SECOND = TUNING_SEEDS
+ROOT = Path(__file__).parent.parent
+KINDS = ("gradient", "policy")
 
 
 def tuned(best, powers=POWERS):
@@ -246,6 +248,17 @@ def test_a_step_without_an_update_has_the_kl_of_the_step_before(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = policy_report.curve(tmp_path)
     assert found["kl"] == [0.0, 0.25, 0.25] and found["entropy"] == [None, 2.0, 2.0]
+
+
+def test_noise_and_accuracy_are_ranked_as_the_pages_say():
+    reports = [json.loads((ROOT / "results" / f"{n}_study.json").read_text()) for n in KINDS]
+    found = noise_and_accuracy.both(*reports)
+    pages = {n: (ROOT / "docs" / f"{n}.md").read_text() for n in ("results", "baselines")}
+    for regime, both in found.items():
+        assert both.noise.keys() == both.accuracy.keys() and both.noise["measured_mean"] == 1
+        for name, page in pages.items():
+            said = f"−{abs(both.correlation):.2f} in `{regime}`".replace("−0.", "−.")
+            assert said in page, (name, said)
 
 
 # ---------------------------------------------------------------------------------------- in small
