@@ -19,6 +19,31 @@ from studies.gradient_sketch import METRICS
 DRAWN = ("none", "batch mean", "value_filter", "LV value_filter", "measured", "grpo")
 
 
+LOST = "unreachable "
+
+
+def read(path: Path) -> list[Part]:
+    """The parts of a report that ``write`` has written: numbers with 4 digits."""
+    return [
+        Part(
+            name=part["name"],
+            about=part["about"],
+            rows=with_nan(part["rows"]),
+            lost={k.removeprefix(LOST): with_nan(v) for k, v in part.items() if k.startswith(LOST)},
+        )
+        for part in json.loads(path.read_text())["parts"]
+    ]
+
+
+def with_nan(x: Any) -> Any:
+    """NaN for None, as before ``rounded``."""
+    if isinstance(x, dict):
+        return {k: with_nan(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [with_nan(v) for v in x]
+    return float("nan") if x is None else x
+
+
 def write(out: Path, parts: Sequence[Part], provenance: Mapping) -> None:
     """Write ``out``.json, with one line per method, and ``out``.png."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +52,7 @@ def write(out: Path, parts: Sequence[Part], provenance: Mapping) -> None:
     texts = []
     for part in parts:
         about = json.dumps({"name": part.name, "about": part.about})[:-1]
-        tables = {"rows": part.rows} | {f"unreachable {k}": v for k, v in part.lost.items()}
+        tables = {"rows": part.rows} | {LOST + share: rows for share, rows in part.lost.items()}
         body = ", ".join(f'"{k}": [\n  {as_lines(rows)}]' for k, rows in tables.items())
         texts.append(f"{about}, {body}}}")
     text = f'{json.dumps(head, indent=1)[:-2]},\n "parts": [\n {", ".join(texts)}\n]}}\n'

@@ -8,7 +8,8 @@
 ``measure`` samples rollouts of ``--problems`` problems (by default 256) and computes their
 gradients with respect to all parameters, at the config's model or at a checkpoint of a run. If it
 was stopped, the same command continues. Other options override the config. ``compare`` runs all
-estimators on batches of these rollouts, prints the tables and writes ``--out``.json and .png.
+estimators on batches of these rollouts, prints the tables and writes ``--out``.json and .png. With
+``--known results/gradient_study.json`` it keeps what this report has of other folders.
 
 Gradients are computed at two points: at the parameters that sampled, and after one AdamW step from
 there. This step has no momentum, the config's learning rate, a neutral baseline, and one rollout of
@@ -82,9 +83,12 @@ def compare(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="studies.gradient_study compare", allow_abbrev=False)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("results/gradient_study"))
+    parser.add_argument("--known", type=Path, help="a report whose other parts are kept")
     given = parser.parse_args(arguments)
     made_with = provenance()
-    parts = []
+    names = [folder.name for folder in given.folders]
+    known = gradient_files.read(given.known) if given.known else []
+    parts = [part for part in known if part.name not in names]
     for folder in given.folders:
         about, pool, measured = load(folder)
         parts.append(gradient_report.make_part(folder.name, about, pool, measured))

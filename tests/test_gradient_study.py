@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,19 @@ import tiny
 from jax.flatten_util import ravel_pytree
 
 from basis_jax import estimators
+from studies import (
+    gradient_files,
+    gradient_pool,
+    gradient_report,
+    gradient_sketch,
+    gradient_study,
+)
 from studies import gradient_measures as measures
 from studies import gradient_methods as methods
-from studies import gradient_pool, gradient_sketch, gradient_study
 from studies.gradient_methods import Method
 from studies.gradient_pool import ESTIMATED, HELD_BACK, KEPT, SPARE, TABLE
+
+RESULTS = Path(__file__).parent.parent / "results"
 
 
 def make_pool(problems=6, width=9, seed=0, values=None):
@@ -323,3 +332,32 @@ def test_a_tiny_checkpoint_is_measured_resumed_and_compared(tmp_path, monkeypatc
             line = next(x for x in lines if x.startswith("batch mean"))
             assert f"{row['first sgd']['noise'][0]:.4g}" in line
     assert (tmp_path / "r.png").stat().st_size > 10_000
+
+
+def test_a_report_that_is_read_and_written_is_the_same(tmp_path):
+    """The rows of other checkpoints go on from one report to the next (``--known``)."""
+    whole = json.loads((RESULTS / "gradient_study.json").read_text())
+    whole["parts"] = whole["parts"][:1]
+    (tmp_path / "old.json").write_text(json.dumps(whole))
+    parts = gradient_files.read(tmp_path / "old.json")
+    gradient_files.write(tmp_path / "new", parts, {"commit": "c"})
+    assert json.loads((tmp_path / "new.json").read_text())["parts"] == whole["parts"]
+
+
+def test_compare_replaces_a_part_of_the_known_report_and_keeps_the_others(tmp_path, monkeypatch):
+    made = []
+    part = gradient_report.Part
+    known = [part(name, {}, [], {}) for name in ("free", "long")]
+    monkeypatch.setattr(gradient_study, "load", lambda folder: ({}, None, {}))
+    monkeypatch.setattr(
+        gradient_report, "make_part", lambda name, *_: part(name, {"new": 1}, [], {})
+    )
+    monkeypatch.setattr(gradient_report, "table", lambda part: "")
+    monkeypatch.setattr(gradient_files, "read", lambda path: known)
+    monkeypatch.setattr(gradient_files, "write", lambda out, parts, _: made.extend(parts))
+    gradient_study.compare(["runs/long", "runs/hard", "--known", str(tmp_path / "old.json")])
+    assert [(p.name, p.about) for p in made] == [
+        ("free", {}),
+        ("long", {"new": 1}),
+        ("hard", {"new": 1}),
+    ]
