@@ -9,6 +9,7 @@ import lzma
 import os
 import shutil
 import struct
+import subprocess
 import sys
 import zipfile
 
@@ -252,6 +253,14 @@ def test_every_chat_is_tried_once_however_many_processes_that_takes(monkeypatch)
         [1],
     ]
     assert template_trial.trouble("", {}, []) == "" and len(tried) == 5
+
+
+@pytest.mark.parametrize("code", [1, -11])
+def test_a_trial_that_breaks_for_another_reason_is_no_permission(monkeypatch, code):
+    done = subprocess.CompletedProcess("", code)
+    monkeypatch.setattr(template_trial.subprocess, "run", lambda *_, **__: done)
+    said = template_trial.trouble("{{ messages }}", {}, [[{"role": "user", "content": "2+2?"}]])
+    assert said == f"ends its process with the exit code {code} for the problem '2+2?'"
 
 
 def test_a_chat_template_that_is_no_text_or_leaves_the_problem_out_is_one_sentence():

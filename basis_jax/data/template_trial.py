@@ -77,6 +77,8 @@ def trouble_with(template: str, options: Mapping[str, Any], chats: Sequence[Chat
         what = f"writes more than {LARGEST:,} characters"
     elif done.returncode == NO_MEMORY:
         what = f"needs more than {MEGABYTES} MiB of memory"
+    elif done.returncode:
+        what = f"ends its process with the exit code {done.returncode}"
     else:
         return ""
     return f"{what} for the problem {chats[last][-1]['content'][:80]!r}"
@@ -88,7 +90,10 @@ def main() -> None:
     limit_memory()
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # imported within the limits
 
-    template, options, chats = json.load(sys.stdin)
+    try:
+        template, options, chats = json.load(sys.stdin)
+    except MemoryError:
+        sys.exit(NO_MEMORY)
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
