@@ -37,7 +37,8 @@ def write(
 ) -> None:
     """Print the tables; write ``report``.json and .png. The runs of an ``earlier`` report count
     where the folder ``out`` has nothing."""
-    known: Mapping[str, Reported] = earlier["regimes"] if earlier else {}
+    earlier = earlier or {}
+    known: Mapping[str, Reported] = earlier.get("regimes", {})
     compared = {}
     for regime in regimes:
         reported = known.get(regime, {})
@@ -59,12 +60,11 @@ def write(
         for name, value in vars(policy_plan).items()
         if name.isupper() and name not in ("METHODS", "SGD", "FIRST_TWO")
     }
+    made_with = [{name: earlier[name] for name in ("command", "commit")}] if earlier else []
     content = {
         "command": shlex.join(["python", "-m", "studies.policy_study", *sys.argv[1:]]),
         **provenance(),
-        "earlier": [*earlier.get("earlier", ()), {k: earlier[k] for k in ("command", "commit")}]
-        if earlier
-        else [],
+        "earlier": [*earlier.get("earlier", ()), *made_with],
         "plan": plan | {"METHODS": {name: method._asdict() for name, method in METHODS.items()}},
         "regimes": compared,
     }
