@@ -30,6 +30,7 @@ from studies.policy_plan import (
     Job,
     config_of,
     jobs_of,
+    powers_of,
 )
 
 FINAL = "final.json"
@@ -46,8 +47,9 @@ def found_in(out: str, regime: str, reported: Reported | None = None) -> Mapping
     folder, which win."""
     methods = (reported or {}).get("methods", {})
     found = {name: accuracies(name, methods.get(name, {})) for name in METHODS}
+    powers = (*POWERS, *powers_of(regime))
     for name in METHODS:
-        for power in range(POWERS[0] - WIDER, POWERS[-1] + WIDER + 1):
+        for power in range(min(powers) - WIDER, max(powers) + WIDER + 1):
             for folder in Path(out, Job(regime, name, power, 0).name).parent.glob("seed_*"):
                 accuracy = accuracy_of(folder)
                 if accuracy is not None:

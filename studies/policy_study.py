@@ -1,6 +1,7 @@
 """Which estimator teaches fastest: held-out accuracy at equal generated rollouts, in four regimes.
 
     python -m studies.policy_study --out runs/policy_study --workers 2
+    python -m studies.policy_study --regimes smollm2 --out runs/policy_study --workers 2
 
 Methods, endpoint, learning rates and seeds stand in ``policy_plan``, which was committed before the
 test seeds were run. The command runs what is missing in OUT, in as many processes as --workers
@@ -29,7 +30,7 @@ from pathlib import Path
 from basis_jax import command_line
 from basis_jax.files import replace_file
 from studies import policy_report
-from studies.policy_plan import REGIMES, Job, config_of
+from studies.policy_plan import EMBEDDED, REGIMES, Job, config_of
 from studies.policy_runs import Reported, measure, work
 
 
@@ -51,7 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--out", default="runs/policy_study", help="folder of the runs")
     parser.add_argument("--report", default="results/policy_study", help="the .json and the .png")
     parser.add_argument("--known", default="", help="a report whose runs are not run again")
-    parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
+    parser.add_argument("--regimes", nargs="+", default=list(EMBEDDED), choices=list(REGIMES))
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--only-report", action="store_true", help="run nothing")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

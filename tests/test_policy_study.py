@@ -8,6 +8,7 @@ import pytest
 
 from studies import noise_and_accuracy, policy_plan, policy_report, policy_runs, policy_study
 from studies.policy_plan import (
+    EMBEDDED,
     METHODS,
     POWERS,
     REFERENCE,
@@ -50,8 +51,27 @@ def test_every_method_has_the_same_rollouts_the_tables_counted(tmp_path):
 def test_every_method_can_be_run_in_its_regimes(method, tmp_path):
     for regime in METHODS[method].regimes:
         config = config_of(Job(regime, method, -8, 0), str(tmp_path))
-        assert config.data.path == f"task:steps/{regime}" == config.eval.sets[0]
+        task = f"task:steps/{regime}" if regime in EMBEDDED else "task:arithmetic"
+        assert config.data.path == task == config.eval.sets[0]
         assert config.estimator.name == METHODS[method].estimator
+
+
+def test_three_methods_train_smollm2_with_equal_rollouts(tmp_path):
+    """Its rates are smaller than those of the embedded models, and found again in the folder."""
+    methods = [name for name, method in METHODS.items() if "smollm2" in method.regimes]
+    assert methods == ["none", "value_filter", "measured_mean"]
+    jobs = jobs_of("smollm2", {name: {} for name in METHODS})
+    assert {job.method for job in jobs} == set(methods)
+    assert {job.power for job in jobs} == set(powers_of("smollm2"))
+    configs = [config_of(job, str(tmp_path)) for job in jobs]
+    assert {config.model.path for config in configs} == {"models/smollm2"}
+    assert len({c.train.steps * c.train.minibatch_rollouts for c in configs}) == 1
+    lowest = Job("smollm2", "none", min(powers_of("smollm2")) - policy_plan.WIDER, FIRST)
+    folder = tmp_path / lowest.name
+    folder.mkdir(parents=True)
+    (folder / "final.json").write_text('{"accuracy": 0.25}')
+    found = policy_runs.found_in(str(tmp_path), "smollm2")
+    assert found["none"] == {(lowest.power, FIRST): 0.25}
 
 
 def test_no_two_jobs_share_a_folder():
