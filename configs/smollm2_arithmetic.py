@@ -32,7 +32,7 @@ def config() -> Config:
             max_prompt_tokens=64,
         ),
         sampling=SamplingSection(max_new_tokens=6, stop_tokens=("\n",)),
-        estimator=EstimatorSection(name="basis", table_samples=8),
+        estimator=EstimatorSection(name="measured_mean", table_samples=0),
         optim=OptimSection(lr=2e-5, warmup_steps=2),
         train=TrainSection(
             steps=32,
