@@ -276,7 +276,8 @@ def test_noise_and_accuracy_are_ranked_as_the_pages_say():
     paths = {n: ROOT / "docs" / f"{n}.md" for n in ("results", "baselines")}
     pages = {n: " ".join(path.read_text().split()) for n, path in paths.items()}
     for regime, both in found.items():
-        assert both.noise.keys() == both.accuracy.keys() and both.noise["measured_mean"] < 1.005
+        assert both.noise.keys() == both.accuracy.keys()
+        assert both.noise["measured_mean"] <= (1.005 if regime == "smollm2" else 1)
         for name, page in pages.items():
             said = f"−{abs(both.correlation):.2f} in `{regime}`".replace("−0.", "−.")
             assert said in page, (name, said)
